@@ -1,0 +1,1 @@
+"""Programs that measure sdmodule: how well samples follow their prompts, and what each step costs."""

@@ -1,0 +1,207 @@
+"""Measure how often a picture shows what its prompt says.
+
+The prompts are captions of seeded scenes: 200 of one object, 100 of one whose colour and shape no training picture
+paired, and 100 of two objects. A reader made of plain image analysis, itself checked first on rendered scenes, reads
+each sample and judges every word of its prompt.
+
+Example::
+
+    python benchmarks/prompt_following.py steps=20 guidance_scale=5 --json prompt_following.json --sheet sheet.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from PIL import Image, ImageOps
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.report import print_table, report, write_json
+from benchmarks.scene_reader import ATTRIBUTES, judge, read_scene
+from sdmodule.data.scenes import IMAGE_SIZE, Scene, caption, render, sample_double, sample_single
+from sdmodule.errors import SettingsError, choices
+
+if TYPE_CHECKING:
+    from sdmodule import StableDiffusionModule
+
+KINDS: dict[str, tuple[int, int, Callable[[random.Random], Scene]]] = {
+    "single": (200, 500, lambda rng: sample_single(rng, held_out=False)),
+    "held-out": (100, 250, lambda rng: sample_single(rng, held_out=True)),
+    "two objects": (100, 250, lambda rng: sample_double(rng, held_out=False)),
+}
+"""For each row: how many prompts to sample, how many rendered pictures to check the reader on, how to draw a scene."""
+
+KEYS = ("pretrained", "steps", "guidance_scale", "seed", "batch_size", "scheduler")
+"""Settings that may also be written ``key=value``."""
+
+SHEET_SIDE = 8
+"""Pictures along each side of the contact sheet."""
+
+Verdict = dict[str, bool]
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaint is one sentence rather than a usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message[0].upper()}{message[1:]}.")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read options and ``key=value`` overrides; the latter win.
+
+    Raises:
+        SettingsError: a key is unknown or a value is out of range.
+    """
+    parser = _Parser(description="Measure how often a picture shows what its prompt says.", allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"any of: {', '.join(KEYS)}")
+    parser.add_argument("--pretrained", default="tiny", help="name or folder of the model")
+    parser.add_argument("--steps", type=int, help="denoising steps; the model's default if not given")
+    parser.add_argument("--guidance-scale", type=float, help="the model's default if not given")
+    parser.add_argument("--scheduler", help="sampler; the model's default if not given")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the scenes and of the first picture's noise")
+    parser.add_argument("--batch-size", type=int, default=50, help="pictures sampled at once")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the prompts")
+    parser.add_argument("--json", type=Path, help="file to write the results to")
+    parser.add_argument("--sheet", type=Path, help="file for the first 64 pictures, wrong ones framed in red")
+    settings = parser.parse_intermixed_args(arguments)
+
+    pairs = [override.partition("=") for override in settings.overrides]
+    for key, sign, _ in pairs:
+        if not sign or key not in KEYS:
+            raise SettingsError(f"'{key}{sign}' is no setting of this benchmark; write key=value with {choices(KEYS)}.")
+    overrides = [f"--{key.replace('_', '-')}={value}" for key, _, value in pairs]
+    settings = parser.parse_intermixed_args([*arguments, *overrides])
+    for key, least in (("steps", 1), ("batch_size", 1), ("seed", 0)):
+        value = getattr(settings, key)
+        if value is not None and value < least:
+            raise SettingsError(f"{key}={value} is too small; give {least} or more.")
+    return settings
+
+
+def draw_scenes(seed: int, checks: bool = False, share: int = 1) -> list[tuple[str, Scene]]:
+    """Draw the seeded scenes of every kind.
+
+    Args:
+        seed: seed of every choice.
+        checks: whether to draw as many as the reader is checked on, rather than as many as are sampled.
+        share: divisor of the numbers.
+
+    Returns:
+        Pairs of a kind of :data:`KINDS` and a scene.
+    """
+    rng = random.Random(seed)
+    return [
+        (kind, draw(rng))
+        for kind, (prompts, rendered, draw) in KINDS.items()
+        for _ in range((rendered if checks else prompts) // share)
+    ]
+
+
+def sample(module: StableDiffusionModule, prompts: Sequence[str], settings: argparse.Namespace) -> list[Image.Image]:
+    """Sample a picture of each prompt; picture k comes from seed + k whatever the size of a batch."""
+    named = {
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance_scale,
+        "scheduler": settings.scheduler,
+    }
+    options = {key: value for key, value in named.items() if value is not None}
+    pictures: list[Image.Image] = []
+    while len(pictures) < len(prompts):
+        done = len(pictures)
+        batch = list(prompts[done : done + settings.batch_size])
+        options |= {"seed": settings.seed + done, "return_type": "image", "show_progress": sys.stderr.isatty()}
+        pictures += module.infer(batch, **options)["samples"]
+    return pictures
+
+
+def judge_all(scenes: Iterable[tuple[str, Scene]], pictures: Iterable[Image.Image]) -> list[Verdict]:
+    """Read and judge the picture of each scene."""
+    return [judge(scene, read_scene(picture)) for (_, scene), picture in zip(scenes, pictures, strict=True)]
+
+
+def tally(scenes: Sequence[tuple[str, Scene]], verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
+    """Count verdicts: a row for each kind of scene, and for each attribute its ``right``, ``counted`` and ``rate``."""
+    rows = []
+    for kind in KINDS:
+        of_kind = [verdict for (k, _), verdict in zip(scenes, verdicts, strict=True) if k == kind]
+        counted = Counter(attribute for verdict in of_kind for attribute in verdict)
+        right = Counter(attribute for verdict in of_kind for attribute, is_right in verdict.items() if is_right)
+        row: dict[str, Any] = {"scenes": kind, "pictures": len(of_kind)}
+        for attribute in ATTRIBUTES:
+            if n := counted[attribute]:
+                row[attribute] = {"right": right[attribute], "counted": n, "rate": round(right[attribute] / n, 4)}
+        rows.append(row)
+    return rows
+
+
+def show(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Print a tally; an attribute that no caption of a row states is left empty."""
+
+    def cell(value: object) -> str:
+        return f"{value['rate']:.1%} of {value['counted']}" if isinstance(value, dict) else str(value)
+
+    print(f"\n{title}")
+    print_table([{key: cell(row.get(key, "")) for key in ("scenes", *ATTRIBUTES)} for row in rows])
+
+
+def contact_sheet(pictures: Sequence[Image.Image], verdicts: Sequence[Verdict]) -> Image.Image:
+    """Arrange the first pictures in a square, wrong ones framed in red."""
+    frame, tile = 3, IMAGE_SIZE + 8
+    sheet = Image.new("RGB", (SHEET_SIDE * tile, SHEET_SIDE * tile), "grey")
+    for k, (picture, verdict) in enumerate(list(zip(pictures, verdicts, strict=True))[: SHEET_SIDE**2]):
+        framed = ImageOps.expand(picture.convert("RGB"), frame, "grey" if verdict["all"] else "red")
+        sheet.paste(framed, (k % SHEET_SIDE * tile + 1, k // SHEET_SIDE * tile + 1))
+    return sheet
+
+
+def run(arguments: Sequence[str]) -> dict[str, Any]:
+    """Check the reader, sample, judge, and report.
+
+    Args:
+        arguments: what was typed after the name of the program.
+
+    Returns:
+        The report: ``rows`` of the samples and ``reader``, the same rows of rendered pictures.
+
+    Raises:
+        SettingsError: an argument cannot be used.
+    """
+    settings = parse(arguments)
+    # Imported here, so that a wrong argument is told at once.
+    from sdmodule import StableDiffusionModule
+
+    share = 10 if settings.quick else 1
+    module = StableDiffusionModule.from_pretrained(settings.pretrained)
+
+    rendered = draw_scenes(settings.seed, checks=True, share=share)
+    reader = tally(rendered, judge_all(rendered, (render(scene) for _, scene in rendered)))
+    show(f"The reader, on {len(rendered)} rendered pictures", reader)
+
+    scenes = draw_scenes(settings.seed, share=share)
+    pictures = sample(module, [caption(scene) for _, scene in scenes], settings)
+    verdicts = judge_all(scenes, pictures)
+    rows = tally(scenes, verdicts)
+    show(f"The model, on {len(scenes)} sampled pictures", rows)
+
+    result = report([__file__, *arguments], rows) | {"reader": reader}
+    if settings.json:
+        write_json(settings.json, result)
+    if settings.sheet:
+        settings.sheet.parent.mkdir(parents=True, exist_ok=True)
+        contact_sheet(pictures, verdicts).save(settings.sheet)
+    return result
+
+
+if __name__ == "__main__":
+    try:
+        run(sys.argv[1:])
+    except SettingsError as error:
+        sys.exit(str(error))

@@ -1,0 +1,91 @@
+"""What every benchmark ends in: a table on the screen and a JSON file that says how it was measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "diffusers", "transformers", "lightning", "sdmodule")
+"""Packages whose versions are recorded."""
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def report(command: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Collect what a reader needs in order to measure the same again.
+
+    Args:
+        command: the program and its arguments, as in ``sys.argv``.
+        rows: the results.
+
+    Returns:
+        ``command`` (without absolute paths), ``hardware``, ``versions`` and ``rows``, ready for JSON.
+    """
+    return {"command": command_line(command), "hardware": hardware(), "versions": versions(), "rows": list(rows)}
+
+
+def command_line(command: Sequence[str]) -> str:
+    """Write a command so that it can be typed on another machine: absolute paths shrink to what they end in."""
+    script = Path(command[0]).resolve()
+    name = script.relative_to(ROOT).as_posix() if script.is_relative_to(ROOT) else script.name
+    # An argument is a path or `key=path`.
+    arguments = [re.sub(r"(^|=)[/~].*", lambda m: m[1] + Path(m[0]).name, argument) for argument in command[1:]]
+    return shlex.join(["python", name, *arguments])
+
+
+def hardware() -> dict[str, Any]:
+    """Name the processor, its cores, the memory in GiB and the GPU (None without one)."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory / 2**30, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Give the versions of Python and of :data:`PACKAGES`."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file in one step, so that an interrupted run never leaves half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    draft.replace(path)
+
+
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows under their keys, in columns; a key that a row lacks leaves its cell empty."""
+    heads = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [heads, *[[str(row.get(head, "")) for head in heads] for row in rows]]
+    widths = [max(len(line[k]) for line in lines) for k in range(len(heads))]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

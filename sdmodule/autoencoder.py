@@ -1,0 +1,94 @@
+"""Training of an autoencoder, the first stage of a latent diffusion model (Rombach et al. 2022, section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule
+from torch import Tensor
+from typing_extensions import override
+
+from sdmodule.components import load_part, save_part
+
+
+class AutoencoderModule(LightningModule):
+    """Train an ``AutoencoderKL`` from scratch or from a checkpoint.
+
+    The loss is the squared error, a share of the absolute error, which keeps edges sharp, and a slight pull of the
+    latents towards a standard normal distribution (``kl_weight``, equation 3 of Kingma and Welling 2014).
+
+    Args:
+        pretrained: ``tiny``, a diffusers folder or a hub id; its ``vae`` gives the architecture.
+        scratch: names the parts that start from random weights (here: ``["vae"]`` or nothing).
+        l1_weight: weight of the absolute error.
+        kl_weight: weight of the divergence from a standard normal distribution, per latent value.
+        optimizer: takes the trainable parameters and returns the optimizer.
+        lr_scheduler: takes the optimizer and returns the schedule of its learning rate.
+    """
+
+    def __init__(
+        self,
+        pretrained: str = "tiny",
+        scratch: Iterable[str] = (),
+        l1_weight: float = 0.1,
+        kl_weight: float = 1e-6,
+        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+        lr_scheduler: Callable[..., Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters("pretrained", "l1_weight", "kl_weight")
+        self.vae = load_part("vae", pretrained, scratch="vae" in scratch)
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+
+    def losses(self, image: Tensor) -> dict[str, Tensor]:
+        """Squared, absolute and KL error of the reconstruction of ``image`` ``[B, 3, H, W]``, each a mean."""
+        posterior = self.vae.encode(image).latent_dist
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        latents = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
+        reconstruction = self.vae.decode(latents).sample.float()
+        return {
+            "mse": F.mse_loss(reconstruction, image),
+            "l1": F.l1_loss(reconstruction, image),
+            "kl": 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean(),
+        }
+
+    @override
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        losses = self.losses(batch["image"])
+        loss = losses["mse"] + self.hparams["l1_weight"] * losses["l1"] + self.hparams["kl_weight"] * losses["kl"]
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/psnr", _psnr(losses["mse"]), prog_bar=True)
+        return loss
+
+    @override
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        posterior = self.vae.encode(batch["image"]).latent_dist
+        reconstruction = self.vae.decode(posterior.mode()).sample.float().clamp(-1, 1)
+        errors = (reconstruction - batch["image"]).square().mean(dim=(1, 2, 3))
+        size = len(errors)
+        self.log("val/psnr", _psnr(errors).mean(), prog_bar=True, batch_size=size)
+        self.log("val/latent_variance", posterior.mode().float().square().mean(), batch_size=size)
+
+    @override
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(self.parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
+
+    def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
+        """Write ``folder/vae``, its scaling factor set so that the latents seen in validation have unit variance."""
+        variance = self.trainer.callback_metrics.get("val/latent_variance") if self._trainer else None
+        if variance is not None:
+            self.vae.register_to_config(scaling_factor=float(variance) ** -0.5)
+        save_part("vae", self.vae, folder, dtype)
+
+
+def _psnr(mean_squared_error: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in decibels, for pictures in [-1, 1]."""
+    return 10.0 * torch.log10(4.0 / mean_squared_error.detach())

@@ -1,0 +1,1 @@
+"""What happens around training and sampling, one callback a file."""

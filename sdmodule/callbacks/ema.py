@@ -1,0 +1,103 @@
+"""An exponential moving average of the trained weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+from typing_extensions import override
+
+
+class EMA(Callback):
+    """Average the trainable weights; validate, sample and export with the average.
+
+    Only trainable weights are averaged and saved. The decay grows with the steps, ``(1 + n) / (10 + n)`` up to
+    ``decay``, so that early averages do not remember the start.
+
+    Args:
+        decay: share of the old average that a step keeps.
+        start_step: first optimizer step that is averaged; until then the raw weights are used everywhere.
+    """
+
+    def __init__(self, decay: float = 0.999, start_step: int = 100) -> None:
+        self.decay = decay
+        self.start_step = start_step
+        self.updates = 0
+        self.average: dict[str, Tensor] = {}
+        self._step = 0
+        self._raw: dict[str, Tensor] | None = None
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = trainer.global_step
+        self.average = {name: value.to(pl_module.device) for name, value in self.average.items()}
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step or trainer.global_step < self.start_step:
+            return
+        self._step = trainer.global_step
+        weights = trainable(pl_module)
+        if not self.average:
+            self.average = {name: value.detach().clone() for name, value in weights.items()}
+            return
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        averages = [self.average[name] for name in weights]
+        torch._foreach_lerp_(averages, [value.detach() for value in weights.values()], 1.0 - decay)
+
+    @contextmanager
+    def applied(self, module: LightningModule) -> Iterator[None]:
+        """Use the average in place of the trained weights inside the block."""
+        self._swap_in(module)
+        try:
+            yield
+        finally:
+            self._swap_out(module)
+
+    def _swap_in(self, module: LightningModule) -> None:
+        if not self.average or self._raw is not None:
+            return
+        weights = trainable(module)
+        self._raw = {name: value.detach().clone() for name, value in weights.items()}
+        for name, value in weights.items():
+            value.data.copy_(self.average[name])
+
+    def _swap_out(self, module: LightningModule) -> None:
+        if self._raw is None:
+            return
+        for name, value in trainable(module).items():
+            value.data.copy_(self._raw[name])
+        self._raw = None
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap_in(pl_module)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap_out(pl_module)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._swap_out(pl_module)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": self.average, "updates": self.updates}
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self.average = dict(state_dict["average"])
+        self.updates = state_dict["updates"]
+
+
+def trainable(module: LightningModule) -> dict[str, torch.nn.Parameter]:
+    """The parameters that are trained, by name."""
+    return {name: value for name, value in module.named_parameters() if value.requires_grad}

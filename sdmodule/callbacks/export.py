@@ -1,0 +1,43 @@
+"""Write the trained model where other tools read it."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+
+from lightning import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from sdmodule.callbacks.ema import EMA
+from sdmodule.errors import SettingsError
+
+
+class Export(Callback):
+    """At the end of training, write a diffusers folder, of the averaged weights if there are any.
+
+    ``training.json`` beside the parts says which weights they are and how long they were trained.
+
+    Args:
+        folder: where to write.
+        dtype: ``float32`` or ``float16``, the type of the weights in the files.
+
+    Raises:
+        SettingsError: for another dtype.
+    """
+
+    def __init__(self, folder: str | Path, dtype: str = "float32") -> None:
+        if dtype not in ("float32", "float16"):
+            raise SettingsError(f"export.dtype={dtype} is not allowed; give float32 or float16.")
+        self.folder = Path(folder)
+        self.dtype = dtype
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
+        with ema.applied(pl_module) if ema else nullcontext():
+            pl_module.save_pretrained(self.folder, dtype=self.dtype)
+        facts = {"weights": "ema" if ema and ema.average else "raw", "steps": trainer.global_step, "dtype": self.dtype}
+        (self.folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n")

@@ -1,0 +1,63 @@
+"""Sample the same prompts at every validation, to see the training progress."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from PIL import Image
+from typing_extensions import override
+
+from sdmodule.pictures import captioned_sheet
+
+
+class ValidationSamples(Callback):
+    """Write a captioned sheet ``<step>.png`` at every validation, and hand the pictures to the loggers that take them.
+
+    Nothing of it touches the random numbers of the training.
+
+    Args:
+        output_dir: folder of the sheets.
+        prompts: what to sample; the first captions of the validation data if None.
+        num_prompts: how many of those captions.
+        seed: seed of the first picture.
+    """
+
+    def __init__(
+        self, output_dir: str | Path, prompts: Sequence[str] | None = None, num_prompts: int = 4, seed: int = 0
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.prompts = list(prompts) if prompts else []
+        self.num_prompts = num_prompts
+        self.seed = seed
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        prompts = self.prompts or self._captions(trainer)
+        images = pl_module.infer(prompts, seed=self.seed, show_progress=False)["samples"]
+        captions = [f"{prompt} · {self.seed + k}" for k, prompt in enumerate(prompts)]
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        captioned_sheet(images, captions).save(self.output_dir / f"{trainer.global_step:06d}.png")
+        self._log(trainer, images, captions)
+
+    def _captions(self, trainer: Trainer) -> list[str]:
+        self.prompts = []
+        for batch in trainer.val_dataloaders:  # type: ignore[union-attr]
+            self.prompts += batch["caption"]
+            if len(self.prompts) >= self.num_prompts:
+                break
+        self.prompts = self.prompts[: self.num_prompts]
+        return self.prompts
+
+    def _log(self, trainer: Trainer, images: list[Image.Image], captions: list[str]) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("val/samples", images, step=trainer.global_step, caption=captions)
+            elif isinstance(logger, TensorBoardLogger):
+                array = np.stack([np.asarray(image) for image in images])
+                logger.experiment.add_images("val/samples", array, trainer.global_step, dataformats="NHWC")

@@ -1,0 +1,207 @@
+"""What a checkpoint is: five parts, read from a folder, a hub id or a single file, and written as a folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from sdmodule.errors import SettingsError, choices
+from sdmodule.schedulers import make_scheduler
+
+ASSETS = Path(__file__).parent / "assets"
+EMBEDDED = ("tiny",)
+"""Checkpoints that the package contains."""
+
+MODELS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+PARTS = (*MODELS, "tokenizer", "scheduler")
+SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
+
+
+@dataclass
+class Components:
+    """The five parts of a latent diffusion model (Rombach et al. 2022) and the name they came from."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    scheduler: Any
+    source: str
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Side in pixels of what one latent stands for: 8 for Stable Diffusion."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where parts are read from: a local folder, or a repository on the hub."""
+
+    location: str
+    revision: str | None = None
+    variant: str | None = None
+
+    def options(self, part: str) -> dict[str, Any]:
+        """Keyword arguments with which ``from_pretrained`` finds ``part``."""
+        return {"subfolder": part, "revision": self.revision}
+
+
+def load_components(
+    pretrained: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    components: Mapping[str, str] | None = None,
+    scratch: Iterable[str] = (),
+) -> Components:
+    """Read a checkpoint.
+
+    Args:
+        pretrained: ``tiny``, a diffusers folder, a hub id, or a ``.safetensors``/``.ckpt`` file of the original layout.
+        revision: branch, tag or commit of a hub id.
+        variant: which weights of a folder or hub id, such as ``fp16``.
+        components: for a part's name, another place to read it from: its own folder, or anything ``pretrained`` takes.
+        scratch: parts that keep their architecture and start from random weights.
+
+    Raises:
+        SettingsError: when anything of it cannot be read; nothing is left half-loaded.
+    """
+    replaced = {name: path for name, path in (components or {}).items() if path}
+    for name in (*replaced, *scratch):
+        if name not in PARTS:
+            raise SettingsError(f"{name!r} is no part of a checkpoint; the parts are {choices(PARTS)}.")
+    if Path(pretrained).suffix in SINGLE_FILE_SUFFIXES:
+        parts = _load_file(pretrained)
+    else:
+        source = _find(pretrained, revision, variant)
+        wanted = [name for name in PARTS if name not in replaced]
+        parts = {name: _load(name, source, name in scratch) for name in wanted}
+    for name, path in replaced.items():
+        parts[name] = load_part(name, path, name in scratch)
+    return Components(**parts, source=pretrained)
+
+
+def load_part(name: str, pretrained: str, scratch: bool = False) -> Any:
+    """Read one part from its own folder or from a checkpoint; ``scratch`` keeps only its architecture."""
+    if Path(pretrained).suffix in SINGLE_FILE_SUFFIXES:
+        return _load_file(pretrained)[name]
+    own = Path(pretrained)
+    if own.is_dir() and not (own / "model_index.json").is_file() and not (own / name).is_dir():
+        return _load(name, Source(str(own.parent)), scratch, subfolder=own.name)
+    return _load(name, _find(pretrained, checkpoint=False), scratch)
+
+
+def save_components(parts: Components, folder: str | Path, dtype: str = "float32") -> None:
+    """Write a folder that ``StableDiffusionPipeline.from_pretrained`` reads; ``dtype`` is that of its weights."""
+    folder = Path(folder)
+    for name in PARTS:
+        save_part(name, getattr(parts, name), folder, dtype)
+    index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
+    index |= {name: _library_and_class(getattr(parts, name)) for name in PARTS}
+    index |= dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), [None, None])
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def save_part(name: str, part: Any, folder: str | Path, dtype: str = "float32") -> None:
+    """Write one part to ``folder/name``."""
+    place = Path(folder) / name
+    if name not in MODELS:
+        part.save_pretrained(place)
+        return
+    weights = {key: value.to(getattr(torch, dtype)).contiguous() for key, value in part.state_dict().items()}
+    if name == "text_encoder":
+        part.config.save_pretrained(place)
+        # transformers 5 leaves out the prefix that every other reader of these files expects.
+        prefixed = {key if key.startswith("text_model.") else f"text_model.{key}": v for key, v in weights.items()}
+        save_file(prefixed, place / "model.safetensors", metadata={"format": "pt"})
+    else:
+        part.save_config(place)
+        save_file(weights, place / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+
+
+def _library_and_class(part: Any) -> list[str]:
+    return [type(part).__module__.split(".")[0], type(part).__name__]
+
+
+def _find(pretrained: str, revision: str | None = None, variant: str | None = None, checkpoint: bool = True) -> Source:
+    """Tell an embedded checkpoint, a folder and a hub id apart, and check that it is a checkpoint."""
+    folder = ASSETS / pretrained if pretrained in EMBEDDED else Path(pretrained).expanduser()
+    if folder.is_dir():
+        if checkpoint and not (folder / "model_index.json").is_file():
+            raise SettingsError(
+                f"pretrained={pretrained} is a folder without model_index.json; "
+                "give the folder of a whole diffusers checkpoint."
+            )
+        return Source(str(folder), None, variant)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", pretrained) or pretrained.startswith("."):
+        raise SettingsError(
+            f"pretrained={pretrained} was not found; give {choices(EMBEDDED)}, a diffusers folder, a hub id "
+            "such as owner/name, or a .safetensors or .ckpt file."
+        )
+    try:
+        hf_hub_download(pretrained, "model_index.json", revision=revision)
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise SettingsError(
+            f"pretrained={pretrained} is neither a local folder nor to be had from the hub ({type(error).__name__}); "
+            "with the weights already on disk give their folder: pretrained=/path/to/folder."
+        ) from error
+    return Source(pretrained, revision, variant)
+
+
+def _load(name: str, source: Source, scratch: bool = False, subfolder: str | None = None) -> Any:
+    """Read one part of a folder or hub id, with one clear sentence when it is missing or broken."""
+    options = {"subfolder": subfolder or name, "revision": source.revision}
+    place = f"{source.location}/{options['subfolder']}"
+    folder = Path(source.location)
+    if folder.is_dir() and not Path(place).is_dir():
+        raise SettingsError(f"the part {name} is missing: there is no folder {place}; add it, or set components.{name}.")
+    try:
+        if name == "scheduler":
+            config = folder / options["subfolder"] / "scheduler_config.json"
+            if not folder.is_dir():
+                config = Path(
+                    hf_hub_download(source.location, "scheduler/scheduler_config.json", revision=source.revision)
+                )
+            return make_scheduler(None, json.loads(config.read_text()))
+        if name == "tokenizer":
+            return CLIPTokenizer.from_pretrained(source.location, **options)
+        model = MODELS[name]
+        if scratch:
+            return _from_scratch(name, source, options)
+        return model.from_pretrained(
+            source.location, variant=source.variant, use_safetensors=True, torch_dtype=torch.float32, **options
+        )
+    except (OSError, SafetensorError, HfHubHTTPError, json.JSONDecodeError, RuntimeError, ValueError) as error:
+        if isinstance(error, SettingsError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise SettingsError(f"the part {name} of {source.location} cannot be read: {reason}") from error
+
+
+def _from_scratch(name: str, source: Source, options: dict[str, Any]) -> Any:
+    model = MODELS[name]
+    if name == "text_encoder":
+        return model(model.config_class.from_pretrained(source.location, **options))
+    return model.from_config(model.load_config(source.location, **options))
+
+
+def _load_file(path: str) -> dict[str, Any]:
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise SettingsError(f"pretrained={path} was not found; give the path of a .safetensors or .ckpt file.")
+    from sdmodule.interop.single_file import load_single_file
+
+    return load_single_file(file)

@@ -1,0 +1,103 @@
+"""Captioned pictures of coloured shapes, made on the fly: the data that the embedded model is trained on."""
+
+from __future__ import annotations
+
+import random
+from typing import TypedDict
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from typing_extensions import override
+
+from sdmodule.data.scenes import caption, render, render_collage, sample_scene
+from sdmodule.pictures import image_to_tensor
+
+
+class CaptionedImage(TypedDict):
+    """One training example: ``image`` is ``[3, H, W]`` in [-1, 1]."""
+
+    image: Tensor
+    caption: str
+
+
+class ShapesDataset(Dataset[CaptionedImage]):
+    """``length`` scenes; scene k depends on (seed, k) alone, whatever the order or the number of workers.
+
+    Args:
+        length: number of pictures.
+        seed: names the sequence of scenes.
+        size: side of a picture in pixels.
+        two_objects: share of scenes with two objects.
+        collages: share of pictures without a caption that show anything but the grammar's shapes; for autoencoders.
+    """
+
+    def __init__(
+        self, length: int, seed: int = 0, size: int = 64, two_objects: float = 0.4, collages: float = 0.0
+    ) -> None:
+        self.length = length
+        self.seed = seed
+        self.size = size
+        self.two_objects = two_objects
+        self.collages = collages
+
+    def __len__(self) -> int:
+        return self.length
+
+    @override
+    def __getitem__(self, index: int) -> CaptionedImage:
+        rng = random.Random(f"{self.seed}/{index}")
+        if rng.random() < self.collages:
+            return {"image": image_to_tensor(render_collage(rng, self.size)), "caption": ""}
+        scene = sample_scene(rng, self.two_objects)
+        return {"image": image_to_tensor(render(scene, self.size)), "caption": caption(scene)}
+
+
+class ShapesDataModule(LightningDataModule):
+    """Scenes for training and, from another seed, for validation.
+
+    Args:
+        batch_size: pictures a step.
+        train_length: pictures in an epoch of training.
+        val_length: pictures for validation.
+        size: side of a picture in pixels.
+        two_objects: share of scenes with two objects.
+        collages: share of caption-less pictures in training, for autoencoders.
+        seed: names the sequence of scenes.
+        num_workers: processes that render; 0 renders in the training process.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 32,
+        train_length: int = 60_000,
+        val_length: int = 256,
+        size: int = 64,
+        two_objects: float = 0.4,
+        collages: float = 0.0,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.seed = seed
+        self.num_workers = num_workers
+        self.train_set: Dataset = ShapesDataset(train_length, seed, size, two_objects, collages)
+        self.val_set: Dataset = ShapesDataset(val_length, seed + 1, size, two_objects)
+
+    @override
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(
+            self.train_set,
+            self.batch_size,
+            shuffle=True,
+            drop_last=True,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+    @override
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.val_set, self.batch_size, num_workers=0)

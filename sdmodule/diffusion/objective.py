@@ -1,0 +1,57 @@
+"""What a diffusion model is trained on: noisy latents and the target that it should predict from them.
+
+``alphas_cumprod`` is the scheduler's table of the signal's share of the variance at each timestep, ``[T]``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sdmodule.errors import SettingsError
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+def signal_and_noise_rates(alphas_cumprod: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of signal and noise at ``timesteps`` ``[B]``, each ``[B, 1, 1, 1]`` (alpha and sigma of Salimans and Ho)."""
+    alpha_squared = alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
+    return alpha_squared.sqrt(), (1.0 - alpha_squared).sqrt()
+
+
+def add_noise(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
+    """Noisy latents at ``timesteps`` (Ho et al. 2020, equation 4); all ``[B, C, h, w]``."""
+    signal_rate, noise_rate = signal_and_noise_rates(alphas_cumprod, timesteps)
+    return signal_rate * latents + noise_rate * noise
+
+
+def target(prediction_type: str, latents: Tensor, noise: Tensor, alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
+    """What the model should predict, ``[B, C, h, w]``.
+
+    ``epsilon`` is the noise (Ho et al. 2020, equation 14); ``v_prediction`` is the velocity of Salimans and Ho 2022,
+    appendix D.
+
+    Raises:
+        SettingsError: for another prediction type.
+    """
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "v_prediction":
+        signal_rate, noise_rate = signal_and_noise_rates(alphas_cumprod, timesteps)
+        return signal_rate * noise - noise_rate * latents
+    raise SettingsError(f"prediction_type={prediction_type} cannot be trained; give one of {', '.join(PREDICTION_TYPES)}.")
+
+
+def draw_timesteps(count: int, total: int, generator: torch.Generator, shift: float = 1.0) -> Tensor:
+    """Draw ``count`` timesteps of ``total``, ``[count]``.
+
+    Args:
+        count: how many.
+        total: number of timesteps of the schedule.
+        generator: source of the draw.
+        shift: 1 draws uniformly; a greater value prefers noisy timesteps, where the layout of a picture is decided
+            (Esser et al. 2024, equation 23, applied to the share of all timesteps).
+    """
+    share = torch.rand(count, generator=generator)
+    share = shift * share / (1.0 + (shift - 1.0) * share)
+    return (share * total).long().clamp(max=total - 1)

@@ -1,0 +1,1 @@
+"""Files that other Stable Diffusion tools write and read."""

@@ -1,0 +1,313 @@
+"""Stable Diffusion as one LightningModule: it trains, it validates, it samples.
+
+The algorithms are those of Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models":
+an autoencoder turns a picture into latents; a UNet, told the prompt by cross-attention, learns to take noise out of
+noisy latents; sampling starts from noise alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from lightning import LightningModule
+from torch import Tensor, nn
+from typing_extensions import Self, override
+
+from sdmodule.components import Components, load_components, save_components
+from sdmodule.conditioning.text import encode_prompts
+from sdmodule.diffusion.objective import add_noise, draw_timesteps, target
+from sdmodule.errors import SettingsError
+from sdmodule.pictures import converted
+from sdmodule.progress import steps_bar
+from sdmodule.requests import SampleRequest, build_requests
+from sdmodule.sampling import Samples, SamplingSettings, sample_all
+from sdmodule.schedulers import make_scheduler
+
+VALIDATION_TIMESTEPS = 4
+"""Noise levels, spread evenly over the schedule, at which each validation picture is tried."""
+
+
+class StableDiffusionModule(LightningModule):
+    """Fine-tune a Stable Diffusion checkpoint, and sample from it.
+
+    Args:
+        pretrained: ``tiny``, a diffusers folder, a hub id, or a ``.safetensors``/``.ckpt`` file of the original layout.
+        revision: branch, tag or commit of a hub id.
+        variant: which weights of a folder or hub id, such as ``fp16``.
+        components: another place for a part, by its name.
+        scratch: parts that start from random weights.
+        train_text_encoder: train the text encoder together with the UNet.
+        caption_dropout: share of captions replaced by an empty one, which teaches the unconditional prediction that
+            classifier-free guidance needs.
+        timestep_shift: prefers noisy timesteps where greater than 1; see ``draw_timesteps``.
+        train_scheduler: noise schedule of the training (name or settings); the checkpoint's own if None.
+        sampling: how pictures are sampled (steps, guidance and the rest); see ``SamplingSettings``.
+        optimizer: takes the trainable parameters and returns the optimizer.
+        lr_scheduler: takes the optimizer and returns the schedule of its learning rate, stepped every step.
+        compile: compile the UNet's blocks with ``torch.compile``.
+        seed: seed of timesteps, noise and caption dropout.
+
+    Raises:
+        SettingsError: when the checkpoint or a setting cannot be used.
+    """
+
+    def __init__(
+        self,
+        pretrained: str = "tiny",
+        *,
+        revision: str | None = None,
+        variant: str | None = None,
+        components: Mapping[str, str] | None = None,
+        scratch: Iterable[str] = (),
+        train_text_encoder: bool = False,
+        caption_dropout: float = 0.1,
+        timestep_shift: float = 1.0,
+        train_scheduler: str | Mapping[str, Any] | None = None,
+        sampling: Mapping[str, Any] | None = None,
+        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+        lr_scheduler: Callable[..., Any] | None = None,
+        compile: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "scratch", "compile"])
+        self.sampling = SamplingSettings(**(sampling or {}))
+        parts = load_components(
+            pretrained, revision=revision, variant=variant, components=components, scratch=scratch
+        )
+        self.parts = parts
+        self.unet: nn.Module = parts.unet
+        self.vae: nn.Module = parts.vae.eval().requires_grad_(False)
+        self.text_encoder: nn.Module = parts.text_encoder.train(train_text_encoder).requires_grad_(train_text_encoder)
+        self.noise_schedule = make_scheduler(train_scheduler, parts.scheduler.config)
+        self.train_text_encoder = train_text_encoder
+        self.caption_dropout = caption_dropout
+        self.timestep_shift = timestep_shift
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.seed = seed
+        self.show_progress = False
+        self.strict_loading = False  # checkpoints hold the trained weights alone
+        if compile:
+            compile_blocks(self.unet)
+
+    @classmethod
+    def from_pretrained(cls, pretrained: str = "tiny", **settings: Any) -> Self:
+        """Load a checkpoint for sampling or training; ``settings`` are those of the constructor."""
+        return cls(pretrained, **settings).eval()
+
+    # ---------------------------------------------------------------------------------------------- training
+
+    @override
+    def on_fit_start(self) -> None:
+        if self.device.type == "cpu":
+            # The backward pass of torch's fused attention takes four times as long on CPU as plain products do.
+            self.unet.set_attn_processor(AttnProcessor())
+            self.text_encoder.set_attn_implementation("eager")
+
+    @override
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        generator = self._generator(self.global_step, batch_idx, self.global_rank)
+        latents = self.encode_images(batch, generator)
+        timesteps = draw_timesteps(len(latents), len(self.alphas_cumprod), generator, self.timestep_shift)
+        captions = [
+            "" if torch.rand((), generator=generator) < self.caption_dropout else text for text in batch["caption"]
+        ]
+        loss = self.denoising_errors(latents, timesteps.to(self.device), captions, generator).mean()
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(latents))
+        return loss
+
+    def denoising_errors(
+        self, latents: Tensor, timesteps: Tensor, captions: Sequence[str], generator: torch.Generator
+    ) -> Tensor:
+        """Squared error of the UNet's prediction for each example (algorithm 1 of Ho et al. 2020), ``[B]``."""
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        noisy = add_noise(latents, noise, self.alphas_cumprod, timesteps)
+        wanted = target(self.noise_schedule.config.prediction_type, latents, noise, self.alphas_cumprod, timesteps)
+        embeddings = self.encode_prompts(captions)
+        predicted = self.unet(noisy, timesteps, encoder_hidden_states=embeddings).sample
+        return F.mse_loss(predicted.float(), wanted.float(), reduction="none").mean(dim=(1, 2, 3))
+
+    @torch.no_grad()
+    def encode_moments(self, image: Tensor) -> Tensor:
+        """Mean and standard deviation of the latents of pictures ``[B, 3, H, W]`` in [-1, 1]: ``[B, 8, h, w]``."""
+        posterior = self.vae.encode(image.to(self.vae.dtype)).latent_dist
+        return torch.cat([posterior.mean, posterior.std], dim=1).float()
+
+    def encode_images(self, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+        """Latents of a batch, ``[B, 4, h, w]``, drawn anew each time from its moments, cached or computed."""
+        moments = batch["moments"].float() if "moments" in batch else self.encode_moments(batch["image"])
+        mean, deviation = moments.chunk(2, dim=1)
+        noise = torch.randn(mean.shape, generator=generator).to(mean)
+        return (mean + deviation * noise) * self.vae.config.scaling_factor
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """What the UNet is told of prompts: ``[B, chunks * 77, D]``."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_text_encoder):
+            return encode_prompts(prompts, self.parts.tokenizer, self.text_encoder)
+
+    @override
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        generator = self._generator(0, batch_idx, self.global_rank)
+        latents = self.encode_images(batch, generator)
+        total = len(self.alphas_cumprod)
+        errors = []
+        for level in range(VALIDATION_TIMESTEPS):
+            timesteps = torch.full((len(latents),), int((level + 0.5) * total / VALIDATION_TIMESTEPS), device=self.device)
+            errors.append(self.denoising_errors(latents, timesteps, batch["caption"], generator).mean())
+        self.log("val/loss", torch.stack(errors).mean(), prog_bar=True, sync_dist=True, batch_size=len(latents))
+
+    @override
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        if self.lr_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
+
+    def _generator(self, *position: int) -> torch.Generator:
+        """A generator for one place in the training, so that what is drawn there does not depend on what came before."""
+        digest = hashlib.blake2b(repr((self.seed, *position)).encode(), digest_size=7).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest))
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """The signal's share of the variance at each timestep of the training schedule, ``[T]``."""
+        return self.noise_schedule.alphas_cumprod
+
+    # ---------------------------------------------------------------------------------------------- sampling
+
+    def infer(
+        self,
+        prompt: str | Sequence[str],
+        image: Any = None,
+        mask: Any = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_rescale: float | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        seed: int = 0,
+        scheduler: str | Mapping[str, Any] | None = None,
+        return_type: Literal["image", "numpy", "tensor"] = "image",
+        show_progress: bool = True,
+    ) -> dict[str, Any]:
+        """Sample pictures.
+
+        Settings left out are those of the module's ``sampling``: 50 steps and guidance 7.5 if nothing was said.
+
+        Args:
+            prompt: one prompt or several; of any length, with ``(words:1.3)`` to weigh words.
+            image: picture to repaint; for models that inpaint.
+            mask: where to repaint it.
+            height: pixels, a multiple of the autoencoder's factor.
+            width: pixels, likewise.
+            num_inference_steps: denoising steps.
+            guidance_scale: strength of classifier-free guidance; 1 or less is none.
+            guidance_rescale: share of the correction of guidance's overexposure.
+            negative_prompt: what to keep away from: one for all prompts, or one for each.
+            num_images_per_prompt: pictures of each prompt.
+            eta: share of DDPM noise in DDIM, 0 to 1.
+            generator: source of all noise instead of ``seed``: one for all pictures, or one for each.
+            latents: initial noise instead of the seed's, ``[pictures, 4, height / factor, width / factor]``.
+            seed: picture k is drawn from ``seed + k``.
+            scheduler: name or settings of a scheduler.
+            return_type: ``image`` for PIL, ``numpy`` for ``[B, H, W, 3]``, ``tensor`` for ``[B, 3, H, W]``; in [0, 1].
+            show_progress: show a bar of the steps, in a terminal.
+
+        Returns:
+            ``samples``, all pictures of the first prompt first; ``seeds`` and ``prompts`` beside them; ``seconds`` of
+            the stages text, denoise and decode; and ``facts``, the settings in plain types.
+
+        Raises:
+            SettingsError: for an input that cannot be used.
+        """
+        if image is not None or mask is not None:
+            raise SettingsError("image and mask were given, and this model makes pictures from text; leave them out.")
+        settings = self.sampling.updated(
+            height=height,
+            width=width,
+            steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            eta=eta,
+            scheduler=scheduler,
+        )
+        requests = build_requests(prompt, None, negative_prompt, num_images_per_prompt, seed)
+        with evaluating(self), steps_bar(settings.steps, show_progress) as on_step:
+            samples = sample_all(
+                self.parts, requests, settings, noise=latents, generator=generator, on_step=on_step
+            )
+        return {
+            "samples": converted(samples.pictures, return_type),
+            "prompts": [r.prompt for r in requests],
+            "seeds": [r.seed for r in requests],
+            "seconds": samples.seconds,
+            "facts": samples.facts,
+        }
+
+    @override
+    def predict_step(self, batch: list[SampleRequest], batch_idx: int) -> Samples:
+        """Sample the pictures of a batch of requests; writing them is the callbacks' work."""
+        with steps_bar(self.sampling.steps, self.show_progress) as on_step:
+            return sample_all(self.parts, batch, self.sampling, on_step=on_step)
+
+    # ---------------------------------------------------------------------------------------------- files
+
+    def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
+        """Write a folder that ``StableDiffusionPipeline.from_pretrained`` loads, its weights as ``dtype``."""
+        save_components(self.parts, folder, dtype)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what is trained; the frozen parts are in the base model, whose name is kept instead."""
+        kept = {name for name, value in self.named_parameters() if value.requires_grad}
+        checkpoint["state_dict"] = {name: v for name, v in checkpoint["state_dict"].items() if name in kept}
+        checkpoint["base_model"] = self.parts.source
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trained_on = checkpoint.get("base_model")
+        if trained_on != self.parts.source:
+            raise SettingsError(
+                f"the checkpoint was trained on pretrained={trained_on} and this run has "
+                f"pretrained={self.parts.source}; give pretrained={trained_on}."
+            )
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Switch a module and its parts to evaluation, and back to what each was before."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+def compile_blocks(unet: nn.Module) -> None:
+    """Compile a UNet block by block.
+
+    Not the whole of it: on CPU in bfloat16, torch 2.13 computes wrong gradients for a compiled nearest-neighbour
+    upsampling, and everything below it then learns nothing.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for block in unet.modules():
+        if isinstance(block, (ResnetBlock2D, Transformer2DModel)):
+            block.compile()

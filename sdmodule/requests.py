@@ -1,0 +1,130 @@
+"""What a run of sampling is asked for: one request an image."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdmodule.errors import SettingsError, choices
+
+
+@dataclass
+class SampleRequest:
+    """One image to sample.
+
+    Not frozen, since Lightning cannot move a frozen dataclass to a device or to half precision.
+
+    Args:
+        index: the image's place in the run.
+        prompt: what it shows; empty for unconditional.
+        negative_prompt: what guidance leads away from.
+        seed: seed of its initial noise.
+    """
+
+    index: int
+    prompt: str
+    negative_prompt: str
+    seed: int
+
+
+def build_requests(
+    prompt: str | Sequence[str] | None = None,
+    prompts: str | None = None,
+    negative_prompt: str | Sequence[str] | None = None,
+    num_images_per_prompt: int = 1,
+    seed: int = 0,
+) -> list[SampleRequest]:
+    """List the images of a run: all images of the first prompt, then of the second; image k has seed ``seed + k``.
+
+    Args:
+        prompt: one or several prompts; an empty string samples without a condition.
+        prompts: instead, a ``.txt`` with a prompt a line, or a ``.jsonl`` with an object a line: ``prompt`` and,
+            optionally, its own ``negative_prompt`` and ``seed`` (its images use ``seed``, ``seed + 1``, …).
+            Blank lines are skipped.
+        negative_prompt: one for all prompts, or one for each.
+        num_images_per_prompt: images of each prompt.
+        seed: seed of the first image.
+
+    Raises:
+        SettingsError: if a setting or the file cannot be used.
+    """
+    if not _is_count(num_images_per_prompt) or num_images_per_prompt < 1:
+        raise SettingsError(f"num_images_per_prompt={num_images_per_prompt} is too small; give 1 or more.")
+    if not _is_count(seed):
+        raise SettingsError(f"seed={seed!r} is no seed; give a whole number, 0 or more.")
+    if prompt is not None and prompts is not None:
+        raise SettingsError(f"Both prompt={prompt!r} and prompts={prompts} are given; give one of them.")
+    if prompts is not None:
+        rows = _read_prompts(Path(prompts).expanduser())
+    elif prompt is not None:
+        rows = [{"prompt": text} for text in _strings(prompt, "prompt")]
+    else:
+        raise SettingsError("No prompt is given; set prompt to a text or prompts to a .txt or .jsonl file.")
+
+    negatives = _strings("" if negative_prompt is None else negative_prompt, "negative_prompt")
+    if negative_prompt is None or isinstance(negative_prompt, str):
+        negatives *= len(rows)
+    if len(negatives) != len(rows):
+        raise SettingsError(
+            f"negative_prompt has {len(negatives)} texts for {len(rows)} prompts; give one text, or one a prompt."
+        )
+    requests: list[SampleRequest] = []
+    for row, negative in zip(rows, negatives, strict=True):
+        first = len(requests)
+        first_seed = row.get("seed", seed + first)
+        requests += [
+            SampleRequest(first + i, row["prompt"], row.get("negative_prompt", negative), first_seed + i)
+            for i in range(num_images_per_prompt)
+        ]
+    return requests
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _strings(value: str | Sequence[str], key: str) -> list[str]:
+    """Turn one text or a list of them into a list."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, Sequence) or not all(isinstance(text, str) for text in value):
+        raise SettingsError(f"{key}={value!r} is no text; give a string or a list of strings (quote numbers).")
+    if not value:
+        raise SettingsError(f"{key}=[] is empty; give at least one text.")
+    return list(value)
+
+
+def _read_prompts(path: Path) -> list[dict]:
+    """Read a file of prompts as rows with ``prompt`` and, optionally, ``negative_prompt`` and ``seed``."""
+    if path.suffix not in {".txt", ".jsonl"}:
+        raise SettingsError(f"prompts={path} is neither .txt (a prompt a line) nor .jsonl (an object a line).")
+    if not path.is_file():
+        raise SettingsError(f"prompts={path} is no file; give the path of a .txt or .jsonl file.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"prompts={path} is not UTF-8 text ({error}); save it as UTF-8.") from error
+    lines = {number: line.strip() for number, line in enumerate(text.split("\n"), start=1) if line.strip()}
+    if not lines:
+        raise SettingsError(f"prompts={path} is blank; write a prompt a line.")
+    if path.suffix == ".txt":
+        return [{"prompt": line} for line in lines.values()]
+    return [_parse_row(line, f"prompts={path}, line {number}") for number, line in lines.items()]
+
+
+def _parse_row(line: str, where: str) -> dict:
+    types = {"prompt": "a string", "negative_prompt": "a string", "seed": "a whole number, 0 or more"}
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise SettingsError(f"{where} is no JSON ({error}); write an object a line.") from error
+    if not isinstance(row, dict) or "prompt" not in row:
+        raise SettingsError(f'{where} is {line}; write an object with at least "prompt".')
+    for name, value in row.items():
+        if name not in types:
+            raise SettingsError(f"{where} has the unknown key {name!r}; allowed are {choices(types)}.")
+        if not (_is_count(value) if name == "seed" else isinstance(value, str)):
+            raise SettingsError(f"{where} has {name}={value!r}; give {types[name]}.")
+    return row

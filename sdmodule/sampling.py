@@ -1,0 +1,269 @@
+"""From prompts to pictures: settings, checks, and the sampling of one batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sdmodule.conditioning.text import count_chunks, encode_prompts
+from sdmodule.diffusion.guidance import guide, rescale
+from sdmodule.diffusion.sampler import denoise, draw_latents, generators
+from sdmodule.errors import SettingsError
+from sdmodule.requests import SampleRequest
+from sdmodule.schedulers import make_scheduler
+
+if TYPE_CHECKING:
+    from sdmodule.components import Components
+
+ZERO_SNR_RESCALE = 0.7
+"""Guidance rescale for models of zero terminal SNR (Lin et al. 2023, section 3.4)."""
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How pictures are sampled.
+
+    Args:
+        scheduler: a scheduler's name or settings (see ``make_scheduler``); the checkpoint's own if None.
+        steps: denoising steps.
+        guidance_scale: strength of classifier-free guidance; 1 or less is none.
+        guidance_rescale: share of the correction of guidance's overexposure; None takes 0.7 for a model of zero
+            terminal SNR and 0 for any other.
+        eta: share of DDPM noise in DDIM, 0 to 1.
+        height: pixels; the checkpoint's own size if None.
+        width: pixels; the checkpoint's own size if None.
+
+    Raises:
+        SettingsError: for a value out of range.
+    """
+
+    scheduler: str | Mapping[str, Any] | None = None
+    steps: int = 50
+    guidance_scale: float = 7.5
+    guidance_rescale: float | None = None
+    eta: float = 0.0
+    height: int | None = None
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise SettingsError(f"steps={self.steps} is not allowed; give a whole number of at least 1.")
+        if not 0.0 <= self.eta <= 1.0:
+            raise SettingsError(f"eta={self.eta} is not allowed; give a number from 0 to 1.")
+        if not -1e4 < self.guidance_scale < 1e4:
+            raise SettingsError(f"guidance_scale={self.guidance_scale} is not allowed; give a number such as 7.5.")
+        if self.guidance_rescale is not None and not 0.0 <= self.guidance_rescale <= 1.0:
+            raise SettingsError(f"guidance_rescale={self.guidance_rescale} is not allowed; give a number from 0 to 1.")
+
+    def updated(self, **changes: Any) -> SamplingSettings:
+        """These settings with those of ``changes`` that are not None."""
+        return replace(self, **{name: value for name, value in changes.items() if value is not None})
+
+
+@dataclass
+class Samples:
+    """Pictures of one batch.
+
+    Attributes:
+        pictures: ``[B, 3, H, W]`` in [0, 1], float32, on the CPU.
+        requests: what each picture was asked to be.
+        seconds: time of each stage: ``text``, ``denoise``, ``decode``.
+        facts: settings that hold for the whole batch, in plain types.
+    """
+
+    pictures: Tensor
+    requests: list[SampleRequest]
+    seconds: dict[str, float]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Stopwatch:
+    """Seconds by stage; waits for the device at each stage's end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time of the block to ``seconds[name]``."""
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def latent_shape(parts: Components, settings: SamplingSettings) -> tuple[int, int, int]:
+    """Shape ``(C, h, w)`` of one picture's latents.
+
+    Raises:
+        SettingsError: for a height or width that the autoencoder's factor does not divide.
+    """
+    factor = parts.pixels_per_latent
+    sides = []
+    for name, pixels in (("height", settings.height), ("width", settings.width)):
+        pixels = parts.unet.config.sample_size * factor if pixels is None else pixels
+        if isinstance(pixels, bool) or not isinstance(pixels, int) or pixels < factor or pixels % factor:
+            below = max(pixels // factor, 1) * factor if isinstance(pixels, int) else factor
+            raise SettingsError(
+                f"{name}={pixels} is not allowed; give a multiple of {factor} such as {below} or {below + factor}."
+            )
+        sides.append(pixels // factor)
+    return parts.vae.config.latent_channels, sides[0], sides[1]
+
+
+def sampling_scheduler(parts: Components, settings: SamplingSettings) -> Any:
+    """The scheduler with its timesteps set.
+
+    Raises:
+        SettingsError: for an unknown scheduler, or more steps than it was trained with.
+    """
+    scheduler = make_scheduler(settings.scheduler, parts.scheduler.config)
+    total = scheduler.config.num_train_timesteps
+    if settings.steps > total:
+        raise SettingsError(f"steps={settings.steps} is more than the schedule's {total} timesteps; give 1 to {total}.")
+    scheduler.set_timesteps(settings.steps)
+    return scheduler
+
+
+def chunks_needed(parts: Components, request: SampleRequest) -> int:
+    """Chunks of text that a request's prompt and negative prompt need; the two are encoded at one length."""
+    return max(count_chunks(text, parts.tokenizer) for text in (request.prompt, request.negative_prompt))
+
+
+def encode_requests(parts: Components, requests: Sequence[SampleRequest], guided: bool) -> Tensor:
+    """Embeddings of a batch, the negative prompts' half first if guided: ``[B or 2B, chunks * 77, D]``.
+
+    A text that occurs several times is encoded once.
+    """
+    texts = [r.negative_prompt for r in requests] if guided else []
+    texts += [r.prompt for r in requests]
+    unique = list(dict.fromkeys(texts))
+    chunks = max(chunks_needed(parts, request) for request in requests)
+    embeddings = encode_prompts(unique, parts.tokenizer, parts.text_encoder, chunks=chunks)
+    return embeddings[[unique.index(text) for text in texts]]
+
+
+@torch.no_grad()
+def sample(
+    parts: Components,
+    requests: Sequence[SampleRequest],
+    settings: SamplingSettings,
+    *,
+    noise: Tensor | None = None,
+    sources: Sequence[torch.Generator] | None = None,
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> Samples:
+    """Sample one batch of pictures, all of the same size and length of text.
+
+    Args:
+        parts: the model.
+        requests: B images; each is drawn from its own seed.
+        settings: steps, guidance and the rest.
+        noise: initial noise ``[B, 4, h, w]``, instead of the seeds'.
+        sources: one generator an image, instead of the seeds'.
+        on_step: called with the number of steps done and the latents.
+    """
+    watch = Stopwatch(parts.unet.device)
+    scheduler = sampling_scheduler(parts, settings)
+    shape = latent_shape(parts, settings)
+    guided = settings.guidance_scale > 1.0
+    correction = settings.guidance_rescale
+    if correction is None:
+        correction = ZERO_SNR_RESCALE if scheduler.config.get("rescale_betas_zero_snr") else 0.0
+
+    with watch.stage("text"):
+        embeddings = encode_requests(parts, requests, guided).to(parts.unet.dtype)
+
+    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+        if not guided:
+            return parts.unet(latents, timestep, encoder_hidden_states=embeddings).sample
+        both = parts.unet(torch.cat([latents, latents]), timestep, encoder_hidden_states=embeddings).sample
+        unconditional, conditional = both.chunk(2)
+        guided_prediction = guide(unconditional, conditional, settings.guidance_scale)
+        return rescale(guided_prediction, conditional, correction) if correction else guided_prediction
+
+    with watch.stage("denoise"):
+        sources = generators([r.seed for r in requests]) if sources is None else sources
+        noise = draw_latents(shape, sources, like=embeddings) if noise is None else noise.to(embeddings)
+        latents = denoise(predict, noise, scheduler, sources, settings.eta, on_step)
+
+    with watch.stage("decode"):
+        pictures = decode(parts, latents).cpu()
+    facts = {
+        "steps": settings.steps,
+        "guidance_scale": settings.guidance_scale,
+        "guidance_rescale": correction,
+        "eta": settings.eta,
+        "scheduler": type(scheduler).__name__,
+        "height": pictures.shape[-2],
+        "width": pictures.shape[-1],
+        "model": parts.source,
+    }
+    return Samples(pictures, list(requests), watch.seconds, facts)
+
+
+def sample_all(
+    parts: Components,
+    requests: Sequence[SampleRequest],
+    settings: SamplingSettings,
+    *,
+    noise: Tensor | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> Samples:
+    """Sample pictures whose prompts may need different lengths of text, and return them in the order asked for.
+
+    Prompts of one length share a batch: padding a short prompt to its neighbour's length would change its picture.
+
+    Args:
+        parts: the model.
+        requests: what to sample.
+        settings: steps, guidance and the rest.
+        noise: initial noise ``[B, 4, h, w]``, instead of the seeds'.
+        generator: source of all noise, or one an image, instead of the seeds'.
+        on_step: called with the number of steps done and the latents.
+
+    Raises:
+        SettingsError: for noise of another shape or another number of generators.
+    """
+    shape = (len(requests), *latent_shape(parts, settings))
+    sources = [generator] * len(requests) if isinstance(generator, torch.Generator) else generator
+    if noise is not None and tuple(noise.shape) != shape:
+        raise SettingsError(f"latents have the shape {tuple(noise.shape)}; give {shape}.")
+    if sources is not None and len(sources) != len(requests):
+        raise SettingsError(f"{len(sources)} generators were given for {len(requests)} pictures; give one for each.")
+    groups: dict[int, list[int]] = {}
+    for position, request in enumerate(requests):
+        groups.setdefault(chunks_needed(parts, request), []).append(position)
+    done = []
+    for positions in groups.values():
+        samples = sample(
+            parts,
+            [requests[p] for p in positions],
+            settings,
+            noise=None if noise is None else noise[positions],
+            sources=None if sources is None else [sources[p] for p in positions],
+            on_step=on_step,
+        )
+        done.append(samples)
+    if len(done) == 1:
+        return done[0]
+    order = torch.tensor([p for positions in groups.values() for p in positions]).argsort()
+    seconds: dict[str, float] = {}
+    for stage in done[0].seconds:
+        seconds[stage] = sum(samples.seconds[stage] for samples in done)
+    return Samples(torch.cat([s.pictures for s in done])[order], list(requests), seconds, done[0].facts)
+
+
+def decode(parts: Components, latents: Tensor) -> Tensor:
+    """Pictures ``[B, 3, H, W]`` in [0, 1], float32, of latents ``[B, 4, h, w]``."""
+    images = parts.vae.decode((latents / parts.vae.config.scaling_factor).to(parts.vae.dtype)).sample
+    return (images.float() / 2 + 0.5).clamp(0, 1)

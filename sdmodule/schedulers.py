@@ -1,0 +1,54 @@
+"""Noise schedulers of diffusers, by name or by configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+
+from sdmodule.errors import SettingsError, choices
+
+SHORT_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "pndm": ("PNDMScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
+    "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+}
+"""Names that people type, with the class and the settings they stand for."""
+
+CLASSES = sorted({member.name for member in KarrasDiffusionSchedulers} & set(dir(diffusers)))
+"""diffusers' classes that work with Stable Diffusion's noise schedule."""
+
+
+def make_scheduler(wanted: str | Mapping[str, Any] | None, base: Mapping[str, Any]) -> SchedulerMixin:
+    """Build a scheduler on the noise schedule of a checkpoint.
+
+    Args:
+        wanted: a short name or a class of diffusers; or ``{"name": …}`` with settings that replace the checkpoint's;
+            or None for the checkpoint's own scheduler.
+        base: configuration of the checkpoint's scheduler (betas, prediction type and the rest).
+
+    Raises:
+        SettingsError: for a name or a setting that is not known.
+    """
+    settings = dict(wanted) if isinstance(wanted, Mapping) else {"name": wanted}
+    name = settings.pop("name", None) or base.get("_class_name", "DDIMScheduler")
+    class_name, preset = SHORT_NAMES.get(name, (name, {}))
+    if class_name not in CLASSES:
+        raise SettingsError(f"scheduler={name} is not known; give {choices(SHORT_NAMES)}, or a class: {choices(CLASSES)}.")
+    scheduler_class = getattr(diffusers, class_name)
+    allowed = set(scheduler_class._get_init_keys(scheduler_class))
+    unknown = set(settings) - allowed
+    if unknown:
+        raise SettingsError(
+            f"scheduler {name} has no setting {choices(unknown)}; its settings are {choices(allowed - {'self'})}."
+        )
+    return scheduler_class.from_config({k: v for k, v in base.items() if k != "_class_name"}, **preset, **settings)
