@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
-from sdmodule.errors import SettingsError
-from sdmodule.module import StableDiffusionModule
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from sdmodule.errors import SettingsError
+from sdmodule.version import __version__
+
+if TYPE_CHECKING:
+    from sdmodule.module import StableDiffusionModule
+
 __all__ = ["SettingsError", "StableDiffusionModule", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module when it is asked for: torch and diffusers take seconds, and ``--help`` needs neither."""
+    if name == "StableDiffusionModule":
+        from sdmodule.module import StableDiffusionModule
+
+        return StableDiffusionModule
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,16 +20,16 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from lightning import LightningModule
 from torch import Tensor, nn
-from typing_extensions import Self, override
+from typing_extensions import override
 
-from sdmodule.components import Components, load_components, save_components
+from sdmodule.components import load_components, save_components
 from sdmodule.conditioning.text import encode_prompts
 from sdmodule.diffusion.objective import add_noise, draw_timesteps, target
 from sdmodule.errors import SettingsError
 from sdmodule.pictures import converted
 from sdmodule.progress import steps_bar
 from sdmodule.requests import SampleRequest, build_requests
-from sdmodule.sampling import Samples, SamplingSettings, sample_all
+from sdmodule.sampling import Samples, SamplingSettings, check_settings, sample_all
 from sdmodule.schedulers import make_scheduler
 
 VALIDATION_TIMESTEPS = 4
@@ -81,13 +81,12 @@ class StableDiffusionModule(LightningModule):
         super().__init__()
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "scratch", "compile"])
         self.sampling = SamplingSettings(**(sampling or {}))
-        parts = load_components(
-            pretrained, revision=revision, variant=variant, components=components, scratch=scratch
-        )
+        parts = load_components(pretrained, revision=revision, variant=variant, components=components, scratch=scratch)
+        check_settings(parts, self.sampling)
         self.parts = parts
-        self.unet: nn.Module = parts.unet
-        self.vae: nn.Module = parts.vae.eval().requires_grad_(False)
-        self.text_encoder: nn.Module = parts.text_encoder.train(train_text_encoder).requires_grad_(train_text_encoder)
+        self.unet: Any = parts.unet
+        self.vae: Any = parts.vae.eval().requires_grad_(False)
+        self.text_encoder: Any = parts.text_encoder.train(train_text_encoder).requires_grad_(train_text_encoder)
         self.noise_schedule = make_scheduler(train_scheduler, parts.scheduler.config)
         self.train_text_encoder = train_text_encoder
         self.caption_dropout = caption_dropout
@@ -156,13 +155,23 @@ class StableDiffusionModule(LightningModule):
             return encode_prompts(prompts, self.parts.tokenizer, self.text_encoder)
 
     @override
+    def on_validation_start(self) -> None:
+        # Compiled for training alone: to compile for validation's shapes too takes longer than validation does.
+        torch.compiler.set_stance("force_eager")
+
+    @override
+    def on_validation_end(self) -> None:
+        torch.compiler.set_stance("default")
+
+    @override
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         generator = self._generator(0, batch_idx, self.global_rank)
         latents = self.encode_images(batch, generator)
         total = len(self.alphas_cumprod)
         errors = []
         for level in range(VALIDATION_TIMESTEPS):
-            timesteps = torch.full((len(latents),), int((level + 0.5) * total / VALIDATION_TIMESTEPS), device=self.device)
+            timestep = int((level + 0.5) * total / VALIDATION_TIMESTEPS)
+            timesteps = torch.full((len(latents),), timestep, device=self.device)
             errors.append(self.denoising_errors(latents, timesteps, batch["caption"], generator).mean())
         self.log("val/loss", torch.stack(errors).mean(), prog_bar=True, sync_dist=True, batch_size=len(latents))
 
@@ -174,7 +183,7 @@ class StableDiffusionModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
 
     def _generator(self, *position: int) -> torch.Generator:
-        """A generator for one place in the training, so that what is drawn there does not depend on what came before."""
+        """A generator for one place in the training: what is drawn there does not depend on what came before."""
         digest = hashlib.blake2b(repr((self.seed, *position)).encode(), digest_size=7).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest))
 
@@ -249,9 +258,7 @@ class StableDiffusionModule(LightningModule):
         )
         requests = build_requests(prompt, None, negative_prompt, num_images_per_prompt, seed)
         with evaluating(self), steps_bar(settings.steps, show_progress) as on_step:
-            samples = sample_all(
-                self.parts, requests, settings, noise=latents, generator=generator, on_step=on_step
-            )
+            samples = sample_all(self.parts, requests, settings, noise=latents, generator=generator, on_step=on_step)
         return {
             "samples": converted(samples.pictures, return_type),
             "prompts": [r.prompt for r in requests],
@@ -310,4 +317,4 @@ def compile_blocks(unet: nn.Module) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in unet.modules():
         if isinstance(block, (ResnetBlock2D, Transformer2DModel)):
-            block.compile()
+            block.compile(dynamic=False)

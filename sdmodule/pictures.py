@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ def contact_sheet(images: list[Image.Image], columns: int) -> Image.Image:
     return sheet
 
 
-def captioned_sheet(images: list[Image.Image], captions: list[str], tile: int = 192) -> Image.Image:
+def captioned_sheet(images: Sequence[Image.Image], captions: Sequence[str], tile: int = 192) -> Image.Image:
     """Put images side by side, each above its caption, in a sheet about as wide as it is high.
 
     Args:
@@ -58,7 +59,7 @@ def captioned_sheet(images: list[Image.Image], captions: list[str], tile: int = 
     font = ImageFont.load_default(12)
     columns = math.ceil(math.sqrt(len(images)))
     wrapped = [_wrapped(caption, font, tile) for caption in captions]
-    line = sum(font.getmetrics())
+    line = 15
     row_height = tile + line * max(map(len, wrapped)) + 12
     sheet = Image.new("RGB", (columns * (tile + 8) + 8, -(-len(images) // columns) * row_height + 8), "white")
     draw = ImageDraw.Draw(sheet)

@@ -133,6 +133,16 @@ def sampling_scheduler(parts: Components, settings: SamplingSettings) -> Any:
     return scheduler
 
 
+def check_settings(parts: Components, settings: SamplingSettings) -> None:
+    """Check what only the checkpoint can tell, long before the first picture: its sizes, its schedule.
+
+    Raises:
+        SettingsError: for a size, a scheduler or a number of steps that it does not take.
+    """
+    latent_shape(parts, settings)
+    sampling_scheduler(parts, settings)
+
+
 def chunks_needed(parts: Components, request: SampleRequest) -> int:
     """Chunks of text that a request's prompt and negative prompt need; the two are encoded at one length."""
     return max(count_chunks(text, parts.tokenizer) for text in (request.prompt, request.negative_prompt))

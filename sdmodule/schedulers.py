@@ -43,7 +43,9 @@ def make_scheduler(wanted: str | Mapping[str, Any] | None, base: Mapping[str, An
     name = settings.pop("name", None) or base.get("_class_name", "DDIMScheduler")
     class_name, preset = SHORT_NAMES.get(name, (name, {}))
     if class_name not in CLASSES:
-        raise SettingsError(f"scheduler={name} is not known; give {choices(SHORT_NAMES)}, or a class: {choices(CLASSES)}.")
+        raise SettingsError(
+            f"scheduler={name} is not known; give {choices(SHORT_NAMES)}, or a class: {choices(CLASSES)}."
+        )
     scheduler_class = getattr(diffusers, class_name)
     allowed = set(scheduler_class._get_init_keys(scheduler_class))
     unknown = set(settings) - allowed
@@ -51,4 +53,5 @@ def make_scheduler(wanted: str | Mapping[str, Any] | None, base: Mapping[str, An
         raise SettingsError(
             f"scheduler {name} has no setting {choices(unknown)}; its settings are {choices(allowed - {'self'})}."
         )
-    return scheduler_class.from_config({k: v for k, v in base.items() if k != "_class_name"}, **preset, **settings)
+    # the class in the configuration is what a copy of this scheduler is made from
+    return scheduler_class.from_config({**base, "_class_name": class_name}, **preset, **settings)

@@ -1,30 +1,63 @@
-"""The Lightning trainer, with the machine checked first."""
+"""The Lightning trainer, with the machine and its own settings checked first."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from sdmodule.errors import SettingsError
 
 
-def make_trainer(accelerator: str = "cpu", **settings: Any) -> Trainer:
-    """Build a trainer; ``settings`` are those of ``lightning.Trainer``.
+def make_trainer(
+    accelerator: str = "cpu",
+    max_steps: int = 1000,
+    val_check_interval: int = 250,
+    accumulate_grad_batches: int = 1,
+    callbacks: Sequence[Callback] = (),
+    **settings: Any,
+) -> Trainer:
+    """Build a trainer.
 
-    Validation intervals count steps, over epochs.
+    Args:
+        accelerator: ``cpu`` or ``gpu``.
+        max_steps: optimizer steps of the training.
+        val_check_interval: optimizer steps between validations, counted over epochs; a shorter training validates
+            once, at its end.
+        accumulate_grad_batches: batches that make a step.
+        callbacks: what goes along; a progress bar and checkpoints are made by these alone.
+        settings: any others of ``lightning.Trainer``.
 
     Raises:
-        SettingsError: for a GPU where there is none.
+        SettingsError: for a GPU where there is none, and for settings that Lightning refuses.
     """
     if accelerator == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         raise SettingsError("trainer=gpu needs a GPU and torch sees none on this machine; use trainer=cpu.")
-    return Trainer(
-        accelerator=accelerator,
-        check_val_every_n_epoch=None,
-        enable_progress_bar=any(type(c).__name__ == "ProgressBar" for c in settings.get("callbacks", ())),
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **settings,
-    )
+    counts = {
+        "max_steps": max_steps,
+        "val_check_interval": val_check_interval,
+        "accumulate_grad_batches": accumulate_grad_batches,
+    }
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise SettingsError(f"trainer.{name}={value} is not allowed; give a whole number of at least 1.")
+    try:
+        return Trainer(
+            accelerator=accelerator,
+            max_steps=max_steps,
+            val_check_interval=min(val_check_interval, max_steps) * accumulate_grad_batches,  # Lightning counts batches
+            check_val_every_n_epoch=None,
+            accumulate_grad_batches=accumulate_grad_batches,
+            callbacks=list(callbacks),
+            enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+            enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            **settings,
+        )
+    except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+        raise SettingsError(f"trainer: Lightning refuses these settings: {' '.join(str(error).split())}") from error

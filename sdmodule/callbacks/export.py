@@ -38,6 +38,6 @@ class Export(Callback):
             return
         ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
         with ema.applied(pl_module) if ema else nullcontext():
-            pl_module.save_pretrained(self.folder, dtype=self.dtype)
+            pl_module.save_pretrained(self.folder, dtype=self.dtype)  # type: ignore[operator]
         facts = {"weights": "ema" if ema and ema.average else "raw", "steps": trainer.global_step, "dtype": self.dtype}
         (self.folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n")

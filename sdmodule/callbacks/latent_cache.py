@@ -76,7 +76,7 @@ class LatentCache(Callback):
         moments = None
         for batch in DataLoader(pictures, self.batch_size):
             with torch.autocast(module.device.type, torch.bfloat16, enabled=module.trainer.precision == "bf16-mixed"):
-                encoded = module.encode_moments(batch["image"].to(module.device)).cpu()
+                encoded = module.encode_moments(batch["image"].to(module.device)).cpu()  # type: ignore[operator]
             if moments is None:
                 shape = (count, *encoded.shape[1:])
                 moments = np.lib.format.open_memmap(self.file, mode="w+", dtype=np.float16, shape=shape)

@@ -39,7 +39,7 @@ class ValidationSamples(Callback):
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         prompts = self.prompts or self._captions(trainer)
-        images = pl_module.infer(prompts, seed=self.seed, show_progress=False)["samples"]
+        images = pl_module.infer(prompts, seed=self.seed, show_progress=False)["samples"]  # type: ignore[operator]
         captions = [f"{prompt} · {self.seed + k}" for k, prompt in enumerate(prompts)]
         self.output_dir.mkdir(parents=True, exist_ok=True)
         captioned_sheet(images, captions).save(self.output_dir / f"{trainer.global_step:06d}.png")

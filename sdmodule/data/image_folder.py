@@ -16,12 +16,13 @@ import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from sdmodule.data.shapes import CaptionedImage
-from sdmodule.pictures import image_to_tensor
+from sdmodule.data.shuffle import ShuffleByEpoch
 from sdmodule.errors import SettingsError, choices
+from sdmodule.pictures import image_to_tensor
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
@@ -258,15 +259,6 @@ class ImageFolderDataset(Dataset[CaptionedImage]):
         return {"image": image_to_tensor(image), "caption": caption}
 
 
-class _ShuffleByEpoch(DistributedSampler[CaptionedImage]):
-    """Shuffles by (seed, epoch), over one device or many, and passes the epoch that the trainer sets to the data."""
-
-    @override
-    def set_epoch(self, epoch: int) -> None:
-        super().set_epoch(epoch)
-        self.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
-
-
 class ImageFolderDataModule(LightningDataModule):
     """Batches of a folder's pictures, ``image`` ``[B, 3, H, W]`` in [-1, 1] and ``caption``, a list of strings.
 
@@ -362,12 +354,12 @@ class ImageFolderDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         assert self.train_set is not None
         world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        sampler = _ShuffleByEpoch(self.train_set, world_size, rank, seed=self.seed)
+        sampler = ShuffleByEpoch(self.train_set, world_size, rank, seed=self.seed)
         # workers read ahead before the trainer first sets the epoch: a resumed run must not start with epoch 0
         sampler.set_epoch(self.trainer.current_epoch if self.trainer else 0)
         return DataLoader(
             self.train_set,
-            batch_size=self.batch_size,  # by keyword, or Lightning cannot rebuild the loader for several devices
+            batch_size=self.batch_size,
             sampler=sampler,
             drop_last=len(sampler) >= self.batch_size,
             num_workers=self.num_workers,

@@ -139,7 +139,8 @@ def render(scene: Scene, size: int = IMAGE_SIZE, oversample: int = 4) -> Image.I
     scale = oversample * size / IMAGE_SIZE
     for item in scene.objects:
         mask = Image.new("L", (size * oversample, size * oversample))
-        outline = [((item.x + item.radius * px) * scale, (item.y + item.radius * py) * scale) for px, py in SHAPES[item.shape]]
+        corners = [(item.x + item.radius * px, item.y + item.radius * py) for px, py in SHAPES[item.shape]]
+        outline = [(x * scale, y * scale) for x, y in corners]
         ImageDraw.Draw(mask).polygon(outline, fill=255)
         image.paste(COLOURS[item.colour], mask=mask.reduce(oversample))
     return image

@@ -14,7 +14,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
 def signal_and_noise_rates(alphas_cumprod: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of signal and noise at ``timesteps`` ``[B]``, each ``[B, 1, 1, 1]`` (alpha and sigma of Salimans and Ho)."""
+    """Factors of signal and noise at ``timesteps`` ``[B]``, each ``[B, 1, 1, 1]``: alpha, sigma of Salimans and Ho."""
     alpha_squared = alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
     return alpha_squared.sqrt(), (1.0 - alpha_squared).sqrt()
 
@@ -39,7 +39,7 @@ def target(prediction_type: str, latents: Tensor, noise: Tensor, alphas_cumprod:
     if prediction_type == "v_prediction":
         signal_rate, noise_rate = signal_and_noise_rates(alphas_cumprod, timesteps)
         return signal_rate * noise - noise_rate * latents
-    raise SettingsError(f"prediction_type={prediction_type} cannot be trained; give one of {', '.join(PREDICTION_TYPES)}.")
+    raise SettingsError(f"prediction_type={prediction_type} cannot be trained; give {' or '.join(PREDICTION_TYPES)}.")
 
 
 def draw_timesteps(count: int, total: int, generator: torch.Generator, shift: float = 1.0) -> Tensor:

@@ -62,7 +62,9 @@ class _Bookkeeping:
     """Stands for a class that old `.ckpt` files name, as a key of their callbacks, and never call."""
 
 
-HARMLESS = [(_Bookkeeping, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
+HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (_Bookkeeping, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")
+]
 
 
 def load_single_file(
@@ -116,7 +118,7 @@ def load_clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
         A tokenizer of 49,408 entries for 77 tokens.
     """
     lines = (CONFIGS / "tokenizer" / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
-    merges = [tuple(line.split()) for line in lines]
+    merges: list[Any] = [tuple(line.split()) for line in lines]
     symbols = sorted(ByteLevel.alphabet())
     words = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *map("".join, merges)]
     vocab = {word: index for index, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}

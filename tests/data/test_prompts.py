@@ -50,8 +50,8 @@ def test_jsonl_lines_bring_their_own_negative_prompt_and_seed(tmp_path: Path) ->
     [
         ({}, "No prompt"),
         ({"prompt": "a", "prompts": "b.txt"}, "Both"),
-        ({"prompt": []}, r"data\.prompt=\[\]"),
-        ({"prompt": 3}, r"data\.prompt=3"),
+        ({"prompt": []}, r"^prompt=\[\]"),
+        ({"prompt": 3}, "^prompt=3"),
         ({"prompt": ["a", 3]}, "quote numbers"),
         ({"prompt": ["a", "b"], "negative_prompt": ["x", "y", "z"]}, "3 texts for 2 prompts"),
         ({"prompt": "a", "num_images_per_prompt": 0}, "num_images_per_prompt=0"),

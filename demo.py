@@ -1,0 +1,84 @@
+"""The first thing to run: fine-tune the embedded model on a few real pictures, and look at what came of it.
+
+``make demo`` runs it. It uses the two commands that everybody uses, nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+HERE = Path(__file__).parent
+PICTURES = HERE / "sdmodule" / "assets" / "emoji"
+OUTPUT = HERE / "outputs" / "demo"
+STEPS = 400
+
+SHAPES = [
+    "a red circle on a blue background",
+    "a small green star at the top on a white background",
+    "a large yellow heart on a purple background",
+    "a blue square to the left of an orange triangle on a black background",
+]
+
+
+def main() -> None:
+    """Sample, fine-tune, sample again, and lay the pictures side by side."""
+    shutil.rmtree(OUTPUT, ignore_errors=True)
+    rows = [json.loads(line) for line in (PICTURES / "metadata.jsonl").read_text().splitlines()]
+    captions = [row["text"] for row in rows[:8]]
+
+    shapes = predict(SHAPES, "shapes")
+    before = predict(captions, "before")
+    command("train.py", f"data.root={PICTURES}", "experiment=demo", f"trainer.max_steps={STEPS}", "train")
+    after = predict(captions, "after", f"pretrained={OUTPUT / 'train' / 'export'}")
+    wanted = [Image.open(PICTURES / row["file_name"]).convert("RGB") for row in rows[:8]]
+
+    grid = OUTPUT / "grid.png"
+    sheet(
+        {
+            "the embedded model obeys its prompt": (shapes, SHAPES),
+            "pictures to fine-tune on": (wanted, captions),
+            "before fine-tuning": (before, captions),
+            f"after {STEPS} steps": (after, captions),
+        }
+    ).save(grid)
+    print(f"\nLook at {grid.relative_to(HERE)}")
+
+
+def command(script: str, *arguments: str) -> None:
+    """Run one of the project's commands; the last argument names its folder."""
+    *settings, name = arguments
+    line = [sys.executable, str(HERE / script), *settings, f"output_dir={OUTPUT / name}"]
+    subprocess.run(line, check=True, cwd=HERE)
+
+
+def predict(prompts: list[str], name: str, *settings: str) -> list[Image.Image]:
+    """Sample a picture of each prompt."""
+    command("predict.py", f"prompt={json.dumps(prompts)}", "steps=25", "batch_size=8", *settings, name)
+    return [Image.open(file) for file in sorted((OUTPUT / name / "images").iterdir())]
+
+
+def sheet(rows: dict[str, tuple[list[Image.Image], list[str]]], tile: int = 128) -> Image.Image:
+    """Lay rows of pictures out, each under its title."""
+    font = ImageFont.load_default(13)
+    columns = max(len(images) for images, _ in rows.values())
+    height = tile + 56
+    page = Image.new("RGB", (columns * (tile + 8) + 8, len(rows) * height + 8), "white")
+    draw = ImageDraw.Draw(page)
+    for r, (title, (images, captions)) in enumerate(rows.items()):
+        draw.text((8, 8 + r * height), title, fill="black", font=font)
+        for k, (image, caption) in enumerate(zip(images, captions, strict=True)):
+            x, y = 8 + k * (tile + 8), 26 + r * height
+            page.paste(image.resize((tile, tile), Image.Resampling.NEAREST), (x, y))
+            short = caption if len(caption) <= 22 else caption[:21] + "…"
+            draw.text((x, y + tile + 2), short, fill="gray", font=ImageFont.load_default(11))
+    return page
+
+
+if __name__ == "__main__":
+    main()

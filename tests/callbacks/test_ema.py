@@ -1,0 +1,118 @@
+"""The average of the weights: what it is, where it is used, and that a checkpoint keeps it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from sdmodule.callbacks.ema import EMA, trainable
+from sdmodule.data.shapes import ShapesDataModule
+from sdmodule.module import StableDiffusionModule
+
+
+class Recorder(Callback):
+    """The weights after each step, and those that validation sees."""
+
+    def __init__(self) -> None:
+        self.trained: list[dict[str, Tensor]] = []
+        self.validated: list[dict[str, Tensor]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.trained.append(copied(pl_module))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.validated.append(copied(pl_module))
+
+
+def copied(module: LightningModule) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in trainable(module).items()}
+
+
+def assert_equal(weights: dict[str, Tensor], others: dict[str, Tensor], **tolerance) -> None:
+    torch.testing.assert_close(weights, others, **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+def fit(checkpoint: Path, steps: int, *callbacks: Callback, resume: Path | None = None, **settings):
+    module = StableDiffusionModule(
+        str(checkpoint), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), sampling={"steps": 1}
+    )
+    settings = {"limit_val_batches": 0, "num_sanity_val_steps": 0, "enable_checkpointing": False, **settings}
+    trainer = Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        callbacks=list(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **settings,
+    )
+    data = ShapesDataModule(batch_size=2, train_length=4, val_length=2, size=32)
+    trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+    return module, trainer
+
+
+def test_the_average_of_three_steps(checkpoint):
+    recorder, ema = Recorder(), EMA(decay=0.2, start_step=1)
+    module, _ = fit(checkpoint, 3, recorder, ema)
+    first, second, third = recorder.trained
+    expected = {}
+    for name in first:
+        average = 2 / 11 * first[name] + 9 / 11 * second[name]  # the first update's decay is (1 + 1) / (10 + 1)
+        expected[name] = 0.2 * average + 0.8 * third[name]  # (1 + 2) / (10 + 2) is more than the decay asked for
+    assert_equal(ema.average, expected, rtol=1e-5, atol=1e-7)
+    assert_equal(copied(module), third)
+    assert {name.split(".")[0] for name in ema.average} == {"unet"}
+
+
+def test_before_its_first_step_the_raw_weights_are_used(checkpoint):
+    recorder, ema = Recorder(), EMA(start_step=3)
+    fit(checkpoint, 2, recorder, ema, limit_val_batches=1, val_check_interval=1)
+    assert not ema.average
+    assert_equal(recorder.validated[-1], recorder.trained[-1])
+
+
+def test_validation_sees_the_average_and_training_goes_on_with_its_own_weights(checkpoint):
+    recorder, ema, undisturbed = Recorder(), EMA(start_step=1), Recorder()
+    module, _ = fit(checkpoint, 3, recorder, ema, limit_val_batches=1, val_check_interval=1)
+    assert len(recorder.validated) == 3
+    assert_equal(recorder.validated[-1], ema.average)
+    assert_equal(copied(module), recorder.trained[-1])
+    assert not torch.equal(ema.average["unet.conv_in.weight"], module.unet.conv_in.weight)
+    fit(checkpoint, 3, undisturbed)
+    assert_equal(recorder.trained[-1], undisturbed.trained[-1])
+
+
+def test_the_average_can_be_used_for_a_while(checkpoint):
+    ema = EMA(start_step=1)
+    module, _ = fit(checkpoint, 2, ema)
+    raw = copied(module)
+    with pytest.raises(KeyError), ema.applied(module):
+        assert_equal(copied(module), ema.average)
+        raise KeyError
+    assert_equal(copied(module), raw)
+
+
+def test_steps_that_only_gather_gradients_are_not_averaged(checkpoint):
+    ema = EMA(start_step=1)
+    fit(checkpoint, 3, ema, accumulate_grad_batches=2)
+    assert ema.updates == 2  # the first of three steps starts the average
+
+
+@pytest.mark.parametrize("gather", [1, 2])
+def test_a_stopped_training_goes_on_with_its_average(checkpoint, tmp_path, gather):
+    straight, resumed = EMA(start_step=1), EMA(start_step=1)
+    settings = {"accumulate_grad_batches": gather, "enable_checkpointing": True}
+    fit(checkpoint, 6, straight, checkpoints(tmp_path), **settings)
+    fit(checkpoint, 6, resumed, checkpoints(tmp_path / "again"), resume=tmp_path / "step=4.ckpt", **settings)
+    assert resumed.updates == straight.updates == 5
+    assert_equal(resumed.average, straight.average)
+
+
+def checkpoints(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)

@@ -1,0 +1,71 @@
+"""What is left after training: a folder that plain diffusers samples from, and a note of what it holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from lightning import Callback, Trainer
+
+from sdmodule.callbacks.ema import EMA
+from sdmodule.callbacks.export import Export
+from sdmodule.data.shapes import ShapesDataModule
+from sdmodule.errors import SettingsError
+from sdmodule.module import StableDiffusionModule
+
+
+def fit(checkpoint: Path, *callbacks: Callback) -> StableDiffusionModule:
+    module = StableDiffusionModule(str(checkpoint), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
+    trainer = Trainer(
+        max_steps=2,
+        accelerator="cpu",
+        logger=False,
+        callbacks=list(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(module, ShapesDataModule(batch_size=2, train_length=4, size=32))
+    return module
+
+
+def sample(folder: Path) -> np.ndarray:
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipeline("a red star", num_inference_steps=2, generator=generator, output_type="np").images
+
+
+def test_diffusers_samples_the_trained_weights(checkpoint, tmp_path):
+    module = fit(checkpoint, Export(tmp_path))
+    ours = module.infer("a red star", num_inference_steps=2, return_type="numpy")["samples"]
+    np.testing.assert_allclose(sample(tmp_path), ours, rtol=0, atol=1 / 255)
+    assert not np.allclose(sample(tmp_path), sample(checkpoint), atol=0.05), "training has changed the picture"
+    assert json.loads((tmp_path / "training.json").read_text()) == {"weights": "raw", "steps": 2, "dtype": "float32"}
+
+
+def test_the_average_is_exported_if_there_is_one(checkpoint, tmp_path):
+    ema = EMA(start_step=1)
+    module = fit(checkpoint, Export(tmp_path), ema)
+    exported = StableDiffusionModule.from_pretrained(str(tmp_path)).unet.conv_in.weight
+    assert torch.equal(exported, ema.average["unet.conv_in.weight"])
+    assert not torch.equal(exported, module.unet.conv_in.weight), "and the module keeps its own"
+    assert json.loads((tmp_path / "training.json").read_text())["weights"] == "ema"
+
+
+def test_a_training_shorter_than_the_average_exports_its_weights(checkpoint, tmp_path):
+    module = fit(checkpoint, Export(tmp_path, dtype="float16"), EMA(start_step=100))
+    exported = StableDiffusionModule.from_pretrained(str(tmp_path)).unet.conv_in.weight
+    torch.testing.assert_close(exported, module.unet.conv_in.weight, rtol=1e-3, atol=1e-3)
+    facts = {"weights": "raw", "steps": 2, "dtype": "float16"}
+    assert json.loads((tmp_path / "training.json").read_text()) == facts
+
+
+def test_an_unknown_type_is_refused(tmp_path):
+    with pytest.raises(SettingsError, match="export.dtype=bfloat16"):
+        Export(tmp_path, dtype="bfloat16")

@@ -1,0 +1,87 @@
+"""A whole checkpoint, random and tiny, made once without any network."""
+
+from __future__ import annotations
+
+import os
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+os.environ.update(OFFLINE)  # huggingface_hub reads it when it is imported
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel  # noqa: E402
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
+
+from sdmodule.components import Components, save_components  # noqa: E402
+from sdmodule.data.vocabulary import scene_captions, write_tokenizer  # noqa: E402
+from sdmodule.module import StableDiffusionModule  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reaches the network, and none leaves its own mode of W&B to the next."""
+    for name, value in OFFLINE.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder of pictures of 32 x 32 pixels, its weights random, its tokenizer that of the scenes."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_tokenizer(folder / "tokenizer", scene_captions(200), size=1024)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        parts = Components(
+            unet=UNet2DConditionModel(
+                sample_size=8,
+                block_out_channels=(32, 64),
+                down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+                layers_per_block=1,
+                attention_head_dim=2,
+                cross_attention_dim=32,
+                norm_num_groups=8,
+            ),
+            vae=AutoencoderKL(
+                block_out_channels=(8, 16, 16),
+                down_block_types=("DownEncoderBlock2D",) * 3,
+                up_block_types=("UpDecoderBlock2D",) * 3,
+                layers_per_block=1,
+                norm_num_groups=4,
+                sample_size=32,
+            ),
+            text_encoder=CLIPTextModel(
+                CLIPTextConfig(
+                    vocab_size=len(tokenizer),
+                    hidden_size=32,
+                    intermediate_size=64,
+                    num_hidden_layers=2,
+                    num_attention_heads=4,
+                    bos_token_id=tokenizer.bos_token_id,
+                    eos_token_id=tokenizer.eos_token_id,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+            ),
+            tokenizer=tokenizer,
+            scheduler=DDIMScheduler(
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                prediction_type="epsilon",
+                clip_sample=False,
+                set_alpha_to_one=False,
+                steps_offset=1,
+            ),
+            source=str(folder),
+        )
+    save_components(parts, folder)
+    return folder
+
+
+@pytest.fixture
+def module(checkpoint: Path) -> StableDiffusionModule:
+    """The checkpoint, ready to sample."""
+    return StableDiffusionModule.from_pretrained(str(checkpoint))

@@ -1,0 +1,219 @@
+"""Training changes what it should, gives back what it wrote, and can be stopped and taken up again at any step."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from sdmodule.callbacks.validation_samples import ValidationSamples
+from sdmodule.data.shapes import ShapesDataModule
+from sdmodule.errors import SettingsError
+from sdmodule.module import StableDiffusionModule, evaluating
+
+VELOCITY = {"name": "ddim", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+
+
+class Losses(Callback):
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        self.values.append(outputs["loss"].item())
+
+
+def fit(module: StableDiffusionModule, steps: int, *callbacks: Callback, resume: Path | None = None, **settings) -> Trainer:
+    """Train on six pictures an epoch, two a step, so that a few steps cross the end of an epoch."""
+    settings = {"limit_val_batches": 0, "enable_checkpointing": False, **settings}
+    trainer = Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        callbacks=list(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **settings,
+    )
+    data = ShapesDataModule(batch_size=2, train_length=6, val_length=2, size=32)
+    trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+    return trainer
+
+
+def weights(part: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in part.state_dict().items()}
+
+
+def equal(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
+    return weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+@pytest.fixture
+def build(checkpoint: Path):
+    """Make a module of the checkpoint that learns fast enough for two steps to show."""
+
+    def make(**settings) -> StableDiffusionModule:
+        return StableDiffusionModule(str(checkpoint), optimizer=fast, sampling={"steps": 2}, **settings)
+
+    return make
+
+
+def fast(parameters) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-3)
+
+
+# ------------------------------------------------------------------------------------------ what is trained
+
+
+@pytest.mark.parametrize("train_text_encoder", [False, True])
+def test_only_what_should_be_trained_changes(build, train_text_encoder):
+    module, losses = build(train_text_encoder=train_text_encoder), Losses()
+    before = {name: weights(getattr(module, name)) for name in ("unet", "vae", "text_encoder")}
+    fit(module, 2, losses)
+    assert len(losses.values) == 2 and np.isfinite(losses.values).all()
+    changed = {name for name in before if not equal(before[name], weights(getattr(module, name)))}
+    assert changed == ({"unet", "text_encoder"} if train_text_encoder else {"unet"})
+
+
+@pytest.mark.parametrize("schedule", ["ddpm", VELOCITY], ids=["epsilon", "v_prediction"])
+def test_the_loss_falls(build, schedule):
+    module, losses = build(train_scheduler=schedule), Losses()
+    fit(module, 60, losses)
+    assert np.mean(losses.values[-15:]) < 0.9 * np.mean(losses.values[:15])
+
+
+def test_the_two_prediction_types_are_two_trainings(build):
+    epsilon, velocity = Losses(), Losses()
+    fit(build(), 1, epsilon)
+    fit(build(train_scheduler=VELOCITY), 1, velocity)
+    assert epsilon.values != velocity.values
+
+
+def test_an_unknown_training_schedule_is_refused(build):
+    with pytest.raises(SettingsError, match="scheduler=ddmp"):
+        build(train_scheduler="ddmp")
+
+
+def test_dropped_captions_are_empty(build):
+    always, never = (build(caption_dropout=share) for share in (1.0, 0.0))
+    losses = []
+    for module in (always, never):
+        batches = [
+            {"image": torch.zeros(2, 3, 32, 32), "caption": captions} for captions in (["a red star"] * 2, [""] * 2)
+        ]
+        losses.append([module.training_step(batch, 0).item() for batch in batches])
+    assert losses[0][0] == losses[0][1] == losses[1][1] != losses[1][0]
+
+
+def test_a_schedule_of_the_learning_rate_is_stepped_every_step(checkpoint):
+    module = StableDiffusionModule(
+        str(checkpoint), optimizer=fast, lr_scheduler=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.5)
+    )
+    trainer = fit(module, 3)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-3 / 8)
+
+
+# ------------------------------------------------------------------------------------------ what is repeatable
+
+
+def test_training_twice_gives_the_same_weights_and_another_seed_gives_others(build):
+    results = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(len(results))  # the global random numbers have no say
+        module = build(seed=seed)
+        fit(module, 2)
+        results.append(weights(module.unet))
+    assert equal(results[0], results[1]) and not equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4], ids=["within an epoch", "at its end", "in the next"])
+def test_a_training_that_was_stopped_ends_where_an_unbroken_one_does(build, tmp_path, stop):
+    straight = build(train_text_encoder=True)
+    fit(straight, 6)
+    fit(build(train_text_encoder=True), stop).save_checkpoint(tmp_path / "stopped.ckpt")
+    resumed = build(train_text_encoder=True)
+    fit(resumed, 6, resume=tmp_path / "stopped.ckpt")
+    assert equal(weights(resumed), weights(straight))
+
+
+def test_validation_and_its_pictures_change_no_training(build, tmp_path):
+    without, with_validation = build(), build()
+    fit(without, 4)
+    samples = ValidationSamples(tmp_path)
+    trainer = fit(with_validation, 4, samples, limit_val_batches=1, val_check_interval=1, num_sanity_val_steps=1)
+    assert equal(weights(with_validation), weights(without))
+    assert trainer.callback_metrics["val/loss"] > 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == [f"{step:06d}.png" for step in (1, 2, 3, 4)]
+
+
+def test_sampling_in_the_middle_of_training_leaves_it_as_it_was(build):
+    module = build(train_text_encoder=True).train()
+    module.vae.eval()
+    modes = [part.training for part in module.modules()]
+    with pytest.raises(KeyError), evaluating(module):
+        assert not any(part.training for part in module.modules())
+        raise KeyError
+    module.infer("a red star")
+    assert [part.training for part in module.modules()] == modes
+
+
+# ------------------------------------------------------------------------------------------ checkpoints
+
+
+@pytest.fixture
+def saved(build, tmp_path: Path) -> tuple[StableDiffusionModule, Path]:
+    """A module after two steps, and its checkpoint."""
+    module = build(train_text_encoder=True)
+    fit(module, 2).save_checkpoint(tmp_path / "two.ckpt")
+    return module, tmp_path / "two.ckpt"
+
+
+def test_a_checkpoint_holds_the_trained_weights_and_plain_types(saved, checkpoint):
+    module, file = saved
+    content = torch.load(file, weights_only=True)
+    assert set(content["state_dict"]) == {name for name, value in module.named_parameters() if value.requires_grad}
+    assert {name.split(".")[0] for name in content["state_dict"]} == {"unet", "text_encoder"}
+    assert content["base_model"] == str(checkpoint)
+
+
+def test_a_checkpoint_gives_the_module_back(saved):
+    module, file = saved
+    again = StableDiffusionModule.load_from_checkpoint(file, weights_only=True)
+    assert equal(weights(again), weights(module))
+    assert again.sampling == module.sampling and again.train_text_encoder
+    settings = {"prompt": "a red star", "return_type": "numpy"}
+    np.testing.assert_allclose(again.infer(**settings)["samples"], module.infer(**settings)["samples"], atol=1 / 255)
+
+
+def test_another_base_model_is_refused(saved, checkpoint, tmp_path):
+    _, file = saved
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    with pytest.raises(SettingsError) as error:
+        fit(StableDiffusionModule(str(other), train_text_encoder=True), 3, resume=file)
+    assert f"pretrained={checkpoint}" in str(error.value) and f"pretrained={other}" in str(error.value)
+
+
+def test_the_checkpoints_of_a_training_are_the_small_ones(build, tmp_path):
+    fit(build(), 2, ModelCheckpoint(tmp_path, save_last=True), enable_checkpointing=True)
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert {name.split(".")[0] for name in content["state_dict"]} == {"unet"}
+
+
+def test_settings_are_checked_before_anything_is_loaded():
+    with pytest.raises(SettingsError, match="steps=0"):
+        StableDiffusionModule("nowhere", sampling={"steps": 0})
+
+
+# ------------------------------------------------------------------------------------------ randomness of others
+
+
+def test_a_training_step_draws_from_no_global_randomness(module):
+    before = torch.get_rng_state(), random.getstate()
+    module.training_step({"image": torch.zeros(2, 3, 32, 32), "caption": ["a red star"] * 2}, 0)
+    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
