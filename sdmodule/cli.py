@@ -134,9 +134,7 @@ def write_config(cfg: DictConfig, folder: Path) -> None:
     Raises:
         SettingsError: if the folder cannot be written.
     """
-    from lightning.pytorch.utilities import rank_zero_only
-
-    if rank_zero_only.rank != 0:
+    if not is_first_device():
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,10 +145,15 @@ def write_config(cfg: DictConfig, folder: Path) -> None:
 
 def say(text: str) -> None:
     """Print a line, once for all devices."""
+    if is_first_device():
+        print(text, flush=True)
+
+
+def is_first_device() -> bool:
+    """Whether this process is the one that writes for all devices."""
     from lightning.pytorch.utilities import rank_zero_only
 
-    if rank_zero_only.rank == 0:
-        print(text, flush=True)
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 @contextmanager
@@ -213,10 +216,10 @@ def explain(error: Exception, config_name: str) -> str:
     """Say in one line what was wrong; for an unknown key, which key was probably meant."""
     unknown = re.search(r"Could not override '([^']+)'", str(error))
     if unknown is None:
-        return one_line(error)
-    known = OmegaConf.load(str(resources.files("sdmodule.conf") / f"{config_name}.yaml"))
-    keys = [*known, *(name for entry in known.pop("defaults") if OmegaConf.is_dict(entry) for name in entry)]
-    close = difflib.get_close_matches(unknown[1], [str(key) for key in keys], n=1)
+        return one_line(error).partition(" Config search path:")[0].removeprefix(f"In '{config_name}': ")
+    source = (resources.files("sdmodule.conf") / f"{config_name}.yaml").read_text(encoding="utf-8")
+    keys = re.findall(r"^(?:  - )?(\w+):", source, re.MULTILINE)
+    close = difflib.get_close_matches(unknown[1], keys, n=1, cutoff=0.5)
     meant = f"did you mean {close[0]}? " if close else ""
     return f"there is no key {unknown[1]}; {meant}--cfg job shows all keys."
 
@@ -237,7 +240,8 @@ def quiet() -> None:
     if not sys.stderr.isatty():
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    for name in ("huggingface_hub", "hydra"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(worth_reading)
 

@@ -31,7 +31,7 @@ def _quoted(argument: str) -> str:
     if not equals or key.lstrip("+") not in FREE_TEXT or value == "null" or _is_list(value):
         return argument
     if value == MISSING:
-        return f"{key}=${{oc.select:_,'{MISSING}'}}"
+        return f"""{key}='${{oc.select:_,"{MISSING}"}}'"""
     # In Hydra's grammar a backslash is itself unless it stands before a quote; in OmegaConf's, before "${".
     value = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
     value = re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + (r"\'" if match[2] else ""), value)

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -150,14 +149,20 @@ def _find(pretrained: str, revision: str | None = None, variant: str | None = No
             f"pretrained={pretrained} was not found; give {choices(EMBEDDED)}, a diffusers folder, a hub id "
             "such as owner/name, or a .safetensors or .ckpt file."
         )
+    if not isinstance(try_to_load_from_cache(pretrained, "model_index.json", revision=revision), str):
+        _ask_hub(pretrained, revision)
+    return Source(pretrained, revision, variant)
+
+
+def _ask_hub(pretrained: str, revision: str | None) -> None:
+    """Ask once whether the hub has a checkpoint: a download would ask for half a minute where there is no network."""
     try:
-        hf_hub_download(pretrained, "model_index.json", revision=revision)
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        get_hf_file_metadata(hf_hub_url(pretrained, "model_index.json", revision=revision))
+    except Exception as error:  # the hub's, the system's or those of the HTTP client that the hub's package has today
         raise SettingsError(
             f"pretrained={pretrained} is neither a local folder nor to be had from the hub ({type(error).__name__}); "
             "with the weights already on disk give their folder: pretrained=/path/to/folder."
         ) from error
-    return Source(pretrained, revision, variant)
 
 
 def _load(name: str, source: Source, scratch: bool = False, subfolder: str | None = None) -> Any:

@@ -31,6 +31,7 @@ from sdmodule.progress import steps_bar
 from sdmodule.requests import SampleRequest, build_requests
 from sdmodule.sampling import Samples, SamplingSettings, check_settings, sample_all
 from sdmodule.schedulers import make_scheduler
+from sdmodule.tome.settings import TokenMerging
 
 VALIDATION_TIMESTEPS = 4
 """Noise levels, spread evenly over the schedule, at which each validation picture is tried."""
@@ -50,7 +51,9 @@ class StableDiffusionModule(LightningModule):
             classifier-free guidance needs.
         timestep_shift: prefers noisy timesteps where greater than 1; see ``draw_timesteps``.
         train_scheduler: noise schedule of the training (name or settings); the checkpoint's own if None.
+        task: ``text2image``.
         sampling: how pictures are sampled (steps, guidance and the rest); see ``SamplingSettings``.
+        tome: token merging in sampling; see ``TokenMerging``.
         optimizer: takes the trainable parameters and returns the optimizer.
         lr_scheduler: takes the optimizer and returns the schedule of its learning rate, stepped every step.
         compile: compile the UNet's blocks with ``torch.compile``.
@@ -72,7 +75,9 @@ class StableDiffusionModule(LightningModule):
         caption_dropout: float = 0.1,
         timestep_shift: float = 1.0,
         train_scheduler: str | Mapping[str, Any] | None = None,
+        task: str = "text2image",
         sampling: Mapping[str, Any] | None = None,
+        tome: Mapping[str, Any] | None = None,
         optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
         lr_scheduler: Callable[..., Any] | None = None,
         compile: bool = False,
@@ -80,7 +85,9 @@ class StableDiffusionModule(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "scratch", "compile"])
-        self.sampling = SamplingSettings(**(sampling or {}))
+        if task != "text2image":
+            raise SettingsError(f"model={task} is not part of this release; use model=text2image.")
+        self.sampling = SamplingSettings(**(sampling or {}), merging=TokenMerging(**(tome or {})))
         parts = load_components(pretrained, revision=revision, variant=variant, components=components, scratch=scratch)
         check_settings(parts, self.sampling)
         self.parts = parts

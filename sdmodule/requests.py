@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sdmodule.conditioning.text import parse_weights
 from sdmodule.errors import SettingsError, choices
 
 
@@ -70,6 +71,8 @@ def build_requests(
         raise SettingsError(
             f"negative_prompt has {len(negatives)} texts for {len(rows)} prompts; give one text, or one a prompt."
         )
+    for text in {*negatives, *(text for row in rows for text in row.values() if isinstance(text, str))}:
+        parse_weights(text)  # a wrong weight is told of before anything is sampled
     requests: list[SampleRequest] = []
     for row, negative in zip(rows, negatives, strict=True):
         first = len(requests)

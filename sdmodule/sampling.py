@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from sdmodule.diffusion.sampler import denoise, draw_latents, generators
 from sdmodule.errors import SettingsError
 from sdmodule.requests import SampleRequest
 from sdmodule.schedulers import make_scheduler
+from sdmodule.tome.settings import TokenMerging
 
 if TYPE_CHECKING:
     from sdmodule.components import Components
@@ -38,6 +39,7 @@ class SamplingSettings:
         eta: share of DDPM noise in DDIM, 0 to 1.
         height: pixels; the checkpoint's own size if None.
         width: pixels; the checkpoint's own size if None.
+        merging: token merging; off unless its ratio is more than 0.
 
     Raises:
         SettingsError: for a value out of range.
@@ -50,10 +52,15 @@ class SamplingSettings:
     eta: float = 0.0
     height: int | None = None
     width: int | None = None
+    merging: TokenMerging = TokenMerging()
 
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise SettingsError(f"steps={self.steps} is not allowed; give a whole number of at least 1.")
+        for name in ("eta", "guidance_scale", "guidance_rescale"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) and not (value is None and name == "guidance_rescale"):
+                raise SettingsError(f"{name}={value} is not allowed; give a number.")
         if not 0.0 <= self.eta <= 1.0:
             raise SettingsError(f"eta={self.eta} is not allowed; give a number from 0 to 1.")
         if not -1e4 < self.guidance_scale < 1e4:
@@ -200,7 +207,7 @@ def sample(
         guided_prediction = guide(unconditional, conditional, settings.guidance_scale)
         return rescale(guided_prediction, conditional, correction) if correction else guided_prediction
 
-    with watch.stage("denoise"):
+    with watch.stage("denoise"), settings.merging.applied(parts.unet, seed=0):
         sources = generators([r.seed for r in requests]) if sources is None else sources
         noise = draw_latents(shape, sources, like=embeddings) if noise is None else noise.to(embeddings)
         latents = denoise(predict, noise, scheduler, sources, settings.eta, on_step)
@@ -217,6 +224,8 @@ def sample(
         "width": pictures.shape[-1],
         "model": parts.source,
     }
+    if settings.merging.ratio:
+        facts["tome"] = asdict(settings.merging)
     return Samples(pictures, list(requests), watch.seconds, facts)
 
 

@@ -18,6 +18,7 @@ def make_trainer(
     max_steps: int = 1000,
     val_check_interval: int = 250,
     accumulate_grad_batches: int = 1,
+    log_every_n_steps: int = 10,
     callbacks: Sequence[Callback] = (),
     **settings: Any,
 ) -> Trainer:
@@ -29,6 +30,7 @@ def make_trainer(
         val_check_interval: optimizer steps between validations, counted over epochs; a shorter training validates
             once, at its end.
         accumulate_grad_batches: batches that make a step.
+        log_every_n_steps: optimizer steps between rows of the training's figures.
         callbacks: what goes along; a progress bar and checkpoints are made by these alone.
         settings: any others of ``lightning.Trainer``.
 
@@ -41,6 +43,7 @@ def make_trainer(
         "max_steps": max_steps,
         "val_check_interval": val_check_interval,
         "accumulate_grad_batches": accumulate_grad_batches,
+        "log_every_n_steps": log_every_n_steps,
     }
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -52,6 +55,7 @@ def make_trainer(
             val_check_interval=min(val_check_interval, max_steps) * accumulate_grad_batches,  # Lightning counts batches
             check_val_every_n_epoch=None,
             accumulate_grad_batches=accumulate_grad_batches,
+            log_every_n_steps=min(log_every_n_steps, max_steps),
             callbacks=list(callbacks),
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
             enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),

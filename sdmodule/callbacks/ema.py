@@ -32,8 +32,8 @@ class EMA(Callback):
         self._raw: dict[str, Tensor] | None = None
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step = trainer.global_step
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = trainer.global_step  # known only now if the training goes on from a checkpoint
         self.average = {name: value.to(pl_module.device) for name, value in self.average.items()}
 
     @override

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +12,20 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image
 from typing_extensions import override
 
+from sdmodule.callbacks.ema import EMA
 from sdmodule.pictures import captioned_sheet
 
 
 class ValidationSamples(Callback):
     """Write a captioned sheet ``<step>.png`` at every validation, and hand the pictures to the loggers that take them.
 
-    Nothing of it touches the random numbers of the training.
+    The end of the training has its sheet too, whether or not that step is validated. Nothing of it touches the random
+    numbers of the training.
 
     Args:
         output_dir: folder of the sheets.
-        prompts: what to sample; the first captions of the validation data if None.
+        prompts: what to sample; the first captions of the validation data if None, or of the training data where there
+            is none to validate on.
         num_prompts: how many of those captions.
         seed: seed of the first picture.
     """
@@ -33,11 +37,24 @@ class ValidationSamples(Callback):
         self.prompts = list(prompts) if prompts else []
         self.num_prompts = num_prompts
         self.seed = seed
+        self._step = -1
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
+        self._sample(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step == self._step or not trainer.is_global_zero:
+            return
+        ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
+        with ema.applied(pl_module) if ema else nullcontext():
+            self._sample(trainer, pl_module)
+
+    def _sample(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = trainer.global_step
         prompts = self.prompts or self._captions(trainer)
         images = pl_module.infer(prompts, seed=self.seed, show_progress=False)["samples"]  # type: ignore[operator]
         captions = [f"{prompt} · {self.seed + k}" for k, prompt in enumerate(prompts)]
@@ -47,7 +64,7 @@ class ValidationSamples(Callback):
 
     def _captions(self, trainer: Trainer) -> list[str]:
         self.prompts = []
-        for batch in trainer.val_dataloaders:  # type: ignore[union-attr]
+        for batch in trainer.val_dataloaders or trainer.train_dataloader:  # type: ignore[union-attr]
             self.prompts += batch["caption"]
             if len(self.prompts) >= self.num_prompts:
                 break

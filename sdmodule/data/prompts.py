@@ -37,8 +37,8 @@ class PromptDataModule(LightningDataModule):
         batch_size: int = 1,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise SettingsError(f"batch_size={batch_size} is too small; give 1 or more.")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise SettingsError(f"batch_size={batch_size} is not allowed; give a whole number of at least 1.")
         self.requests = build_requests(prompt, prompts, negative_prompt, num_images_per_prompt, seed)
         self.batch_size = batch_size
 

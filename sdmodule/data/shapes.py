@@ -105,4 +105,4 @@ class ShapesDataModule(LightningDataModule):
 
     @override
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.val_set, self.batch_size, num_workers=0)
+        return DataLoader(self.val_set, self.batch_size, num_workers=0, generator=torch.Generator())

@@ -67,5 +67,5 @@ def test_a_training_shorter_than_the_average_exports_its_weights(checkpoint, tmp
 
 
 def test_an_unknown_type_is_refused(tmp_path):
-    with pytest.raises(SettingsError, match="export.dtype=bfloat16"):
+    with pytest.raises(SettingsError, match=r"export\.dtype=bfloat16"):
         Export(tmp_path, dtype="bfloat16")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import numpy as np
@@ -66,8 +67,6 @@ def test_the_file_is_small_and_plain(checkpoint, shapes, tmp_path):
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    import random
-
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for k in range(4):
@@ -79,13 +78,13 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("settings", [{"random_flip": True}, {"center_crop": False}], ids=lambda s: next(iter(s)))
 def test_pictures_that_change_from_epoch_to_epoch_are_refused(checkpoint, folder, tmp_path, settings):
-    data = ImageFolderDataModule(str(folder), batch_size=2, size=32, val_fraction=0, **settings)
-    with pytest.raises(SettingsError, match="random_flip=false and data.center_crop=true"):
+    data = ImageFolderDataModule(str(folder), batch_size=2, resolution=32, val_fraction=0, **settings)
+    with pytest.raises(SettingsError, match=r"data\.random_flip=false and data\.center_crop=true"):
         fit(checkpoint, data, LatentCache(tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()
 
 
 def test_a_folder_of_pictures_can_be_cached(checkpoint, folder, tmp_path):
-    data = ImageFolderDataModule(str(folder), batch_size=2, size=32, val_fraction=0)
+    data = ImageFolderDataModule(str(folder), batch_size=2, resolution=32, val_fraction=0)
     trainer = fit(checkpoint, data, LatentCache(tmp_path / "cache"))
     assert trainer.global_step == 3 and np.isfinite(trainer.callback_metrics["train/loss"].item())

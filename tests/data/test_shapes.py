@@ -53,4 +53,5 @@ def test_loading_touches_no_other_randomness(workers):
     torch.manual_seed(0)
     before = torch.get_rng_state()
     captions(data.train_dataloader())
+    captions(data.val_dataloader())
     assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,172 @@
+"""Every configuration that ships composes and builds what it names."""
+
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+from omegaconf import OmegaConf
+
+from sdmodule import StableDiffusionModule
+from sdmodule.cli import build_trainer, instantiate
+from sdmodule.components import ASSETS
+from sdmodule.errors import SettingsError
+from sdmodule.schedulers import SHORT_NAMES
+
+CONF = Path(__file__).parents[1] / "conf"
+HAS_GPU = torch.cuda.is_available()
+HAS_WEIGHTS = any((ASSETS / "tiny" / "unet").glob("*.safetensors"))
+COMMANDS = {"train": ["data.root=photos"], "predict": ["prompt=a cat"]}
+EXPERIMENTS = {
+    "demo": ["train"],
+    "sd15": ["train", "predict"],
+    "tiny_autoencoder": ["train"],
+    "tiny_text2image": ["train"],
+}
+
+
+def options(group):
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def configuration(command, *overrides, given=None, tmp_path="."):
+    given = COMMANDS[command] if given is None else given
+    with initialize_config_module("sdmodule.conf", version_base="1.3"):
+        return compose(command, [*given, f"output_dir={tmp_path}/out", *overrides])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_builds_with_its_defaults(command, checkpoint, tmp_path):
+    cfg = configuration(command, f"pretrained={checkpoint}", tmp_path=tmp_path)
+    assert isinstance(instantiate(cfg.data), LightningDataModule)
+    assert isinstance(instantiate(cfg.model), StableDiffusionModule)
+    assert isinstance(build_trainer(cfg), Trainer)
+    assert not (tmp_path / "out").exists()  # to build is not to write
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_configuration_reads_from_what_people_set_to_what_is_built(command):
+    """The order in which ``--cfg job`` prints it, and nothing in it that is not explained or unknown."""
+    groups = ["model", "data", "sampler", "trainer", "logger", "callbacks"]
+    keys = list(configuration(command))
+    if command == "predict":
+        assert keys[:4] == ["prompt", "prompts", "negative_prompt", "pretrained"]
+    else:
+        assert keys[0] == "pretrained"
+    assert keys[-len(groups) :] == groups
+    for path in CONF.rglob("*.yaml"):
+        lines = path.read_text().splitlines()
+        assert len(lines) <= 50, f"{path} is long"
+        assert path.parent.name in {"callbacks", "logger"} or lines[0].startswith("#"), f"{path} says nothing"
+
+
+@pytest.mark.parametrize("name", options("model"))
+def test_models(name, checkpoint):
+    cfg = configuration("train", f"model={name}", f"pretrained={checkpoint}")
+    assert isinstance(instantiate(cfg.model), LightningModule)
+
+
+@pytest.mark.parametrize("name", options("data"))
+def test_data(name):
+    command = "predict" if name == "prompts" else "train"
+    cfg = configuration(command, f"data={name}", given=[] if name == "shapes" else COMMANDS[command])
+    assert isinstance(instantiate(cfg.data), LightningDataModule)
+
+
+@pytest.mark.parametrize("name", options("sampler"))
+@pytest.mark.parametrize("command", COMMANDS)
+def test_samplers(command, name, checkpoint):
+    cfg = configuration(command, f"sampler={name}", f"pretrained={checkpoint}")
+    assert instantiate(cfg.model).sampling.steps == 50
+
+
+def test_every_short_name_of_a_scheduler_is_a_sampler():
+    assert set(SHORT_NAMES) <= set(options("sampler"))
+
+
+@pytest.mark.parametrize("name", options("trainer"))
+@pytest.mark.parametrize("command", COMMANDS)
+def test_trainers(command, name):
+    cfg = configuration(command, f"trainer={name}", "logger=none")
+    if name == "cpu" or HAS_GPU:
+        pytest.importorskip("deepspeed") if name == "deepspeed" else None
+        assert isinstance(build_trainer(cfg), Trainer)
+    else:
+        with pytest.raises(SettingsError, match="trainer=cpu"):
+            build_trainer(cfg)
+
+
+@pytest.mark.parametrize("name", options("logger"))
+@pytest.mark.parametrize("command", COMMANDS)
+def test_loggers(command, name, tmp_path):
+    loggers = instantiate(configuration(command, f"logger={name}", tmp_path=tmp_path).logger)
+    assert list(loggers) == ([] if name == "none" else [name])
+    assert all(isinstance(logger, Logger) for logger in loggers.values())
+
+
+@pytest.mark.parametrize("name", options("callbacks"))
+def test_callbacks(name):
+    command = "predict" if name in {"predictions", "timing"} else "train"
+    callbacks = instantiate(configuration(command, f"callbacks=[{name}]").callbacks)
+    assert callbacks and all(isinstance(callback, Callback) for callback in callbacks.values())
+
+
+def test_every_experiment_is_tested():
+    assert set(options("experiment")) == set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize(("command", "name"), [(c, name) for name, commands in EXPERIMENTS.items() for c in commands])
+def test_experiments(command, name, checkpoint, tmp_path):
+    """With a checkpoint on disk in place of the published one, all of it builds."""
+    given = [] if name.startswith("tiny_") else COMMANDS[command]  # those paint their own data
+    cfg = configuration(command, f"experiment={name}", f"pretrained={checkpoint}", given=given, tmp_path=tmp_path)
+    assert isinstance(instantiate(cfg.data), LightningDataModule)
+    assert isinstance(build_trainer(cfg), Trainer)
+    module = instantiate(cfg.model)
+    assert isinstance(module, LightningModule)
+    if command == "train":
+        assert module.configure_optimizers()
+
+
+@pytest.mark.parametrize("command", EXPERIMENTS["sd15"])
+def test_sd15_is_the_published_recipe(command, checkpoint):
+    cfg = configuration(command, "experiment=sd15")
+    assert cfg.pretrained == cfg.model.pretrained == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert (cfg.sampler.steps, cfg.sampler.guidance_scale) == (50, 7.5)
+    if command == "train":
+        assert cfg.data.resolution == 512
+
+    from sdmodule.sampling import sampling_scheduler
+
+    module = instantiate(configuration(command, "experiment=sd15", f"pretrained={checkpoint}").model)
+    scheduler = sampling_scheduler(module.parts, module.sampling)
+    assert type(scheduler) is diffusers.DDIMScheduler
+    wanted = {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+    }
+    assert {key: scheduler.config[key] for key in wanted} == wanted
+
+
+def test_sd15_gives_way_to_the_command_line(checkpoint):
+    overrides = ["experiment=sd15", "steps=3", "sampler=euler", f"pretrained={checkpoint}"]
+    sampling = instantiate(configuration("predict", *overrides).model).sampling
+    assert (sampling.steps, sampling.scheduler) == (3, "euler")
+
+
+@pytest.mark.skipif(not HAS_WEIGHTS, reason="the embedded model has no weights yet")
+def test_the_embedded_model_is_the_default():
+    model = instantiate(configuration("predict").model)
+    assert model.parts.source == "tiny"
+
+
+def test_a_configuration_that_was_written_down_is_a_configuration():
+    cfg = configuration("predict")
+    again = OmegaConf.create(OmegaConf.to_yaml(cfg))
+    assert OmegaConf.to_container(again, resolve=True) == OmegaConf.to_container(cfg, resolve=True)
