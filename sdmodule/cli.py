@@ -34,10 +34,10 @@ def train(cfg: DictConfig) -> None:
     from lightning import seed_everything
 
     output_dir = choose_output(cfg)
-    check_resume(cfg.ckpt_path)
     data = instantiate(cfg.data)
     data.setup("fit")  # a folder that cannot be used is told of before the model is loaded
     trainer = build_trainer(cfg)
+    check_resume(cfg.ckpt_path, trainer.max_steps)
     seed_everything(cfg.seed, workers=True, verbose=False)
     model = instantiate(cfg.model)
     write_config(cfg, output_dir)
@@ -116,20 +116,35 @@ def unwritable(folder: Path, reason: str | None) -> SettingsError:
     return SettingsError(f"output_dir={folder} cannot be written ({reason}); give a folder that can be.")
 
 
-def check_resume(path: str | None) -> None:
-    """Check that a checkpoint to resume from is there.
+def check_resume(path: str | None, max_steps: int) -> None:
+    """Check that a checkpoint to resume from is there, and that it leaves something to train.
 
     Raises:
-        SettingsError: if it is not.
+        SettingsError: if not.
     """
-    if path is not None and not Path(path).is_file():
+    if path is None or Path(path).is_dir():  # in shards: a folder, which only its own strategy can read
+        return
+    if not Path(path).is_file():
         raise SettingsError(
-            f"ckpt_path={path} was not found; give a .ckpt file of an earlier run's checkpoints folder."
+            f"ckpt_path={path} was not found; give a .ckpt file of an earlier run."
+        )
+    import torch
+
+    try:
+        step = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"]
+    except Exception as error:  # what is wrong with a file comes in many kinds: zip, pickle, key
+        raise SettingsError(f"ckpt_path={path} is no checkpoint of a training run; give one that is.") from error
+    if step >= max_steps:
+        raise SettingsError(
+            f"ckpt_path={path} is of step {step} and trainer.max_steps={max_steps}, which leaves nothing to train; "
+            "give a larger trainer.max_steps."
         )
 
 
 def write_config(cfg: DictConfig, folder: Path) -> None:
     """Make the output folder and write down what the run was asked for.
+
+    Figures of an earlier run in the same folder are set aside, since the CSV logger would delete them.
 
     Raises:
         SettingsError: if the folder cannot be written.
@@ -138,6 +153,8 @@ def write_config(cfg: DictConfig, folder: Path) -> None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if (metrics := folder / "metrics.csv").exists():
+            metrics.rename(folder / f"metrics-{len(list(folder.glob('metrics-*.csv'))) + 1}.csv")
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg), encoding="utf-8")
     except OSError as error:
         raise unwritable(folder, error.strerror) from error
@@ -248,8 +265,13 @@ def quiet() -> None:
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     for category in (PossibleUserWarning, DeprecationWarning, FutureWarning):
         warnings.filterwarnings("ignore", category=category)
-    for message in (".*module\\(s\\) in eval mode.*", ".*exists and is not empty.*", ".*functools.lru_cache.*"):
-        warnings.filterwarnings("ignore", message=message)
+    for message in (
+        "module\\(s\\) in eval mode",
+        "exists and is not empty",
+        "functools.lru_cache",
+        "dirpath has changed",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{message}.*")
 
 
 def worth_reading(record: logging.LogRecord) -> bool:

@@ -89,6 +89,12 @@ def load_components(
         parts = {name: _load(name, source, name in scratch) for name in wanted}
     for name, path in replaced.items():
         parts[name] = load_part(name, path, name in scratch)
+    wanted_width, width = parts["unet"].config.cross_attention_dim, parts["text_encoder"].config.hidden_size
+    if wanted_width != width:
+        raise SettingsError(
+            f"the text encoder's hidden states are {width} wide and the UNet of pretrained={pretrained} attends to "
+            f"{wanted_width}; give components.text_encoder and components.unet that belong together."
+        )
     return Components(**parts, source=pretrained)
 
 

@@ -25,7 +25,7 @@ from typing_extensions import override
 from sdmodule.components import load_components, save_components
 from sdmodule.conditioning.text import encode_prompts
 from sdmodule.diffusion.objective import add_noise, draw_timesteps, target
-from sdmodule.errors import SettingsError
+from sdmodule.errors import SettingsError, choices
 from sdmodule.pictures import converted
 from sdmodule.progress import steps_bar
 from sdmodule.requests import SampleRequest, build_requests
@@ -88,6 +88,12 @@ class StableDiffusionModule(LightningModule):
         if task != "text2image":
             raise SettingsError(f"model={task} is not part of this release; use model=text2image.")
         self.sampling = SamplingSettings(**(sampling or {}), merging=TokenMerging(**(tome or {})))
+        trained = {"unet", "text_encoder"} if train_text_encoder else {"unet"}
+        if untrained := set(scratch) - trained:
+            raise SettingsError(
+                f"scratch={choices(untrained)} would stay random: only {choices(trained)} is trained; "
+                "leave it out, or set model.train_text_encoder=true for the text encoder."
+            )
         parts = load_components(pretrained, revision=revision, variant=variant, components=components, scratch=scratch)
         check_settings(parts, self.sampling)
         self.parts = parts

@@ -52,7 +52,7 @@ class SamplingSettings:
     eta: float = 0.0
     height: int | None = None
     width: int | None = None
-    merging: TokenMerging = TokenMerging()
+    merging: TokenMerging = field(default_factory=TokenMerging)
 
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from sdmodule.data.shapes import CaptionedImage
-from sdmodule.data.shuffle import ShuffleByEpoch
+from sdmodule.data.shuffle import training_loader
 from sdmodule.errors import SettingsError, choices
 from sdmodule.pictures import image_to_tensor
 
@@ -353,20 +353,7 @@ class ImageFolderDataModule(LightningDataModule):
     @override
     def train_dataloader(self) -> DataLoader:
         assert self.train_set is not None
-        world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        sampler = ShuffleByEpoch(self.train_set, world_size, rank, seed=self.seed)
-        # workers read ahead before the trainer first sets the epoch: a resumed run must not start with epoch 0
-        sampler.set_epoch(self.trainer.current_epoch if self.trainer else 0)
-        return DataLoader(
-            self.train_set,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            drop_last=len(sampler) >= self.batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            # without its own generator the loader would draw from the RNG of the training noise
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+        return training_loader(self.train_set, self.batch_size, self.seed, self.num_workers, self.trainer)
 
     @override
     def val_dataloader(self) -> DataLoader | Iterable:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from sdmodule.data.scenes import caption, render, render_collage, sample_scene
-from sdmodule.data.shuffle import ShuffleByEpoch
+from sdmodule.data.shuffle import training_loader
 from sdmodule.pictures import image_to_tensor
 
 
@@ -89,19 +89,7 @@ class ShapesDataModule(LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader:
-        world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        sampler = ShuffleByEpoch(self.train_set, world_size, rank, seed=self.seed)
-        sampler.set_epoch(self.trainer.current_epoch if self.trainer else 0)
-        return DataLoader(
-            self.train_set,
-            self.batch_size,
-            sampler=sampler,
-            drop_last=True,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            # without its own generator the loader would draw from the global random numbers
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+        return training_loader(self.train_set, self.batch_size, self.seed, self.num_workers, self.trainer)
 
     @override
     def val_dataloader(self) -> DataLoader:

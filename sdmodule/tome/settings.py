@@ -69,8 +69,8 @@ class TokenMerging:
     def applied(self, unet: Any, seed: int) -> Iterator[None]:
         """Merge tokens inside the block; afterwards the UNet is as it was.
 
-        tomesd draws its cells from a copy of torch's global generator, made at the first forward pass. It is seeded here
-        for that, and given back untouched, so that a picture depends on its seed and not on what was drawn before.
+        tomesd draws its cells from a copy of torch's global generator, made at the first forward pass. It is seeded
+        here, and given back untouched, so that a picture depends on its seed and not on what was drawn before.
         """
         if self.ratio == 0:
             yield

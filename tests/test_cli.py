@@ -1,0 +1,359 @@
+"""The two commands as people use them: what they write, and what they say of a wrong input."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from sdmodule.cli import predict_main, train_main
+from sdmodule.schedulers import SHORT_NAMES
+
+ROOT = Path(__file__).parents[1]
+PROMPTS = ["a red circle on a blue background", "a small green star at the top on a white background"]
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """Run a command in this process; returns its exit status, what it printed, and what it complained of."""
+
+    def run(main, *arguments):
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        status = 0
+        try:
+            main()
+        except SystemExit as end:
+            status = end.code
+        return status, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Six pictures with a ``metadata.jsonl``."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for k in range(6):
+        Image.new("RGB", (40, 48), (40 * k, 90, 200)).save(folder / f"{k}.png")
+    rows = [{"file_name": f"{k}.png", "text": f"picture {k}"} for k in range(6)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+# ---------------------------------------------------------------------------------------------- what is written
+
+
+def test_predict_writes_pictures_facts_and_times(call, checkpoint, tmp_path):
+    common = [
+        f"prompt={json.dumps(PROMPTS)}",
+        f"pretrained={checkpoint}",
+        "num_images_per_prompt=2",
+        "seed=3",
+        "steps=3",
+    ]
+    out = tmp_path / "out"
+    status, printed, complaint = call(predict_main, *common, f"output_dir={out}")
+    assert (status, complaint) == (0, "") and str(out / "grid.png") in printed
+    names = ["00000-3.png", "00001-4.png", "00002-5.png", "00003-6.png"]
+    assert sorted(os.listdir(out)) == ["config.yaml", "grid.png", "images", "predictions.jsonl", "timings.json"]
+    assert sorted(os.listdir(out / "images")) == names
+
+    for k, record in enumerate(records(out)):
+        assert (record["file"], record["prompt"]) == (f"images/{names[k]}", PROMPTS[k // 2])
+        assert record["seed"] == 3 + k and record["seconds"] > 0 and record["steps"] == 3
+        assert record["model"] == str(checkpoint) and record["scheduler"] == "DDIMScheduler"
+        text = Image.open(out / record["file"]).text
+        assert text["prompt"] == record["prompt"]
+        facts = {key: value for key, value in record.items() if key not in ("file", "seconds")}
+        assert {key: text[key] for key in facts} == {
+            k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()
+        }
+
+    timings = json.loads((out / "timings.json").read_text())
+    assert set(timings["seconds"]) == {"text", "denoise", "decode", "save"}
+    assert timings["images"] == 4 and timings["images_per_second"] > 0 and timings["peak_memory_bytes"] > 0
+
+    one = tmp_path / "one"
+    assert call(predict_main, *common, f"output_dir={one}", "batch_size=1")[0] == 0
+    assert all(np.abs(pixels(out / "images" / name) - pixels(one / "images" / name)).max() <= 1 for name in names)
+    assert json.loads((one / "timings.json").read_text())["warmup"]["images"] == 1
+
+
+@pytest.mark.parametrize("captions", ["metadata", "txt"])
+def test_train_writes_checkpoints_samples_figures_and_a_pipeline(call, checkpoint, photos, tmp_path, captions):
+    if captions == "txt":
+        (photos / "metadata.jsonl").unlink()
+        for k in range(6):
+            (photos / f"{k}.txt").write_text(f"picture {k}")
+    out = tmp_path / "out"
+    settings = [f"data.root={photos}", f"pretrained={checkpoint}", f"output_dir={out}", "steps=2", "resolution=32"]
+    status, printed, complaint = call(
+        train_main, *[f"+{s}" if s == "steps=2" else s for s in settings], "trainer.max_steps=4"
+    )
+    assert (status, complaint) == (0, "")
+    assert "Training" in printed and str(out) in printed and len(printed.splitlines()) == 2
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert (out / "samples" / "000004.png").is_file()
+    figures = list(csv.DictReader((out / "metrics.csv").open()))
+    assert any(row["train/loss"] for row in figures) and any(row["val/loss"] for row in figures)
+
+    pipeline = StableDiffusionPipeline.from_pretrained(out / "export", safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline("a cat", num_inference_steps=2, height=32, width=32).images[0].size == (32, 32)
+
+
+def test_train_takes_fewer_pictures_than_a_batch_and_none_to_validate_on(call, checkpoint, photos, tmp_path):
+    settings = [f"data.root={photos}", f"pretrained={checkpoint}", f"output_dir={tmp_path / 'out'}", "+steps=2"]
+    settings += ["data.batch_size=16", "data.val_fraction=0", "trainer.max_steps=3", "trainer.val_check_interval=2"]
+    status, _, complaint = call(train_main, *settings, "resolution=32")
+    assert (status, complaint) == (0, "")
+    assert (tmp_path / "out" / "samples" / "000003.png").is_file()
+    assert (tmp_path / "out" / "export" / "model_index.json").is_file()
+
+
+def test_a_training_goes_on_from_its_checkpoint(call, checkpoint, photos, tmp_path):
+    settings = [
+        f"data.root={photos}",
+        f"pretrained={checkpoint}",
+        f"output_dir={tmp_path / 'out'}",
+        "callbacks=[checkpoint]",
+    ]
+    last = tmp_path / "out" / "checkpoints" / "last.ckpt"
+    assert call(train_main, *settings, "resolution=32", "trainer.max_steps=2")[0] == 0
+    status, _, complaint = call(train_main, *settings, "trainer.max_steps=2", f"ckpt_path={last}")
+    assert status == 1 and "nothing to train" in complaint
+    status, _, complaint = call(train_main, *settings, "resolution=32", "trainer.max_steps=5", f"ckpt_path={last}")
+    assert (status, complaint) == (0, "")
+    assert max(torch.load(path, weights_only=True)["global_step"] for path in last.parent.iterdir()) == 5
+    assert (tmp_path / "out" / "metrics-1.csv").is_file()  # those of the first part
+
+
+def test_a_sweep_writes_a_folder_a_job(call, checkpoint, tmp_path):
+    settings = ["prompt=a, b ${x}", f"pretrained={checkpoint}", f"output_dir={tmp_path / 'out'}"]
+    status, _, complaint = call(predict_main, "-m", "steps=2,3", *settings)
+    assert (status, complaint) == (0, "")
+    assert [records(tmp_path / "out" / job)[0]["steps"] for job in ("0", "1")] == [2, 3]
+    assert not (ROOT / "multirun.yaml").exists()
+
+
+def test_what_is_not_given_is_a_folder_by_date(call, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SDMODULE_STARTED", "2026-01-02/03-04-05")
+    assert call(predict_main, "prompt=a", "steps=1", f"pretrained={checkpoint}")[0] == 0
+    assert (tmp_path / "outputs/predict/2026-01-02/03-04-05/grid.png").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
+
+
+# ---------------------------------------------------------------------------------------------- what goes wrong
+
+
+def missing_part(folder):
+    shutil.rmtree(folder / "vae")
+
+
+def truncated_weights(folder):
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
+def no_weights(folder):
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+
+
+def no_index(folder):
+    (folder / "model_index.json").unlink()
+
+
+def told(result, *words):
+    """One sentence on stderr, status 1, and all of the words in it."""
+    status, printed, complaint = result
+    assert (status, printed) == (1, "")
+    assert complaint.startswith("error: ") and complaint.count("\n") == 1 and complaint.endswith("\n")
+    assert [word for word in words if word not in complaint] == []
+
+
+WRONG_PREDICT = {
+    "no prompt": (["prompt=null"], ["prompt", "prompts"]),
+    "empty list": (["prompt=[]"], ["prompt"]),
+    "heavy weight": (["prompt=(a:20)"], ["20", "weight"]),
+    "other number of negatives": (["negative_prompt=[a,b,c]"], ["negative_prompt", "3", "1"]),
+    "unknown model": (["pretrained=nothing_like_it"], ["nothing_like_it", "tiny", "hub id"]),
+    "no network": (["pretrained=owner/name"], ["owner/name", "pretrained=/"]),
+    "sd15 without a network": (["experiment=sd15", "pretrained=someone/sd15"], ["someone/sd15", "pretrained=/"]),
+    "height": (["height=30"], ["height=30", "multiple of 4", "28", "32"]),
+    "no steps": (["steps=0"], ["steps=0", "at least 1"]),
+    "negative steps": (["steps=-1"], ["steps=-1", "at least 1"]),
+    "too many steps": (["steps=2000"], ["steps=2000", "1000"]),
+    "steps in words": (["steps=abc"], ["steps=abc", "whole number"]),
+    "guidance in words": (["guidance_scale=abc"], ["guidance_scale=abc", "number"]),
+    "batch in words": (["batch_size=abc"], ["batch_size=abc", "whole number"]),
+    "scheduler": (["sampler.scheduler=foo"], ["foo", *SHORT_NAMES]),
+    "sampler": (["sampler=foo"], ["sampler/foo", "ddim", "euler"]),
+    "unknown key": (["stepz=3"], ["stepz", "did you mean steps"]),
+    "unknown nested key": (["sampler.stepz=3"], ["sampler.stepz", "--cfg job"]),
+    "scheduler as a key": (["scheduler=euler"], ["did you mean sampler"]),
+    "sweep without -m": (["steps=2,3"], ["steps=2,3", "multirun"]),
+    "grammar": (["prompts=a(b"], ["a(b"]),
+    "precision": (["precision=5"], ["trainer", "precision", "5"]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_PREDICT)
+def test_predict_says_in_one_sentence_what_is_wrong(call, checkpoint, tmp_path, name):
+    overrides, words = WRONG_PREDICT[name]
+    out = tmp_path / "out"
+    told(call(predict_main, "prompt=a", f"pretrained={checkpoint}", f"output_dir={out}", *overrides), *words)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("damage", [missing_part, truncated_weights, no_weights, no_index])
+def test_a_broken_checkpoint_is_named(call, checkpoint, tmp_path, damage):
+    folder = shutil.copytree(checkpoint, tmp_path / "broken")
+    damage(folder)
+    told(call(predict_main, "prompt=a", f"pretrained={folder}", f"output_dir={tmp_path / 'out'}"), str(folder))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", [[], ["-m"]])
+def test_an_output_folder_that_cannot_be_written(call, checkpoint, tmp_path, command):
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "out"
+    told(
+        call(predict_main, *command, "prompt=a", f"pretrained={checkpoint}", f"output_dir={out}"),
+        str(tmp_path / "file"),
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(call, checkpoint, tmp_path):
+    result = call(predict_main, "prompt=a", f"pretrained={checkpoint}", "trainer=gpu", f"output_dir={tmp_path / 'out'}")
+    told(result, "trainer=gpu", "trainer=cpu")
+
+
+def bad_picture(photos):
+    (photos / "0.png").write_text("no picture")
+
+
+def absent_picture(photos):
+    (photos / "0.png").unlink()
+
+
+def empty(photos):
+    shutil.rmtree(photos)
+    photos.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "word"), [(bad_picture, "0.png"), (absent_picture, "0.png"), (empty, "no pictures")]
+)
+def test_a_bad_folder_of_pictures_is_told_before_anything_is_written(call, checkpoint, photos, tmp_path, damage, word):
+    damage(photos)
+    out = tmp_path / "out"
+    told(call(train_main, f"data.root={photos}", f"pretrained={checkpoint}", f"output_dir={out}"), "data.root", word)
+    assert not out.exists()
+
+
+WRONG_TRAIN = {
+    "no data": ([], ["data.root"]),
+    "absent data": (["data.root=nothing_like_it"], ["data.root=nothing_like_it"]),
+    "no steps": (["data.root=PHOTOS", "trainer.max_steps=0"], ["trainer.max_steps=0", "at least 1"]),
+    "no checkpoint": (["data.root=PHOTOS", "ckpt_path=nothing.ckpt"], ["ckpt_path=nothing.ckpt"]),
+    "broken checkpoint": (["data.root=PHOTOS", "ckpt_path=PHOTOS/0.png"], ["ckpt_path=", "0.png"]),
+    "unknown setting": (["data.root=PHOTOS", "+data.foo=1"], ["data", "foo"]),
+    "unknown data": (["data=foo"], ["data/foo", "image_folder"]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TRAIN)
+def test_train_says_in_one_sentence_what_is_wrong(call, checkpoint, photos, tmp_path, name):
+    overrides, words = WRONG_TRAIN[name]
+    overrides = [text.replace("PHOTOS", str(photos)) for text in overrides]
+    out = tmp_path / "out"
+    told(call(train_main, f"pretrained={checkpoint}", f"output_dir={out}", *overrides), *words)
+    assert not out.exists()
+
+
+def test_a_bad_picture_can_be_skipped_with_a_warning(call, checkpoint, photos, tmp_path):
+    bad_picture(photos)
+    settings = [
+        f"data.root={photos}",
+        f"pretrained={checkpoint}",
+        f"output_dir={tmp_path / 'out'}",
+        "callbacks=[progress]",
+    ]
+    status, _, complaint = call(train_main, *settings, "data.skip_bad=true", "trainer.max_steps=1", "resolution=32")
+    assert status == 0
+    if complaint:  # pytest may keep warnings for itself
+        assert complaint.startswith("warning: ") and "0.png" in complaint
+
+
+def test_the_whole_traceback_is_there_for_who_asks(call, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ValueError, match="steps=0"):
+        call(predict_main, "prompt=a", f"pretrained={checkpoint}", "steps=0", f"output_dir={tmp_path / 'out'}")
+
+
+# ---------------------------------------------------------------------------------------------- real processes
+
+
+def test_a_prompt_reaches_the_pictures_letter_for_letter_in_a_real_sweep(checkpoint, tmp_path):
+    prompt = "a cat, (fluffy:1.2), 50% off = {fun} ünïcode 'it\\'s' \"q\" \\ ${x} $5 [a] ??? 🦊\n #x: \\"
+    command = [sys.executable, ROOT / "predict.py", "-m", f"prompt={prompt}", "negative_prompt=???", "steps=1"]
+    command += [f"pretrained={checkpoint}", f"output_dir={tmp_path / 'out'}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    [record] = records(tmp_path / "out" / "0")
+    assert (record["prompt"], record["negative_prompt"]) == (prompt, "???")
+    assert Image.open(tmp_path / "out" / "0" / record["file"]).text["prompt"] == prompt
+
+
+def test_an_error_is_all_that_a_process_says(checkpoint, tmp_path):
+    command = [sys.executable, ROOT / "predict.py", "prompt=a", "experiment=sd15", f"output_dir={tmp_path / 'out'}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    told((done.returncode, done.stdout, done.stderr), "stable-diffusion-v1-5/stable-diffusion-v1-5", "pretrained=/")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(call, checkpoint, photos, tmp_path):
+    out = tmp_path / "out"
+    settings = [f"data.root={photos}", f"pretrained={checkpoint}", "resolution=32", "+steps=1"]
+    command = [sys.executable, ROOT / "train.py", *settings, f"output_dir={out}", "trainer.max_steps=100000"]
+    process = subprocess.Popen(
+        [*command, "trainer.val_check_interval=2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell that runs the tests in the background has them ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    while not (out / "samples" / "000002.png").is_file() and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, complaint = process.communicate(timeout=120)
+    last = out / "checkpoints" / "last.ckpt"
+    assert (process.returncode, complaint.count("\n")) == (130, 1) and f"ckpt_path={last}" in complaint
+
+    step = torch.load(last, weights_only=True)["global_step"]
+    again = [*settings, f"output_dir={tmp_path / 'again'}", f"trainer.max_steps={step + 2}", f"ckpt_path={last}"]
+    status, _, complaint = call(train_main, *again)
+    assert (status, complaint) == (0, "")
+    assert torch.load(tmp_path / "again/checkpoints/last.ckpt", weights_only=True)["global_step"] == step + 2

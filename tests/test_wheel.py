@@ -1,0 +1,72 @@
+"""The wheel holds all that the two commands need, and they run from any folder."""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command, cwd):
+    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"  # built from a copy, for a build leaves folders behind
+    files = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
+    for name in files:
+        if (ROOT / name).is_file() and not name.startswith(("tests/", "benchmarks/")):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    run(*pip, "--wheel-dir", folder, source, cwd=folder)
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """The programs' folder of a fresh environment that has the wheel, and everything else from the running one."""
+    environment = tmp_path_factory.mktemp("environment")
+    run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=environment)
+    [packages] = environment.glob("lib/python*/site-packages")
+    # a plain path: the .pth files in the other folder, and with them its editable installs, are not read
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    python = environment / "bin" / "python"
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=environment)
+    return python.parent
+
+
+def test_the_wheel_holds_configurations_and_assets(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    listed = run(
+        "git", "ls-files", "--cached", "--others", "--exclude-standard", "conf", "sdmodule", cwd=ROOT
+    ).splitlines()
+    wanted = {
+        name if name.startswith("sdmodule/") else f"sdmodule/{name}" for name in listed if (ROOT / name).is_file()
+    }
+    assert sorted(wanted - names) == []
+    assert {name.split("/")[0] for name in names} == {
+        "sdmodule",
+        next(n for n in names if "dist-info" in n).split("/")[0],
+    }
+
+
+def test_the_commands_run_from_another_folder(installed, checkpoint, tmp_path):
+    place = run(installed / "python", "-c", "import sdmodule; print(sdmodule.__file__)", cwd=tmp_path).strip()
+    assert Path(place).is_relative_to(installed.parent)
+    assert "prompt: null" in run(installed / "sdmodule-predict", "--cfg", "job", cwd=tmp_path)
+    assert "image_folder" in run(installed / "sdmodule-train", "--cfg", "job", "data.root=x", cwd=tmp_path)
+    run(installed / "sdmodule-predict", "prompt=a red circle", f"pretrained={checkpoint}", "steps=2", cwd=tmp_path)
+    [records] = tmp_path.glob("outputs/predict/*/*/predictions.jsonl")
+    assert json.loads(records.read_text())["prompt"] == "a red circle"
+    assert os.listdir(tmp_path) == ["outputs"]
