@@ -125,9 +125,7 @@ def check_resume(path: str | None, max_steps: int) -> None:
     if path is None or Path(path).is_dir():  # in shards: a folder, which only its own strategy can read
         return
     if not Path(path).is_file():
-        raise SettingsError(
-            f"ckpt_path={path} was not found; give a .ckpt file of an earlier run."
-        )
+        raise SettingsError(f"ckpt_path={path} was not found; give a .ckpt file of an earlier run.")
     import torch
 
     try:
@@ -208,7 +206,10 @@ def run(job: Callable[[DictConfig], None], config_name: str) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints its errors itself
     try:
         with one_sentence(config_name, always=full_error != "1"):
-            hydra.main(config_path="pkg://sdmodule.conf", config_name=config_name, version_base="1.3")(checked)()
+            try:
+                hydra.main(config_path="pkg://sdmodule.conf", config_name=config_name, version_base="1.3")(checked)()
+            except OSError as error:  # from the folder of a sweep, which Hydra makes itself
+                raise unwritable(Path(str(error.filename)), error.strerror) from error
     finally:
         sys.argv[1:] = arguments
         os.environ["HYDRA_FULL_ERROR"] = full_error
@@ -265,13 +266,8 @@ def quiet() -> None:
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     for category in (PossibleUserWarning, DeprecationWarning, FutureWarning):
         warnings.filterwarnings("ignore", category=category)
-    for message in (
-        "module\\(s\\) in eval mode",
-        "exists and is not empty",
-        "functools.lru_cache",
-        "dirpath has changed",
-    ):
-        warnings.filterwarnings("ignore", message=f".*{message}.*")
+    for part in (r"module\(s\) in eval mode", "exists and is not empty", "functools.lru_cache", "dirpath has changed"):
+        warnings.filterwarnings("ignore", message=f".*{part}.*")
 
 
 def worth_reading(record: logging.LogRecord) -> bool:

@@ -124,6 +124,8 @@ def save_part(name: str, part: Any, folder: str | Path, dtype: str = "float32") 
     place = Path(folder) / name
     if name not in MODELS:
         part.save_pretrained(place)
+        if name == "tokenizer":
+            part.backend_tokenizer.model.save(str(place))  # vocab.json and merges.txt, which older readers ask for
         return
     weights = {key: value.to(getattr(torch, dtype)).contiguous() for key, value in part.state_dict().items()}
     if name == "text_encoder":
