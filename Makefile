@@ -3,7 +3,6 @@
 
 PYTHON ?= python3.11
 BIN := .venv/bin
-EXTRA_TESTS ?=
 
 .PHONY: install demo test clean
 
@@ -21,7 +20,9 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 --durations 10
+	# the commands set up logging for their whole process, so they are tested in processes of their own
+	$(BIN)/pytest -n 2 tests/test_cli.py
+	$(BIN)/pytest -n 2 --durations 10 --ignore tests/test_cli.py
 
 clean:
 	rm -rf .venv build dist *.egg-info outputs

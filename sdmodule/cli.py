@@ -208,7 +208,11 @@ def run(job: Callable[[DictConfig], None], config_name: str) -> None:
         with one_sentence(config_name, always=full_error != "1"):
             try:
                 hydra.main(config_path="pkg://sdmodule.conf", config_name=config_name, version_base="1.3")(checked)()
-            except OSError as error:  # from the folder of a sweep, which Hydra makes itself
+            except (
+                FileExistsError,
+                NotADirectoryError,
+                PermissionError,
+            ) as error:  # Hydra makes a sweep's folder itself
                 raise unwritable(Path(str(error.filename)), error.strerror) from error
     finally:
         sys.argv[1:] = arguments
@@ -260,8 +264,8 @@ def quiet() -> None:
         transformers.utils.logging.disable_progress_bar()
     for name in ("huggingface_hub", "hydra"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(worth_reading)
+    for name in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.distributed"):
+        logging.getLogger(f"lightning.{name}").addFilter(worth_reading)
 
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     for category in (PossibleUserWarning, DeprecationWarning, FutureWarning):
