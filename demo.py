@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 HERE = Path(__file__).parent
 PICTURES = HERE / "sdmodule" / "assets" / "emoji"
 OUTPUT = HERE / "outputs" / "demo"
-STEPS = 400
+STEPS = 200
 
 SHAPES = [
     "a red circle on a blue background",

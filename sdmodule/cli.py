@@ -264,8 +264,10 @@ def quiet() -> None:
         transformers.utils.logging.disable_progress_bar()
     for name in ("huggingface_hub", "hydra"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for name in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.distributed"):
-        logging.getLogger(f"lightning.{name}").addFilter(worth_reading)
+    # the package that is imported last of these lends its logger to all of them
+    for package in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):
+        for module in ("rank_zero", "distributed"):
+            logging.getLogger(f"{package}.utilities.{module}").addFilter(worth_reading)
 
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     for category in (PossibleUserWarning, DeprecationWarning, FutureWarning):
