@@ -8,24 +8,23 @@ noisy latents; sampling starts from noise alone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from lightning import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
+from sdmodule.compiling import compile_blocks
 from sdmodule.components import load_components, save_components
 from sdmodule.conditioning.text import encode_prompts
 from sdmodule.diffusion.objective import add_noise, draw_timesteps, target
 from sdmodule.errors import SettingsError, choices
+from sdmodule.modes import evaluating
 from sdmodule.pictures import converted
 from sdmodule.progress import steps_bar
 from sdmodule.requests import SampleRequest, build_requests
@@ -307,27 +306,3 @@ class StableDiffusionModule(LightningModule):
                 f"the checkpoint was trained on pretrained={trained_on} and this run has "
                 f"pretrained={self.parts.source}; give pretrained={trained_on}."
             )
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Switch a module and its parts to evaluation, and back to what each was before."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
-
-
-def compile_blocks(unet: nn.Module) -> None:
-    """Compile a UNet block by block.
-
-    Not the whole of it: on CPU in bfloat16, torch 2.13 computes wrong gradients for a compiled nearest-neighbour
-    upsampling, and everything below it then learns nothing.
-    """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    for block in unet.modules():
-        if isinstance(block, (ResnetBlock2D, Transformer2DModel)):
-            block.compile(dynamic=False)

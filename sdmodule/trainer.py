@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from sdmodule.errors import SettingsError
@@ -18,6 +19,7 @@ def make_trainer(
     max_steps: int = 1000,
     val_check_interval: int = 250,
     accumulate_grad_batches: int = 1,
+    precision: str = "32-true",
     log_every_n_steps: int = 10,
     callbacks: Sequence[Callback] = (),
     **settings: Any,
@@ -30,6 +32,7 @@ def make_trainer(
         val_check_interval: optimizer steps between validations, counted over epochs; a shorter training validates
             once, at its end.
         accumulate_grad_batches: batches that make a step.
+        precision: one of Lightning's, or ``auto``: bf16-mixed where the device computes in bfloat16, else 32-true.
         log_every_n_steps: optimizer steps between rows of the training's figures.
         callbacks: what goes along; a progress bar and checkpoints are made by these alone.
         settings: any others of ``lightning.Trainer``.
@@ -48,6 +51,13 @@ def make_trainer(
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise SettingsError(f"trainer.{name}={value} is not allowed; give a whole number of at least 1.")
+    if precision == "auto":
+        precision = "bf16-mixed" if computes_bfloat16(accelerator) else "32-true"
+    elif "bf16" in str(precision) and not computes_bfloat16(accelerator):
+        rank_zero_warn(
+            f"precision={precision}: this device emulates bfloat16, many times slower than float32; "
+            "precision=32-true is faster here."
+        )
     try:
         return Trainer(
             accelerator=accelerator,
@@ -55,6 +65,7 @@ def make_trainer(
             val_check_interval=min(val_check_interval, max_steps) * accumulate_grad_batches,  # Lightning counts batches
             check_val_every_n_epoch=None,
             accumulate_grad_batches=accumulate_grad_batches,
+            precision=precision,  # type: ignore[arg-type]
             log_every_n_steps=min(log_every_n_steps, max_steps),
             callbacks=list(callbacks),
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
@@ -65,3 +76,11 @@ def make_trainer(
         )
     except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
         raise SettingsError(f"trainer: Lightning refuses these settings: {' '.join(str(error).split())}") from error
+
+
+def computes_bfloat16(accelerator: str) -> bool:
+    """Whether the device multiplies in bfloat16 itself; most x86 processors before 2022 convert each number."""
+    if accelerator == "gpu":
+        return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.10 does not tell
+    return capabilities.get("architecture") != "x86_64" or capabilities["avx512_bf16"]

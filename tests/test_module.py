@@ -16,7 +16,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from sdmodule.callbacks.validation_samples import ValidationSamples
 from sdmodule.data.shapes import ShapesDataModule
 from sdmodule.errors import SettingsError
-from sdmodule.module import StableDiffusionModule, evaluating
+from sdmodule.modes import evaluating
+from sdmodule.module import StableDiffusionModule
 
 VELOCITY = {"name": "ddim", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
 

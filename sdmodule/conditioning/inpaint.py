@@ -1,0 +1,70 @@
+"""What a UNet that inpaints sees beside the noisy latents, and how an ordinary UNet becomes one.
+
+The nine channels are those of Stable Diffusion's inpainting checkpoints (Rombach et al. 2022, section 4.5 and the
+published weights): noisy latents 4, mask 1, latents of the masked picture 4. A mask is ``[B, 1, H, W]``, 1 where the
+picture is repainted and 0 where it stays.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from sdmodule.errors import SettingsError
+
+
+def masked(images: Tensor, masks: Tensor) -> Tensor:
+    """Pictures ``[B, 3, H, W]`` in [-1, 1] with the hole at mid-grey, which is 0."""
+    return images * (masks < 0.5)
+
+
+def latent_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Masks at the size ``(h, w)`` of the latents, by nearest neighbour: ``[B, 1, h, w]``."""
+    return F.interpolate(masks, size=size)
+
+
+def mask_channels(masks: Tensor, masked_latents: Tensor) -> Tensor:
+    """The five channels beside the noisy latents, ``[B, 5, h, w]``.
+
+    Args:
+        masks: ``[B, 1, H, W]`` in pixels.
+        masked_latents: scaled latents of the masked pictures, ``[B, 4, h, w]``.
+    """
+    height, width = masked_latents.shape[-2:]
+    return torch.cat([latent_masks(masks, (height, width)).to(masked_latents), masked_latents], dim=1)
+
+
+def inpaints(unet: UNet2DConditionModel) -> bool:
+    """Whether a UNet takes the mask's channels beside the noisy latents.
+
+    Raises:
+        SettingsError: for a UNet that takes neither 4 nor 9 channels.
+    """
+    latents = unet.config.out_channels
+    if unet.config.in_channels not in (latents, 2 * latents + 1):
+        raise SettingsError(
+            f"the UNet takes {unet.config.in_channels} channels; give one that takes {latents} (text2image) or "
+            f"{2 * latents + 1} (inpaint)."
+        )
+    return unet.config.in_channels != latents
+
+
+@torch.no_grad()
+def convert_to_inpaint(unet: UNet2DConditionModel) -> None:
+    """Widen the first convolution of an ordinary UNet from 4 to 9 channels, in place.
+
+    The weights of the new channels are zero and the bias is kept, so that the converted UNet gives the same result for
+    any mask, to the bit, until it is trained.
+    """
+    old = unet.conv_in
+    latents = unet.config.in_channels
+    new = nn.Conv2d(2 * latents + 1, old.out_channels, old.kernel_size, padding=old.padding)
+    new = new.to(device=old.weight.device, dtype=old.weight.dtype)
+    new.weight.zero_()
+    new.weight[:, :latents] = old.weight
+    new.bias.copy_(old.bias)
+    new.requires_grad_(old.weight.requires_grad)
+    unet.conv_in = new
+    unet.register_to_config(in_channels=2 * latents + 1)
