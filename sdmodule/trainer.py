@@ -82,5 +82,5 @@ def computes_bfloat16(accelerator: str) -> bool:
     """Whether the device multiplies in bfloat16 itself; most x86 processors before 2022 convert each number."""
     if accelerator == "gpu":
         return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.10 does not tell
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.10 does not tell
     return capabilities.get("architecture") != "x86_64" or capabilities["avx512_bf16"]

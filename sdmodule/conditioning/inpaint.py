@@ -60,11 +60,9 @@ def convert_to_inpaint(unet: UNet2DConditionModel) -> None:
     """
     old = unet.conv_in
     latents = unet.config.in_channels
+    widened = old.weight.new_zeros((old.out_channels, 2 * latents + 1, *old.kernel_size))
+    widened[:, :latents] = old.weight
     new = nn.Conv2d(2 * latents + 1, old.out_channels, old.kernel_size, padding=old.padding)
-    new = new.to(device=old.weight.device, dtype=old.weight.dtype)
-    new.weight.zero_()
-    new.weight[:, :latents] = old.weight
-    new.bias.copy_(old.bias)
-    new.requires_grad_(old.weight.requires_grad)
-    unet.conv_in = new
+    new.load_state_dict({"weight": widened, "bias": old.bias})
+    unet.conv_in = new.to(old.weight).requires_grad_(old.weight.requires_grad)
     unet.register_to_config(in_channels=2 * latents + 1)
