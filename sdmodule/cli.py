@@ -6,6 +6,7 @@ import difflib
 import logging
 import os
 import re
+import signal
 import sys
 import time
 import warnings
@@ -56,7 +57,7 @@ def predict(cfg: DictConfig) -> None:
     trainer = build_trainer(cfg)
     model = instantiate(cfg.model)
     write_config(cfg, output_dir)
-    with finishing(trainer, output_dir):
+    with finishing(trainer, output_dir), stopping_at_once():
         trainer.predict(model, datamodule=data, return_predictions=False)
     say(f"Wrote {output_dir / 'grid.png'}")
 
@@ -173,7 +174,10 @@ def is_first_device() -> bool:
 
 @contextmanager
 def finishing(trainer: Trainer, output_dir: Path) -> Iterator[None]:
-    """After Ctrl-C say how to go on, with status 130; close what the next job of a sweep must not inherit."""
+    """After Ctrl-C say how to go on, with status 130; after SIGTERM too, which a scheduler sends first, with 143.
+
+    Training saves a checkpoint before it stops. What the next job of a sweep must not inherit is closed.
+    """
     try:
         yield
     except SystemExit:
@@ -182,10 +186,20 @@ def finishing(trainer: Trainer, output_dir: Path) -> Iterator[None]:
         last = getattr(trainer.checkpoint_callback, "last_model_path", "")
         go_on = f"; resume with ckpt_path={last}" if last else ""
         print(f"interrupted: what is done is in {output_dir}{go_on}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(143 if trainer.received_sigterm else 130)
     finally:
         if "wandb" in sys.modules and (wandb_run := sys.modules["wandb"].run) is not None:
             wandb_run.finish()
+
+
+@contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """Let SIGTERM end the block at once: Lightning only notes it, and a prediction would go on to its end."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run(job: Callable[[DictConfig], None], config_name: str) -> None:
@@ -266,8 +280,8 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     # the package that is imported last of these lends its logger to all of them
     for package in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):
-        for module in ("rank_zero", "distributed"):
-            logging.getLogger(f"{package}.utilities.{module}").addFilter(worth_reading)
+        for module in ("utilities.rank_zero", "utilities.distributed", "trainer.connectors.signal_connector"):
+            logging.getLogger(f"{package}.{module}").addFilter(worth_reading)
 
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     for category in (PossibleUserWarning, DeprecationWarning, FutureWarning):

@@ -333,7 +333,8 @@ def test_an_error_is_all_that_a_process_says(checkpoint, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(call, checkpoint, photos, tmp_path):
+@pytest.mark.parametrize(("sent", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(call, checkpoint, photos, tmp_path, sent, expected):
     out = tmp_path / "out"
     settings = [f"data.root={photos}", f"pretrained={checkpoint}", "resolution=32", "+steps=1"]
     command = [sys.executable, ROOT / "train.py", *settings, f"output_dir={out}", "trainer.max_steps=100000"]
@@ -347,13 +348,26 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(call, checkpoint, phot
     )
     while not (out / "samples" / "000002.png").is_file() and process.poll() is None:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, complaint = process.communicate(timeout=120)
     last = out / "checkpoints" / "last.ckpt"
-    assert (process.returncode, complaint.count("\n")) == (130, 1) and f"ckpt_path={last}" in complaint
+    assert (process.returncode, complaint.count("\n")) == (expected, 1) and f"ckpt_path={last}" in complaint
 
     step = torch.load(last, weights_only=True)["global_step"]
     again = [*settings, f"output_dir={tmp_path / 'again'}", f"trainer.max_steps={step + 2}", f"ckpt_path={last}"]
     status, _, complaint = call(train_main, *again)
     assert (status, complaint) == (0, "")
     assert torch.load(tmp_path / "again/checkpoints/last.ckpt", weights_only=True)["global_step"] == step + 2
+
+
+def test_sigterm_ends_a_prediction_at_once(checkpoint, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, ROOT / "predict.py", "prompt=a", "num_images_per_prompt=100000", "batch_size=1"]
+    process = subprocess.Popen(
+        [*command, f"pretrained={checkpoint}", "steps=1", f"output_dir={out}"], stderr=subprocess.PIPE, text=True
+    )
+    while not list(out.glob("images/*.png")) and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, complaint = process.communicate(timeout=120)
+    assert (process.returncode, complaint) == (143, f"interrupted: what is done is in {out}\n")
