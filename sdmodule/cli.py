@@ -34,11 +34,13 @@ def train(cfg: DictConfig) -> None:
     """Fine-tune a model: data, callbacks, loggers, trainer, model, fit."""
     from lightning import seed_everything
 
+    from sdmodule.resume import find_checkpoint
+
     output_dir = choose_output(cfg)
     data = instantiate(cfg.data)
     data.setup("fit")  # a folder that cannot be used is told of before the model is loaded
     trainer = build_trainer(cfg)
-    check_resume(cfg.ckpt_path, trainer.max_steps)
+    cfg.ckpt_path = find_checkpoint(cfg.ckpt_path, output_dir, trainer.max_steps)
     seed_everything(cfg.seed, workers=True, verbose=False)
     model = instantiate(cfg.model)
     write_config(cfg, output_dir)
@@ -115,29 +117,6 @@ def choose_output(cfg: DictConfig) -> Path:
 def unwritable(folder: Path, reason: str | None) -> SettingsError:
     """The error for an output folder that cannot be written."""
     return SettingsError(f"output_dir={folder} cannot be written ({reason}); give a folder that can be.")
-
-
-def check_resume(path: str | None, max_steps: int) -> None:
-    """Check that a checkpoint to resume from is there, and that it leaves something to train.
-
-    Raises:
-        SettingsError: if not.
-    """
-    if path is None or Path(path).is_dir():  # in shards: a folder, which only its own strategy can read
-        return
-    if not Path(path).is_file():
-        raise SettingsError(f"ckpt_path={path} was not found; give a .ckpt file of an earlier run.")
-    import torch
-
-    try:
-        step = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"]
-    except Exception as error:  # what is wrong with a file comes in many kinds: zip, pickle, key
-        raise SettingsError(f"ckpt_path={path} is no checkpoint of a training run; give one that is.") from error
-    if step >= max_steps:
-        raise SettingsError(
-            f"ckpt_path={path} is of step {step} and trainer.max_steps={max_steps}, which leaves nothing to train; "
-            "give a larger trainer.max_steps."
-        )
 
 
 def write_config(cfg: DictConfig, folder: Path) -> None:
