@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-FREE_TEXT = ("prompt", "negative_prompt")
+FREE_TEXT = ("prompt", "negative_prompt", "image", "mask")
 """Keys whose values are what people write, not expressions of Hydra's."""
 
 MISSING = "???"

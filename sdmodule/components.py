@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 
 from sdmodule.errors import SettingsError, choices
 from sdmodule.schedulers import make_scheduler
@@ -206,8 +207,24 @@ def _load(name: str, source: Source, scratch: bool = False, subfolder: str | Non
 def _from_scratch(name: str, source: Source, options: dict[str, Any]) -> Any:
     model = MODELS[name]
     if name == "text_encoder":
-        return model(model.config_class.from_pretrained(source.location, **options))
+        encoder = model(model.config_class.from_pretrained(source.location, **options))
+        _part_words(encoder)
+        return encoder
     return model.from_config(model.load_config(source.location, **options))
+
+
+@torch.no_grad()
+def _part_words(encoder: CLIPTextModel) -> None:
+    """Start the words of a new text encoder far apart.
+
+    CLIP starts them within 0.02 of each other. Trained on pictures alone, words of similar pictures then soon move as
+    one: after 5,000 steps of the embedded model, "circle" and "square" were 1% apart for the UNet. Started like this
+    they are 41% apart after 800.
+    """
+    for module in encoder.modules():
+        if isinstance(module, CLIPTextEmbeddings):
+            module.token_embedding.weight.normal_(std=0.5)
+            module.position_embedding.weight.normal_(std=0.2)
 
 
 def _load_file(path: str) -> dict[str, Any]:

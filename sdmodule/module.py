@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -21,15 +22,18 @@ from typing_extensions import override
 
 from sdmodule.compiling import compile_blocks
 from sdmodule.components import load_components, save_components
+from sdmodule.conditioning.canvas import InpaintSettings
+from sdmodule.conditioning.inpaint import inpaints
 from sdmodule.conditioning.text import encode_prompts
 from sdmodule.diffusion.objective import add_noise, draw_timesteps, target
 from sdmodule.errors import SettingsError, choices
 from sdmodule.modes import evaluating
-from sdmodule.pictures import converted
 from sdmodule.progress import steps_bar
-from sdmodule.requests import SampleRequest, build_requests
-from sdmodule.sampling import Samples, SamplingSettings, check_settings, sample_all
+from sdmodule.requests import INPAINT, TASKS, TEXT2IMAGE, SampleRequest, build_requests
+from sdmodule.samples import Samples
+from sdmodule.sampling import check_settings, sample_all
 from sdmodule.schedulers import make_scheduler
+from sdmodule.settings import SamplingSettings
 from sdmodule.tome.settings import TokenMerging
 
 VALIDATION_TIMESTEPS = 4
@@ -50,9 +54,10 @@ class StableDiffusionModule(LightningModule):
             classifier-free guidance needs.
         timestep_shift: prefers noisy timesteps where greater than 1; see ``draw_timesteps``.
         train_scheduler: noise schedule of the training (name or settings); the checkpoint's own if None.
-        task: ``text2image``.
+        task: ``text2image`` or ``inpaint``.
         sampling: how pictures are sampled (steps, guidance and the rest); see ``SamplingSettings``.
         tome: token merging in sampling; see ``TokenMerging``.
+        inpaint: how masked pictures are repainted; see ``InpaintSettings``.
         optimizer: takes the trainable parameters and returns the optimizer.
         lr_scheduler: takes the optimizer and returns the schedule of its learning rate, stepped every step.
         compile: compile the UNet's blocks with ``torch.compile``.
@@ -74,9 +79,10 @@ class StableDiffusionModule(LightningModule):
         caption_dropout: float = 0.1,
         timestep_shift: float = 1.0,
         train_scheduler: str | Mapping[str, Any] | None = None,
-        task: str = "text2image",
+        task: str = TEXT2IMAGE,
         sampling: Mapping[str, Any] | None = None,
         tome: Mapping[str, Any] | None = None,
+        inpaint: Mapping[str, Any] | None = None,
         optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
         lr_scheduler: Callable[..., Any] | None = None,
         compile: bool = False,
@@ -84,9 +90,12 @@ class StableDiffusionModule(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "scratch", "compile"])
-        if task != "text2image":
-            raise SettingsError(f"model={task} is not part of this release; use model=text2image.")
-        self.sampling = SamplingSettings(**(sampling or {}), merging=TokenMerging(**(tome or {})))
+        if task not in TASKS:
+            raise SettingsError(f"model={task} is not known; give one of {choices(TASKS)}.")
+        self.task = task
+        self.sampling = SamplingSettings(
+            **(sampling or {}), merging=TokenMerging(**(tome or {})), inpaint=InpaintSettings(**(inpaint or {}))
+        )
         trained = {"unet", "text_encoder"} if train_text_encoder else {"unet"}
         if untrained := set(scratch) - trained:
             raise SettingsError(
@@ -95,6 +104,8 @@ class StableDiffusionModule(LightningModule):
             )
         parts = load_components(pretrained, revision=revision, variant=variant, components=components, scratch=scratch)
         check_settings(parts, self.sampling)
+        if inpaints(parts.unet) and task != INPAINT:
+            raise SettingsError(f"pretrained={pretrained} inpaints: its UNet takes a mask; use model=inpaint.")
         self.parts = parts
         self.unet: Any = parts.unet
         self.vae: Any = parts.vae.eval().requires_grad_(False)
@@ -120,6 +131,8 @@ class StableDiffusionModule(LightningModule):
 
     @override
     def on_fit_start(self) -> None:
+        if self.task == INPAINT:
+            raise SettingsError("model=inpaint samples only, in this release; fine-tune with model=text2image.")
         if self.device.type == "cpu":
             # The backward pass of torch's fused attention takes four times as long on CPU as plain products do.
             self.unet.set_attn_processor(AttnProcessor())
@@ -224,6 +237,7 @@ class StableDiffusionModule(LightningModule):
         latents: Tensor | None = None,
         seed: int = 0,
         scheduler: str | Mapping[str, Any] | None = None,
+        inpaint: Mapping[str, Any] | None = None,
         return_type: Literal["image", "numpy", "tensor"] = "image",
         show_progress: bool = True,
     ) -> dict[str, Any]:
@@ -233,8 +247,8 @@ class StableDiffusionModule(LightningModule):
 
         Args:
             prompt: one prompt or several; of any length, with ``(words:1.3)`` to weigh words.
-            image: picture to repaint; for models that inpaint.
-            mask: where to repaint it.
+            image: for ``task="inpaint"``, the picture to repaint: a path, a PIL image, an array or a tensor, or a list.
+            mask: where: white in a picture of the same size, a box ``[x0, y0, x1, y1]``, ``"alpha"``, or a list.
             height: pixels, a multiple of the autoencoder's factor.
             width: pixels, likewise.
             num_inference_steps: denoising steps.
@@ -247,6 +261,7 @@ class StableDiffusionModule(LightningModule):
             latents: initial noise instead of the seed's, ``[pictures, 4, height / factor, width / factor]``.
             seed: picture k is drawn from ``seed + k``.
             scheduler: name or settings of a scheduler.
+            inpaint: strength, mask_blur, only_masked and padding; see ``InpaintSettings``.
             return_type: ``image`` for PIL, ``numpy`` for ``[B, H, W, 3]``, ``tensor`` for ``[B, 3, H, W]``; in [0, 1].
             show_progress: show a bar of the steps, in a terminal.
 
@@ -257,8 +272,6 @@ class StableDiffusionModule(LightningModule):
         Raises:
             SettingsError: for an input that cannot be used.
         """
-        if image is not None or mask is not None:
-            raise SettingsError("image and mask were given, and this model makes pictures from text; leave them out.")
         settings = self.sampling.updated(
             height=height,
             width=width,
@@ -267,12 +280,15 @@ class StableDiffusionModule(LightningModule):
             guidance_rescale=guidance_rescale,
             eta=eta,
             scheduler=scheduler,
+            inpaint=replace(self.sampling.inpaint, **(inpaint or {})),
         )
-        requests = build_requests(prompt, None, negative_prompt, num_images_per_prompt, seed)
+        requests = build_requests(
+            prompt, None, negative_prompt, num_images_per_prompt, seed, image=image, mask=mask, task=self.task
+        )
         with evaluating(self), steps_bar(settings.steps, show_progress) as on_step:
             samples = sample_all(self.parts, requests, settings, noise=latents, generator=generator, on_step=on_step)
         return {
-            "samples": converted(samples.pictures, return_type),
+            "samples": samples.converted(return_type),
             "prompts": [r.prompt for r in requests],
             "seeds": [r.seed for r in requests],
             "seconds": samples.seconds,

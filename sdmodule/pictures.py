@@ -16,8 +16,8 @@ from sdmodule.errors import SettingsError, choices
 
 def image_to_tensor(image: Image.Image) -> Tensor:
     """Turn an RGB picture into a tensor ``[3, H, W]`` in [-1, 1]."""
-    array = np.asarray(image, dtype=np.float32)
-    return torch.from_numpy(array / 127.5 - 1.0).permute(2, 0, 1).contiguous()
+    array = np.asarray(image, dtype=np.float32) / 255.0
+    return torch.from_numpy(2.0 * array - 1.0).permute(2, 0, 1).contiguous()  # diffusers' arithmetic, to the bit
 
 
 def to_images(pictures: Tensor) -> list[Image.Image]:

@@ -6,9 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from sdmodule.conditioning.masked_picture import MaskedPicture, count_pictures, pair
 from sdmodule.conditioning.text import parse_weights
 from sdmodule.errors import SettingsError, choices
+
+TEXT2IMAGE, INPAINT = TASKS = ("text2image", "inpaint")
+"""What a model is asked to do."""
 
 
 @dataclass
@@ -22,12 +27,14 @@ class SampleRequest:
         prompt: what it shows; empty for unconditional.
         negative_prompt: what guidance leads away from.
         seed: seed of its initial noise.
+        masked: the picture to repaint, and where; None for a picture from text alone.
     """
 
     index: int
     prompt: str
     negative_prompt: str
     seed: int
+    masked: MaskedPicture | None = None
 
 
 def build_requests(
@@ -36,6 +43,10 @@ def build_requests(
     negative_prompt: str | Sequence[str] | None = None,
     num_images_per_prompt: int = 1,
     seed: int = 0,
+    *,
+    image: Any = None,
+    mask: Any = None,
+    task: str = TEXT2IMAGE,
 ) -> list[SampleRequest]:
     """List the images of a run: all images of the first prompt, then of the second; image k has seed ``seed + k``.
 
@@ -47,6 +58,9 @@ def build_requests(
         negative_prompt: one for all prompts, or one for each.
         num_images_per_prompt: images of each prompt.
         seed: seed of the first image.
+        image: for inpainting, the picture to repaint, or one for each prompt; see ``masked_picture.pair``.
+        mask: where to repaint it, or one for each.
+        task: ``text2image`` or ``inpaint``.
 
     Raises:
         SettingsError: if a setting or the file cannot be used.
@@ -64,6 +78,8 @@ def build_requests(
     else:
         raise SettingsError("No prompt is given; set prompt to a text or prompts to a .txt or .jsonl file.")
 
+    if task == INPAINT and len(rows) == 1 and (count := count_pictures(image, mask)) > 1:
+        rows *= count  # one prompt for many pictures
     negatives = _strings("" if negative_prompt is None else negative_prompt, "negative_prompt")
     if negative_prompt is None or isinstance(negative_prompt, str):
         negatives *= len(rows)
@@ -71,17 +87,33 @@ def build_requests(
         raise SettingsError(
             f"negative_prompt has {len(negatives)} texts for {len(rows)} prompts; give one text, or one a prompt."
         )
+    pictures = _pictures(image, mask, len(rows), task)
     for text in {*negatives, *(text for row in rows for text in row.values() if isinstance(text, str))}:
         parse_weights(text)  # a wrong weight is told of before anything is sampled
     requests: list[SampleRequest] = []
-    for row, negative in zip(rows, negatives, strict=True):
+    for row, negative, masked in zip(rows, negatives, pictures, strict=True):
         first = len(requests)
         first_seed = row.get("seed", seed + first)
         requests += [
-            SampleRequest(first + i, row["prompt"], row.get("negative_prompt", negative), first_seed + i)
+            SampleRequest(first + i, row["prompt"], row.get("negative_prompt", negative), first_seed + i, masked)
             for i in range(num_images_per_prompt)
         ]
     return requests
+
+
+def _pictures(image: Any, mask: Any, count: int, task: str) -> Sequence[MaskedPicture | None]:
+    """The masked picture of each of ``count`` prompts; None for each where pictures come from text alone."""
+    if task == TEXT2IMAGE:
+        for name, value in (("image", image), ("mask", mask)):
+            if value is not None:
+                raise SettingsError(
+                    f"{name} was given and model=text2image makes pictures from text alone; use model=inpaint or leave "
+                    f"{name} out."
+                )
+        return [None] * count
+    if image is None:
+        raise SettingsError("model=inpaint needs a picture to repaint; give image=… and mask=….")
+    return pair(image, mask, count)
 
 
 def _is_count(value: object) -> bool:

@@ -3,91 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from sdmodule.conditioning.canvas import Canvas, lay_out
+from sdmodule.conditioning.inpaint import inpaints
+from sdmodule.conditioning.repaint import Repainting, prepare
 from sdmodule.conditioning.text import count_chunks, encode_prompts
 from sdmodule.diffusion.guidance import guide, rescale
 from sdmodule.diffusion.sampler import denoise, draw_latents, generators
 from sdmodule.errors import SettingsError
 from sdmodule.requests import SampleRequest
+from sdmodule.samples import Samples
 from sdmodule.schedulers import make_scheduler
-from sdmodule.tome.settings import TokenMerging
+from sdmodule.settings import SamplingSettings
 
 if TYPE_CHECKING:
     from sdmodule.components import Components
 
 ZERO_SNR_RESCALE = 0.7
 """Guidance rescale for models of zero terminal SNR (Lin et al. 2023, section 3.4)."""
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How pictures are sampled.
-
-    Args:
-        scheduler: a scheduler's name or settings (see ``make_scheduler``); the checkpoint's own if None.
-        steps: denoising steps.
-        guidance_scale: strength of classifier-free guidance; 1 or less is none.
-        guidance_rescale: share of the correction of guidance's overexposure; None takes 0.7 for a model of zero
-            terminal SNR and 0 for any other.
-        eta: share of DDPM noise in DDIM, 0 to 1.
-        height: pixels; the checkpoint's own size if None.
-        width: pixels; the checkpoint's own size if None.
-        merging: token merging; off unless its ratio is more than 0.
-
-    Raises:
-        SettingsError: for a value out of range.
-    """
-
-    scheduler: str | Mapping[str, Any] | None = None
-    steps: int = 50
-    guidance_scale: float = 7.5
-    guidance_rescale: float | None = None
-    eta: float = 0.0
-    height: int | None = None
-    width: int | None = None
-    merging: TokenMerging = field(default_factory=TokenMerging)
-
-    def __post_init__(self) -> None:
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise SettingsError(f"steps={self.steps} is not allowed; give a whole number of at least 1.")
-        for name in ("eta", "guidance_scale", "guidance_rescale"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) and not (value is None and name == "guidance_rescale"):
-                raise SettingsError(f"{name}={value} is not allowed; give a number.")
-        if not 0.0 <= self.eta <= 1.0:
-            raise SettingsError(f"eta={self.eta} is not allowed; give a number from 0 to 1.")
-        if not -1e4 < self.guidance_scale < 1e4:
-            raise SettingsError(f"guidance_scale={self.guidance_scale} is not allowed; give a number such as 7.5.")
-        if self.guidance_rescale is not None and not 0.0 <= self.guidance_rescale <= 1.0:
-            raise SettingsError(f"guidance_rescale={self.guidance_rescale} is not allowed; give a number from 0 to 1.")
-
-    def updated(self, **changes: Any) -> SamplingSettings:
-        """These settings with those of ``changes`` that are not None."""
-        return replace(self, **{name: value for name, value in changes.items() if value is not None})
-
-
-@dataclass
-class Samples:
-    """Pictures of one batch.
-
-    Attributes:
-        pictures: ``[B, 3, H, W]`` in [0, 1], float32, on the CPU.
-        requests: what each picture was asked to be.
-        seconds: time of each stage: ``text``, ``denoise``, ``decode``.
-        facts: settings that hold for the whole batch, in plain types.
-    """
-
-    pictures: Tensor
-    requests: list[SampleRequest]
-    seconds: dict[str, float]
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 class Stopwatch:
@@ -137,7 +78,20 @@ def sampling_scheduler(parts: Components, settings: SamplingSettings) -> Any:
     if settings.steps > total:
         raise SettingsError(f"steps={settings.steps} is more than the schedule's {total} timesteps; give 1 to {total}.")
     scheduler.set_timesteps(settings.steps)
+    skipped = skipped_timesteps(scheduler, settings)
+    if skipped >= len(scheduler.timesteps):
+        raise SettingsError(
+            f"strength={settings.inpaint.strength} of steps={settings.steps} leaves no step to take; "
+            f"give a strength of at least {1 / settings.steps:.3g}, or more steps."
+        )
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(skipped)
     return scheduler
+
+
+def skipped_timesteps(scheduler: Any, settings: SamplingSettings) -> int:
+    """Timesteps at the noisy end that a strength below 1 leaves out."""
+    return (settings.steps - int(settings.steps * settings.inpaint.strength)) * getattr(scheduler, "order", 1)
 
 
 def check_settings(parts: Components, settings: SamplingSettings) -> None:
@@ -199,18 +153,33 @@ def sample(
     with watch.stage("text"):
         embeddings = encode_requests(parts, requests, guided).to(parts.unet.dtype)
 
+    sources = generators([r.seed for r in requests]) if sources is None else sources
+    whole, skipped = settings.inpaint.strength >= 1.0, skipped_timesteps(scheduler, settings)
+    canvases = lay_out_all(parts, requests, settings)
+    repainting: Repainting | None = None
+    if canvases:
+        with watch.stage("encode"):
+            repainting = prepare(parts, canvases, noise, shape, sources, whole)
+
+    def unet(latents: Tensor, timestep: Tensor) -> Tensor:
+        seen = latents if repainting is None else repainting.seen(latents)
+        return parts.unet(seen, timestep, encoder_hidden_states=embeddings).sample
+
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
         if not guided:
-            return parts.unet(latents, timestep, encoder_hidden_states=embeddings).sample
-        both = parts.unet(torch.cat([latents, latents]), timestep, encoder_hidden_states=embeddings).sample
-        unconditional, conditional = both.chunk(2)
+            return unet(latents, timestep)
+        unconditional, conditional = unet(torch.cat([latents, latents]), timestep).chunk(2)
         guided_prediction = guide(unconditional, conditional, settings.guidance_scale)
         return rescale(guided_prediction, conditional, correction) if correction else guided_prediction
 
     with watch.stage("denoise"), settings.merging.applied(parts.unet, seed=0):
-        sources = generators([r.seed for r in requests]) if sources is None else sources
-        noise = draw_latents(shape, sources, like=embeddings) if noise is None else noise.to(embeddings)
-        latents = denoise(predict, noise, scheduler, sources, settings.eta, on_step)
+        if repainting is None:
+            noise = draw_latents(shape, sources, like=embeddings) if noise is None else noise.to(embeddings)
+            start, keep = noise * scheduler.init_noise_sigma, None
+        else:
+            start = repainting.start(scheduler, scheduler.timesteps[skipped:], whole)
+            keep = partial(repainting.keep, scheduler=scheduler)
+        latents = denoise(predict, start, scheduler, sources, settings.eta, skipped=skipped, keep=keep, on_step=on_step)
 
     with watch.stage("decode"):
         pictures = decode(parts, latents).cpu()
@@ -226,7 +195,20 @@ def sample(
     }
     if settings.merging.ratio:
         facts["tome"] = asdict(settings.merging)
-    return Samples(pictures, list(requests), watch.seconds, facts)
+    if canvases:
+        facts |= {"inpaint": way_to_inpaint(parts), **asdict(settings.inpaint)}
+    return Samples(pictures, list(requests), watch.seconds, facts, canvases)
+
+
+def way_to_inpaint(parts: Components) -> str:
+    """How this checkpoint repaints: its UNet is told of the mask, or the known region is put back at every step."""
+    return "9 channels" if inpaints(parts.unet) else "known region re-noised at every step"
+
+
+def lay_out_all(parts: Components, requests: Sequence[SampleRequest], settings: SamplingSettings) -> list[Canvas]:
+    """What the model works on of each masked picture; nothing for pictures from text alone."""
+    _, height, width = (side * parts.pixels_per_latent for side in latent_shape(parts, settings))
+    return [lay_out(r.masked, height, width, settings.inpaint) for r in requests if r.masked is not None]
 
 
 def sample_all(
@@ -279,7 +261,14 @@ def sample_all(
     seconds: dict[str, float] = {}
     for stage in done[0].seconds:
         seconds[stage] = sum(samples.seconds[stage] for samples in done)
-    return Samples(torch.cat([s.pictures for s in done])[order], list(requests), seconds, done[0].facts)
+    canvases = [canvas for samples in done for canvas in samples.canvases]
+    return Samples(
+        torch.cat([s.pictures for s in done])[order],
+        list(requests),
+        seconds,
+        done[0].facts,
+        [canvases[k] for k in order] if canvases else [],
+    )
 
 
 def decode(parts: Components, latents: Tensor) -> Tensor:

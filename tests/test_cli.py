@@ -62,6 +62,27 @@ def pixels(path):
 # ---------------------------------------------------------------------------------------------- what is written
 
 
+def test_predict_repaints_a_photograph_under_its_mask(call, checkpoint, tmp_path):
+    photo, mask = tmp_path / "my photo, 1.png", tmp_path / "mask.png"
+    before = np.random.default_rng(0).integers(0, 256, (700, 1000, 3), dtype=np.uint8)
+    Image.fromarray(before).save(photo)
+    white = np.zeros((700, 1000), dtype=np.uint8)
+    white[300:420, 500:640] = 255
+    Image.fromarray(white).save(mask)
+    common = ["model=inpaint", f"pretrained={checkpoint}", f"image={photo}", f"prompt={PROMPTS[0]}", "steps=2"]
+    common += ["only_masked=true"]
+    result = call(predict_main, *common, f"mask={mask}", f"output_dir={tmp_path / 'out'}")
+    assert result[0] == 0, result
+    [record] = records(tmp_path / "out")
+    assert record["inpaint"] == "known region re-noised at every step" and record["only_masked"] is True
+    after = pixels(tmp_path / "out" / record["file"])
+    assert after.shape == before.shape
+    changed = (after != before).any(axis=2)
+    assert changed[white > 0].mean() > 0.9 and not changed[white == 0].any()
+    assert call(predict_main, *common, "mask=[500,300,640,420]", f"output_dir={tmp_path / 'box'}")[0] == 0
+    assert np.array_equal(pixels(tmp_path / "box" / record["file"]), after)
+
+
 def test_predict_writes_pictures_facts_and_times(call, checkpoint, tmp_path):
     common = [
         f"prompt={json.dumps(PROMPTS)}",
@@ -213,6 +234,9 @@ WRONG_PREDICT = {
     "scheduler as a key": (["scheduler=euler"], ["did you mean sampler"]),
     "sweep without -m": (["steps=2,3"], ["steps=2,3", "multirun"]),
     "grammar": (["prompts=a(b"], ["a(b"]),
+    "mask for text": (["mask=[0,0,8,8]"], ["mask", "model=inpaint"]),
+    "no picture": (["model=inpaint"], ["model=inpaint", "image="]),
+    "picture not there": (["model=inpaint", "image=a.png", "mask=[0,0,8,8]"], ["image=a.png", "not found"]),
     "precision": (["precision=5"], ["trainer", "precision", "5"]),
 }
 

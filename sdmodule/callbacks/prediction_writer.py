@@ -15,8 +15,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from typing_extensions import override
 
-from sdmodule.pictures import captioned_sheet, to_images
-from sdmodule.sampling import Samples
+from sdmodule.pictures import captioned_sheet
+from sdmodule.samples import Samples
 
 SHEET_LIMIT = 64
 """Pictures on the contact sheet; a larger run shows its first ones."""
@@ -56,7 +56,7 @@ class PredictionWriter(BasePredictionWriter):
         start = time.perf_counter()
         each = sum(prediction.seconds.values()) / len(prediction.requests)
         with self._records(trainer.global_rank).open("a", encoding="utf-8") as records:
-            for request, image in zip(prediction.requests, to_images(prediction.pictures), strict=True):
+            for request, image in zip(prediction.requests, prediction.images(), strict=True):
                 facts = {
                     "index": request.index,
                     "prompt": request.prompt,

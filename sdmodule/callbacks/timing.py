@@ -14,7 +14,7 @@ from lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from sdmodule.callbacks.prediction_writer import PredictionWriter
-from sdmodule.sampling import Samples
+from sdmodule.samples import Samples
 
 
 class TimingLogger(Callback):

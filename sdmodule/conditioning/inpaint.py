@@ -7,6 +7,8 @@ picture is repainted and 0 where it stays.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
@@ -20,9 +22,9 @@ def masked(images: Tensor, masks: Tensor) -> Tensor:
     return images * (masks < 0.5)
 
 
-def latent_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
+def latent_masks(masks: Tensor, size: Sequence[int]) -> Tensor:
     """Masks at the size ``(h, w)`` of the latents, by nearest neighbour: ``[B, 1, h, w]``."""
-    return F.interpolate(masks, size=size)
+    return F.interpolate(masks, size=list(size))
 
 
 def mask_channels(masks: Tensor, masked_latents: Tensor) -> Tensor:
