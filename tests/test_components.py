@@ -135,6 +135,14 @@ def test_from_scratch_is_the_same_architecture_with_other_weights(checkpoint, pa
     assert not equal(fresh, old)
 
 
+def test_a_new_text_encoder_starts_with_its_words_far_apart(checkpoint):
+    torch.manual_seed(0)
+    fresh = load_components(str(checkpoint), scratch=["text_encoder"])
+    tokens = torch.tensor(fresh.tokenizer(["circle", "square"], add_special_tokens=False).input_ids)
+    circle, square = fresh.text_encoder.get_input_embeddings().weight[tokens[:, 0]]
+    assert (circle - square).norm() > 10 * 0.02 * len(circle) ** 0.5  # CLIP's own start: 0.02 in each dimension
+
+
 def test_the_scheduler_of_a_checkpoint_is_the_one_that_samples(copy):
     PNDMScheduler(steps_offset=1, skip_prk_steps=True).save_pretrained(copy / "scheduler")
     out = StableDiffusionModule.from_pretrained(str(copy)).infer("a red circle", num_inference_steps=2)
