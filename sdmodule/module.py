@@ -21,7 +21,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sdmodule.compiling import compile_blocks
-from sdmodule.components import load_components, save_components
+from sdmodule.components import load_components, save_components, usual_guidance
 from sdmodule.conditioning.canvas import InpaintSettings
 from sdmodule.conditioning.inpaint import inpaints
 from sdmodule.conditioning.text import encode_prompts
@@ -93,8 +93,11 @@ class StableDiffusionModule(LightningModule):
         if task not in TASKS:
             raise SettingsError(f"model={task} is not known; give one of {choices(TASKS)}.")
         self.task = task
+        sampling = dict(sampling or {})
+        if sampling.get("guidance_scale") is None:
+            sampling["guidance_scale"] = usual_guidance(pretrained)
         self.sampling = SamplingSettings(
-            **(sampling or {}), merging=TokenMerging(**(tome or {})), inpaint=InpaintSettings(**(inpaint or {}))
+            **sampling, merging=TokenMerging(**(tome or {})), inpaint=InpaintSettings(**(inpaint or {}))
         )
         trained = {"unet", "text_encoder"} if train_text_encoder else {"unet"}
         if untrained := set(scratch) - trained:
@@ -243,7 +246,8 @@ class StableDiffusionModule(LightningModule):
     ) -> dict[str, Any]:
         """Sample pictures.
 
-        Settings left out are those of the module's ``sampling``: 50 steps and guidance 7.5 if nothing was said.
+        Settings left out are those of the module's ``sampling``; if nothing was said, 50 steps and guidance 7.5, or 3
+        for the embedded model.
 
         Args:
             prompt: one prompt or several; of any length, with ``(words:1.3)`` to weigh words.
