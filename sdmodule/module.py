@@ -246,7 +246,7 @@ class StableDiffusionModule(LightningModule):
     ) -> dict[str, Any]:
         """Sample pictures.
 
-        Settings left out are those of the module's ``sampling``; if nothing was said, 50 steps and guidance 7.5, or 3
+        Settings left out are those of the module's ``sampling``; if nothing was said, 50 steps and guidance 7.5, or 2
         for the embedded model.
 
         Args:
