@@ -59,9 +59,7 @@ def command(script: str, *arguments: str) -> None:
 
 def predict(prompts: list[str], name: str, *settings: str) -> list[Image.Image]:
     """Sample a picture of each prompt."""
-    command(
-        "predict.py", f"prompt={json.dumps(prompts)}", "steps=25", "guidance_scale=2", "batch_size=8", *settings, name
-    )
+    command("predict.py", f"prompt={json.dumps(prompts)}", "steps=25", "batch_size=8", *settings, name)
     return [Image.open(file) for file in sorted((OUTPUT / name / "images").iterdir())]
 
 

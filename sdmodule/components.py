@@ -25,12 +25,23 @@ EMBEDDED = ("tiny",)
 
 MODELS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 PARTS = (*MODELS, "tokenizer", "scheduler")
+GUIDANCE_SCALE = 7.5
+"""Stable Diffusion's usual guidance."""
+
+SAMPLING = "sampling.json"
+"""File of a checkpoint's folder that says how it is sampled best; diffusers does not read it."""
+
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
 
 
 @dataclass
 class Components:
-    """The five parts of a latent diffusion model (Rombach et al. 2022) and the name they came from."""
+    """The five parts of a latent diffusion model (Rombach et al. 2022).
+
+    Attributes:
+        source: the name that they came from.
+        guidance_scale: how strongly it is guided if nothing else is said; a folder says so in ``sampling.json``.
+    """
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
@@ -38,6 +49,7 @@ class Components:
     tokenizer: CLIPTokenizer
     scheduler: Any
     source: str
+    guidance_scale: float = GUIDANCE_SCALE
 
     @property
     def pixels_per_latent(self) -> int:
@@ -96,15 +108,25 @@ def load_components(
             f"the text encoder's hidden states are {width} wide and the UNet of pretrained={pretrained} attends to "
             f"{wanted_width}; give components.text_encoder and components.unet that belong together."
         )
-    return Components(**parts, source=pretrained)
+    return Components(**parts, source=pretrained, guidance_scale=_usual_guidance(pretrained))
 
 
-def usual_guidance(pretrained: str) -> float:
-    """The guidance scale with which a checkpoint is sampled if nothing else is said.
+def _usual_guidance(pretrained: str) -> float:
+    """The guidance scale that a local checkpoint names as its own, or Stable Diffusion's."""
+    file = _folder(pretrained) / SAMPLING
+    if not file.is_file():
+        return GUIDANCE_SCALE
+    try:
+        return float(json.loads(file.read_text())["guidance_scale"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise SettingsError(
+            f'{file} cannot be read ({error}); write {{"guidance_scale": 7.5}}, or remove it.'
+        ) from error
 
-    Stable Diffusion's is 7.5. It distorts the shapes of the embedded model, which draws them best with 2.
-    """
-    return 2.0 if pretrained in EMBEDDED else 7.5
+
+def _folder(pretrained: str) -> Path:
+    """Where an embedded checkpoint or a local folder is."""
+    return ASSETS / pretrained if pretrained in EMBEDDED else Path(pretrained).expanduser()
 
 
 def load_part(name: str, pretrained: str, scratch: bool = False) -> Any:
@@ -125,6 +147,7 @@ def save_components(parts: Components, folder: str | Path, dtype: str = "float32
     index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
     index |= {name: _library_and_class(getattr(parts, name)) for name in PARTS}
     index |= {name: [None, None] for name in ("safety_checker", "feature_extractor", "image_encoder")}
+    (folder / SAMPLING).write_text(json.dumps({"guidance_scale": parts.guidance_scale}) + "\n")
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
@@ -144,6 +167,9 @@ def save_part(name: str, part: Any, folder: str | Path, dtype: str = "float32") 
         save_file(prefixed, place / "model.safetensors", metadata={"format": "pt"})
     else:
         part.save_config(place)
+        config = json.loads((place / "config.json").read_text())
+        config.pop("_name_or_path", None)  # where it was read from is nobody else's business
+        (place / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         save_file(weights, place / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
 
 
@@ -153,7 +179,7 @@ def _library_and_class(part: Any) -> list[str]:
 
 def _find(pretrained: str, revision: str | None = None, variant: str | None = None, checkpoint: bool = True) -> Source:
     """Tell an embedded checkpoint, a folder and a hub id apart, and check that it is a checkpoint."""
-    folder = ASSETS / pretrained if pretrained in EMBEDDED else Path(pretrained).expanduser()
+    folder = _folder(pretrained)
     if folder.is_dir():
         if checkpoint and not (folder / "model_index.json").is_file():
             raise SettingsError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sdmodule.compiling import compile_blocks
-from sdmodule.components import load_components, save_components, usual_guidance
+from sdmodule.components import load_components, save_components
 from sdmodule.conditioning.canvas import InpaintSettings
 from sdmodule.conditioning.inpaint import inpaints
 from sdmodule.conditioning.text import encode_prompts
@@ -35,6 +35,8 @@ from sdmodule.sampling import check_settings, sample_all
 from sdmodule.schedulers import make_scheduler
 from sdmodule.settings import SamplingSettings
 from sdmodule.tome.settings import TokenMerging
+
+UNCHANGED = InpaintSettings()
 
 VALIDATION_TIMESTEPS = 4
 """Noise levels, spread evenly over the schedule, at which each validation picture is tried."""
@@ -93,12 +95,10 @@ class StableDiffusionModule(LightningModule):
         if task not in TASKS:
             raise SettingsError(f"model={task} is not known; give one of {choices(TASKS)}.")
         self.task = task
-        sampling = dict(sampling or {})
-        if sampling.get("guidance_scale") is None:
-            sampling["guidance_scale"] = usual_guidance(pretrained)
         self.sampling = SamplingSettings(
-            **sampling, merging=TokenMerging(**(tome or {})), inpaint=InpaintSettings(**(inpaint or {}))
+            **(sampling or {}), merging=TokenMerging(**(tome or {})), inpaint=InpaintSettings(**(inpaint or {}))
         )
+        self._check_inpaint(self.sampling.inpaint)
         trained = {"unet", "text_encoder"} if train_text_encoder else {"unet"}
         if untrained := set(scratch) - trained:
             raise SettingsError(
@@ -246,8 +246,8 @@ class StableDiffusionModule(LightningModule):
     ) -> dict[str, Any]:
         """Sample pictures.
 
-        Settings left out are those of the module's ``sampling``; if nothing was said, 50 steps and guidance 7.5, or 2
-        for the embedded model.
+        Settings left out are those of the module's ``sampling``; if nothing was said, 50 steps and the checkpoint's
+        own guidance: 2 for the embedded model, 7.5 for any that names none.
 
         Args:
             prompt: one prompt or several; of any length, with ``(words:1.3)`` to weigh words.
@@ -286,10 +286,11 @@ class StableDiffusionModule(LightningModule):
             scheduler=scheduler,
             inpaint=replace(self.sampling.inpaint, **(inpaint or {})),
         )
+        self._check_inpaint(settings.inpaint)
         requests = build_requests(
             prompt, None, negative_prompt, num_images_per_prompt, seed, image=image, mask=mask, task=self.task
         )
-        with evaluating(self), steps_bar(settings.steps, show_progress) as on_step:
+        with evaluating(self), steps_bar(settings.steps_taken, show_progress) as on_step:
             samples = sample_all(self.parts, requests, settings, noise=latents, generator=generator, on_step=on_step)
         return {
             "samples": samples.converted(return_type),
@@ -299,10 +300,19 @@ class StableDiffusionModule(LightningModule):
             "facts": samples.facts,
         }
 
+    def _check_inpaint(self, settings: InpaintSettings) -> None:
+        """Settings of inpainting mean nothing to a model that makes pictures from text: refuse them."""
+        changed = [f"{name}={value}" for name, value in asdict(settings).items() if value != getattr(UNCHANGED, name)]
+        if changed and self.task == TEXT2IMAGE:
+            raise SettingsError(
+                f"{', '.join(changed)} was given and model=text2image repaints nothing; use model=inpaint, or leave "
+                "it out."
+            )
+
     @override
     def predict_step(self, batch: list[SampleRequest], batch_idx: int) -> Samples:
         """Sample the pictures of a batch of requests; writing them is the callbacks' work."""
-        with steps_bar(self.sampling.steps, self.show_progress) as on_step:
+        with steps_bar(self.sampling.steps_taken, self.show_progress) as on_step:
             return sample_all(self.parts, batch, self.sampling, on_step=on_step)
 
     # ---------------------------------------------------------------------------------------------- files

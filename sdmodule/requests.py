@@ -79,7 +79,10 @@ def build_requests(
         raise SettingsError("No prompt is given; set prompt to a text or prompts to a .txt or .jsonl file.")
 
     if task == INPAINT and len(rows) == 1 and (count := count_pictures(image, mask)) > 1:
-        rows *= count  # one prompt for many pictures
+        # one prompt for many pictures; a seed of its own counts on, as over its images
+        own = rows[0].get("seed")
+        steps = range(0, count * num_images_per_prompt, num_images_per_prompt)
+        rows = [rows[0] if own is None else {**rows[0], "seed": own + k} for k in steps]
     negatives = _strings("" if negative_prompt is None else negative_prompt, "negative_prompt")
     if negative_prompt is None or isinstance(negative_prompt, str):
         negatives *= len(rows)

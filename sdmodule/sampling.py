@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -82,7 +83,7 @@ def sampling_scheduler(parts: Components, settings: SamplingSettings) -> Any:
     if skipped >= len(scheduler.timesteps):
         raise SettingsError(
             f"strength={settings.inpaint.strength} of steps={settings.steps} leaves no step to take; "
-            f"give a strength of at least {1 / settings.steps:.3g}, or more steps."
+            f"give a strength of at least {math.ceil(1000 / settings.steps) / 1000}, or more steps."
         )
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(skipped)
@@ -91,7 +92,7 @@ def sampling_scheduler(parts: Components, settings: SamplingSettings) -> Any:
 
 def skipped_timesteps(scheduler: Any, settings: SamplingSettings) -> int:
     """Timesteps at the noisy end that a strength below 1 leaves out."""
-    return (settings.steps - int(settings.steps * settings.inpaint.strength)) * getattr(scheduler, "order", 1)
+    return (settings.steps - settings.steps_taken) * getattr(scheduler, "order", 1)
 
 
 def check_settings(parts: Components, settings: SamplingSettings) -> None:
@@ -145,7 +146,8 @@ def sample(
     watch = Stopwatch(parts.unet.device)
     scheduler = sampling_scheduler(parts, settings)
     shape = latent_shape(parts, settings)
-    guided = settings.guidance_scale > 1.0
+    scale = parts.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
+    guided = scale > 1.0
     correction = settings.guidance_rescale
     if correction is None:
         correction = ZERO_SNR_RESCALE if scheduler.config.get("rescale_betas_zero_snr") else 0.0
@@ -169,7 +171,7 @@ def sample(
         if not guided:
             return unet(latents, timestep)
         unconditional, conditional = unet(torch.cat([latents, latents]), timestep).chunk(2)
-        guided_prediction = guide(unconditional, conditional, settings.guidance_scale)
+        guided_prediction = guide(unconditional, conditional, scale)
         return rescale(guided_prediction, conditional, correction) if correction else guided_prediction
 
     with watch.stage("denoise"), settings.merging.applied(parts.unet, seed=0):
@@ -185,7 +187,7 @@ def sample(
         pictures = decode(parts, latents).cpu()
     facts = {
         "steps": settings.steps,
-        "guidance_scale": settings.guidance_scale,
+        "guidance_scale": scale,
         "guidance_rescale": correction,
         "eta": settings.eta,
         "scheduler": type(scheduler).__name__,
@@ -207,7 +209,8 @@ def way_to_inpaint(parts: Components) -> str:
 
 def lay_out_all(parts: Components, requests: Sequence[SampleRequest], settings: SamplingSettings) -> list[Canvas]:
     """What the model works on of each masked picture; nothing for pictures from text alone."""
-    _, height, width = (side * parts.pixels_per_latent for side in latent_shape(parts, settings))
+    _, *sides = latent_shape(parts, settings)
+    height, width = (side * parts.pixels_per_latent for side in sides)
     return [lay_out(r.masked, height, width, settings.inpaint) for r in requests if r.masked is not None]
 
 

@@ -18,7 +18,7 @@ class SamplingSettings:
     Args:
         scheduler: a scheduler's name or settings (see ``make_scheduler``); the checkpoint's own if None.
         steps: denoising steps.
-        guidance_scale: strength of classifier-free guidance; 1 or less is none.
+        guidance_scale: strength of classifier-free guidance, 1 or less is none; the checkpoint's own if None.
         guidance_rescale: share of the correction of guidance's overexposure; None takes 0.7 for a model of zero
             terminal SNR and 0 for any other.
         eta: share of DDPM noise in DDIM, 0 to 1.
@@ -33,7 +33,7 @@ class SamplingSettings:
 
     scheduler: str | Mapping[str, Any] | None = None
     steps: int = 50
-    guidance_scale: float = 7.5
+    guidance_scale: float | None = None
     guidance_rescale: float | None = None
     eta: float = 0.0
     height: int | None = None
@@ -46,14 +46,19 @@ class SamplingSettings:
             raise SettingsError(f"steps={self.steps} is not allowed; give a whole number of at least 1.")
         for name in ("eta", "guidance_scale", "guidance_rescale"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) and not (value is None and name == "guidance_rescale"):
+            if not isinstance(value, (int, float)) and not (value is None and name != "eta"):
                 raise SettingsError(f"{name}={value} is not allowed; give a number.")
         if not 0.0 <= self.eta <= 1.0:
             raise SettingsError(f"eta={self.eta} is not allowed; give a number from 0 to 1.")
-        if not -1e4 < self.guidance_scale < 1e4:
+        if self.guidance_scale is not None and not -1e4 < self.guidance_scale < 1e4:
             raise SettingsError(f"guidance_scale={self.guidance_scale} is not allowed; give a number such as 7.5.")
         if self.guidance_rescale is not None and not 0.0 <= self.guidance_rescale <= 1.0:
             raise SettingsError(f"guidance_rescale={self.guidance_rescale} is not allowed; give a number from 0 to 1.")
+
+    @property
+    def steps_taken(self) -> int:
+        """Steps that are walked: fewer than ``steps`` where the strength is below 1."""
+        return int(self.steps * self.inpaint.strength)
 
     def updated(self, **changes: Any) -> SamplingSettings:
         """These settings with those of ``changes`` that are not None."""

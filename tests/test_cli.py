@@ -235,6 +235,7 @@ WRONG_PREDICT = {
     "sweep without -m": (["steps=2,3"], ["steps=2,3", "multirun"]),
     "grammar": (["prompts=a(b"], ["a(b"]),
     "mask for text": (["mask=[0,0,8,8]"], ["mask", "model=inpaint"]),
+    "strength for text": (["strength=0.5"], ["strength=0.5", "model=inpaint"]),
     "no picture": (["model=inpaint"], ["model=inpaint", "image="]),
     "picture not there": (["model=inpaint", "image=a.png", "mask=[0,0,8,8]"], ["image=a.png", "not found"]),
     "precision": (["precision=5"], ["trainer", "precision", "5"]),

@@ -135,6 +135,24 @@ def test_from_scratch_is_the_same_architecture_with_other_weights(checkpoint, pa
     assert not equal(fresh, old)
 
 
+def test_guidance_is_that_of_the_checkpoint_and_of_what_is_made_from_it(copy, tmp_path):
+    tiny = StableDiffusionModule.from_pretrained("tiny")
+    assert tiny.infer("a star", num_inference_steps=1)["facts"]["guidance_scale"] == 2.0
+    tiny.save_pretrained(tmp_path / "own")
+    assert load_components(str(tmp_path / "own")).guidance_scale == 2.0
+    (copy / "sampling.json").unlink(missing_ok=True)
+    assert load_components(str(copy)).guidance_scale == 7.5
+    (copy / "sampling.json").write_text("{}")
+    with pytest.raises(SettingsError, match=r"sampling\.json cannot be read"):
+        load_components(str(copy))
+
+
+def test_what_is_written_does_not_say_where_it_was_read_from(copy, tmp_path):
+    save_components(load_components(str(copy)), tmp_path / "own")
+    for config in (tmp_path / "own").rglob("*.json"):
+        assert str(copy) not in config.read_text()
+
+
 def test_a_new_text_encoder_starts_with_its_words_far_apart(checkpoint):
     torch.manual_seed(0)
     fresh = load_components(str(checkpoint), scratch=["text_encoder"])

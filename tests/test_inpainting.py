@@ -79,7 +79,7 @@ def test_the_model_paints_what_diffusers_paints(sd, strength, scheduler):
     assert np.array_equal(ours.permute(0, 2, 3, 1).numpy(), theirs)
 
 
-@pytest.mark.parametrize("size", [(32, 32), (101, 70), (40, 200)])
+@pytest.mark.parametrize("size", [(32, 32), (101, 70), (40, 110)])
 @pytest.mark.parametrize("settings", [{}, {"only_masked": True, "padding": 5}, {"mask_blur": 2.0}, {"strength": 0.5}])
 def test_outside_the_mask_the_picture_keeps_every_pixel_and_its_size(sd, size, settings):
     before, mask = picture(*size), hole(*size)
@@ -166,7 +166,7 @@ def test_the_model_says_which_way_it_repaints(sd):
         (__file__, hole(), "cannot be read as a picture"),
         (np.full((32, 32, 3), 2.0), hole(), "values from 2 to 2"),
         (np.zeros((32, 32, 7)), hole(), r"the shape \(32, 32, 7\)"),
-        (7, hole(), "is a int"),
+        (7, hole(), "is of type int"),
     ],
 )
 def test_what_cannot_be_repainted_is_told_in_a_sentence(sd, image, mask, says):
@@ -181,6 +181,35 @@ def test_what_cannot_be_repainted_is_told_in_a_sentence(sd, image, mask, says):
 def test_settings_out_of_range_are_refused(sd, settings):
     with pytest.raises(SettingsError, match=next(iter(settings))):
         sd.infer(PROMPT, picture(), hole(), inpaint=settings)
+
+
+def test_a_hole_that_vanishes_at_the_models_resolution_is_told_of(sd):
+    speck = hole(1000, 1000, (501, 501, 503, 503))
+    with pytest.raises(SettingsError, match="only_masked=true"):
+        sd.infer(PROMPT, picture(1000, 1000), speck)
+    assert sd.infer(PROMPT, picture(1000, 1000), speck, inpaint={"only_masked": True, "padding": 0})["samples"]
+
+
+def test_a_photograph_is_repainted_as_its_camera_was_held(sd, tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a quarter turn
+    picture(40, 60).save(tmp_path / "photo.png", exif=turned)
+    assert sd.infer(PROMPT, tmp_path / "photo.png", hole(60, 40))["samples"][0].size == (60, 40)
+
+
+def test_one_prompt_of_its_own_seed_counts_on_over_many_pictures(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a star", "seed": 7}')
+    images = [picture(), picture(seed=1)]
+    requests = build_requests(
+        prompts=str(tmp_path / "prompts.jsonl"), num_images_per_prompt=2, image=images, mask=hole(), task="inpaint"
+    )
+    assert [request.seed for request in requests] == [7, 8, 9, 10]
+
+
+def test_settings_of_inpainting_are_refused_by_a_model_that_makes_pictures_from_text(checkpoint):
+    module = StableDiffusionModule.from_pretrained(str(checkpoint))
+    with pytest.raises(SettingsError, match=r"strength=0\.5 was given and model=text2image"):
+        module.infer(PROMPT, inpaint={"strength": 0.5})
 
 
 def test_a_mask_is_refused_by_a_model_that_makes_pictures_from_text(checkpoint):

@@ -12,7 +12,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image, ImageDraw
 
-from sdmodule.errors import SettingsError
+from sdmodule.errors import SettingsError, choices
+from sdmodule.picture_files import FORMATS, open_upright
 
 ALPHA = "alpha"
 """What stands for a mask where the picture's own transparent part is meant."""
@@ -140,18 +141,18 @@ def _read(value: Any, name: str) -> Image.Image:
         if not path.is_file():
             raise SettingsError(f"{name}={value} was not found; give the path of a picture.")
         try:
-            with Image.open(path) as file:
-                file.load()
-                return file.copy()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise SettingsError(f"{name}={value} cannot be read as a picture ({error}); give another one.") from error
+            return open_upright(path)
+        except Exception as error:  # PIL's readers let many kinds through
+            raise SettingsError(
+                f"{name}={value} cannot be read as a picture ({error}); give one of {choices(FORMATS)}."
+            ) from error
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
         value = value.float() if value.is_floating_point() else value
         value = (value.permute(1, 2, 0) if value.ndim == 3 else value).numpy()
     if isinstance(value, np.ndarray):
         return _from_array(value, name)
-    raise SettingsError(f"{name} is a {type(value).__name__}; give a path, a PIL image, an array or a tensor.")
+    raise SettingsError(f"{name} is of type {type(value).__name__}; give a path, a PIL image, an array or a tensor.")
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:

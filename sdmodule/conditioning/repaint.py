@@ -16,6 +16,7 @@ from torch import Tensor
 from sdmodule.conditioning.canvas import Canvas
 from sdmodule.conditioning.inpaint import inpaints, latent_masks, mask_channels, masked
 from sdmodule.diffusion.sampler import draw_latents
+from sdmodule.errors import SettingsError
 
 if TYPE_CHECKING:
     from sdmodule.components import Components
@@ -77,6 +78,9 @@ def prepare(
         shape: ``(4, h, w)``.
         sources: one generator an image, from which its latents and its noise are drawn, in diffusers' order.
         whole: the schedule is walked from noise alone.
+
+    Raises:
+        SettingsError: for a mask that vanishes at the latents' size.
     """
     unet = parts.unet
     images = torch.stack([canvas.image for canvas in canvases]).to(unet.device, unet.dtype)
@@ -86,7 +90,14 @@ def prepare(
     known = None if told and whole else encode(parts, images, sources).contiguous()
     noise = draw_latents(shape, sources, like=images) if noise is None else noise.to(images)
     channels = mask_channels(masks, encode(parts, masked(images, masks), sources)) if told else None
-    return Repainting(latent_masks(masks, noise.shape[-2:]), noise, known, channels)
+    small = latent_masks(masks, noise.shape[-2:])
+    if not small.flatten(1).any(dim=1).all():
+        height, width = images.shape[-2:]
+        raise SettingsError(
+            f"a mask is so small that nothing of it is left in the {width}x{height} pixels that the model works at; "
+            "use only_masked=true, or paint it larger."
+        )
+    return Repainting(small, noise, known, channels)
 
 
 def encode(parts: Components, images: Tensor, sources: Sequence[torch.Generator]) -> Tensor:

@@ -1,17 +1,12 @@
-"""A folder of pictures with captions, in the layout of Hugging Face's ``imagefolder`` or with a ``.txt`` a picture."""
+"""Batches of a folder's pictures with their captions."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
-import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
@@ -19,130 +14,12 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
+from sdmodule.data.captions import Example, absolute, find_examples, some
 from sdmodule.data.shapes import CaptionedImage
 from sdmodule.data.shuffle import training_loader
 from sdmodule.errors import SettingsError, choices
+from sdmodule.picture_files import FORMATS, SUFFIXES, open_upright
 from sdmodule.pictures import image_to_tensor
-
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-
-
-class Example(NamedTuple):
-    """A picture's file and its caption."""
-
-    path: Path
-    caption: str
-
-
-def find_examples(root: str | Path, key: str = "data.root") -> list[Example]:
-    """List a folder's pictures with their captions, sorted by name; the pictures are not opened.
-
-    Captions come from the first of these that exists: ``metadata.jsonl``, ``metadata.csv`` (columns ``file_name``,
-    relative to the folder, and ``text``), or a ``.txt`` beside each picture. Subfolders count; hidden files do not.
-    Pictures that a metadata file does not name are left out, with a warning.
-
-    Args:
-        root: the folder.
-        key: the setting that gave the folder, for the messages.
-
-    Raises:
-        SettingsError: if the folder or its captions are missing, incomplete or malformed.
-    """
-    folder = _absolute(root)
-    if not folder.is_dir():
-        problem = "is a file" if folder.is_file() else "does not exist"
-        raise SettingsError(f"{key}={root} {problem}; give a folder of pictures with captions.")
-    pictures = {path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not _hidden(path, folder)}
-    metadata = next((file for name in ("metadata.jsonl", "metadata.csv") if (file := folder / name).is_file()), None)
-    if metadata is None:
-        if not pictures:
-            raise SettingsError(f"{key}={root} holds no pictures; pictures end in {choices(SUFFIXES)}.")
-        return _read_sidecars(sorted(pictures), folder, key)
-
-    examples = sorted(_read_metadata(metadata, key))
-    if not examples:
-        raise SettingsError(f"{key}: {metadata} names no pictures; give it a row with file_name and text for each.")
-    named = {path for path, _ in examples}
-    if absent := sorted(path for path in named if not path.is_file()):
-        raise SettingsError(
-            f"{key}: {metadata} names pictures that do not exist: {_some(absent, folder)}; "
-            "file_name is relative to the folder of that file: add the pictures or remove their rows."
-        )
-    if unnamed := sorted(pictures - named):
-        rank_zero_warn(f"{key}: left out {len(unnamed)} pictures not named in {metadata}: {_some(unnamed, folder)}.")
-    return examples
-
-
-def _absolute(root: str | Path) -> Path:
-    """Tidy a path without following links: pictures may be links to files elsewhere."""
-    return Path(os.path.abspath(Path(root).expanduser()))
-
-
-def _hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
-
-
-def _some(paths: Sequence[Path], folder: Path, limit: int = 3) -> str:
-    """Name the first few of ``paths`` and count the rest."""
-    names = ", ".join(path.relative_to(folder).as_posix() for path in paths[:limit])
-    return names if len(paths) <= limit else f"{names} and {len(paths) - limit} more"
-
-
-def _read_sidecars(pictures: Sequence[Path], folder: Path, key: str) -> list[Example]:
-    """Read the ``.txt`` beside each picture."""
-    if bare := [path for path in pictures if not path.with_suffix(".txt").is_file()]:
-        raise SettingsError(
-            f"{key}={folder} has {len(bare)} pictures without a caption: {_some(bare, folder)}; "
-            "put a metadata.jsonl or metadata.csv (file_name, text) in the folder, or a .txt beside each picture."
-        )
-    return [Example(path, _read_text(path.with_suffix(".txt"), key).strip()) for path in pictures]
-
-
-def _read_text(path: Path, key: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"{key}: {path} is not UTF-8 text ({error}); save it as UTF-8.") from error
-
-
-def _read_metadata(path: Path, key: str) -> Iterator[Example]:
-    """Read the rows of a ``metadata.jsonl`` or ``metadata.csv``."""
-    for line, row in (_csv_rows if path.suffix == ".csv" else _jsonl_rows)(path, key):
-        where = f"{key}: {path}, line {line}"
-        if missing := {"file_name", "text"} - row.keys():
-            raise SettingsError(
-                f"{where} has no {choices(missing)}, only {choices(map(str, row))}; file_name and text are needed."
-            )
-        name, text = row["file_name"], row["text"]
-        if not isinstance(name, str) or not isinstance(text, str):
-            raise SettingsError(f"{where} has file_name={name!r} and text={text!r}; both must be strings.")
-        picture = Path(os.path.normpath(path.parent / name))
-        if not picture.is_relative_to(path.parent):
-            raise SettingsError(f"{where} names {name}, outside the folder; move the picture into {path.parent}.")
-        yield Example(picture, text)
-
-
-def _jsonl_rows(path: Path, key: str) -> Iterator[tuple[int, dict[str, object]]]:
-    for number, line in enumerate(_read_text(path, key).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise SettingsError(f"{key}: {path}, line {number} is no JSON ({error}); write objects.") from error
-        if not isinstance(row, dict):
-            raise SettingsError(f"{key}: {path}, line {number} is {line.strip()}; write an object with both columns.")
-        yield number, row
-
-
-def _csv_rows(path: Path, key: str) -> Iterator[tuple[int, dict[str, object]]]:
-    reader = csv.DictReader(_read_text(path, key).splitlines(keepends=True), strict=True)
-    try:
-        for row in reader:
-            yield reader.line_num, dict(row)
-    except csv.Error as error:
-        raise SettingsError(f"{key}: {path}, line {reader.line_num} is no CSV ({error}); check its quotes.") from error
 
 
 def keep_readable(examples: Sequence[Example], folder: Path, skip_bad: bool, key: str = "data.root") -> list[Example]:
@@ -163,12 +40,12 @@ def keep_readable(examples: Sequence[Example], folder: Path, skip_bad: bool, key
     bad = list(problems)
     if not skip_bad:
         raise SettingsError(
-            f"{key}={folder} has {len(bad)} files that are no readable pictures: {_some(bad, folder)} "
+            f"{key}={folder} has {len(bad)} files that are no readable pictures: {some(bad, folder)} "
             f"({problems[bad[0]]}); replace them, or set data.skip_bad=true to leave them out."
         )
     if len(problems) == len({path for path, _ in examples}):
-        raise SettingsError(f"{key}={folder} has no readable picture left after skipping {_some(bad, folder)}.")
-    rank_zero_warn(f"{key}: skipped {len(bad)} unreadable pictures: {_some(bad, folder, limit=20)}.")
+        raise SettingsError(f"{key}={folder} has no readable picture left after skipping {some(bad, folder)}.")
+    rank_zero_warn(f"{key}: skipped {len(bad)} unreadable pictures: {some(bad, folder, limit=20)}.")
     return [example for example in examples if example.path not in problems]
 
 
@@ -193,13 +70,9 @@ def load_rgb(path: Path) -> Image.Image:
         SettingsError: if its pixels cannot be decoded, or are more than PIL's limit.
     """
     try:
-        with Image.open(path, formats=FORMATS) as file:
-            image = ImageOps.exif_transpose(file)
-            image.load()
+        image = open_upright(path)
     except Exception as error:
         raise SettingsError(f"data: {path} cannot be decoded ({error}); replace or remove it.") from error
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -330,7 +203,7 @@ class ImageFolderDataModule(LightningDataModule):
         self.val_set = ImageFolderDataset(val, self.size)
 
     def _examples(self, root: str, key: str) -> list[Example]:
-        return keep_readable(find_examples(root, key), _absolute(root), self.skip_bad, key)
+        return keep_readable(find_examples(root, key), absolute(root), self.skip_bad, key)
 
     def _split(self, examples: list[Example]) -> tuple[list[Example], list[Example]]:
         """Part the pictures by a hash of their names: adding some to the folder moves few of the others."""
@@ -342,7 +215,7 @@ class ImageFolderDataModule(LightningDataModule):
                 "on; set data.val_fraction=0, or give data.val_root."
             )
         count = min(max(1, round(self.val_fraction * len(examples))), len(examples) - 1)
-        folder = _absolute(self.root)
+        folder = absolute(self.root)
 
         def name_hash(example: Example) -> bytes:
             return hashlib.sha256(example.path.relative_to(folder).as_posix().encode()).digest()

@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 import sdmodule
-from sdmodule.data.image_folder import ImageFolderDataModule, find_examples, load_rgb
+from sdmodule.data.captions import find_examples
+from sdmodule.data.image_folder import ImageFolderDataModule, load_rgb
 from sdmodule.data.shapes import CaptionedImage
 from sdmodule.errors import SettingsError
 

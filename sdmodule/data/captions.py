@@ -1,0 +1,132 @@
+"""Which pictures a folder holds and what their captions are: metadata files, or a ``.txt`` beside each picture."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from sdmodule.errors import SettingsError, choices
+from sdmodule.picture_files import SUFFIXES
+
+
+class Example(NamedTuple):
+    """A picture's file and its caption."""
+
+    path: Path
+    caption: str
+
+
+def find_examples(root: str | Path, key: str = "data.root") -> list[Example]:
+    """List a folder's pictures with their captions, sorted by name; the pictures are not opened.
+
+    Captions come from the first of these that exists: ``metadata.jsonl``, ``metadata.csv`` (columns ``file_name``,
+    relative to the folder, and ``text``), or a ``.txt`` beside each picture. Subfolders count; hidden files do not.
+    Pictures that a metadata file does not name are left out, with a warning.
+
+    Args:
+        root: the folder.
+        key: the setting that gave the folder, for the messages.
+
+    Raises:
+        SettingsError: if the folder or its captions are missing, incomplete or malformed.
+    """
+    folder = absolute(root)
+    if not folder.is_dir():
+        problem = "is a file" if folder.is_file() else "does not exist"
+        raise SettingsError(f"{key}={root} {problem}; give a folder of pictures with captions.")
+    pictures = {path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not _hidden(path, folder)}
+    metadata = next((file for name in ("metadata.jsonl", "metadata.csv") if (file := folder / name).is_file()), None)
+    if metadata is None:
+        if not pictures:
+            raise SettingsError(f"{key}={root} holds no pictures; pictures end in {choices(SUFFIXES)}.")
+        return _read_sidecars(sorted(pictures), folder, key)
+
+    examples = sorted(_read_metadata(metadata, key))
+    if not examples:
+        raise SettingsError(f"{key}: {metadata} names no pictures; give it a row with file_name and text for each.")
+    named = {path for path, _ in examples}
+    if absent := sorted(path for path in named if not path.is_file()):
+        raise SettingsError(
+            f"{key}: {metadata} names pictures that do not exist: {some(absent, folder)}; "
+            "file_name is relative to the folder of that file: add the pictures or remove their rows."
+        )
+    if unnamed := sorted(pictures - named):
+        rank_zero_warn(f"{key}: left out {len(unnamed)} pictures not named in {metadata}: {some(unnamed, folder)}.")
+    return examples
+
+
+def absolute(root: str | Path) -> Path:
+    """Tidy a path without following links: pictures may be links to files elsewhere."""
+    return Path(os.path.abspath(Path(root).expanduser()))
+
+
+def _hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def some(paths: Sequence[Path], folder: Path, limit: int = 3) -> str:
+    """Name the first few of ``paths`` and count the rest."""
+    names = ", ".join(path.relative_to(folder).as_posix() for path in paths[:limit])
+    return names if len(paths) <= limit else f"{names} and {len(paths) - limit} more"
+
+
+def _read_sidecars(pictures: Sequence[Path], folder: Path, key: str) -> list[Example]:
+    """Read the ``.txt`` beside each picture."""
+    if bare := [path for path in pictures if not path.with_suffix(".txt").is_file()]:
+        raise SettingsError(
+            f"{key}={folder} has {len(bare)} pictures without a caption: {some(bare, folder)}; "
+            "put a metadata.jsonl or metadata.csv (file_name, text) in the folder, or a .txt beside each picture."
+        )
+    return [Example(path, _read_text(path.with_suffix(".txt"), key).strip()) for path in pictures]
+
+
+def _read_text(path: Path, key: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{key}: {path} is not UTF-8 text ({error}); save it as UTF-8.") from error
+
+
+def _read_metadata(path: Path, key: str) -> Iterator[Example]:
+    """Read the rows of a ``metadata.jsonl`` or ``metadata.csv``."""
+    for line, row in (_csv_rows if path.suffix == ".csv" else _jsonl_rows)(path, key):
+        where = f"{key}: {path}, line {line}"
+        if missing := {"file_name", "text"} - row.keys():
+            raise SettingsError(
+                f"{where} has no {choices(missing)}, only {choices(map(str, row))}; file_name and text are needed."
+            )
+        name, text = row["file_name"], row["text"]
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise SettingsError(f"{where} has file_name={name!r} and text={text!r}; both must be strings.")
+        picture = Path(os.path.normpath(path.parent / name))
+        if not picture.is_relative_to(path.parent):
+            raise SettingsError(f"{where} names {name}, outside the folder; move the picture into {path.parent}.")
+        yield Example(picture, text)
+
+
+def _jsonl_rows(path: Path, key: str) -> Iterator[tuple[int, dict[str, object]]]:
+    for number, line in enumerate(_read_text(path, key).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise SettingsError(f"{key}: {path}, line {number} is no JSON ({error}); write objects.") from error
+        if not isinstance(row, dict):
+            raise SettingsError(f"{key}: {path}, line {number} is {line.strip()}; write an object with both columns.")
+        yield number, row
+
+
+def _csv_rows(path: Path, key: str) -> Iterator[tuple[int, dict[str, object]]]:
+    reader = csv.DictReader(_read_text(path, key).splitlines(keepends=True), strict=True)
+    try:
+        for row in reader:
+            yield reader.line_num, dict(row)
+    except csv.Error as error:
+        raise SettingsError(f"{key}: {path}, line {reader.line_num} is no CSV ({error}); check its quotes.") from error

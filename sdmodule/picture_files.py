@@ -1,0 +1,26 @@
+"""Files of pictures: which kinds are read, and how their pixels come out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+"""What PIL may take a file for; others of its readers start programs."""
+
+
+def open_upright(path: Path) -> Image.Image:
+    """Read a picture's first frame, turned as its camera was held, 16 bits scaled to 8, in whatever mode it has.
+
+    Raises:
+        Exception: of many kinds, from PIL's readers, for a file whose pixels cannot be decoded.
+    """
+    with Image.open(path, formats=FORMATS) as file:
+        image = ImageOps.exif_transpose(file)
+        image.load()
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    return image
