@@ -4,14 +4,20 @@ The prompts are captions of seeded scenes: 200 of one object, 100 of one whose c
 paired, and 100 of two objects. A reader made of plain image analysis, itself checked first on rendered scenes, reads
 each sample and judges every word of its prompt.
 
+With ``task=inpaint`` 200 rendered scenes are repainted: the object is masked and the prompt asks for one of another
+shape and colour in its place.
+
 Example::
 
     python benchmarks/prompt_following.py steps=20 guidance_scale=5 --json prompt_following.json --sheet sheet.png
+    python benchmarks/prompt_following.py task=inpaint
+    python benchmarks/prompt_following.py tome.ratio=0.5
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import sys
 from collections import Counter
@@ -23,6 +29,7 @@ from PIL import Image, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.repainted_scenes import Repaint, draw_repaint, judge_repaint
 from benchmarks.report import print_table, report, write_json
 from benchmarks.scene_reader import ATTRIBUTES, judge, read_scene
 from sdmodule.data.scenes import IMAGE_SIZE, Scene, caption, render, sample_double, sample_single
@@ -38,8 +45,19 @@ KINDS: dict[str, tuple[int, int, Callable[[random.Random], Scene]]] = {
 }
 """For each row: how many prompts to sample, how many rendered pictures to check the reader on, how to draw a scene."""
 
-KEYS = ("pretrained", "steps", "guidance_scale", "seed", "batch_size", "scheduler")
-"""Settings that may also be written ``key=value``."""
+REPAINTED = "repainted"
+"""The row of ``task=inpaint``."""
+
+REPAINTS = 200
+"""Scenes that are repainted, and rendered ones that the reader is then checked on."""
+
+MODELS = {"text2image": "tiny", "inpaint": "tiny-inpaint"}
+"""Tasks, and the model that each is measured with if no other is given."""
+
+MEASURES = (*ATTRIBUTES, "object", "kept")
+
+KEYS = ("task", "pretrained", "steps", "guidance_scale", "seed", "batch_size", "scheduler")
+"""Settings that may also be written ``key=value``; beside them those of token merging, ``tome.….``"""
 
 SHEET_SIDE = 8
 """Pictures along each side of the contact sheet."""
@@ -62,7 +80,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """
     parser = _Parser(description="Measure how often a picture shows what its prompt says.", allow_abbrev=False)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"any of: {', '.join(KEYS)}")
-    parser.add_argument("--pretrained", default="tiny", help="name or folder of the model")
+    parser.add_argument("--task", default="text2image", choices=MODELS, help="what is measured")
+    parser.add_argument("--pretrained", help="name or folder of the model; the embedded one of the task if not given")
     parser.add_argument("--steps", type=int, help="denoising steps; the model's default if not given")
     parser.add_argument("--guidance-scale", type=float, help="the model's default if not given")
     parser.add_argument("--scheduler", help="sampler; the model's default if not given")
@@ -75,15 +94,28 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
     pairs = [override.partition("=") for override in settings.overrides]
     for key, sign, _ in pairs:
-        if not sign or key not in KEYS:
-            raise SettingsError(f"'{key}{sign}' is no setting of this benchmark; write key=value with {choices(KEYS)}.")
-    overrides = [f"--{key.replace('_', '-')}={value}" for key, _, value in pairs]
+        if not sign or not (key in KEYS or key.startswith("tome.")):
+            raise SettingsError(
+                f"'{key}{sign}' is no setting of this benchmark; write key=value with {choices(KEYS)}, or tome.ratio."
+            )
+    tome = {key.removeprefix("tome."): value for key, _, value in pairs if key not in KEYS}
+    overrides = [f"--{key.replace('_', '-')}={value}" for key, _, value in pairs if key in KEYS]
     settings = parser.parse_intermixed_args([*arguments, *overrides])
+    settings.tome = {key: _plain(value) for key, value in tome.items()}
+    settings.pretrained = settings.pretrained or MODELS[settings.task]
     for key, least in (("steps", 1), ("batch_size", 1), ("seed", 0)):
         value = getattr(settings, key)
         if value is not None and value < least:
             raise SettingsError(f"{key}={value} is too small; give {least} or more.")
     return settings
+
+
+def _plain(value: str) -> Any:
+    """A number or a truth value as such, anything else as text."""
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def draw_scenes(seed: int, checks: bool = False, share: int = 1) -> list[tuple[str, Scene]]:
@@ -105,8 +137,20 @@ def draw_scenes(seed: int, checks: bool = False, share: int = 1) -> list[tuple[s
     ]
 
 
-def sample(module: StableDiffusionModule, prompts: Sequence[str], settings: argparse.Namespace) -> list[Image.Image]:
-    """Sample a picture of each prompt; picture k comes from seed + k whatever the size of a batch."""
+def sample(
+    module: StableDiffusionModule,
+    prompts: Sequence[str],
+    settings: argparse.Namespace,
+    masked: Sequence[tuple[Image.Image, Sequence[int]]] = (),
+) -> list[Image.Image]:
+    """Sample a picture of each prompt; picture k comes from seed + k whatever the size of a batch.
+
+    Args:
+        module: the model.
+        prompts: one a picture.
+        settings: of `parse`.
+        masked: for inpainting, the picture and the box of each prompt.
+    """
     named = {
         "num_inference_steps": settings.steps,
         "guidance_scale": settings.guidance_scale,
@@ -117,6 +161,9 @@ def sample(module: StableDiffusionModule, prompts: Sequence[str], settings: argp
     while len(pictures) < len(prompts):
         done = len(pictures)
         batch = list(prompts[done : done + settings.batch_size])
+        if masked:
+            images, boxes = zip(*masked[done : done + settings.batch_size], strict=True)
+            options |= {"image": list(images), "mask": [list(box) for box in boxes]}
         options |= {"seed": settings.seed + done, "return_type": "image", "show_progress": sys.stderr.isatty()}
         pictures += module.infer(batch, **options)["samples"]
     return pictures
@@ -128,14 +175,14 @@ def judge_all(scenes: Iterable[tuple[str, Scene]], pictures: Iterable[Image.Imag
 
 
 def tally(scenes: Sequence[tuple[str, Scene]], verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
-    """Count verdicts: a row for each kind of scene, and for each attribute its ``right``, ``counted`` and ``rate``."""
+    """Count verdicts: a row for each kind of scene, and for each measure its ``right``, ``counted`` and ``rate``."""
     rows = []
-    for kind in KINDS:
+    for kind in dict.fromkeys(kind for kind, _ in scenes):
         of_kind = [verdict for (k, _), verdict in zip(scenes, verdicts, strict=True) if k == kind]
         counted = Counter(attribute for verdict in of_kind for attribute in verdict)
         right = Counter(attribute for verdict in of_kind for attribute, is_right in verdict.items() if is_right)
         row: dict[str, Any] = {"scenes": kind, "pictures": len(of_kind)}
-        for attribute in ATTRIBUTES:
+        for attribute in MEASURES:
             if n := counted[attribute]:
                 row[attribute] = {"right": right[attribute], "counted": n, "rate": round(right[attribute] / n, 4)}
         rows.append(row)
@@ -143,13 +190,14 @@ def tally(scenes: Sequence[tuple[str, Scene]], verdicts: Sequence[Verdict]) -> l
 
 
 def show(title: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Print a tally; an attribute that no caption of a row states is left empty."""
+    """Print a tally; what does not apply to a row is left empty."""
 
     def cell(value: object) -> str:
         return f"{value['rate']:.1%} of {value['counted']}" if isinstance(value, dict) else str(value)
 
     print(f"\n{title}")
-    print_table([{key: cell(row.get(key, "")) for key in ("scenes", *ATTRIBUTES)} for row in rows])
+    counted = [measure for measure in MEASURES if any(measure in row for row in rows)]
+    print_table([{key: cell(row.get(key, "")) for key in ("scenes", *counted)} for row in rows])
 
 
 def contact_sheet(pictures: Sequence[Image.Image], verdicts: Sequence[Verdict]) -> Image.Image:
@@ -179,15 +227,26 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
     from sdmodule import StableDiffusionModule
 
     share = 10 if settings.quick else 1
-    module = StableDiffusionModule.from_pretrained(settings.pretrained)
+    module = StableDiffusionModule.from_pretrained(settings.pretrained, task=settings.task, tome=settings.tome)
+    repaints: list[Repaint] = []
+    if settings.task == "inpaint":
+        rng = random.Random(settings.seed)
+        repaints = [draw_repaint(rng) for _ in range(REPAINTS // share)]
+        rendered = scenes = [(REPAINTED, repaint.wanted) for repaint in repaints]
+    else:
+        rendered = draw_scenes(settings.seed, checks=True, share=share)
+        scenes = draw_scenes(settings.seed, share=share)
 
-    rendered = draw_scenes(settings.seed, checks=True, share=share)
     reader = tally(rendered, judge_all(rendered, (render(scene) for _, scene in rendered)))
     show(f"The reader, on {len(rendered)} rendered pictures", reader)
 
-    scenes = draw_scenes(settings.seed, share=share)
-    pictures = sample(module, [caption(scene) for _, scene in scenes], settings)
-    verdicts = judge_all(scenes, pictures)
+    befores = [render(repaint.before) for repaint in repaints]
+    masked = [(before, repaint.box) for before, repaint in zip(befores, repaints, strict=True)]
+    pictures = sample(module, [caption(scene) for _, scene in scenes], settings, masked)
+    if repaints:
+        verdicts = [judge_repaint(*each) for each in zip(repaints, befores, pictures, strict=True)]
+    else:
+        verdicts = judge_all(scenes, pictures)
     rows = tally(scenes, verdicts)
     show(f"The model, on {len(scenes)} sampled pictures", rows)
 

@@ -43,6 +43,7 @@ def train(cfg: DictConfig) -> None:
     cfg.ckpt_path = find_checkpoint(cfg.ckpt_path, output_dir, trainer.max_steps)
     seed_everything(cfg.seed, workers=True, verbose=False)
     model = instantiate(cfg.model)
+    model.setup("fit")  # as is a model that cannot be trained like this, before anything is written
     write_config(cfg, output_dir)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     every = sum(p.numel() for p in model.parameters())

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
@@ -16,12 +17,13 @@ from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 
+from sdmodule.conditioning.inpaint import inpaints
 from sdmodule.errors import SettingsError, choices
 from sdmodule.schedulers import make_scheduler
 
 ASSETS = Path(__file__).parent / "assets"
-EMBEDDED = ("tiny",)
-"""Checkpoints that the package contains."""
+EMBEDDED = {"tiny": "tiny"}
+"""Checkpoints that the package contains; the parts that one does not have itself are those of the other."""
 
 MODELS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 PARTS = (*MODELS, "tokenizer", "scheduler")
@@ -140,11 +142,13 @@ def load_part(name: str, pretrained: str, scratch: bool = False) -> Any:
 
 
 def save_components(parts: Components, folder: str | Path, dtype: str = "float32") -> None:
-    """Write a folder that ``StableDiffusionPipeline.from_pretrained`` reads; ``dtype`` is that of its weights."""
+    """Write a folder that diffusers' pipeline of its kind reads; ``dtype`` is that of its weights."""
     folder = Path(folder)
     for name in PARTS:
         save_part(name, getattr(parts, name), folder, dtype)
-    index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
+    pipeline = "StableDiffusionInpaintPipeline" if inpaints(parts.unet) else "StableDiffusionPipeline"
+    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__}
+    index["requires_safety_checker"] = False
     index |= {name: _library_and_class(getattr(parts, name)) for name in PARTS}
     index |= {name: [None, None] for name in ("safety_checker", "feature_extractor", "image_encoder")}
     (folder / SAMPLING).write_text(json.dumps({"guidance_scale": parts.guidance_scale}) + "\n")
@@ -210,6 +214,7 @@ def _ask_hub(pretrained: str, revision: str | None) -> None:
 
 def _load(name: str, source: Source, scratch: bool = False, subfolder: str | None = None) -> Any:
     """Read one part of a folder or hub id, with one clear sentence when it is missing or broken."""
+    source = _owner(source, subfolder or name)
     options: dict[str, Any] = {"subfolder": subfolder or name, "revision": source.revision}
     place = f"{source.location}/{options['subfolder']}"
     folder = Path(source.location)
@@ -236,6 +241,14 @@ def _load(name: str, source: Source, scratch: bool = False, subfolder: str | Non
     except Exception as error:  # a broken file ends in any of them; tokenizers raises Exception itself
         reason = " ".join(str(error).split())[:200]
         raise SettingsError(f"the part {name} of {source.location} cannot be read: {reason}") from error
+
+
+def _owner(source: Source, part: str) -> Source:
+    """Where a part is: an embedded checkpoint has some of its parts from another."""
+    folder = Path(source.location)
+    if folder.parent != ASSETS or (folder / part).is_dir():
+        return source
+    return Source(str(ASSETS / EMBEDDED[folder.name]))
 
 
 def _from_scratch(name: str, source: Source, options: dict[str, Any]) -> Any:

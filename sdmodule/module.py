@@ -23,9 +23,10 @@ from typing_extensions import override
 from sdmodule.compiling import compile_blocks
 from sdmodule.components import load_components, save_components
 from sdmodule.conditioning.canvas import InpaintSettings
-from sdmodule.conditioning.inpaint import inpaints
+from sdmodule.conditioning.inpaint import convert_to_inpaint, inpaints, mask_channels, masked
+from sdmodule.conditioning.random_masks import draw_masks
 from sdmodule.conditioning.text import encode_prompts
-from sdmodule.diffusion.objective import add_noise, draw_timesteps, target
+from sdmodule.diffusion.objective import add_noise, draw_timesteps, target, weighted_mean
 from sdmodule.errors import SettingsError, choices
 from sdmodule.modes import evaluating
 from sdmodule.progress import steps_bar
@@ -57,6 +58,9 @@ class StableDiffusionModule(LightningModule):
         timestep_shift: prefers noisy timesteps where greater than 1; see ``draw_timesteps``.
         train_scheduler: noise schedule of the training (name or settings); the checkpoint's own if None.
         task: ``text2image`` or ``inpaint``.
+        convert: for ``inpaint``, widen an ordinary UNet to the mask's channels when training starts.
+        whole_masks: for ``inpaint``, share of training pictures that are masked whole.
+        hole_weight: for ``inpaint``, how many times the loss in the hole counts that of the same area around it.
         sampling: how pictures are sampled (steps, guidance and the rest); see ``SamplingSettings``.
         tome: token merging in sampling; see ``TokenMerging``.
         inpaint: how masked pictures are repainted; see ``InpaintSettings``.
@@ -82,6 +86,9 @@ class StableDiffusionModule(LightningModule):
         timestep_shift: float = 1.0,
         train_scheduler: str | Mapping[str, Any] | None = None,
         task: str = TEXT2IMAGE,
+        convert: bool = False,
+        whole_masks: float = 0.25,
+        hole_weight: float = 1.0,
         sampling: Mapping[str, Any] | None = None,
         tome: Mapping[str, Any] | None = None,
         inpaint: Mapping[str, Any] | None = None,
@@ -94,7 +101,11 @@ class StableDiffusionModule(LightningModule):
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "scratch", "compile"])
         if task not in TASKS:
             raise SettingsError(f"model={task} is not known; give one of {choices(TASKS)}.")
+        _check_masks(task, convert, whole_masks, hole_weight)
         self.task = task
+        self.convert = convert
+        self.whole_masks = whole_masks
+        self.hole_weight = hole_weight
         self.sampling = SamplingSettings(
             **(sampling or {}), merging=TokenMerging(**(tome or {})), inpaint=InpaintSettings(**(inpaint or {}))
         )
@@ -133,9 +144,19 @@ class StableDiffusionModule(LightningModule):
     # ---------------------------------------------------------------------------------------------- training
 
     @override
+    def setup(self, stage: str) -> None:
+        if stage != "fit" or self.task != INPAINT or inpaints(self.unet):
+            return
+        if not self.convert:
+            raise SettingsError(
+                f"the UNet of pretrained={self.parts.source} takes {self.unet.config.in_channels} channels and not the "
+                "mask's, which training to inpaint needs; set model.convert=true to widen it, or give an inpainting "
+                "checkpoint."
+            )
+        convert_to_inpaint(self.unet)
+
+    @override
     def on_fit_start(self) -> None:
-        if self.task == INPAINT:
-            raise SettingsError("model=inpaint samples only, in this release; fine-tune with model=text2image.")
         if self.device.type == "cpu":
             # The backward pass of torch's fused attention takes four times as long on CPU as plain products do.
             self.unet.set_attn_processor(AttnProcessor())
@@ -149,20 +170,51 @@ class StableDiffusionModule(LightningModule):
         captions = [
             "" if torch.rand((), generator=generator) < self.caption_dropout else text for text in batch["caption"]
         ]
-        loss = self.denoising_errors(latents, timesteps.to(self.device), captions, generator).mean()
+        channels = self.mask_channels(batch, generator, self.whole_masks) if self.task == INPAINT else None
+        errors = self.denoising_errors(latents, timesteps.to(self.device), captions, generator, channels)
+        if channels is None:
+            loss = errors.mean()
+        else:
+            loss = weighted_mean(errors, 1.0 + (self.hole_weight - 1.0) * channels[:, :1])
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(latents))
         return loss
 
     def denoising_errors(
-        self, latents: Tensor, timesteps: Tensor, captions: Sequence[str], generator: torch.Generator
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        captions: Sequence[str],
+        generator: torch.Generator,
+        channels: Tensor | None = None,
     ) -> Tensor:
-        """Squared error of the UNet's prediction for each example (algorithm 1 of Ho et al. 2020), ``[B]``."""
+        """Squared error of the UNet's prediction at each place (algorithm 1 of Ho et al. 2020), ``[B, 1, h, w]``.
+
+        Args:
+            latents: of the pictures, ``[B, 4, h, w]``.
+            timesteps: how noisy each is made, ``[B]``.
+            captions: B texts.
+            generator: source of the noise.
+            channels: what a UNet that inpaints sees beside the noisy latents, ``[B, 5, h, w]``.
+        """
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         noisy = add_noise(latents, noise, self.alphas_cumprod, timesteps)
         wanted = target(self.noise_schedule.config.prediction_type, latents, noise, self.alphas_cumprod, timesteps)
         embeddings = self.encode_prompts(captions)
-        predicted = self.unet(noisy, timesteps, encoder_hidden_states=embeddings).sample
-        return F.mse_loss(predicted.float(), wanted.float(), reduction="none").mean(dim=(1, 2, 3))
+        seen = noisy if channels is None else torch.cat([noisy, channels], dim=1)
+        predicted = self.unet(seen, timesteps, encoder_hidden_states=embeddings).sample
+        return F.mse_loss(predicted.float(), wanted.float(), reduction="none").mean(dim=1, keepdim=True)
+
+    def mask_channels(self, batch: Mapping[str, Any], generator: torch.Generator, whole: float) -> Tensor:
+        """The mask of each picture and the latents of what it leaves, ``[B, 5, h, w]``.
+
+        Masks are the batch's own, ``mask`` ``[B, 1, H, W]``, or else drawn, a share ``whole`` of them of everything.
+        """
+        images = batch["image"]
+        masks = batch.get("mask")
+        if masks is None:
+            masks = draw_masks(len(images), images.shape[-2:], whole, generator)
+        masks = masks.to(images)
+        return mask_channels(masks, self.encode_images({"image": masked(images, masks)}, generator))
 
     @torch.no_grad()
     def encode_moments(self, image: Tensor) -> Tensor:
@@ -195,13 +247,20 @@ class StableDiffusionModule(LightningModule):
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         generator = self._generator(0, batch_idx, self.global_rank)
         latents = self.encode_images(batch, generator)
+        channels = self.mask_channels(batch, generator, whole=0.0) if self.task == INPAINT else None
         total = len(self.alphas_cumprod)
-        errors = []
+        levels = []
         for level in range(VALIDATION_TIMESTEPS):
             timestep = int((level + 0.5) * total / VALIDATION_TIMESTEPS)
             timesteps = torch.full((len(latents),), timestep, device=self.device)
-            errors.append(self.denoising_errors(latents, timesteps, batch["caption"], generator).mean())
-        self.log("val/loss", torch.stack(errors).mean(), prog_bar=True, sync_dist=True, batch_size=len(latents))
+            levels.append(self.denoising_errors(latents, timesteps, batch["caption"], generator, channels))
+        errors = torch.stack(levels).mean(dim=0)
+        losses = {"val/loss": errors.mean()}
+        if channels is not None:
+            hole = channels[:, :1]
+            losses["val/loss_hole"] = (errors * hole).sum() / hole.sum().clamp(min=1)
+            losses["val/loss_kept"] = (errors * (1 - hole)).sum() / (1 - hole).sum().clamp(min=1)
+        self.log_dict(losses, prog_bar=True, sync_dist=True, batch_size=len(latents))
 
     @override
     def configure_optimizers(self) -> Any:
@@ -336,3 +395,19 @@ class StableDiffusionModule(LightningModule):
                 f"the checkpoint was trained on pretrained={trained_on} and this run has "
                 f"pretrained={self.parts.source}; give pretrained={trained_on}."
             )
+        if self.convert and not inpaints(self.unet):  # loaded without a trainer, which would have set it up
+            convert_to_inpaint(self.unet)
+
+
+def _check_masks(task: str, convert: bool, whole_masks: float, hole_weight: float) -> None:
+    if task != INPAINT and (convert, whole_masks, hole_weight) != (False, 0.25, 1.0):
+        raise SettingsError(
+            f"convert={convert}, whole_masks={whole_masks} and hole_weight={hole_weight} are of inpainting; use "
+            "model=inpaint, or leave them out."
+        )
+    if not isinstance(convert, bool):
+        raise SettingsError(f"model.convert={convert} is not allowed; give true or false.")
+    if not isinstance(whole_masks, (int, float)) or not 0 <= whole_masks <= 1:
+        raise SettingsError(f"model.whole_masks={whole_masks} is not allowed; give a share from 0 to 1.")
+    if not isinstance(hole_weight, (int, float)) or not 0 < hole_weight < float("inf"):
+        raise SettingsError(f"model.hole_weight={hole_weight} is not allowed; give a number over 0.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, Required, TypedDict, cast
 
 import numpy as np
 import torch
@@ -15,13 +15,19 @@ from typing_extensions import override
 
 from sdmodule.data.shapes import CaptionedImage
 from sdmodule.errors import SettingsError
+from sdmodule.requests import INPAINT
 
 
-class CaptionedMoments(TypedDict):
-    """One training example: ``moments`` is mean and standard deviation of the latents, ``[8, h, w]``."""
+class CaptionedMoments(TypedDict, total=False):
+    """One training example: ``moments`` is mean and standard deviation of the latents, ``[8, h, w]``.
 
-    moments: Tensor
-    caption: str
+    For inpainting the picture stands beside them, since each step masks and encodes it in another way.
+    """
+
+    moments: Required[Tensor]
+    caption: Required[str]
+    image: Tensor
+    mask: Tensor
 
 
 class CachedLatents(Dataset[CaptionedMoments]):
@@ -30,18 +36,22 @@ class CachedLatents(Dataset[CaptionedMoments]):
     Args:
         file: a NumPy array ``[N, 8, h, w]`` of float16.
         captions: the N captions.
+        pictures: the N pictures, where the training needs them too.
     """
 
-    def __init__(self, file: Path, captions: list[str]) -> None:
+    def __init__(self, file: Path, captions: list[str], pictures: Dataset[Any] | None = None) -> None:
         self.moments = np.load(file, mmap_mode="r")
         self.captions = captions
+        self.pictures = pictures
 
     def __len__(self) -> int:
         return len(self.captions)
 
     @override
     def __getitem__(self, index: int) -> CaptionedMoments:
-        return {"moments": torch.from_numpy(np.array(self.moments[index])), "caption": self.captions[index]}
+        example = self.pictures[index] if self.pictures is not None else {}
+        moments = torch.from_numpy(np.array(self.moments[index]))
+        return cast(CaptionedMoments, {**example, "moments": moments, "caption": self.captions[index]})
 
 
 class LatentCache(Callback):
@@ -82,4 +92,4 @@ class LatentCache(Callback):
                 moments = np.lib.format.open_memmap(self.file, mode="w+", dtype=np.float16, shape=shape)
             moments[len(captions) : len(captions) + len(encoded)] = encoded.numpy()
             captions += batch["caption"]
-        return CachedLatents(self.file, captions)
+        return CachedLatents(self.file, captions, pictures if module.task == INPAINT else None)

@@ -7,20 +7,28 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image
 from typing_extensions import override
 
 from sdmodule.callbacks.ema import EMA
-from sdmodule.pictures import captioned_sheet
+from sdmodule.conditioning.inpaint import masked
+from sdmodule.conditioning.random_masks import draw_masks
+from sdmodule.pictures import captioned_sheet, contact_sheet, to_images
+from sdmodule.requests import INPAINT
+
+TILE = 192
+"""Pixels of a picture's side on the sheet."""
 
 
 class ValidationSamples(Callback):
     """Write a captioned sheet ``<step>.png`` at every validation, and hand the pictures to the loggers that take them.
 
     The end of the training has its sheet too, whether or not that step is validated. Nothing of it touches the random
-    numbers of the training.
+    numbers of the training. For inpainting each picture stands beside the one that it repaints and beside what is left
+    of that under its mask; pictures and masks are the same at every validation.
 
     Args:
         output_dir: folder of the sheets.
@@ -56,11 +64,34 @@ class ValidationSamples(Callback):
     def _sample(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
         prompts = self.prompts or self._captions(trainer)
-        images = pl_module.infer(prompts, seed=self.seed, show_progress=False)["samples"]  # type: ignore[operator]
+        if pl_module.task == INPAINT:
+            images, across = self._repainted(trainer, pl_module, prompts), 3
+        else:
+            images, across = pl_module.infer(prompts, seed=self.seed, show_progress=False)["samples"], 1  # type: ignore[operator]
         captions = [f"{prompt} · {self.seed + k}" for k, prompt in enumerate(prompts)]
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        captioned_sheet(images, captions).save(self.output_dir / f"{trainer.global_step:06d}.png")
+        captioned_sheet(images, captions, across * TILE).save(self.output_dir / f"{trainer.global_step:06d}.png")
         self._log(trainer, images, captions)
+
+    def _repainted(self, trainer: Trainer, pl_module: LightningModule, prompts: Sequence[str]) -> list[Image.Image]:
+        """For each prompt a picture of the data, what its mask leaves of it, and the picture repainted."""
+        batches = iter(trainer.val_dataloaders or trainer.train_dataloader)  # type: ignore[arg-type]
+        examples: dict[str, list[torch.Tensor]] = {"image": [], "mask": []}
+        while len(examples["image"]) < len(prompts) and (batch := next(batches, None)):
+            for name, rows in examples.items():
+                rows += list(batch.get(name, []))
+        order = [k % len(examples["image"]) for k in range(len(prompts))]
+        pictures = torch.stack([examples["image"][k] for k in order])
+        if examples["mask"]:
+            masks = torch.stack([examples["mask"][k] for k in order])
+        else:
+            generator = torch.Generator().manual_seed(self.seed)
+            masks = draw_masks(len(pictures), pictures.shape[-2:], 0.0, generator)
+        before, left = (to_images(images / 2 + 0.5) for images in (pictures, masked(pictures, masks)))
+        after = pl_module.infer(  # type: ignore[operator]
+            prompts, before, list(masks), seed=self.seed, show_progress=False
+        )["samples"]
+        return [contact_sheet(list(row), columns=3) for row in zip(before, left, after, strict=True)]
 
     def _captions(self, trainer: Trainer) -> list[str]:
         self.prompts = []

@@ -16,10 +16,11 @@ from sdmodule.picture_files import SUFFIXES
 
 
 class Example(NamedTuple):
-    """A picture's file and its caption."""
+    """A picture's file, its caption and, where inpainting has one of its own, its mask's file."""
 
     path: Path
     caption: str
+    mask: Path | None = None
 
 
 def find_examples(root: str | Path, key: str = "data.root") -> list[Example]:
@@ -27,7 +28,8 @@ def find_examples(root: str | Path, key: str = "data.root") -> list[Example]:
 
     Captions come from the first of these that exists: ``metadata.jsonl``, ``metadata.csv`` (columns ``file_name``,
     relative to the folder, and ``text``), or a ``.txt`` beside each picture. Subfolders count; hidden files do not.
-    Pictures that a metadata file does not name are left out, with a warning.
+    Pictures that a metadata file does not name are left out, with a warning. A column ``mask_file_name``, if there is
+    one, names each picture's mask.
 
     Args:
         root: the folder.
@@ -47,10 +49,16 @@ def find_examples(root: str | Path, key: str = "data.root") -> list[Example]:
             raise SettingsError(f"{key}={root} holds no pictures; pictures end in {choices(SUFFIXES)}.")
         return _read_sidecars(sorted(pictures), folder, key)
 
-    examples = sorted(_read_metadata(metadata, key))
+    examples = sorted(_read_metadata(metadata, key), key=lambda example: example[:2])
     if not examples:
         raise SettingsError(f"{key}: {metadata} names no pictures; give it a row with file_name and text for each.")
-    named = {path for path, _ in examples}
+    if bare := [example.path for example in examples if example.mask is None]:
+        if len(bare) < len(examples):
+            raise SettingsError(
+                f"{key}: {metadata} names masks, but none for {some(bare, folder)}; give all rows a mask_file_name, or "
+                "none."
+            )
+    named = {path for example in examples for path in (example.path, example.mask) if path is not None}
     if absent := sorted(path for path in named if not path.is_file()):
         raise SettingsError(
             f"{key}: {metadata} names pictures that do not exist: {some(absent, folder)}; "
@@ -104,10 +112,18 @@ def _read_metadata(path: Path, key: str) -> Iterator[Example]:
         name, text = row["file_name"], row["text"]
         if not isinstance(name, str) or not isinstance(text, str):
             raise SettingsError(f"{where} has file_name={name!r} and text={text!r}; both must be strings.")
-        picture = Path(os.path.normpath(path.parent / name))
-        if not picture.is_relative_to(path.parent):
-            raise SettingsError(f"{where} names {name}, outside the folder; move the picture into {path.parent}.")
-        yield Example(picture, text)
+        mask = row.get("mask_file_name") or None
+        if not isinstance(mask, str | None):
+            raise SettingsError(f"{where} has mask_file_name={mask!r}; give a string.")
+        yield Example(_within(path.parent, name, where), text, _within(path.parent, mask, where) if mask else None)
+
+
+def _within(folder: Path, name: str, where: str) -> Path:
+    """The file of a folder that a row names."""
+    file = Path(os.path.normpath(folder / name))
+    if not file.is_relative_to(folder):
+        raise SettingsError(f"{where} names {name}, outside the folder; move the picture into {folder}.")
+    return file
 
 
 def _jsonl_rows(path: Path, key: str) -> Iterator[tuple[int, dict[str, object]]]:

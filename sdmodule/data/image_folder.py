@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
@@ -34,7 +35,8 @@ def keep_readable(examples: Sequence[Example], folder: Path, skip_bad: bool, key
     Raises:
         SettingsError: if a picture is bad and ``skip_bad`` is false, or if none is good.
     """
-    problems = {path: problem for path, _ in examples if (problem := _problem(path))}
+    paths = dict.fromkeys(path for example in examples for path in (example.path, example.mask) if path is not None)
+    problems = {path: problem for path in paths if (problem := _problem(path))}
     if not problems:
         return list(examples)
     bad = list(problems)
@@ -43,10 +45,11 @@ def keep_readable(examples: Sequence[Example], folder: Path, skip_bad: bool, key
             f"{key}={folder} has {len(bad)} files that are no readable pictures: {some(bad, folder)} "
             f"({problems[bad[0]]}); replace them, or set data.skip_bad=true to leave them out."
         )
-    if len(problems) == len({path for path, _ in examples}):
+    good = [example for example in examples if not {example.path, example.mask} & problems.keys()]
+    if not good:
         raise SettingsError(f"{key}={folder} has no readable picture left after skipping {some(bad, folder)}.")
     rank_zero_warn(f"{key}: skipped {len(bad)} unreadable pictures: {some(bad, folder, limit=20)}.")
-    return [example for example in examples if example.path not in problems]
+    return good
 
 
 def _problem(path: Path) -> str | None:
@@ -77,6 +80,21 @@ def load_rgb(path: Path) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def load_mask(path: Path, picture: Path, size: tuple[int, int]) -> Image.Image:
+    """Read the mask of a picture of ``size`` as 8-bit grey.
+
+    Raises:
+        SettingsError: if its pixels cannot be decoded, or it has another size.
+    """
+    mask = load_rgb(path).convert("L")
+    if mask.size != size:
+        raise SettingsError(
+            f"data: the mask {path} is of {mask.width}x{mask.height} pixels and {picture} of {size[0]}x{size[1]}; "
+            "give a mask of the picture's size."
+        )
+    return mask
 
 
 class ImageFolderDataset(Dataset[CaptionedImage]):
@@ -118,22 +136,33 @@ class ImageFolderDataset(Dataset[CaptionedImage]):
     @override
     def __getitem__(self, index: int) -> CaptionedImage:
         rng = random.Random(f"{self.seed}/{int(self._epoch)}/{index}")
-        path, caption = self.examples[index]
+        path, caption, mask = self.examples[index]
         image = load_rgb(path)
         height, width = self.size
         scale = max(width / image.width, height / image.height)
         covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
-        image = image.resize(covering, Image.Resampling.BICUBIC)
         x, y = (0.5, 0.5) if self.center_crop else (rng.random(), rng.random())
-        left, top = round(x * (image.width - width)), round(y * (image.height - height))
-        image = image.crop((left, top, left + width, top + height))
-        if self.random_flip and rng.random() < 0.5:
-            image = ImageOps.mirror(image)
-        return {"image": image_to_tensor(image), "caption": caption}
+        left, top = round(x * (covering[0] - width)), round(y * (covering[1] - height))
+        flip = self.random_flip and rng.random() < 0.5
+
+        def seen(picture: Image.Image, resampling: Image.Resampling) -> Image.Image:
+            part = picture.resize(covering, resampling).crop((left, top, left + width, top + height))
+            return ImageOps.mirror(part) if flip else part
+
+        example: CaptionedImage = {
+            "image": image_to_tensor(seen(image, Image.Resampling.BICUBIC)),
+            "caption": caption,
+        }
+        if mask is not None:
+            hole = np.asarray(seen(load_mask(mask, path, image.size), Image.Resampling.NEAREST))
+            example["mask"] = torch.from_numpy((hole > 127).astype(np.float32))[None]
+        return example
 
 
 class ImageFolderDataModule(LightningDataModule):
     """Batches of a folder's pictures, ``image`` ``[B, 3, H, W]`` in [-1, 1] and ``caption``, a list of strings.
+
+    Where the folder names masks, ``mask`` ``[B, 1, H, W]`` is 1 where they are white and 0 elsewhere.
 
     See `find_examples` for where captions come from. Nothing but paths and captions is held in memory.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
 from lightning import LightningDataModule
@@ -17,10 +17,11 @@ from sdmodule.pictures import image_to_tensor
 
 
 class CaptionedImage(TypedDict):
-    """One training example: ``image`` is ``[3, H, W]`` in [-1, 1]."""
+    """One training example: ``image`` is ``[3, H, W]`` in [-1, 1], and ``mask``, if any, ``[1, H, W]`` of 1 and 0."""
 
     image: Tensor
     caption: str
+    mask: NotRequired[Tensor]
 
 
 class ShapesDataset(Dataset[CaptionedImage]):

@@ -42,6 +42,17 @@ def target(prediction_type: str, latents: Tensor, noise: Tensor, alphas_cumprod:
     raise SettingsError(f"prediction_type={prediction_type} cannot be trained; give {' or '.join(PREDICTION_TYPES)}.")
 
 
+def weighted_mean(errors: Tensor, weights: Tensor) -> Tensor:
+    """Mean of each example's weighted mean, a scalar, so that an example counts the same however it is weighted.
+
+    Args:
+        errors: ``[B, 1, h, w]``.
+        weights: of the same shape, positive.
+    """
+    axes = (1, 2, 3)
+    return ((errors * weights).sum(dim=axes) / weights.sum(dim=axes)).mean()
+
+
 def draw_timesteps(count: int, total: int, generator: torch.Generator, shift: float = 1.0) -> Tensor:
     """Draw ``count`` timesteps of ``total``, ``[count]``.
 

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 import sdmodule
 from benchmarks import prompt_following
+from benchmarks.repainted_scenes import draw_repaint, judge_repaint
 from benchmarks.report import command_line
 from benchmarks.scene_reader import UNCLEAR, Reading, judge, read_scene
 from sdmodule.data.scenes import Scene, SceneObject, caption, render, sample_double, sample_single
@@ -137,8 +138,8 @@ class _Painter:
         self.calls: list[dict[str, Any]] = []
 
     @classmethod
-    def from_pretrained(cls, name: str) -> _Painter:
-        assert name == "tiny"
+    def from_pretrained(cls, name: str, **settings: object) -> _Painter:
+        assert (name, settings) == ("tiny", {"task": "text2image", "tome": {}})
         return cls()
 
     def infer(self, prompts: Sequence[str], **options: object) -> dict[str, list[Image.Image]]:
@@ -195,6 +196,7 @@ def test_overrides_and_options_mix() -> None:
     ("arguments", "message"),
     [
         (["eta=1"], "guidance_scale, pretrained"),
+        (["task=paint"], "invalid choice: 'paint'"),
         (["steps"], "write key=value"),
         (["steps=0"], "steps=0 is too small"),
         (["steps=many"], "invalid int value: 'many'"),
@@ -204,6 +206,27 @@ def test_overrides_and_options_mix() -> None:
 def test_bad_arguments_are_named(arguments: list[str], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         prompt_following.parse(arguments)
+
+
+def test_a_task_has_its_model_and_token_merging_its_settings() -> None:
+    settings = prompt_following.parse(["task=inpaint", "tome.ratio=0.5", "tome.use_rand=false", "tome.engine=tomesd"])
+    assert settings.pretrained == "tiny-inpaint"
+    assert settings.tome == {"ratio": 0.5, "use_rand": False, "engine": "tomesd"}
+
+
+def test_a_repainted_scene_asks_for_another_object_in_a_box_that_holds_both() -> None:
+    rng = random.Random(0)
+    for _ in range(50):
+        repaint = draw_repaint(rng)
+        before, after = render(repaint.before), render(repaint.wanted)
+        verdict = judge_repaint(repaint, before, after)
+        assert all(verdict.values())
+        (old,), (new,) = repaint.before.objects, repaint.wanted.objects
+        assert old.colour != new.colour and old.shape != new.shape and new.colour != repaint.before.background
+        assert not judge_repaint(repaint, before, before)["object"]
+        x0, y0, x1, _ = repaint.box
+        after.putpixel((x0 - 1 if x0 else x1, y0), (1, 2, 3))
+        assert not judge_repaint(repaint, before, after)["kept"]
 
 
 def test_recorded_command_has_no_absolute_path() -> None:

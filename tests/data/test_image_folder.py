@@ -313,3 +313,46 @@ def test_loading_leaves_the_training_noise_alone(folder: Path) -> None:
     before = torch.get_rng_state()
     list(data.train_dataloader())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_masks_go_with_their_pictures_through_crop_and_flip(tmp_path: Path) -> None:
+    """The picture is white just where its mask is."""
+    drawn = np.zeros((24, 40), dtype=np.uint8)
+    drawn[4:16, 22:34] = 255
+    for name in ("a.png", "masks/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(drawn).save(tmp_path / name)
+    row = {"file_name": "a.png", "text": "a box", "mask_file_name": "masks/a.png"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    data = ready(tmp_path, resolution=24, center_crop=False, random_flip=True, val_fraction=0)
+    places = set()
+    for epoch in range(12):
+        data.train_set.set_epoch(epoch)
+        example = data.train_set[0]
+        assert example["mask"].shape == (1, 24, 24)
+        assert torch.equal(example["mask"], (example["image"][:1] > 0).float())
+        places.add(int(example["mask"].argmax()))
+    assert len(places) > 2
+
+
+@pytest.mark.parametrize(
+    ("second", "says"),
+    [
+        ({}, "give all rows a mask_file_name, or none"),
+        ({"mask_file_name": "../b.png"}, "outside the folder"),
+        ({"mask_file_name": "c.png"}, "do not exist: c.png"),
+        ({"mask_file_name": 3}, "mask_file_name=3; give a string"),
+        ({"mask_file_name": "small.png"}, "is of 4x4 pixels and .* of 12x8"),
+    ],
+)
+def test_masks_that_do_not_fit_are_told_of(tmp_path: Path, second: dict, says: str) -> None:
+    for name in ("a.png", "b.png", "mask.png"):
+        paint(tmp_path / name)
+    paint(tmp_path / "small.png", size=(4, 4))
+    rows = [
+        {"file_name": "a.png", "text": "a", "mask_file_name": "mask.png"},
+        {"file_name": "b.png", "text": "b"} | second,
+    ]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SettingsError, match=says):
+        ready(tmp_path, val_fraction=0).train_set[1]

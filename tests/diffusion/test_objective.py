@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from sdmodule.diffusion.objective import PREDICTION_TYPES, add_noise, draw_timesteps, target
+from sdmodule.diffusion.objective import PREDICTION_TYPES, add_noise, draw_timesteps, target, weighted_mean
 from sdmodule.errors import SettingsError
 
 SCHEDULE = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -64,3 +64,11 @@ def test_shift_prefers_noisy_timesteps_and_stays_in_range():
     assert all(0 <= timesteps.min() and timesteps.max() <= 999 for timesteps in draws)
     # the middle of the draw lands on shift / (1 + shift) of the schedule
     torch.testing.assert_close(draws[2].float().median(), torch.tensor(2 / 3 * 1000), rtol=0, atol=15)
+
+
+def test_every_example_counts_the_same_however_it_is_weighted():
+    errors, weights = torch.ones(2, 1, 4, 4), torch.ones(2, 1, 4, 4)
+    errors[0, :, :2] = 3.0
+    torch.testing.assert_close(weighted_mean(errors, weights), errors.mean())
+    weights[0, :, :2] = 3.0  # (3 * 3 + 1) / 4 in the first example, 1 in the second
+    torch.testing.assert_close(weighted_mean(errors, weights), torch.tensor(1.75))

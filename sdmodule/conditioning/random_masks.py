@@ -1,0 +1,70 @@
+"""Masks to train inpainting on: brush strokes and boxes, drawn anew for each example.
+
+The recipe is that of large-mask inpainting (Suvorov et al. 2022, section 3.3): half of the masks are polygonal chains
+of wide strokes, half are boxes, all scaled to the picture. Stable Diffusion's inpainting checkpoints were trained with
+such masks and with a quarter of the pictures masked whole.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+
+def draw_masks(count: int, size: Sequence[int], whole: float, generator: torch.Generator) -> Tensor:
+    """Draw masks ``[count, 1, H, W]``, 1 where the picture is repainted and 0 where it stays.
+
+    Args:
+        count: how many.
+        size: height and width in pixels.
+        whole: share of masks that cover the whole picture.
+        generator: source of the draw; mask k does not depend on ``count``.
+    """
+    height, width = size
+    seeds = [int(torch.randint(2**62, (), generator=generator)) for _ in range(count)]
+    masks = [draw_mask(random.Random(seed), height, width, whole) for seed in seeds]
+    return torch.from_numpy(np.stack([np.asarray(mask) for mask in masks]))[:, None] / 255
+
+
+def draw_mask(rng: random.Random, height: int, width: int, whole: float = 0.0) -> Image.Image:
+    """Draw one mask, of mode L, 255 or 0; it is never empty, and covers everything with probability ``whole`` alone."""
+    if rng.random() < whole:
+        return Image.new("L", (width, height), 255)
+    paint = _strokes if rng.random() < 0.5 else _boxes
+    while True:
+        mask = Image.new("L", (width, height))
+        paint(ImageDraw.Draw(mask), rng, height, width)
+        if mask.getextrema() == (0, 255):
+            return mask
+
+
+def _boxes(draw: ImageDraw.ImageDraw, rng: random.Random, height: int, width: int) -> None:
+    """One to three boxes, each side an eighth to three quarters of the picture's."""
+    for _ in range(rng.randint(1, 3)):
+        w, h = (max(1, round(rng.uniform(1 / 8, 3 / 4) * side)) for side in (width, height))
+        x, y = rng.randint(0, width - w), rng.randint(0, height - h)
+        draw.rectangle((x, y, x + w - 1, y + h - 1), fill=255)
+
+
+def _strokes(draw: ImageDraw.ImageDraw, rng: random.Random, height: int, width: int) -> None:
+    """One to four chains of strokes that turn back and forth, up to two fifths of the picture wide."""
+    side = min(height, width)
+    for _ in range(rng.randint(1, 4)):
+        x, y = rng.uniform(0, width), rng.uniform(0, height)
+        thickness = rng.uniform(side / 16, side * 2 / 5)
+        for k in range(rng.randint(1, 5)):
+            turn = rng.uniform(0, 2 * math.pi / 5)
+            angle = 2 * math.pi - turn if k % 2 == 0 else turn
+            reach = rng.uniform(side / 16, side * 2 / 5)
+            start, x, y = (x, y), x + reach * math.sin(angle), y + reach * math.cos(angle)
+            x, y = min(max(x, 0.0), float(width)), min(max(y, 0.0), float(height))
+            draw.line((*start, x, y), fill=255, width=max(1, round(thickness)))
+            for cx, cy in (start, (x, y)):  # a round brush
+                r = thickness / 2
+                draw.ellipse((cx - r, cy - r, cx + r, cy + r), fill=255)
