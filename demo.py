@@ -25,14 +25,26 @@ SHAPES = [
     "a blue square to the left of an orange triangle on a black background",
 ]
 
+REPAINTED = [
+    "a yellow star on a blue background",
+    "a black heart on a blue background",
+    "a white square on a blue background",
+    "a red triangle on a blue background",
+]
+HOLE = [14, 14, 50, 50]
+"""The part of the picture that is painted anew: ``[x0, y0, x1, y1]`` in pixels."""
+
 
 def main() -> None:
     """Sample, fine-tune, sample again, and lay the pictures side by side."""
     shutil.rmtree(OUTPUT, ignore_errors=True)
+    OUTPUT.mkdir(parents=True)
     rows = [json.loads(line) for line in (PICTURES / "metadata.jsonl").read_text().splitlines()]
     captions = [row["text"] for row in rows[:8]]
 
     shapes = predict(SHAPES, "shapes")
+    masked = circle_under_a_mask()
+    repainted = predict(REPAINTED, "repainted", "model=inpaint", f"image={OUTPUT / 'circle.png'}", f"mask={HOLE}")
     before = predict(captions, "before")
     command("train.py", f"data.root={PICTURES}", "experiment=demo", f"trainer.max_steps={STEPS}", "train")
     after = predict(captions, "after", f"pretrained={OUTPUT / 'train' / 'export'}")
@@ -42,12 +54,23 @@ def main() -> None:
     sheet(
         {
             "the embedded model obeys its prompt": (shapes, SHAPES),
+            "and repaints the hole in a picture": ([*masked, *repainted], ["a circle", "its mask", *REPAINTED]),
             "pictures to fine-tune on": (wanted, captions),
             "before fine-tuning": (before, captions),
             f"after {STEPS} steps": (after, captions),
         }
     ).save(grid)
     print(f"\nLook at {grid.relative_to(HERE)}")
+
+
+def circle_under_a_mask() -> list[Image.Image]:
+    """Paint a circle, save it as a photograph to be repainted, and show it with and without its hole."""
+    circle = Image.new("RGB", (64, 64), (48, 88, 220))
+    ImageDraw.Draw(circle).ellipse((18, 18, 45, 45), fill=(242, 140, 32))
+    circle.save(OUTPUT / "circle.png")
+    masked = circle.copy()
+    masked.paste((127, 127, 127), (HOLE[0], HOLE[1], HOLE[2], HOLE[3]))
+    return [circle, masked]
 
 
 def command(script: str, *arguments: str) -> None:

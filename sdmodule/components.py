@@ -22,7 +22,7 @@ from sdmodule.errors import SettingsError, choices
 from sdmodule.schedulers import make_scheduler
 
 ASSETS = Path(__file__).parent / "assets"
-EMBEDDED = {"tiny": "tiny"}
+EMBEDDED = {"tiny": "tiny", "tiny-inpaint": "tiny"}
 """Checkpoints that the package contains; the parts that one does not have itself are those of the other."""
 
 MODELS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}

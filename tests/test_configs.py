@@ -170,6 +170,7 @@ def test_sd15_is_the_published_recipe(command, checkpoint):
 
 @pytest.mark.parametrize("command", ["train", "predict"])
 def test_the_experiments_on_top_of_sd15(command):
+    assert configuration(command, "model=inpaint").pretrained == "tiny-inpaint"
     assert configuration(command, "model=inpaint", "pretrained=disk").pretrained == "disk"
     inpaint = configuration(command, "experiment=sd15_inpaint")
     assert inpaint.pretrained == "stable-diffusion-v1-5/stable-diffusion-inpainting"
