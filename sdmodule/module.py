@@ -29,6 +29,7 @@ from sdmodule.conditioning.text import encode_prompts
 from sdmodule.diffusion.objective import add_noise, draw_timesteps, target, weighted_mean
 from sdmodule.errors import SettingsError, choices
 from sdmodule.modes import evaluating
+from sdmodule.objective import SQUARED_ERROR, Objective
 from sdmodule.progress import steps_bar
 from sdmodule.requests import INPAINT, TASKS, TEXT2IMAGE, SampleRequest, build_requests
 from sdmodule.samples import Samples
@@ -56,7 +57,7 @@ class StableDiffusionModule(LightningModule):
         caption_dropout: share of captions replaced by an empty one, which teaches the unconditional prediction that
             classifier-free guidance needs.
         timestep_shift: prefers noisy timesteps where greater than 1; see ``draw_timesteps``.
-        train_scheduler: noise schedule of the training (name or settings); the checkpoint's own if None.
+        objective: what is predicted and how its error counts; see ``Objective``.
         task: ``text2image`` or ``inpaint``.
         convert: for ``inpaint``, widen an ordinary UNet to the mask's channels when training starts.
         whole_masks: for ``inpaint``, share of training pictures that are masked whole.
@@ -84,7 +85,7 @@ class StableDiffusionModule(LightningModule):
         train_text_encoder: bool = False,
         caption_dropout: float = 0.1,
         timestep_shift: float = 1.0,
-        train_scheduler: str | Mapping[str, Any] | None = None,
+        objective: Mapping[str, Any] | None = None,
         task: str = TEXT2IMAGE,
         convert: bool = False,
         whole_masks: float = 0.25,
@@ -110,6 +111,7 @@ class StableDiffusionModule(LightningModule):
             **(sampling or {}), merging=TokenMerging(**(tome or {})), inpaint=InpaintSettings(**(inpaint or {}))
         )
         self._check_inpaint(self.sampling.inpaint)
+        self.objective = Objective(**(objective or {}))
         trained = {"unet", "text_encoder"} if train_text_encoder else {"unet"}
         if untrained := set(scratch) - trained:
             raise SettingsError(
@@ -117,6 +119,8 @@ class StableDiffusionModule(LightningModule):
                 "leave it out, or set model.train_text_encoder=true for the text encoder."
             )
         parts = load_components(pretrained, revision=revision, variant=variant, components=components, scratch=scratch)
+        if changes := self.objective.schedule(parts.scheduler.config):
+            parts.scheduler = make_scheduler({"name": "ddim", **changes}, parts.scheduler.config)
         check_settings(parts, self.sampling)
         if inpaints(parts.unet) and task != INPAINT:
             raise SettingsError(f"pretrained={pretrained} inpaints: its UNet takes a mask; use model=inpaint.")
@@ -124,7 +128,6 @@ class StableDiffusionModule(LightningModule):
         self.unet: Any = parts.unet
         self.vae: Any = parts.vae.eval().requires_grad_(False)
         self.text_encoder: Any = parts.text_encoder.train(train_text_encoder).requires_grad_(train_text_encoder)
-        self.noise_schedule = make_scheduler(train_scheduler, parts.scheduler.config)
         self.train_text_encoder = train_text_encoder
         self.caption_dropout = caption_dropout
         self.timestep_shift = timestep_shift
@@ -171,38 +174,55 @@ class StableDiffusionModule(LightningModule):
             "" if torch.rand((), generator=generator) < self.caption_dropout else text for text in batch["caption"]
         ]
         channels = self.mask_channels(batch, generator, self.whole_masks) if self.task == INPAINT else None
-        errors = self.denoising_errors(latents, timesteps.to(self.device), captions, generator, channels)
-        if channels is None:
-            loss = errors.mean()
-        else:
-            loss = weighted_mean(errors, 1.0 + (self.hole_weight - 1.0) * channels[:, :1])
+        noise = self.objective.draw_noise(latents, generator)
+        errors = self.denoising_errors(latents, noise, timesteps.to(self.device), captions, channels, self.objective)
+        loss = weighted_mean(errors, self.weights_of_places(batch, errors, channels))
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(latents))
         return loss
 
     def denoising_errors(
         self,
         latents: Tensor,
+        noise: tuple[Tensor, Tensor],
         timesteps: Tensor,
         captions: Sequence[str],
-        generator: torch.Generator,
         channels: Tensor | None = None,
+        objective: Objective = SQUARED_ERROR,
     ) -> Tensor:
-        """Squared error of the UNet's prediction at each place (algorithm 1 of Ho et al. 2020), ``[B, 1, h, w]``.
+        """Error of the UNet's prediction at each place (algorithm 1 of Ho et al. 2020), ``[B, 1, h, w]``.
 
         Args:
             latents: of the pictures, ``[B, 4, h, w]``.
+            noise: what is to be predicted and what is seen; see ``Objective.draw_noise``.
             timesteps: how noisy each is made, ``[B]``.
             captions: B texts.
-            generator: source of the noise.
             channels: what a UNet that inpaints sees beside the noisy latents, ``[B, 5, h, w]``.
+            objective: how the error counts.
         """
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
-        noisy = add_noise(latents, noise, self.alphas_cumprod, timesteps)
-        wanted = target(self.noise_schedule.config.prediction_type, latents, noise, self.alphas_cumprod, timesteps)
-        embeddings = self.encode_prompts(captions)
+        predictable, visible = noise
+        kind = self.parts.scheduler.config.prediction_type
+        noisy = add_noise(latents, visible, self.alphas_cumprod, timesteps)
+        wanted = target(kind, latents, predictable, self.alphas_cumprod, timesteps)
         seen = noisy if channels is None else torch.cat([noisy, channels], dim=1)
-        predicted = self.unet(seen, timesteps, encoder_hidden_states=embeddings).sample
-        return F.mse_loss(predicted.float(), wanted.float(), reduction="none").mean(dim=1, keepdim=True)
+        predicted = self.unet(seen, timesteps, encoder_hidden_states=self.encode_prompts(captions)).sample
+        return objective.errors(predicted, wanted, kind, self.alphas_cumprod, timesteps)
+
+    def weights_of_places(self, batch: Mapping[str, Any], errors: Tensor, channels: Tensor | None) -> Tensor:
+        """How much the error of each place counts, ``[B, 1, h, w]``: that of a hole, that outside a mask.
+
+        Raises:
+            SettingsError: if the loss should be masked and the data has no masks.
+        """
+        weights = torch.ones_like(errors)
+        if channels is not None:
+            weights = weights + (self.hole_weight - 1.0) * channels[:, :1]
+        if not self.objective.masked:
+            return weights
+        if "mask" not in batch:
+            raise SettingsError(
+                "objective.masked=true and the data has no masks; name them in a column mask_file_name of its metadata."
+            )
+        return weights * F.interpolate(batch["mask"].to(weights), size=errors.shape[-2:], mode="area")
 
     def mask_channels(self, batch: Mapping[str, Any], generator: torch.Generator, whole: float) -> Tensor:
         """The mask of each picture and the latents of what it leaves, ``[B, 5, h, w]``.
@@ -253,7 +273,8 @@ class StableDiffusionModule(LightningModule):
         for level in range(VALIDATION_TIMESTEPS):
             timestep = int((level + 0.5) * total / VALIDATION_TIMESTEPS)
             timesteps = torch.full((len(latents),), timestep, device=self.device)
-            levels.append(self.denoising_errors(latents, timesteps, batch["caption"], generator, channels))
+            noise = SQUARED_ERROR.draw_noise(latents, generator)
+            levels.append(self.denoising_errors(latents, noise, timesteps, batch["caption"], channels))
         errors = torch.stack(levels).mean(dim=0)
         losses = {"val/loss": errors.mean()}
         if channels is not None:
@@ -277,7 +298,7 @@ class StableDiffusionModule(LightningModule):
     @property
     def alphas_cumprod(self) -> Tensor:
         """The signal's share of the variance at each timestep of the training schedule, ``[T]``."""
-        return self.noise_schedule.alphas_cumprod
+        return self.parts.scheduler.alphas_cumprod
 
     # ---------------------------------------------------------------------------------------------- sampling
 

@@ -18,6 +18,7 @@ from PIL import Image
 
 from sdmodule.callbacks.latent_cache import LatentCache
 from sdmodule.cli import train_main
+from sdmodule.conditioning.inpaint import convert_to_inpaint
 from sdmodule.data.shapes import ShapesDataModule
 from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
@@ -62,17 +63,16 @@ def test_the_loss_is_that_of_the_paper_on_nine_channels(build):
     picture = torch.rand(2, 3, 32, 32) * 2 - 1
     batch = {"image": picture, "mask": (torch.rand(2, 1, 32, 32) < 0.3).float()}
     channels = module.mask_channels(batch, torch.Generator().manual_seed(1), whole=0.0)
-    latents, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([3, 800])
-    errors = module.denoising_errors(latents, timesteps, [PROMPT, ""], torch.Generator().manual_seed(2), channels)
+    latents, noise, timesteps = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([3, 800])
+    errors = module.denoising_errors(latents, (noise, noise), timesteps, [PROMPT, ""], channels)
 
-    parts, schedule = module.parts, module.noise_schedule
+    parts = module.parts
     posterior = parts.vae.encode(picture * (batch["mask"] < 0.5)).latent_dist
     drawn = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(1))
     masked_latents = (posterior.mean + posterior.std * drawn) * parts.vae.config.scaling_factor
     small = F.interpolate(batch["mask"], size=(8, 8))
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(2))
     tokens = parts.tokenizer([PROMPT, ""], padding="max_length", max_length=77, return_tensors="pt").input_ids
-    seen = torch.cat([schedule.add_noise(latents, noise, timesteps), small, masked_latents], dim=1)
+    seen = torch.cat([parts.scheduler.add_noise(latents, noise, timesteps), small, masked_latents], dim=1)
     predicted = parts.unet(seen, timesteps, encoder_hidden_states=parts.text_encoder(tokens)[0]).sample
     wanted = ((predicted - noise) ** 2).mean(dim=1, keepdim=True)
     torch.testing.assert_close(errors, wanted, rtol=1e-6, atol=1e-7)
@@ -182,3 +182,14 @@ def test_an_ordinary_checkpoint_is_refused_before_anything_is_written(train, pho
     status, complaint = train(f"data.root={photos}", "trainer.max_steps=1")
     assert status == 1 and "model.convert=true" in complaint and len(complaint.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_embedded_model_repaints_with_nine_channels():
+    sd = StableDiffusionModule.from_pretrained("tiny-inpaint", task="inpaint")
+    assert sd.unet.config.in_channels == 9
+    plain = StableDiffusionModule.from_pretrained("tiny")
+    for part in ("vae", "text_encoder"):  # shared with tiny, not kept twice
+        ours, theirs = (getattr(module.parts, part).state_dict() for module in (sd, plain))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    convert_to_inpaint(plain.unet)
+    assert plain.unet.state_dict().keys() == sd.unet.state_dict().keys()

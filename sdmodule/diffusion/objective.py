@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sdmodule.errors import SettingsError
+from sdmodule.errors import SettingsError, choices
 
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 def signal_and_noise_rates(alphas_cumprod: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,7 +29,7 @@ def target(prediction_type: str, latents: Tensor, noise: Tensor, alphas_cumprod:
     """What the model should predict, ``[B, C, h, w]``.
 
     ``epsilon`` is the noise (Ho et al. 2020, equation 14); ``v_prediction`` is the velocity of Salimans and Ho 2022,
-    appendix D.
+    appendix D; ``sample`` is the picture's latents.
 
     Raises:
         SettingsError: for another prediction type.
@@ -39,7 +39,19 @@ def target(prediction_type: str, latents: Tensor, noise: Tensor, alphas_cumprod:
     if prediction_type == "v_prediction":
         signal_rate, noise_rate = signal_and_noise_rates(alphas_cumprod, timesteps)
         return signal_rate * noise - noise_rate * latents
-    raise SettingsError(f"prediction_type={prediction_type} cannot be trained; give {' or '.join(PREDICTION_TYPES)}.")
+    if prediction_type == "sample":
+        return latents
+    raise SettingsError(
+        f"prediction_type={prediction_type} cannot be trained; give one of {choices(PREDICTION_TYPES)}."
+    )
+
+
+def pseudo_huber(difference: Tensor, delta: float) -> Tensor:
+    """Squared error that grows linearly from about ``delta`` on, of the same shape.
+
+    The loss of Song and Dhariwal 2023, section 3.3, scaled by ``2 * delta`` so that small errors count as squares.
+    """
+    return 2.0 * delta * ((difference.square() + delta**2).sqrt() - delta)
 
 
 def weighted_mean(errors: Tensor, weights: Tensor) -> Tensor:
@@ -47,10 +59,10 @@ def weighted_mean(errors: Tensor, weights: Tensor) -> Tensor:
 
     Args:
         errors: ``[B, 1, h, w]``.
-        weights: of the same shape, positive.
+        weights: of the same shape, 0 or more; an example without any counts as no error.
     """
     axes = (1, 2, 3)
-    return ((errors * weights).sum(dim=axes) / weights.sum(dim=axes)).mean()
+    return ((errors * weights).sum(dim=axes) / weights.sum(dim=axes).clamp(min=1e-6)).mean()
 
 
 def draw_timesteps(count: int, total: int, generator: torch.Generator, shift: float = 1.0) -> Tensor:

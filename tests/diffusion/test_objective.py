@@ -35,6 +35,11 @@ def test_velocity_is_that_of_diffusers(latents_and_noise):
     torch.testing.assert_close(velocity, SCHEDULE.get_velocity(latents, noise, TIMESTEPS))
 
 
+def test_a_sample_is_the_picture(latents_and_noise):
+    latents, noise = latents_and_noise
+    assert torch.equal(target("sample", latents, noise, SCHEDULE.alphas_cumprod, TIMESTEPS), latents)
+
+
 def test_at_zero_terminal_snr_only_noise_is_seen_and_the_picture_is_asked_for(latents_and_noise):
     latents, noise = latents_and_noise
     zero_snr = DDPMScheduler(beta_schedule="scaled_linear", rescale_betas_zero_snr=True).alphas_cumprod
@@ -44,8 +49,8 @@ def test_at_zero_terminal_snr_only_noise_is_seen_and_the_picture_is_asked_for(la
 
 
 def test_another_prediction_type_is_refused(latents_and_noise):
-    with pytest.raises(SettingsError, match="prediction_type=sample") as error:
-        target("sample", *latents_and_noise, SCHEDULE.alphas_cumprod, TIMESTEPS)
+    with pytest.raises(SettingsError, match="prediction_type=flow") as error:
+        target("flow", *latents_and_noise, SCHEDULE.alphas_cumprod, TIMESTEPS)
     assert all(name in str(error.value) for name in PREDICTION_TYPES)
 
 
