@@ -23,8 +23,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from sdmodule.command_line import quoted, verbatim
-from sdmodule.errors import SettingsError
+from sdmodule.command_line import quoted, verbatim, with_recipe
+from sdmodule.errors import SettingsError, unwritable
 
 if TYPE_CHECKING:
     from lightning import Trainer
@@ -54,10 +54,15 @@ def train(cfg: DictConfig) -> None:
 
 def predict(cfg: DictConfig) -> None:
     """Sample pictures: requests, callbacks, loggers, trainer, model, predict."""
+    from sdmodule.run_folder import finished
+
     output_dir = choose_output(cfg)
     data = instantiate(cfg.data)
     trainer = build_trainer(cfg)
     model = instantiate(cfg.model)
+    if cfg.resume:
+        data.done = finished(output_dir, data.requests, model.describe() | {"precision": str(trainer.precision)})
+        say(f"Resuming: {len(data.done)} of {len(data.requests)} pictures are there")
     write_config(cfg, output_dir)
     with finishing(trainer, output_dir), stopping_at_once():
         trainer.predict(model, datamodule=data, return_predictions=False)
@@ -112,11 +117,6 @@ def choose_output(cfg: DictConfig) -> Path:
     if not os.access(nearest, os.W_OK):
         raise unwritable(folder, f"no permission to write in {nearest}")
     return folder
-
-
-def unwritable(folder: Path, reason: str | None) -> SettingsError:
-    """The error for an output folder that cannot be written."""
-    return SettingsError(f"output_dir={folder} cannot be written ({reason}); give a folder that can be.")
 
 
 def write_config(cfg: DictConfig, folder: Path) -> None:
@@ -195,10 +195,10 @@ def run(job: Callable[[DictConfig], None], config_name: str) -> None:
 
     # the devices of a run and the jobs of a sweep share one folder
     os.environ.setdefault("SDMODULE_STARTED", time.strftime("%Y-%m-%d/%H-%M-%S"))
-    sys.argv[1:] = quoted(arguments)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints its errors itself
     try:
         with one_sentence(config_name, always=full_error != "1"):
+            sys.argv[1:] = quoted(arguments) if job is train else with_recipe(arguments)
             try:
                 hydra.main(config_path="pkg://sdmodule.conf", config_name=config_name, version_base="1.3")(checked)()
             except (
@@ -265,7 +265,13 @@ def quiet() -> None:
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     for category in (PossibleUserWarning, DeprecationWarning, FutureWarning):
         warnings.filterwarnings("ignore", category=category)
-    for part in (r"module\(s\) in eval mode", "exists and is not empty", "functools.lru_cache", "dirpath has changed"):
+    for part in (
+        r"module\(s\) in eval mode",
+        "exists and is not empty",
+        "functools.lru_cache",
+        "dirpath has changed",
+        "infer the batch indices",
+    ):
         warnings.filterwarnings("ignore", message=f".*{part}.*")
 
 

@@ -31,7 +31,7 @@ from sdmodule.modes import evaluating
 from sdmodule.progress import steps_bar
 from sdmodule.requests import INPAINT, TASKS, TEXT2IMAGE, SampleRequest, build_requests
 from sdmodule.samples import Samples
-from sdmodule.sampling import check_settings, sample_all
+from sdmodule.sampling import check_settings, describe, sample_all
 from sdmodule.schedulers import make_scheduler
 from sdmodule.settings import SamplingSettings
 from sdmodule.tome.settings import TokenMerging
@@ -313,7 +313,20 @@ class StableDiffusionModule(LightningModule):
     def predict_step(self, batch: list[SampleRequest], batch_idx: int) -> Samples:
         """Sample the pictures of a batch of requests; writing them is the callbacks' work."""
         with steps_bar(self.sampling.steps_taken, self.show_progress) as on_step:
-            return sample_all(self.parts, batch, self.sampling, on_step=on_step)
+            samples = sample_all(self.parts, batch, self.sampling, on_step=on_step)
+        samples.facts |= self.origin
+        return samples
+
+    def describe(self) -> dict[str, Any]:
+        """The settings of the pictures that ``predict_step`` makes, in plain types."""
+        return describe(self.parts, self.sampling, self.task == INPAINT) | self.origin
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What was said of the checkpoint beside its name."""
+        components = {name: place for name, place in (self.hparams["components"] or {}).items() if place}
+        said = {"revision": self.hparams["revision"], "variant": self.hparams["variant"], "components": components}
+        return {name: value for name, value in said.items() if value}
 
     # ---------------------------------------------------------------------------------------------- files
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
 os.environ.update(OFFLINE)  # huggingface_hub reads it when it is imported
@@ -85,3 +86,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def module(checkpoint: Path) -> StableDiffusionModule:
     """The checkpoint, ready to sample."""
     return StableDiffusionModule.from_pretrained(str(checkpoint))
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """Run a command in this process; returns its exit status, what it printed, and what it complained of."""
+
+    def run(main, *arguments):
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        status = 0
+        try:
+            main()
+        except SystemExit as end:
+            status = end.code
+        return status, *capfd.readouterr()
+
+    return run

@@ -24,22 +24,6 @@ PROMPTS = ["a red circle on a blue background", "a small green star at the top o
 
 
 @pytest.fixture
-def call(monkeypatch, capfd):
-    """Run a command in this process; returns its exit status, what it printed, and what it complained of."""
-
-    def run(main, *arguments):
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-        status = 0
-        try:
-            main()
-        except SystemExit as end:
-            status = end.code
-        return status, *capfd.readouterr()
-
-    return run
-
-
-@pytest.fixture
 def photos(tmp_path):
     """Six pictures with a ``metadata.jsonl``."""
     folder = tmp_path / "photos"
