@@ -11,7 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from sdmodule.command_line import quoted, verbatim, with_recipe
 from sdmodule.errors import SettingsError, unwritable
+from sdmodule.privacy import redacted
 
 if TYPE_CHECKING:
     from lightning import Trainer
@@ -44,10 +45,11 @@ def train(cfg: DictConfig) -> None:
     seed_everything(cfg.seed, workers=True, verbose=False)
     model = instantiate(cfg.model)
     write_config(cfg, output_dir)
+    config = redacted(OmegaConf.to_container(cfg, resolve=True))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     every = sum(p.numel() for p in model.parameters())
     say(f"Training {trained:,} of {every:,} parameters for {trainer.max_steps:,} steps; writing to {output_dir}")
-    with finishing(trainer, output_dir):
+    with finishing(trainer, output_dir), logging_to(trainer, config, output_dir):
         trainer.fit(model, datamodule=data, ckpt_path=cfg.ckpt_path)
     say(f"Wrote {output_dir}")
 
@@ -64,7 +66,8 @@ def predict(cfg: DictConfig) -> None:
         data.done = finished(output_dir, data.requests, model.describe() | {"precision": str(trainer.precision)})
         say(f"Resuming: {len(data.done)} of {len(data.requests)} pictures are there")
     write_config(cfg, output_dir)
-    with finishing(trainer, output_dir), stopping_at_once():
+    config = redacted(OmegaConf.to_container(cfg, resolve=True))
+    with finishing(trainer, output_dir), stopping_at_once(), logging_to(trainer, config, output_dir):
         trainer.predict(model, datamodule=data, return_predictions=False)
     say(f"Wrote {output_dir / 'grid.png'}")
 
@@ -106,6 +109,8 @@ def choose_output(cfg: DictConfig) -> Path:
     hydra_config = HydraConfig.get()
     folder = Path(str(cfg.output_dir)).expanduser()
     if hydra_config.mode == RunMode.MULTIRUN:
+        if "wandb" in cfg.logger and cfg.logger.wandb.group is None:
+            cfg.logger.wandb.group = "/".join(folder.parts[-2:])  # the runs of a sweep belong together
         folder = folder / str(hydra_config.job.num)
     cfg.output_dir = str(folder)
     try:
@@ -133,7 +138,11 @@ def write_config(cfg: DictConfig, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if (metrics := folder / "metrics.csv").exists():
             metrics.rename(folder / f"metrics-{len(list(folder.glob('metrics-*.csv'))) + 1}.csv")
-        (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg), encoding="utf-8")
+        written = OmegaConf.create(redacted(OmegaConf.to_container(cfg, resolve=False)))
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(written), encoding="utf-8")
+        if (sweep := folder.parent / "multirun.yaml").is_file() and HydraConfig.get().mode == RunMode.MULTIRUN:
+            written = OmegaConf.create(redacted(OmegaConf.to_container(OmegaConf.load(sweep), resolve=False)))
+            sweep.write_text(OmegaConf.to_yaml(written), encoding="utf-8")
     except OSError as error:
         raise unwritable(folder, error.strerror) from error
 
@@ -155,7 +164,7 @@ def is_first_device() -> bool:
 def finishing(trainer: Trainer, output_dir: Path) -> Iterator[None]:
     """After Ctrl-C say how to go on, with status 130; after SIGTERM too, which a scheduler sends first, with 143.
 
-    Training saves a checkpoint before it stops. What the next job of a sweep must not inherit is closed.
+    Training saves a checkpoint before it stops.
     """
     try:
         yield
@@ -166,9 +175,21 @@ def finishing(trainer: Trainer, output_dir: Path) -> Iterator[None]:
         go_on = f"; resume with ckpt_path={last}" if last else ""
         print(f"interrupted: what is done is in {output_dir}{go_on}", file=sys.stderr)
         sys.exit(143 if trainer.received_sigterm else 130)
-    finally:
-        if "wandb" in sys.modules and (wandb_run := sys.modules["wandb"].run) is not None:
-            wandb_run.finish()
+
+
+@contextmanager
+def logging_to(trainer: Trainer, config: dict[str, Any], output_dir: Path) -> Iterator[None]:
+    """Tell the loggers the configuration, and close what the next job of a sweep must not inherit."""
+    with ExitStack() as stack:
+        if any("wandb" in type(logger).__name__.lower() for logger in trainer.loggers):
+            from sdmodule.loggers.weights_and_biases import one_run
+
+            stack.enter_context(one_run(output_dir))
+        for logger in trainer.loggers:
+            logger.log_hyperparams(config)
+            if is_first_device() and (whereabouts := getattr(logger, "whereabouts", str)()):
+                say(whereabouts)
+        yield
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from sdmodule.conditioning.text import encode_prompts
 from sdmodule.diffusion.objective import add_noise, draw_timesteps, target
 from sdmodule.errors import SettingsError, choices
 from sdmodule.modes import evaluating
+from sdmodule.privacy import shortened
 from sdmodule.progress import steps_bar
 from sdmodule.requests import INPAINT, TASKS, TEXT2IMAGE, SampleRequest, build_requests
 from sdmodule.samples import Samples
@@ -91,6 +92,8 @@ class StableDiffusionModule(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        pretrained = shortened(pretrained)
+        components = {name: shortened(place) for name, place in (components or {}).items() if place}
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "scratch", "compile"])
         if task not in TASKS:
             raise SettingsError(f"model={task} is not known; give one of {choices(TASKS)}.")
@@ -324,9 +327,7 @@ class StableDiffusionModule(LightningModule):
     @property
     def origin(self) -> dict[str, Any]:
         """What was said of the checkpoint beside its name."""
-        components = {name: place for name, place in (self.hparams["components"] or {}).items() if place}
-        said = {"revision": self.hparams["revision"], "variant": self.hparams["variant"], "components": components}
-        return {name: value for name, value in said.items() if value}
+        return {name: self.hparams[name] for name in ("revision", "variant", "components") if self.hparams[name]}
 
     # ---------------------------------------------------------------------------------------------- files
 

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from PIL import Image
 from typing_extensions import override
 
 from sdmodule.callbacks.ema import EMA
+from sdmodule.loggers.pictures import log_pictures
 from sdmodule.pictures import captioned_sheet
 
 
@@ -60,7 +58,7 @@ class ValidationSamples(Callback):
         captions = [f"{prompt} · {self.seed + k}" for k, prompt in enumerate(prompts)]
         self.output_dir.mkdir(parents=True, exist_ok=True)
         captioned_sheet(images, captions).save(self.output_dir / f"{trainer.global_step:06d}.png")
-        self._log(trainer, images, captions)
+        log_pictures(trainer.loggers, "val/samples", images, captions, trainer.global_step)
 
     def _captions(self, trainer: Trainer) -> list[str]:
         self.prompts = []
@@ -70,11 +68,3 @@ class ValidationSamples(Callback):
                 break
         self.prompts = self.prompts[: self.num_prompts]
         return self.prompts
-
-    def _log(self, trainer: Trainer, images: list[Image.Image], captions: list[str]) -> None:
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image("val/samples", images, step=trainer.global_step, caption=captions)
-            elif isinstance(logger, TensorBoardLogger):
-                array = np.stack([np.asarray(image) for image in images])
-                logger.experiment.add_images("val/samples", array, trainer.global_step, dataformats="NHWC")
