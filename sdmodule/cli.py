@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import os
 import re
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import resources
@@ -26,9 +24,14 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from sdmodule.command_line import quoted, verbatim, with_recipe
 from sdmodule.errors import SettingsError, unwritable
 from sdmodule.privacy import redacted
+from sdmodule.quiet import quiet
 
 if TYPE_CHECKING:
     from lightning import Trainer
+
+
+EXTRAS = ("deepspeed", "mlflow", "tensorboard")
+"""Packages that some settings need and that are installed only by their extra."""
 
 
 def train(cfg: DictConfig) -> None:
@@ -96,6 +99,10 @@ def instantiate(node: DictConfig, **extra: Any) -> Any:
             cause = cause.__cause__
         if cause is None and isinstance(error.__cause__, (TypeError, ValueError, ImportError)):
             name = node._get_full_key(None)
+            for package in EXTRAS:
+                if package in str(error.__cause__) and isinstance(error.__cause__, ImportError):
+                    install = f"pip install 'sdmodule[{package}]'"
+                    raise SettingsError(f"{name}={package} needs the package {package}; {install}.") from error
             cause = SettingsError(f"{name}: these settings cannot be used: {one_line(error.__cause__)}")
         raise (cause or error) from error
 
@@ -263,42 +270,6 @@ def explain(error: Exception, config_name: str) -> str:
 def one_line(error: BaseException) -> str:
     """An error's message without line breaks, and without the traceback of a process that loaded data."""
     return " ".join(str(error).rpartition("SettingsError: ")[2].split())
-
-
-def quiet() -> None:
-    """Keep messages that nobody can act on out of the terminal."""
-    import diffusers
-    import transformers
-    from lightning.fabric.utilities.warnings import PossibleUserWarning
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()
-    for name in ("huggingface_hub", "hydra"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    # the package that is imported last of these lends its logger to all of them
-    for package in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):
-        for module in ("utilities.rank_zero", "utilities.distributed", "trainer.connectors.signal_connector"):
-            logging.getLogger(f"{package}.{module}").addFilter(worth_reading)
-
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    for category in (PossibleUserWarning, DeprecationWarning, FutureWarning):
-        warnings.filterwarnings("ignore", category=category)
-    for part in (
-        r"module\(s\) in eval mode",
-        "exists and is not empty",
-        "functools.lru_cache",
-        "dirpath has changed",
-        "infer the batch indices",
-    ):
-        warnings.filterwarnings("ignore", message=f".*{part}.*")
-
-
-def worth_reading(record: logging.LogRecord) -> bool:
-    """Whether a line is more than Lightning's news of what it found on the machine."""
-    return record.levelno > logging.INFO or f"{os.sep}lightning{os.sep}" not in record.pathname
 
 
 def train_main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 
@@ -13,6 +14,7 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel  # noqa: E402
+from PIL import Image  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
 
 from sdmodule.components import Components, save_components  # noqa: E402
@@ -102,3 +104,15 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
         return status, *capfd.readouterr()
 
     return run
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Six pictures with a ``metadata.jsonl``."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for k in range(6):
+        Image.new("RGB", (40, 48), (40 * k, 90, 200)).save(folder / f"{k}.png")
+    rows = [{"file_name": f"{k}.png", "text": f"picture {k}"} for k in range(6)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder

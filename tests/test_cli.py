@@ -23,18 +23,6 @@ ROOT = Path(__file__).parents[1]
 PROMPTS = ["a red circle on a blue background", "a small green star at the top on a white background"]
 
 
-@pytest.fixture
-def photos(tmp_path):
-    """Six pictures with a ``metadata.jsonl``."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for k in range(6):
-        Image.new("RGB", (40, 48), (40 * k, 90, 200)).save(folder / f"{k}.png")
-    rows = [{"file_name": f"{k}.png", "text": f"picture {k}"} for k in range(6)]
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
 def records(folder):
     return [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
 

@@ -1,5 +1,6 @@
 """Every configuration that ships composes and builds what it names."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import diffusers
@@ -113,14 +114,25 @@ def test_trainers(command, name):
 @pytest.mark.parametrize("name", options("logger"))
 @pytest.mark.parametrize("command", COMMANDS)
 def test_loggers(command, name, tmp_path):
+    if name == "mlflow" and find_spec("mlflow") is None:
+        with pytest.raises(SettingsError, match="logger=mlflow needs the package mlflow"):
+            instantiate(configuration(command, "logger=mlflow").logger)
+        return
     loggers = instantiate(configuration(command, f"logger={name}", tmp_path=tmp_path).logger)
     assert list(loggers) == ([] if name == "none" else [name])
     assert all(isinstance(logger, Logger) for logger in loggers.values())
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_several_loggers(command, tmp_path):
+    cfg = configuration(command, "logger=[csv,tensorboard]", tmp_path=tmp_path)
+    assert list(instantiate(cfg.logger)) == ["csv", "tensorboard"]
+    assert list(configuration("train").logger) == ["csv"]
+
+
 @pytest.mark.parametrize("name", options("callbacks"))
 def test_callbacks(name):
-    command = "predict" if name in {"predictions", "timing"} else "train"
+    command = "predict" if name in {"predictions", "timing", "images"} else "train"
     callbacks = instantiate(configuration(command, f"callbacks=[{name}]").callbacks)
     assert callbacks and all(isinstance(callback, Callback) for callback in callbacks.values())
 

@@ -14,7 +14,7 @@ import wandb
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from sdmodule.privacy import shortened
+from sdmodule.privacy import redacted, shortened
 
 
 class PrivateWandbLogger(WandbLogger):
@@ -38,9 +38,9 @@ class PrivateWandbLogger(WandbLogger):
         settings: Mapping[str, Any] | None = None,
         **others: Any,
     ) -> None:
-        self.keyless = not ("WANDB_MODE" in os.environ or others.get("mode") or has_key(settings or {}))
-        if self.keyless:
-            others["mode"] = "offline"
+        # W&B reads its environment once a process; what has changed since then is told here
+        mode = others.pop("mode", None) or os.environ.get("WANDB_MODE")
+        self.keyless = mode is None and not has_key(settings or {})
         private = {
             "silent": True,
             "console": "off",
@@ -57,7 +57,8 @@ class PrivateWandbLogger(WandbLogger):
             log_model=log_model,
             group=group,
             settings=wandb.Settings(**{**private, **(settings or {})}),
-            **others,
+            mode="offline" if self.keyless else mode,
+            **redacted(others),
         )
         self._wandb_init.pop("anonymous")  # W&B warns of whoever names it
 
@@ -75,7 +76,8 @@ class PrivateWandbLogger(WandbLogger):
         if not self._log_model:
             return
         artifact = wandb.Artifact(f"{name}-{self.experiment.id}", type="model")
-        artifact.add_dir(str(folder))
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            artifact.add_file(str(file), str(file.relative_to(folder)))
         self.experiment.log_artifact(artifact)
 
 
