@@ -212,6 +212,7 @@ def stopping_at_once() -> Iterator[None]:
 def run(job: Callable[[DictConfig], None], config_name: str) -> None:
     """Run a command: arguments from the command line, one sentence for a wrong one."""
     arguments, full_error = sys.argv[1:], os.environ.get("HYDRA_FULL_ERROR", "")
+    finished_jobs: list[tuple[Path, list[str]]] = []
 
     def checked(cfg: DictConfig) -> None:
         # as they were given: the processes of other devices are started with these again
@@ -220,6 +221,8 @@ def run(job: Callable[[DictConfig], None], config_name: str) -> None:
         quiet()
         with one_sentence(config_name):
             job(cfg)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            finished_jobs.append((Path(cfg.output_dir), list(HydraConfig.get().overrides.task)))
 
     # the devices of a run and the jobs of a sweep share one folder
     os.environ.setdefault("SDMODULE_STARTED", time.strftime("%Y-%m-%d/%H-%M-%S"))
@@ -236,8 +239,20 @@ def run(job: Callable[[DictConfig], None], config_name: str) -> None:
             ) as error:  # Hydra makes a sweep's folder itself
                 raise unwritable(Path(str(error.filename)), error.strerror) from error
     finally:
+        if finished_jobs and job is predict:
+            summarize_sweep(finished_jobs)
         sys.argv[1:] = arguments
         os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+def summarize_sweep(finished_jobs: list[tuple[Path, list[str]]]) -> None:
+    """Lay the jobs of a sweep that came to their end side by side, in the sweep's own folder."""
+    from sdmodule.sweeps import summarize
+
+    if is_first_device():
+        folder = finished_jobs[0][0].parent
+        summarize(folder, finished_jobs)
+        say(f"Wrote {folder / 'index.html'}")
 
 
 @contextmanager

@@ -67,7 +67,14 @@ def test_predict_writes_pictures_facts_and_times(call, checkpoint, tmp_path):
     status, printed, complaint = call(predict_main, *common, f"output_dir={out}")
     assert (status, complaint) == (0, "") and str(out / "grid.png") in printed
     names = ["00000-3.png", "00001-4.png", "00002-5.png", "00003-6.png"]
-    assert sorted(os.listdir(out)) == ["config.yaml", "grid.png", "images", "predictions.jsonl", "timings.json"]
+    assert sorted(os.listdir(out)) == [
+        "config.yaml",
+        "grid.png",
+        "images",
+        "index.html",
+        "predictions.jsonl",
+        "timings.json",
+    ]
     assert sorted(os.listdir(out / "images")) == names
 
     for k, record in enumerate(records(out)):

@@ -132,7 +132,7 @@ def test_several_loggers(command, tmp_path):
 
 @pytest.mark.parametrize("name", options("callbacks"))
 def test_callbacks(name):
-    command = "predict" if name in {"predictions", "timing", "images"} else "train"
+    command = "predict" if name in {"predictions", "timing", "images", "page"} else "train"
     callbacks = instantiate(configuration(command, f"callbacks=[{name}]").callbacks)
     assert callbacks and all(isinstance(callback, Callback) for callback in callbacks.values())
 
