@@ -123,7 +123,7 @@ class StableDiffusionModule(LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.seed = seed
-        self.show_progress = False
+        self.on_step: Callable[[int, Tensor], None] | None = None  # told of every denoising step of ``predict_step``
         self.strict_loading = False  # checkpoints hold the trained weights alone
         if compile:
             compile_blocks(self.unet)
@@ -315,8 +315,7 @@ class StableDiffusionModule(LightningModule):
     @override
     def predict_step(self, batch: list[SampleRequest], batch_idx: int) -> Samples:
         """Sample the pictures of a batch of requests; writing them is the callbacks' work."""
-        with steps_bar(self.sampling.steps_taken, self.show_progress) as on_step:
-            samples = sample_all(self.parts, batch, self.sampling, on_step=on_step)
+        samples = sample_all(self.parts, batch, self.sampling, on_step=self.on_step)
         samples.facts |= self.origin
         return samples
 

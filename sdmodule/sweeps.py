@@ -130,7 +130,8 @@ def plot(jobs: Sequence[Job]) -> str:
         "@media(prefers-color-scheme:dark){text{fill:#ddd}circle{fill:#86aefc}.line{stroke:#86aefc}}"
     )
     body = "\n".join(parts)
-    return f'<svg xmlns="http://www.w3.org/2000/svg" width="640" height="350" viewBox="0 0 640 350"><style>{style}</style>\n{body}\n</svg>\n'
+    size = 'width="640" height="350" viewBox="0 0 640 350"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{style}</style>\n{body}\n</svg>\n'
 
 
 def _number(text: str) -> float | None:
