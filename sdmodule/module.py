@@ -344,7 +344,7 @@ class StableDiffusionModule(LightningModule):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained_on = checkpoint.get("base_model")
-        if trained_on != self.parts.source:
+        if shortened(str(trained_on)) != self.parts.source:
             raise SettingsError(
                 f"the checkpoint was trained on pretrained={trained_on} and this run has "
                 f"pretrained={self.parts.source}; give pretrained={trained_on}."
