@@ -14,9 +14,7 @@ def home(monkeypatch, tmp_path):
     return tmp_path / "ann"
 
 
-@pytest.mark.parametrize(
-    "name", ["api_key", "hubToken", "WANDB_API_KEY", "password", "client-secret", "a.token"]
-)
+@pytest.mark.parametrize("name", ["api_key", "hubToken", "WANDB_API_KEY", "password", "client-secret", "a.token"])
 def test_secret_names(name):
     assert is_secret(name)
 
