@@ -92,7 +92,8 @@ class ProgressBar(callbacks.ProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step > self._at and (self._is_due() or trainer.global_step == trainer.max_steps):
+        last = self.terminal and trainer.global_step == trainer.max_steps
+        if trainer.global_step > self._at and (last or self._is_due()):
             self._advance(trainer.global_step, self._training_figures(trainer, pl_module))
 
     @staticmethod

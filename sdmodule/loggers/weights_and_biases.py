@@ -105,6 +105,7 @@ def one_run(output_dir: Path) -> Iterator[None]:
         if "wandb" in sys.modules and wandb.run is not None:
             folder = Path(wandb.run.dir).parent
             wandb.run.finish()
+            wandb.teardown()  # finish() returns before W&B's own process has written the last of an offline run
             hide_home(folder)
 
 
