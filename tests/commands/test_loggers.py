@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,6 @@ from sdmodule.cli import predict_main, train_main
 from tests.test_cli import records, told
 from tests.wandb_file import read_run
 
-ROOT = Path(__file__).parents[2]
 COLUMNS = ["prompt", "negative_prompt", "seed", "steps", "guidance_scale", "scheduler", "model", "tome_ratio"]
 COLUMNS += ["tome_engine", "seconds", "image"]
 
@@ -131,8 +128,10 @@ def test_a_logger_that_is_not_installed_is_named(call, checkpoint, tmp_path):
 SECRET = "hf_THISISSECRET"  # what a test greps for
 
 
-@pytest.mark.parametrize("sweep", [False, True], ids=["single", "sweep"])
-def test_neither_keys_nor_the_home_folder_are_in_any_file_of_a_run(checkpoint, photos, tmp_path, sweep):
+@pytest.mark.parametrize("name", ["predict", "sweep", "train"])
+def test_neither_keys_nor_the_home_folder_are_in_any_file_of_a_run(
+    call, checkpoint, photos, tmp_path, monkeypatch, name
+):
     home = tmp_path / "home" / "ann"
     home.mkdir(parents=True)
     (home / "weights").symlink_to(checkpoint)
@@ -140,28 +139,27 @@ def test_neither_keys_nor_the_home_folder_are_in_any_file_of_a_run(checkpoint, p
     common = [f"pretrained={home}/weights", f"+api_key={SECRET}", f"+service.accessToken={SECRET}"]
     common += [f"+tracking.uri=https://ann:{SECRET}@example.org", f"components.vae={home}/weights/vae"]
     common += [f"+logger.wandb.notes=see {home}/notes.txt", "logger=[csv,tensorboard,wandb]"]
-    common += ["logger.wandb.log_model=true"]
+    common += ["logger.wandb.log_model=true", f"output_dir={home}/run"]
+    predicting = ["prompt=a", "steps=1"]
     commands = {
-        "predict": [*(["-m", "seed=0,1"] if sweep else []), "prompt=a", "steps=1", f"output_dir={home}/predict"],
-        "train": [f"data.root={home}/photos", "resolution=32", "trainer.max_steps=2", "+steps=1"],
+        "predict": (predict_main, predicting),
+        "sweep": (predict_main, ["-m", "seed=0,1", *predicting]),
+        "train": (train_main, [f"data.root={home}/photos", "resolution=32", "trainer.max_steps=2", "+steps=1"]),
     }
-    commands["train"] += [f"output_dir={home}/train"]
-    environment = {**os.environ, "HOME": str(home), "WANDB_API_KEY": "", "HF_TOKEN": SECRET}
-    del environment["WANDB_MODE"]
-    for name in ["predict"] if sweep else commands:
-        command = [sys.executable, ROOT / f"{name}.py", *commands[name], *common]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=home, env=environment)
-        assert (done.returncode, done.stderr) == (0, ""), done.stderr
-        assert "W&B is offline (no key was found" in done.stdout
-        files = [path for path in (home / name).rglob("*") if path.is_file()]
-        assert any(path.suffix == ".wandb" for path in files) and any(path.name == "config.yaml" for path in files)
-        for path in files:
-            content = path.read_bytes()
-            found = [word for word in (SECRET, str(home)) if word.encode() in content]
-            assert not found, f"{path} holds {found}"
-    # and what was written down is found again from it
-    [picture, *_] = (home / "predict").glob("**/images/*.png")
-    command = [sys.executable, ROOT / "predict.py", f"from={picture}", f"output_dir={home}/again"]
-    subprocess.run(list(map(str, command)), check=True, cwd=home, env=environment)
-    [again] = (home / "again" / "images").iterdir()
-    assert np.array_equal(pixels(again), pixels(picture))
+    for variable, value in {"HOME": str(home), "WANDB_API_KEY": "", "HF_TOKEN": SECRET}.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.chdir(home)
+    main, settings = commands[name]
+    status, printed, complaint = call(main, *settings, *common)
+    assert (status, complaint) == (0, "") and "W&B is offline (no key was found" in printed
+    files = [path for path in (home / "run").rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files) and any(path.name == "config.yaml" for path in files)
+    for path in files:
+        content = path.read_bytes()
+        found = [word for word in (SECRET, str(home)) if word.encode() in content]
+        assert not found, f"{path} holds {found}"
+    if name == "predict":  # and what was written down is found again from it
+        [picture] = (home / "run").glob("images/*.png")
+        assert call(predict_main, f"from={picture}", f"output_dir={home}/again")[0] == 0
+        assert np.array_equal(pixels(home / "again" / "images" / picture.name), pixels(picture))
