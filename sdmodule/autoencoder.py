@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sdmodule.components import load_part, save_part
+from sdmodule.privacy import shortened
 
 
 class AutoencoderModule(LightningModule):
@@ -40,6 +41,7 @@ class AutoencoderModule(LightningModule):
         lr_scheduler: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__()
+        pretrained = shortened(pretrained)
         self.save_hyperparameters("pretrained", "l1_weight", "kl_weight")
         self.vae = load_part("vae", pretrained, scratch="vae" in scratch)
         self.optimizer = optimizer

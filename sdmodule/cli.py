@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import os
 import re
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +21,17 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from sdmodule.command_line import quoted, verbatim
-from sdmodule.errors import SettingsError
+from sdmodule.command_line import quoted, verbatim, with_recipe
+from sdmodule.errors import SettingsError, unwritable
+from sdmodule.privacy import redacted
+from sdmodule.quiet import quiet
 
 if TYPE_CHECKING:
     from lightning import Trainer
+
+
+EXTRAS = ("deepspeed", "mlflow", "tensorboard")
+"""Packages that some settings need and that are installed only by their extra."""
 
 
 def train(cfg: DictConfig) -> None:
@@ -45,22 +49,29 @@ def train(cfg: DictConfig) -> None:
     model = instantiate(cfg.model)
     model.setup("fit")  # as is a model that cannot be trained like this, before anything is written
     write_config(cfg, output_dir)
+    config = redacted(OmegaConf.to_container(cfg, resolve=True))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     every = sum(p.numel() for p in model.parameters())
     say(f"Training {trained:,} of {every:,} parameters for {trainer.max_steps:,} steps; writing to {output_dir}")
-    with finishing(trainer, output_dir):
+    with finishing(trainer, output_dir), logging_to(trainer, config, output_dir):
         trainer.fit(model, datamodule=data, ckpt_path=cfg.ckpt_path)
     say(f"Wrote {output_dir}")
 
 
 def predict(cfg: DictConfig) -> None:
     """Sample pictures: requests, callbacks, loggers, trainer, model, predict."""
+    from sdmodule.run_folder import finished
+
     output_dir = choose_output(cfg)
     data = instantiate(cfg.data)
     trainer = build_trainer(cfg)
     model = instantiate(cfg.model)
+    if cfg.resume:
+        data.done = finished(output_dir, data.requests, model.describe() | {"precision": str(trainer.precision)})
+        say(f"Resuming: {len(data.done)} of {len(data.requests)} pictures are there")
     write_config(cfg, output_dir)
-    with finishing(trainer, output_dir), stopping_at_once():
+    config = redacted(OmegaConf.to_container(cfg, resolve=True))
+    with finishing(trainer, output_dir), stopping_at_once(), logging_to(trainer, config, output_dir):
         trainer.predict(model, datamodule=data, return_predictions=False)
     say(f"Wrote {output_dir / 'grid.png'}")
 
@@ -89,6 +100,10 @@ def instantiate(node: DictConfig, **extra: Any) -> Any:
             cause = cause.__cause__
         if cause is None and isinstance(error.__cause__, (TypeError, ValueError, ImportError)):
             name = node._get_full_key(None)
+            for package in EXTRAS:
+                if package in str(error.__cause__) and isinstance(error.__cause__, ImportError):
+                    install = f"pip install 'sdmodule[{package}]'"
+                    raise SettingsError(f"{name}={package} needs the package {package}; {install}.") from error
             cause = SettingsError(f"{name}: these settings cannot be used: {one_line(error.__cause__)}")
         raise (cause or error) from error
 
@@ -102,6 +117,8 @@ def choose_output(cfg: DictConfig) -> Path:
     hydra_config = HydraConfig.get()
     folder = Path(str(cfg.output_dir)).expanduser()
     if hydra_config.mode == RunMode.MULTIRUN:
+        if "wandb" in cfg.logger and cfg.logger.wandb.group is None:
+            cfg.logger.wandb.group = "/".join(folder.parts[-2:])  # the runs of a sweep belong together
         folder = folder / str(hydra_config.job.num)
     cfg.output_dir = str(folder)
     try:
@@ -113,11 +130,6 @@ def choose_output(cfg: DictConfig) -> Path:
     if not os.access(nearest, os.W_OK):
         raise unwritable(folder, f"no permission to write in {nearest}")
     return folder
-
-
-def unwritable(folder: Path, reason: str | None) -> SettingsError:
-    """The error for an output folder that cannot be written."""
-    return SettingsError(f"output_dir={folder} cannot be written ({reason}); give a folder that can be.")
 
 
 def write_config(cfg: DictConfig, folder: Path) -> None:
@@ -134,7 +146,11 @@ def write_config(cfg: DictConfig, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if (metrics := folder / "metrics.csv").exists():
             metrics.rename(folder / f"metrics-{len(list(folder.glob('metrics-*.csv'))) + 1}.csv")
-        (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg), encoding="utf-8")
+        written = OmegaConf.create(redacted(OmegaConf.to_container(cfg, resolve=False)))
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(written), encoding="utf-8")
+        if (sweep := folder.parent / "multirun.yaml").is_file() and HydraConfig.get().mode == RunMode.MULTIRUN:
+            written = OmegaConf.create(redacted(OmegaConf.to_container(OmegaConf.load(sweep), resolve=False)))
+            sweep.write_text(OmegaConf.to_yaml(written), encoding="utf-8")
     except OSError as error:
         raise unwritable(folder, error.strerror) from error
 
@@ -156,7 +172,7 @@ def is_first_device() -> bool:
 def finishing(trainer: Trainer, output_dir: Path) -> Iterator[None]:
     """After Ctrl-C say how to go on, with status 130; after SIGTERM too, which a scheduler sends first, with 143.
 
-    Training saves a checkpoint before it stops. What the next job of a sweep must not inherit is closed.
+    Training saves a checkpoint before it stops.
     """
     try:
         yield
@@ -167,9 +183,21 @@ def finishing(trainer: Trainer, output_dir: Path) -> Iterator[None]:
         go_on = f"; resume with ckpt_path={last}" if last else ""
         print(f"interrupted: what is done is in {output_dir}{go_on}", file=sys.stderr)
         sys.exit(143 if trainer.received_sigterm else 130)
-    finally:
-        if "wandb" in sys.modules and (wandb_run := sys.modules["wandb"].run) is not None:
-            wandb_run.finish()
+
+
+@contextmanager
+def logging_to(trainer: Trainer, config: dict[str, Any], output_dir: Path) -> Iterator[None]:
+    """Tell the loggers the configuration, and close what the next job of a sweep must not inherit."""
+    with ExitStack() as stack:
+        if any("wandb" in type(logger).__name__.lower() for logger in trainer.loggers):
+            from sdmodule.loggers.weights_and_biases import one_run
+
+            stack.enter_context(one_run(output_dir))
+        for logger in trainer.loggers:
+            logger.log_hyperparams(config)
+            if is_first_device() and (whereabouts := getattr(logger, "whereabouts", str)()):
+                say(whereabouts)
+        yield
 
 
 @contextmanager
@@ -185,6 +213,7 @@ def stopping_at_once() -> Iterator[None]:
 def run(job: Callable[[DictConfig], None], config_name: str) -> None:
     """Run a command: arguments from the command line, one sentence for a wrong one."""
     arguments, full_error = sys.argv[1:], os.environ.get("HYDRA_FULL_ERROR", "")
+    finished_jobs: list[tuple[Path, list[str]]] = []
 
     def checked(cfg: DictConfig) -> None:
         # as they were given: the processes of other devices are started with these again
@@ -193,13 +222,15 @@ def run(job: Callable[[DictConfig], None], config_name: str) -> None:
         quiet()
         with one_sentence(config_name):
             job(cfg)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            finished_jobs.append((Path(cfg.output_dir), list(HydraConfig.get().overrides.task)))
 
     # the devices of a run and the jobs of a sweep share one folder
     os.environ.setdefault("SDMODULE_STARTED", time.strftime("%Y-%m-%d/%H-%M-%S"))
-    sys.argv[1:] = quoted(arguments)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints its errors itself
     try:
         with one_sentence(config_name, always=full_error != "1"):
+            sys.argv[1:] = quoted(arguments) if job is train else with_recipe(arguments)
             try:
                 hydra.main(config_path="pkg://sdmodule.conf", config_name=config_name, version_base="1.3")(checked)()
             except (
@@ -209,8 +240,20 @@ def run(job: Callable[[DictConfig], None], config_name: str) -> None:
             ) as error:  # Hydra makes a sweep's folder itself
                 raise unwritable(Path(str(error.filename)), error.strerror) from error
     finally:
+        if finished_jobs and job is predict:
+            summarize_sweep(finished_jobs)
         sys.argv[1:] = arguments
         os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+def summarize_sweep(finished_jobs: list[tuple[Path, list[str]]]) -> None:
+    """Lay the jobs of a sweep that came to their end side by side, in the sweep's own folder."""
+    from sdmodule.sweeps import summarize
+
+    if is_first_device():
+        folder = finished_jobs[0][0].parent
+        summarize(folder, finished_jobs)
+        say(f"Wrote {folder / 'index.html'}")
 
 
 @contextmanager
@@ -243,36 +286,6 @@ def explain(error: Exception, config_name: str) -> str:
 def one_line(error: BaseException) -> str:
     """An error's message without line breaks, and without the traceback of a process that loaded data."""
     return " ".join(str(error).rpartition("SettingsError: ")[2].split())
-
-
-def quiet() -> None:
-    """Keep messages that nobody can act on out of the terminal."""
-    import diffusers
-    import transformers
-    from lightning.fabric.utilities.warnings import PossibleUserWarning
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()
-    for name in ("huggingface_hub", "hydra"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    # the package that is imported last of these lends its logger to all of them
-    for package in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):
-        for module in ("utilities.rank_zero", "utilities.distributed", "trainer.connectors.signal_connector"):
-            logging.getLogger(f"{package}.{module}").addFilter(worth_reading)
-
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    for category in (PossibleUserWarning, DeprecationWarning, FutureWarning):
-        warnings.filterwarnings("ignore", category=category)
-    for part in (r"module\(s\) in eval mode", "exists and is not empty", "functools.lru_cache", "dirpath has changed"):
-        warnings.filterwarnings("ignore", message=f".*{part}.*")
-
-
-def worth_reading(record: logging.LogRecord) -> bool:
-    """Whether a line is more than Lightning's news of what it found on the machine."""
-    return record.levelno > logging.INFO or f"{os.sep}lightning{os.sep}" not in record.pathname
 
 
 def train_main() -> None:

@@ -7,7 +7,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-FREE_TEXT = ("prompt", "negative_prompt", "image", "mask")
+from sdmodule.errors import SettingsError
+
+FREE_TEXT = ("prompt", "negative_prompt", "image", "mask", "from")
 """Keys whose values are what people write, not expressions of Hydra's."""
 
 MISSING = "???"
@@ -30,12 +32,70 @@ def _quoted(argument: str) -> str:
     key, equals, value = argument.partition("=")
     if not equals or key.lstrip("+") not in FREE_TEXT or value == "null" or _is_list(value):
         return argument
-    if value == MISSING:
-        return f"""{key}='${{oc.select:_,"{MISSING}"}}'"""
+    return f"{key}={_literal(value)}"
+
+
+def _literal(text: str) -> str:
+    """A text in Hydra's grammar, letter for letter whatever it is."""
+    if text == MISSING:
+        return f"""'${{oc.select:_,"{MISSING}"}}'"""
     # In Hydra's grammar a backslash is itself unless it stands before a quote; in OmegaConf's, before "${".
-    value = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
-    value = re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + (r"\'" if match[2] else ""), value)
-    return f"{key}='{value}'"
+    text = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
+    text = re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + (r"\'" if match[2] else ""), text)
+    return f"'{text}'"
+
+
+def with_recipe(arguments: Sequence[str]) -> list[str]:
+    """The arguments, quoted, behind the settings of the picture that ``from=`` or ``--from`` names.
+
+    A key that is given beside it wins: its setting, or those of its whole group, are not taken from the picture.
+
+    Raises:
+        SettingsError: if the picture does not tell how it was made.
+    """
+    arguments = _without_option(arguments)
+    given = {argument.partition("=")[0].lstrip("+~") for argument in arguments}
+    [path] = [a.partition("=")[2] for a in arguments if re.match(r"\+*from=", a)][-1:] or [""]
+    if path in ("", "null"):
+        return quoted(arguments)
+    from sdmodule.recipe import settings_of
+
+    settings = settings_of(path)
+    if given & {"prompts", "prompt", "num_images_per_prompt", "batch_size"}:  # then no batch is like the picture's
+        given |= {"batch_size", "data.batch_row"}
+    if "prompts" in given:
+        given.add("prompt")
+    if settings.get("model") == "inpaint" and (missing := {"image", "mask"} - given - set(settings)):
+        raise SettingsError(
+            f"from={path} was repainted, and the inputs/ of its run are not beside its folder; "
+            f"give {' and '.join(f'{name}=…' for name in sorted(missing))} too."
+        )
+    taken = {k: v for k, v in settings.items() if not given & {k, k.partition(".")[0], f"sampler.{k}"}}
+    return [*(f"{key}={_expression(value)}" for key, value in taken.items()), *quoted(arguments)]
+
+
+def _without_option(arguments: Sequence[str]) -> list[str]:
+    """``--from PICTURE`` and ``--from=PICTURE`` as ``from=PICTURE``."""
+    rest, result = list(arguments), []
+    while rest:
+        argument = rest.pop(0)
+        if argument == "--from":
+            if not rest:
+                raise SettingsError("--from names no picture; give --from PICTURE.png.")
+            argument = f"from={rest.pop(0)}"
+        result.append(argument.removeprefix("--") if argument.startswith("--from=") else argument)
+    return result
+
+
+def _expression(value: Any) -> str:
+    """A plain value in Hydra's grammar."""
+    if isinstance(value, str):
+        return _literal(value)
+    if isinstance(value, list):
+        return "[" + ",".join(map(_expression, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_expression(item)}" for key, item in value.items()) + "}"
+    return json.dumps(value)
 
 
 def _is_list(value: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class SettingsError(ValueError):
@@ -11,6 +12,11 @@ class SettingsError(ValueError):
     The message is one sentence for the person who typed it: what was given, what is allowed, what to do.
     The command line prints it alone, without a traceback, and ends with status 1.
     """
+
+
+def unwritable(folder: str | Path, reason: str | None) -> SettingsError:
+    """The error for an output folder that cannot be written."""
+    return SettingsError(f"output_dir={folder} cannot be written ({reason}); give a folder that can be.")
 
 
 def choices(names: Iterable[str]) -> str:

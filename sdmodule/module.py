@@ -30,10 +30,11 @@ from sdmodule.diffusion.objective import add_noise, draw_timesteps, target, weig
 from sdmodule.errors import SettingsError, choices
 from sdmodule.modes import evaluating
 from sdmodule.objective import SQUARED_ERROR, Objective
+from sdmodule.privacy import shortened
 from sdmodule.progress import steps_bar
 from sdmodule.requests import INPAINT, TASKS, TEXT2IMAGE, SampleRequest, build_requests
 from sdmodule.samples import Samples
-from sdmodule.sampling import check_settings, sample_all
+from sdmodule.sampling import check_settings, describe, sample_all
 from sdmodule.schedulers import make_scheduler
 from sdmodule.settings import SamplingSettings
 from sdmodule.tome.settings import TokenMerging
@@ -99,6 +100,8 @@ class StableDiffusionModule(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        pretrained = shortened(pretrained)
+        components = {name: shortened(place) for name, place in (components or {}).items() if place}
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "scratch", "compile"])
         if task not in TASKS:
             raise SettingsError(f"model={task} is not known; give one of {choices(TASKS)}.")
@@ -134,7 +137,7 @@ class StableDiffusionModule(LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.seed = seed
-        self.show_progress = False
+        self.on_step: Callable[[int, Tensor], None] | None = None  # told of every denoising step of ``predict_step``
         self.strict_loading = False  # checkpoints hold the trained weights alone
         if compile:
             compile_blocks(self.unet)
@@ -392,8 +395,18 @@ class StableDiffusionModule(LightningModule):
     @override
     def predict_step(self, batch: list[SampleRequest], batch_idx: int) -> Samples:
         """Sample the pictures of a batch of requests; writing them is the callbacks' work."""
-        with steps_bar(self.sampling.steps_taken, self.show_progress) as on_step:
-            return sample_all(self.parts, batch, self.sampling, on_step=on_step)
+        samples = sample_all(self.parts, batch, self.sampling, on_step=self.on_step)
+        samples.facts |= self.origin
+        return samples
+
+    def describe(self) -> dict[str, Any]:
+        """The settings of the pictures that ``predict_step`` makes, in plain types."""
+        return describe(self.parts, self.sampling, self.task == INPAINT) | self.origin
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What was said of the checkpoint beside its name."""
+        return {name: self.hparams[name] for name in ("revision", "variant", "components") if self.hparams[name]}
 
     # ---------------------------------------------------------------------------------------------- files
 
@@ -411,7 +424,7 @@ class StableDiffusionModule(LightningModule):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained_on = checkpoint.get("base_model")
-        if trained_on != self.parts.source:
+        if shortened(str(trained_on)) != self.parts.source:
             raise SettingsError(
                 f"the checkpoint was trained on pretrained={trained_on} and this run has "
                 f"pretrained={self.parts.source}; give pretrained={trained_on}."

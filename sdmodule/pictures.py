@@ -58,7 +58,7 @@ def captioned_sheet(images: Sequence[Image.Image], captions: Sequence[str], tile
     """
     font = ImageFont.load_default(12)
     columns = math.ceil(math.sqrt(len(images)))
-    wrapped = [_wrapped(caption, font, tile) for caption in captions]
+    wrapped = [break_lines(caption, font, tile) for caption in captions]
     line = 15
     row_height = tile + line * max(map(len, wrapped)) + 12
     sheet = Image.new("RGB", (columns * (tile + 8) + 8, -(-len(images) // columns) * row_height + 8), "white")
@@ -72,7 +72,7 @@ def captioned_sheet(images: Sequence[Image.Image], captions: Sequence[str], tile
     return sheet
 
 
-def _wrapped(text: str, font: Any, width: int, most: int = 4) -> list[str]:
+def break_lines(text: str, font: Any, width: int, most: int = 4) -> list[str]:
     """Break text into lines of at most ``width`` pixels, at blanks where there are any; the rest is left to dots."""
     lines = [""]
     for word in text.split():

@@ -28,6 +28,7 @@ class SampleRequest:
         negative_prompt: what guidance leads away from.
         seed: seed of its initial noise.
         masked: the picture to repaint, and where; None for a picture from text alone.
+        kept: False for a picture that is not written: it only fills up the batch of others.
     """
 
     index: int
@@ -35,6 +36,7 @@ class SampleRequest:
     negative_prompt: str
     seed: int
     masked: MaskedPicture | None = None
+    kept: bool = True
 
 
 def build_requests(

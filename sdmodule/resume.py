@@ -25,7 +25,7 @@ def find_checkpoint(ckpt_path: str | None, output_dir: Path, max_steps: int) -> 
     """
     if ckpt_path is None or Path(ckpt_path).is_dir():  # in shards: a folder, which only its own strategy can read
         return ckpt_path
-    path = newest_whole(output_dir / "checkpoints") if ckpt_path == "last" else Path(ckpt_path)
+    path = newest_whole(output_dir / "checkpoints") if ckpt_path == "last" else Path(ckpt_path).expanduser()
     if not path.is_file():
         raise SettingsError(f"ckpt_path={ckpt_path} was not found; give a .ckpt file of an earlier run.")
     try:

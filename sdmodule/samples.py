@@ -25,6 +25,9 @@ class Samples:
         seconds: time of each stage: ``text``, ``denoise``, ``decode``.
         facts: settings that hold for the whole batch, in plain types.
         canvases: for inpainting, the part of each picture that the model worked on.
+        places: each picture's row in the tensors that were computed at once, and how many rows they had; sums of
+            floating-point numbers, and so the last bit of a picture, may depend on it.
+        step_seconds: time of each denoising step.
     """
 
     pictures: Tensor
@@ -32,6 +35,8 @@ class Samples:
     seconds: dict[str, float]
     facts: dict[str, Any] = field(default_factory=dict)
     canvases: list[Canvas] = field(default_factory=list)
+    places: list[tuple[int, int]] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
 
     def images(self) -> list[Image.Image]:
         """The finished pictures; what was repainted lies in its picture, at that picture's own size."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,31 +20,15 @@ from sdmodule.diffusion.sampler import denoise, draw_latents, generators
 from sdmodule.errors import SettingsError
 from sdmodule.requests import SampleRequest
 from sdmodule.samples import Samples
-from sdmodule.schedulers import make_scheduler
+from sdmodule.schedulers import make_scheduler, resolve
 from sdmodule.settings import SamplingSettings
+from sdmodule.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from sdmodule.components import Components
 
 ZERO_SNR_RESCALE = 0.7
 """Guidance rescale for models of zero terminal SNR (Lin et al. 2023, section 3.4)."""
-
-
-class Stopwatch:
-    """Seconds by stage; waits for the device at each stage's end."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the time of the block to ``seconds[name]``."""
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def latent_shape(parts: Components, settings: SamplingSettings) -> tuple[int, int, int]:
@@ -146,18 +128,16 @@ def sample(
     watch = Stopwatch(parts.unet.device)
     scheduler = sampling_scheduler(parts, settings)
     shape = latent_shape(parts, settings)
-    scale = parts.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
+    canvases = lay_out_all(parts, requests, settings)
+    facts = describe(parts, settings, bool(canvases))
+    scale, correction = facts["guidance_scale"], facts["guidance_rescale"]
     guided = scale > 1.0
-    correction = settings.guidance_rescale
-    if correction is None:
-        correction = ZERO_SNR_RESCALE if scheduler.config.get("rescale_betas_zero_snr") else 0.0
 
     with watch.stage("text"):
         embeddings = encode_requests(parts, requests, guided).to(parts.unet.dtype)
 
     sources = generators([r.seed for r in requests]) if sources is None else sources
     whole, skipped = settings.inpaint.strength >= 1.0, skipped_timesteps(scheduler, settings)
-    canvases = lay_out_all(parts, requests, settings)
     repainting: Repainting | None = None
     if canvases:
         with watch.stage("encode"):
@@ -174,6 +154,11 @@ def sample(
         guided_prediction = guide(unconditional, conditional, scale)
         return rescale(guided_prediction, conditional, correction) if correction else guided_prediction
 
+    def stepped(done: int, latents: Tensor) -> None:
+        watch.mark()
+        if on_step is not None:
+            on_step(done, latents)
+
     with watch.stage("denoise"), settings.merging.applied(parts.unet, seed=0):
         if repainting is None:
             noise = draw_latents(shape, sources, like=embeddings) if noise is None else noise.to(embeddings)
@@ -181,25 +166,39 @@ def sample(
         else:
             start = repainting.start(scheduler, scheduler.timesteps[skipped:], whole)
             keep = partial(repainting.keep, scheduler=scheduler)
-        latents = denoise(predict, start, scheduler, sources, settings.eta, skipped=skipped, keep=keep, on_step=on_step)
+        watch.mark()
+        latents = denoise(predict, start, scheduler, sources, settings.eta, skipped=skipped, keep=keep, on_step=stepped)
 
     with watch.stage("decode"):
         pictures = decode(parts, latents).cpu()
+    places = [(row, len(requests)) for row in range(len(requests))]
+    return Samples(pictures, list(requests), watch.seconds, facts, canvases, places, watch.steps())
+
+
+def describe(parts: Components, settings: SamplingSettings, inpainting: bool) -> dict[str, Any]:
+    """The settings of a picture in plain types: what ``from=`` needs to make it again."""
+    scheduler, changed = resolve(settings.scheduler, parts.scheduler.config)
+    _, *sides = latent_shape(parts, settings)
+    correction = settings.guidance_rescale
+    if correction is None:
+        zero_snr = make_scheduler(settings.scheduler, parts.scheduler.config).config.get("rescale_betas_zero_snr")
+        correction = ZERO_SNR_RESCALE if zero_snr else 0.0
     facts = {
         "steps": settings.steps,
-        "guidance_scale": scale,
+        "guidance_scale": parts.guidance_scale if settings.guidance_scale is None else settings.guidance_scale,
         "guidance_rescale": correction,
         "eta": settings.eta,
-        "scheduler": type(scheduler).__name__,
-        "height": pictures.shape[-2],
-        "width": pictures.shape[-1],
+        "scheduler": scheduler,
+        "scheduler_settings": changed,
+        "height": sides[0] * parts.pixels_per_latent,
+        "width": sides[1] * parts.pixels_per_latent,
         "model": parts.source,
     }
     if settings.merging.ratio:
         facts["tome"] = asdict(settings.merging)
-    if canvases:
+    if inpainting:
         facts |= {"inpaint": way_to_inpaint(parts), **asdict(settings.inpaint)}
-    return Samples(pictures, list(requests), watch.seconds, facts, canvases)
+    return facts
 
 
 def way_to_inpaint(parts: Components) -> str:
@@ -265,12 +264,15 @@ def sample_all(
     for stage in done[0].seconds:
         seconds[stage] = sum(samples.seconds[stage] for samples in done)
     canvases = [canvas for samples in done for canvas in samples.canvases]
+    places = [place for samples in done for place in samples.places]
     return Samples(
         torch.cat([s.pictures for s in done])[order],
         list(requests),
         seconds,
         done[0].facts,
         [canvases[k] for k in order] if canvases else [],
+        [places[k] for k in order],
+        [step for samples in done for step in samples.step_seconds],
     )
 
 

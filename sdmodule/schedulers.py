@@ -28,6 +28,24 @@ CLASSES = sorted({member.name for member in KarrasDiffusionSchedulers} & set(dir
 """diffusers' classes that work with Stable Diffusion's noise schedule."""
 
 
+def resolve(wanted: str | Mapping[str, Any] | None, base: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name of the class that `make_scheduler` builds, and the settings that replace the checkpoint's.
+
+    The two say again what was wanted: ``make_scheduler({"name": name, **settings}, base)`` builds the same.
+
+    Raises:
+        SettingsError: for a name that is not known.
+    """
+    settings = dict(wanted) if isinstance(wanted, Mapping) else {"name": wanted}
+    name = settings.pop("name", None) or base.get("_class_name", "DDIMScheduler")
+    class_name, preset = SHORT_NAMES.get(name, (name, {}))
+    if class_name not in CLASSES:
+        raise SettingsError(
+            f"scheduler={name} is not known; give {choices(SHORT_NAMES)}, or a class: {choices(CLASSES)}."
+        )
+    return class_name, {**preset, **settings}
+
+
 def make_scheduler(wanted: str | Mapping[str, Any] | None, base: Mapping[str, Any]) -> SchedulerMixin:
     """Build a scheduler on the noise schedule of a checkpoint.
 
@@ -39,19 +57,14 @@ def make_scheduler(wanted: str | Mapping[str, Any] | None, base: Mapping[str, An
     Raises:
         SettingsError: for a name or a setting that is not known.
     """
-    settings = dict(wanted) if isinstance(wanted, Mapping) else {"name": wanted}
-    name = settings.pop("name", None) or base.get("_class_name", "DDIMScheduler")
-    class_name, preset = SHORT_NAMES.get(name, (name, {}))
-    if class_name not in CLASSES:
-        raise SettingsError(
-            f"scheduler={name} is not known; give {choices(SHORT_NAMES)}, or a class: {choices(CLASSES)}."
-        )
+    class_name, settings = resolve(wanted, base)
     scheduler_class = getattr(diffusers, class_name)
     allowed = set(scheduler_class._get_init_keys(scheduler_class))
     unknown = set(settings) - allowed
     if unknown:
+        name = (wanted.get("name") if isinstance(wanted, Mapping) else wanted) or class_name
         raise SettingsError(
             f"scheduler {name} has no setting {choices(unknown)}; its settings are {choices(allowed - {'self'})}."
         )
     # the class in the configuration is what a copy of this scheduler is made from
-    return scheduler_class.from_config({**base, "_class_name": class_name}, **preset, **settings)
+    return scheduler_class.from_config({**base, "_class_name": class_name}, **settings)

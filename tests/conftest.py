@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
 os.environ.update(OFFLINE)  # huggingface_hub reads it when it is imported
@@ -12,6 +14,7 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel  # noqa: E402
+from PIL import Image  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
 
 from sdmodule.components import Components, save_components  # noqa: E402
@@ -85,3 +88,31 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def module(checkpoint: Path) -> StableDiffusionModule:
     """The checkpoint, ready to sample."""
     return StableDiffusionModule.from_pretrained(str(checkpoint))
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """Run a command in this process; returns its exit status, what it printed, and what it complained of."""
+
+    def run(main, *arguments):
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        status = 0
+        try:
+            main()
+        except SystemExit as end:
+            status = end.code
+        return status, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Six pictures with a ``metadata.jsonl``."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for k in range(6):
+        Image.new("RGB", (40, 48), (40 * k, 90, 200)).save(folder / f"{k}.png")
+    rows = [{"file_name": f"{k}.png", "text": f"picture {k}"} for k in range(6)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder

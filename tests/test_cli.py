@@ -23,34 +23,6 @@ ROOT = Path(__file__).parents[1]
 PROMPTS = ["a red circle on a blue background", "a small green star at the top on a white background"]
 
 
-@pytest.fixture
-def call(monkeypatch, capfd):
-    """Run a command in this process; returns its exit status, what it printed, and what it complained of."""
-
-    def run(main, *arguments):
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-        status = 0
-        try:
-            main()
-        except SystemExit as end:
-            status = end.code
-        return status, *capfd.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def photos(tmp_path):
-    """Six pictures with a ``metadata.jsonl``."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for k in range(6):
-        Image.new("RGB", (40, 48), (40 * k, 90, 200)).save(folder / f"{k}.png")
-    rows = [{"file_name": f"{k}.png", "text": f"picture {k}"} for k in range(6)]
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
 def records(folder):
     return [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
 
@@ -95,7 +67,14 @@ def test_predict_writes_pictures_facts_and_times(call, checkpoint, tmp_path):
     status, printed, complaint = call(predict_main, *common, f"output_dir={out}")
     assert (status, complaint) == (0, "") and str(out / "grid.png") in printed
     names = ["00000-3.png", "00001-4.png", "00002-5.png", "00003-6.png"]
-    assert sorted(os.listdir(out)) == ["config.yaml", "grid.png", "images", "predictions.jsonl", "timings.json"]
+    assert sorted(os.listdir(out)) == [
+        "config.yaml",
+        "grid.png",
+        "images",
+        "index.html",
+        "predictions.jsonl",
+        "timings.json",
+    ]
     assert sorted(os.listdir(out / "images")) == names
 
     for k, record in enumerate(records(out)):

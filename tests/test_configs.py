@@ -1,5 +1,6 @@
 """Every configuration that ships composes and builds what it names."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import diffusers
@@ -60,6 +61,7 @@ def test_a_configuration_reads_from_what_people_set_to_what_is_built(command):
         assert keys[:4] == ["prompt", "prompts", "negative_prompt", "image"]
     else:
         assert keys[0] == "pretrained"
+        groups.insert(2, "objective")
     assert keys[-len(groups) :] == groups
     for path in CONF.rglob("*.yaml"):
         lines = path.read_text().splitlines()
@@ -71,6 +73,13 @@ def test_a_configuration_reads_from_what_people_set_to_what_is_built(command):
 def test_models(name, checkpoint):
     cfg = configuration("train", f"model={name}", f"pretrained={checkpoint}")
     assert isinstance(instantiate(cfg.model), LightningModule)
+
+
+@pytest.mark.parametrize("name", options("objective"))
+def test_objectives(name, checkpoint):
+    module = instantiate(configuration("train", f"objective={name}", f"pretrained={checkpoint}").model)
+    assert module.objective.weighting == ("min_snr" if name == "min_snr" else "none")
+    assert module.objective.zero_terminal_snr == (name == "zero_snr")
 
 
 @pytest.mark.parametrize("name", options("data"))
@@ -114,14 +123,25 @@ def test_trainers(command, name):
 @pytest.mark.parametrize("name", options("logger"))
 @pytest.mark.parametrize("command", COMMANDS)
 def test_loggers(command, name, tmp_path):
+    if name == "mlflow" and find_spec("mlflow") is None:
+        with pytest.raises(SettingsError, match="logger=mlflow needs the package mlflow"):
+            instantiate(configuration(command, "logger=mlflow").logger)
+        return
     loggers = instantiate(configuration(command, f"logger={name}", tmp_path=tmp_path).logger)
     assert list(loggers) == ([] if name == "none" else [name])
     assert all(isinstance(logger, Logger) for logger in loggers.values())
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_several_loggers(command, tmp_path):
+    cfg = configuration(command, "logger=[csv,tensorboard]", tmp_path=tmp_path)
+    assert list(instantiate(cfg.logger)) == ["csv", "tensorboard"]
+    assert list(configuration("train").logger) == ["csv"]
+
+
 @pytest.mark.parametrize("name", options("callbacks"))
 def test_callbacks(name):
-    command = "predict" if name in {"predictions", "timing"} else "train"
+    command = "predict" if name in {"predictions", "timing", "images", "page"} else "train"
     callbacks = instantiate(configuration(command, f"callbacks=[{name}]").callbacks)
     assert callbacks and all(isinstance(callback, Callback) for callback in callbacks.values())
 

@@ -171,6 +171,7 @@ def test_facts_say_how_it_was_made(sd, checkpoint):
         "guidance_rescale": 0.0,
         "eta": 0.0,
         "scheduler": "EulerDiscreteScheduler",
+        "scheduler_settings": {},
         "height": 32,
         "width": 32,
         "model": str(checkpoint),

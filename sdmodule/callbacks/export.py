@@ -41,3 +41,6 @@ class Export(Callback):
             pl_module.save_pretrained(self.folder, dtype=self.dtype)  # type: ignore[operator]
         facts = {"weights": "ema" if ema and ema.average else "raw", "steps": trainer.global_step, "dtype": self.dtype}
         (self.folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+        for logger in trainer.loggers:
+            if log_folder := getattr(logger, "log_folder", None):  # W&B's
+                log_folder(self.folder, "export")

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-import json
-import os
+import platform
+import threading
 import time
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from typing_extensions import override
 
+from sdmodule.errors import unwritable
 from sdmodule.pictures import captioned_sheet
+from sdmodule.recipe import save_png
+from sdmodule.requests import SampleRequest
+from sdmodule.run_folder import (
+    IMAGES,
+    INPUTS,
+    RECORDS,
+    picture_name,
+    read_records,
+    request_facts,
+    to_line,
+    write_records,
+)
 from sdmodule.samples import Samples
+from sdmodule.version import __version__
 
 SHEET_LIMIT = 64
 """Pictures on the contact sheet; a larger run shows its first ones."""
@@ -25,22 +41,39 @@ SHEET_LIMIT = 64
 class PredictionWriter(BasePredictionWriter):
     """Write ``images/<index>-<seed>.png``, ``predictions.jsonl`` and, at the end, ``grid.png``.
 
-    Every picture carries the facts of its making in PNG text chunks, under the names that ``predictions.jsonl`` uses.
+    Threads write while the next batch is sampled. Every picture carries the facts of its making in PNG text chunks,
+    under the names that ``predictions.jsonl`` uses; what was repainted lies in ``inputs/``, named by its content.
+    Every process of a distributed run writes its own pictures and lines; the first gathers the lines at the end.
 
     Args:
         output_dir: folder of the run.
         write_interval: only ``batch`` makes sense: what is made is written at once.
+        workers: threads that write.
     """
 
-    def __init__(self, output_dir: str | Path, write_interval: Literal["batch"] = "batch") -> None:
+    def __init__(self, output_dir: str | Path, write_interval: Literal["batch"] = "batch", workers: int = 2) -> None:
         super().__init__(write_interval)
         self.output_dir = Path(output_dir)
+        self.workers = workers
         self.seconds = 0.0
+        self.records: list[dict[str, Any]] = []
+        self._lock = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
+        self._pending: deque[Future[None]] = deque()
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        (self.output_dir / "images").mkdir(parents=True, exist_ok=True)
-        self._records(trainer.global_rank).unlink(missing_ok=True)
+        try:
+            for name in (IMAGES, INPUTS) if getattr(pl_module, "task", "") == "inpaint" else (IMAGES,):
+                (self.output_dir / name).mkdir(parents=True, exist_ok=True)
+            if trainer.is_global_zero:
+                for left in [*self.output_dir.glob("*/.*.part"), *self.output_dir.glob("predictions.*.jsonl")]:
+                    left.unlink(missing_ok=True)
+                write_records(self._file(0), self._done(trainer).values())
+            trainer.strategy.barrier("folder ready")
+        except OSError as error:
+            raise unwritable(self.output_dir, error.strerror) from error
+        self._pool = ThreadPoolExecutor(self.workers, "pictures")
 
     @override
     def write_on_batch_end(
@@ -53,52 +86,88 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
+        assert self._pool is not None
+        file = self._file(trainer.global_rank)
+        shared = {
+            **prediction.facts,
+            "precision": str(trainer.precision),
+            "device": device_name(pl_module.device),
+            "software": f"sdmodule {__version__}, torch {torch.__version__}",
+            "seconds": sum(prediction.seconds.values()) / len(prediction.requests),
+        }
+        for request, image, (row, rows) in zip(
+            prediction.requests, prediction.images(), prediction.places, strict=True
+        ):
+            if request.kept:
+                facts = {**shared, "batch_size": rows, "batch_row": row}
+                self._pending.append(self._pool.submit(self._write, file, request, image, facts))
+        self._wait(at_most=8 * self.workers)
+
+    def _write(self, file: Path, request: SampleRequest, image: Image.Image, facts: dict[str, Any]) -> None:
+        """One picture's files: its inputs, itself, its line; whoever sees a line finds the picture too."""
         start = time.perf_counter()
-        each = sum(prediction.seconds.values()) / len(prediction.requests)
-        with self._records(trainer.global_rank).open("a", encoding="utf-8") as records:
-            for request, image in zip(prediction.requests, prediction.images(), strict=True):
-                facts = {
-                    "index": request.index,
-                    "prompt": request.prompt,
-                    "negative_prompt": request.negative_prompt,
-                    "seed": request.seed,
-                    **prediction.facts,
-                }
-                name = f"images/{request.index:05d}-{request.seed}.png"
-                save_png(image, self.output_dir / name, facts)
-                records.write(json.dumps({"file": name, **facts, "seconds": each}, ensure_ascii=False) + "\n")
-        self.seconds += time.perf_counter() - start
+        facts = {**request_facts(request), **facts}
+        if request.masked is not None:
+            for key, given in (("image", request.masked.picture), ("mask", request.masked.mask)):
+                if not (self.output_dir / facts[key]).is_file():
+                    with self._lock:
+                        save_png(given, self.output_dir / facts[key], {})
+        name = picture_name(request)
+        save_png(image, self.output_dir / name, facts)
+        with self._lock:
+            with file.open("a", encoding="utf-8") as lines:
+                lines.write(to_line({"file": name, **facts}))
+            self.seconds += time.perf_counter() - start
+
+    def _wait(self, at_most: int = 0) -> None:
+        """Let no more than ``at_most`` pictures wait for being written, and tell of what could not be.
+
+        Raises:
+            SettingsError: if the folder cannot be written.
+        """
+        while self._pending and (len(self._pending) > at_most or self._pending[0].done()):
+            try:
+                self._pending.popleft().result()
+            except OSError as error:
+                raise unwritable(self.output_dir, error.strerror) from error
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._wait()
+        self._close()
         trainer.strategy.barrier("predictions written")
         if not trainer.is_global_zero:
             return
-        files = [self._records(rank) for rank in range(trainer.world_size)]
-        lines = [line for file in files if file.exists() for line in file.read_text(encoding="utf-8").splitlines()]
-        # a distributed sampler repeats pictures to give every rank the same number
-        records = {record["index"]: record for record in map(json.loads, lines)}
-        ordered = [records[index] for index in sorted(records)]
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in ordered)
-        (self.output_dir / "predictions.jsonl").write_text(text, encoding="utf-8")
+        files = [self._file(rank) for rank in range(trainer.world_size)]
+        records = {record["index"]: record for file in files for record in read_records(file)}
+        self.records = [records[index] for index in sorted(records)]
+        write_records(files[0], self.records)
         for file in files[1:]:
             file.unlink(missing_ok=True)
-        self._write_sheet(ordered[:SHEET_LIMIT])
+        self._write_sheet(self.records[:SHEET_LIMIT])
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._close()  # what is made is written
+
+    def _close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
 
     def _write_sheet(self, records: Sequence[dict[str, Any]]) -> None:
         images = [Image.open(self.output_dir / record["file"]) for record in records]
         captions = [f"{record['prompt']} · {record['seed']}" for record in records]
-        captioned_sheet(images, captions).save(self.output_dir / "grid.png")
+        if images:
+            captioned_sheet(images, captions).save(self.output_dir / "grid.png")
 
-    def _records(self, rank: int) -> Path:
-        return self.output_dir / ("predictions.jsonl" if rank == 0 else f"predictions.{rank}.jsonl")
+    def _file(self, rank: int) -> Path:
+        return self.output_dir / (RECORDS if rank == 0 else f"predictions.{rank}.jsonl")
+
+    @staticmethod
+    def _done(trainer: Trainer) -> dict[int, dict[str, Any]]:
+        return getattr(trainer.datamodule, "done", {})  # type: ignore[attr-defined]
 
 
-def save_png(image: Image.Image, path: Path, facts: dict[str, Any]) -> None:
-    """Write a picture with its facts as PNG text, aside first, so that no half-written picture is ever seen."""
-    text = PngInfo()
-    for name, value in facts.items():
-        text.add_itxt(name, value if isinstance(value, str) else json.dumps(value))
-    aside = path.with_suffix(".part")
-    image.save(aside, format="PNG", pnginfo=text)
-    os.replace(aside, path)
+def device_name(device: torch.device) -> str:
+    """What computes: the GPU's name, or the processor's architecture."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"

@@ -1,33 +1,160 @@
-"""The progress bar of training and sampling."""
+"""How far a run is: a bar in a terminal, a line now and then anywhere else."""
 
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch import callbacks
+from torch import Tensor
+from tqdm import tqdm
 from typing_extensions import override
 
+from sdmodule.callbacks.timing import TimingLogger
+from sdmodule.samples import Samples
 
-class ProgressBar(TQDMProgressBar):
-    """Lightning's bar, and denoising steps inside it; neither where output is no terminal.
+REFRESH = 0.5
+"""Seconds between two looks at figures that are shown in a bar; to look at a loss, a GPU must be waited for."""
+
+
+class ProgressBar(callbacks.ProgressBar):
+    """One bar for training (loss, samples a second, wait for data, time left), one for sampling (images, step inside).
 
     Args:
-        show: False draws no bar at all.
+        show: False shows nothing at all.
+        every: seconds between two lines, where output is no terminal.
     """
 
-    def __init__(self, show: bool = True) -> None:
-        self.visible = show and sys.stderr.isatty()
-        super().__init__(refresh_rate=1 if self.visible else 0)
+    def __init__(self, show: bool = True, every: float = 30.0) -> None:
+        super().__init__()
+        self.show = show
+        self.every = every
+        self.terminal = sys.stderr.isatty()
+        self.bar: tqdm[Any] | None = None
+        self._shown = 0.0
+
+    @override
+    def disable(self) -> None:
+        self.show = False
+
+    @override
+    def enable(self) -> None:
+        self.show = True
+
+    def _begin(self, what: str, unit: str, total: int, done: int) -> None:
+        self._shown = time.perf_counter()
+        self.bar = tqdm(
+            total=total,
+            initial=done,
+            desc=what,
+            unit=unit,
+            disable=not self.show or not self.terminal,
+            dynamic_ncols=True,
+            bar_format="{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}, {remaining} left{postfix}",
+        )
+        self._what, self._unit, self._total = what, unit, total
+        self._from = (time.perf_counter(), done)
+        self._at = done
+
+    def _advance(self, done: int, figures: dict[str, str]) -> None:
+        """Show how much is done, in the bar or in a line of its own."""
+        self._at = done
+        self._shown = time.perf_counter()
+        if self.bar is None or not self.show:
+            return
+        if self.terminal:
+            self.bar.set_postfix(figures, refresh=False)
+            self.bar.update(done - self.bar.n)
+            return
+        began, first = self._from
+        each = (self._shown - began) / max(done - first, 1)
+        left = tqdm.format_interval(each * (self._total - done)) if done > first else "?"
+        told = "".join(f", {name} {value}" for name, value in figures.items())
+        print(f"{self._what}: {done} of {self._total} {self._unit}s{told}, {left} left", flush=True)
+
+    def _is_due(self) -> bool:
+        return self.show and time.perf_counter() - self._shown >= (REFRESH if self.terminal else self.every)
+
+    def _end(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    # ---------------------------------------------------------------------------------------------- training
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin("training", "step", trainer.max_steps, trainer.global_step)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        last = self.terminal and trainer.global_step == trainer.max_steps
+        if trainer.global_step > self._at and (last or self._is_due()):
+            self._advance(trainer.global_step, self._training_figures(trainer, pl_module))
+
+    @staticmethod
+    def _training_figures(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
+        figures = {}
+        if (loss := trainer.callback_metrics.get("train/loss")) is not None:
+            figures["loss"] = f"{loss:.4f}"
+        timing = next((c for c in trainer.callbacks if isinstance(c, TimingLogger)), None)  # type: ignore[attr-defined]
+        if timing is not None and timing.steps:
+            recent = timing.training_figures(trainer, pl_module, 50)
+            figures |= {"samples/s": f"{recent['samples_per_second']:.3g}", "data wait": f"{recent['data_wait']:.0%}"}
+        return figures
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.bar is not None:
+            self.bar.set_description("validating")
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.bar is not None:
+            self.bar.set_description("training")
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end()
+
+    # ---------------------------------------------------------------------------------------------- sampling
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_predict_start(trainer, pl_module)
-        pl_module.show_progress = self.visible  # type: ignore[assignment]
+        batches = getattr(getattr(trainer.predict_dataloaders, "dataset", None), "batches", [])
+        self._begin("sampling", "image", sum(request.kept for batch in batches for request in batch), 0)
+        steps = pl_module.sampling.steps_taken  # type: ignore[union-attr]
+
+        def on_step(done: int, latents: Tensor) -> None:
+            if self._is_due():
+                self._advance(self._at, {"step": f"{done}/{steps}"})
+
+        pl_module.on_step = on_step  # type: ignore[assignment]
 
     @override
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return metrics
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Samples,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        done = self._at + sum(request.kept for request in outputs.requests)
+        if self.terminal or self._is_due():
+            self._advance(done, {})
+        self._at = done
+
+    @override
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.on_step = None  # type: ignore[assignment]
+        self._end()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._end()

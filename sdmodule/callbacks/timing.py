@@ -1,4 +1,4 @@
-"""How long a predict run took, stage by stage."""
+"""How long a run takes, and on what."""
 
 from __future__ import annotations
 
@@ -6,35 +6,143 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.utilities.throughput import get_available_flops
+from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
 from sdmodule.callbacks.prediction_writer import PredictionWriter
+from sdmodule.run_folder import TIMINGS, write_whole
 from sdmodule.samples import Samples
+
+WINDOW = 200
+"""Steps of training whose median and 95th percentile are logged."""
 
 
 class TimingLogger(Callback):
-    """Write ``timings.json``: seconds of text, denoise, decode and save, images a second and peak memory.
+    """Write ``timings.json`` and log its figures: where the seconds went, and how fast the rest was.
 
-    The first batch pays for what is set up once, so it is reported apart, as ``warmup``; the figures of a run of one
-    batch are that batch's.
+    Of sampling: seconds of text, denoise, decode and save, of each denoising step, images a second. Of training:
+    samples a second, seconds of a step, the share of them that waits for data. Of both: peak memory, and the share of
+    the device's arithmetic that the model's own took (MFU, Chowdhery et al. 2022, appendix B), where both are known.
+
+    What is set up once, compilation with it, is paid for by the first batch of sampling and the first steps of
+    training; they are reported apart, as ``warmup``. The figures of a run of one batch are that batch's.
 
     Args:
         output_dir: folder of the run.
+        warmup_steps: steps of training that are kept apart.
+        synchronize: wait for the device at the end of every step of training. Each step's figure is then its own; it
+            costs what the device idles meanwhile. Without it the figures are right on average.
+        peak_flops: floating-point operations a second that the device can do; known by itself for many GPUs.
     """
 
-    def __init__(self, output_dir: str | Path) -> None:
-        self.file = Path(output_dir) / "timings.json"
+    def __init__(
+        self,
+        output_dir: str | Path,
+        warmup_steps: int = 3,
+        synchronize: bool = False,
+        peak_flops: float | None = None,
+    ) -> None:
+        self.file = Path(output_dir) / TIMINGS
+        self.warmup_steps = warmup_steps
+        self.synchronize = synchronize
+        self.peak_flops = peak_flops
+        self.flops: int | None = None
+        self._counting = ExitStack()
+
+    # ---------------------------------------------------------------------------------------------- training
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.steps: list[float] = []
+        self.waits: list[float] = []
+        self.samples: list[int] = []
+        self._started = self._ended = time.perf_counter()
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._started = time.perf_counter()
+        if len(self.steps) == 1 and self._peak(trainer, pl_module) and not is_compiled(pl_module):
+            self._counter = self._counting.enter_context(FlopCounterMode(display=False))
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if len(self.steps) == 1 and self._peak(trainer, pl_module) and not is_compiled(pl_module):
+            self._counting.close()
+            self.flops = self._counter.get_total_flops()
+        if self.synchronize and pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
+        now = time.perf_counter()
+        self.steps.append(now - self._ended)
+        self.waits.append(self._started - self._ended)
+        self.samples.append(batch_length(batch))
+        self._ended = now
+        if trainer.global_step % trainer.log_every_n_steps == 0 and len(self.steps) > self.warmup_steps:  # type: ignore[attr-defined]
+            # not by ``self.log``, whose bookkeeping takes a millisecond for each of them
+            figures = dict(flat(self.training_figures(trainer, pl_module, WINDOW)))
+            for logger in trainer.loggers if trainer.is_global_zero else ():
+                logger.log_metrics({f"train/{name}": value for name, value in figures.items()}, trainer.global_step)
+            self._ended = time.perf_counter()  # figures are not part of the step
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._ended = time.perf_counter()  # a validation is no wait for data
+
+    def training_figures(self, trainer: Trainer, pl_module: LightningModule, last: int | None = None) -> dict[str, Any]:
+        """Figures of the steps after the warm-up, or of the last few of them."""
+        skip = self.warmup_steps if len(self.steps) > self.warmup_steps else 0
+        first = max(skip, len(self.steps) - last) if last else skip
+        steps, waits = self.steps[first:], self.waits[first:]
+        figures = {
+            "samples_per_second": sum(self.samples[first:]) * trainer.world_size / sum(steps),
+            "step_seconds": spread(steps),
+            "data_wait": sum(waits) / sum(steps),
+            "peak_memory_gib": peak_memory(pl_module.device) / 2**30,
+        }
+        peak = self._peak(trainer, pl_module)
+        if peak and self.flops:
+            figures["mfu"] = self.flops * len(steps) / sum(steps) / peak
+        return figures
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero or not self.steps:
+            return
+        warmup = self.steps[: self.warmup_steps] if len(self.steps) > self.warmup_steps else []
+        timings = {
+            "steps": len(self.steps),
+            **self.training_figures(trainer, pl_module),
+            "warmup": {"steps": len(warmup), "seconds": sum(warmup)} if warmup else None,
+            "peak_memory_bytes": peak_memory(pl_module.device),
+            "device": str(pl_module.device),
+        }
+        self._write(timings)
+
+    # ---------------------------------------------------------------------------------------------- sampling
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.batches: list[dict[str, float]] = []
+        self.denoising: list[list[float]] = []
         self.images: list[int] = []
         self.start = time.perf_counter()
+
+    @override
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx == 0 and self._peak(trainer, pl_module) and not is_compiled(pl_module):
+            self._counter = self._counting.enter_context(FlopCounterMode(display=False))
 
     @override
     def on_predict_batch_end(
@@ -46,28 +154,86 @@ class TimingLogger(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        self._counting.close()
+        if batch_idx == 0 and self._peak(trainer, pl_module) and not is_compiled(pl_module):
+            self.flops = self._counter.get_total_flops() // len(outputs.requests)
         self.batches.append(outputs.seconds)
+        self.denoising.append(outputs.step_seconds)
         self.images.append(len(outputs.requests))
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         total = time.perf_counter() - self.start
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or not self.batches:
             return
         skip = 1 if len(self.batches) > 1 else 0
         stages = {name: sum(batch[name] for batch in self.batches[skip:]) for name in self.batches[0]}
-        images = sum(self.images[skip:])
+        each = sum(self.images[skip:]) / sum(stages.values())
         saved = [c.seconds for c in trainer.callbacks if isinstance(c, PredictionWriter)]  # type: ignore[attr-defined]
-        timings = {
+        timings: dict[str, Any] = {
             "images": sum(self.images),
             "seconds": {**stages, "save": sum(saved)},
             "seconds_total": total,
-            "images_per_second": images / sum(stages.values()),
+            "step_seconds": spread([step for steps in self.denoising[skip:] for step in steps]),
+            "images_per_second": each,
             "warmup": {"images": self.images[0], "seconds": self.batches[0]} if skip else None,
             "peak_memory_bytes": peak_memory(pl_module.device),
             "device": str(pl_module.device),
         }
-        self.file.write_text(json.dumps(timings, indent=2) + "\n")
+        peak = self._peak(trainer, pl_module)
+        if peak and self.flops:
+            timings |= {"flops_per_image": self.flops, "mfu": self.flops * each / peak}
+        self._write(timings)
+        names = ("seconds", "step_seconds", "images_per_second", "mfu")
+        logged = {name: timings[name] for name in names if name in timings}
+        for logger in trainer.loggers:
+            logger.log_metrics({f"predict/{name}": value for name, value in flat(logged)})
+            logger.save()
+
+    # ---------------------------------------------------------------------------------------------- both
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._counting.close()
+
+    def _peak(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
+        """Operations a second that the device can do; None where nobody knows."""
+        if self.peak_flops is None and pl_module.device.type == "cuda":
+            dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float16
+            dtype = torch.float32 if "32" in str(trainer.precision) else dtype
+            self.peak_flops = get_available_flops(pl_module.device, dtype) or 0.0
+        return self.peak_flops
+
+    def _write(self, timings: Mapping[str, Any]) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.file, json.dumps(timings, indent=2) + "\n")
+
+
+def spread(seconds: Sequence[float]) -> dict[str, float]:
+    """Median and 95th percentile."""
+    if not seconds:
+        return {}
+    return {"median": float(np.median(seconds)), "p95": float(np.percentile(seconds, 95))}
+
+
+def flat(figures: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Figures with one name each: those inside others are joined to their names."""
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}_{inner}", number) for inner, number in flat(value))
+        else:
+            yield name, value
+
+
+def batch_length(batch: Any) -> int:
+    """Examples in a batch, by the first of its entries."""
+    first = next(iter(batch.values())) if isinstance(batch, Mapping) and batch else batch
+    return len(first)
+
+
+def is_compiled(module: LightningModule) -> bool:
+    """Whether any part is compiled; the operations inside cannot be counted."""
+    return any(getattr(part, "_compiled_call_impl", None) is not None for part in module.modules())
 
 
 def peak_memory(device: torch.device) -> int:

@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image
 from typing_extensions import override
 
 from sdmodule.callbacks.ema import EMA
 from sdmodule.conditioning.inpaint import masked
 from sdmodule.conditioning.random_masks import draw_masks
+from sdmodule.loggers.pictures import log_pictures
 from sdmodule.pictures import captioned_sheet, contact_sheet, to_images
 from sdmodule.requests import INPAINT
 
@@ -71,7 +70,7 @@ class ValidationSamples(Callback):
         captions = [f"{prompt} · {self.seed + k}" for k, prompt in enumerate(prompts)]
         self.output_dir.mkdir(parents=True, exist_ok=True)
         captioned_sheet(images, captions, across * TILE).save(self.output_dir / f"{trainer.global_step:06d}.png")
-        self._log(trainer, images, captions)
+        log_pictures(trainer.loggers, "val/samples", images, captions, trainer.global_step)
 
     def _repainted(self, trainer: Trainer, pl_module: LightningModule, prompts: Sequence[str]) -> list[Image.Image]:
         """For each prompt a picture of the data, what its mask leaves of it, and the picture repainted."""
@@ -101,11 +100,3 @@ class ValidationSamples(Callback):
                 break
         self.prompts = self.prompts[: self.num_prompts]
         return self.prompts
-
-    def _log(self, trainer: Trainer, images: list[Image.Image], captions: list[str]) -> None:
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image("val/samples", images, step=trainer.global_step, caption=captions)
-            elif isinstance(logger, TensorBoardLogger):
-                array = np.stack([np.asarray(image) for image in images])
-                logger.experiment.add_images("val/samples", array, trainer.global_step, dataformats="NHWC")

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from sdmodule.errors import SettingsError
-from sdmodule.requests import TEXT2IMAGE, build_requests
+from sdmodule.requests import TEXT2IMAGE, SampleRequest, build_requests
+
+
+class Batches(IterableDataset[list[SampleRequest]]):
+    """Batches in their order; Lightning, which would cut a list anew for every device, takes them as they are."""
+
+    def __init__(self, batches: Sequence[list[SampleRequest]]) -> None:
+        self.batches = batches
+
+    @override
+    def __iter__(self) -> Iterator[list[SampleRequest]]:
+        return iter(self.batches)
 
 
 class PromptDataModule(LightningDataModule):
     """Batches of a predict run: lists of `SampleRequest`.
+
+    Pictures that share a batch do so whatever has been done already, so that a run which is resumed rounds its sums as
+    one that was never stopped.
 
     Args:
         prompt: see `build_requests`, as for the others up to ``task``.
@@ -25,7 +40,11 @@ class PromptDataModule(LightningDataModule):
         image: for inpainting, the picture to repaint, or one for each prompt.
         mask: where to repaint it, or one for each.
         task: what the model is asked to do.
-        batch_size: images sampled at once; it does not change them.
+        batch_size: images sampled at once; it does not change them, but for their last bit.
+        batch_row: sample a single image at this place of a full batch, as it was sampled before; to the last bit.
+
+    Attributes:
+        done: records of images that are there already, by index; they are not sampled.
 
     Raises:
         SettingsError: if a setting or the file cannot be used.
@@ -42,6 +61,7 @@ class PromptDataModule(LightningDataModule):
         mask: Any = None,
         task: str = TEXT2IMAGE,
         batch_size: int = 1,
+        batch_row: int | None = None,
     ) -> None:
         super().__init__()
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -50,8 +70,22 @@ class PromptDataModule(LightningDataModule):
             prompt, prompts, negative_prompt, num_images_per_prompt, seed, image=image, mask=mask, task=task
         )
         self.batch_size = batch_size
+        self.batch_row = batch_row
+        self.done: Mapping[int, dict[str, Any]] = {}
+
+    def batches(self, devices: int = 1) -> list[list[SampleRequest]]:
+        """What is left to sample; every batch of which something is left is sampled whole."""
+        if self.batch_row is not None and len(self.requests) == 1 and self.batch_row < self.batch_size:
+            company = replace(self.requests[0], kept=False)
+            whole = [[company] * self.batch_size]
+            whole[0][self.batch_row] = self.requests[0]
+        else:
+            size = min(self.batch_size, -(-len(self.requests) // devices))  # every device has something to do
+            whole = [self.requests[k : k + size] for k in range(0, len(self.requests), size)]
+        marked = [[replace(r, kept=r.kept and r.index not in self.done) for r in batch] for batch in whole]
+        return [batch for batch in marked if any(request.kept for request in batch)]
 
     @override
     def predict_dataloader(self) -> DataLoader:
-        # by keyword, or Lightning cannot rebuild the loader for prediction
-        return DataLoader(self.requests, batch_size=self.batch_size, collate_fn=list)  # type: ignore[arg-type]
+        rank, devices = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return DataLoader(Batches(self.batches(devices)[rank::devices]), batch_size=None, collate_fn=list)

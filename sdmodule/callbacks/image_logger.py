@@ -1,0 +1,62 @@
+"""Show the pictures of a predict run to its loggers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from typing_extensions import override
+
+from sdmodule.callbacks.prediction_writer import PredictionWriter
+from sdmodule.loggers.pictures import log_pictures, log_table
+from sdmodule.samples import Samples
+
+
+class ImageLogger(Callback):
+    """Log every batch's pictures as ``predict/samples``, over the number of pictures made, and at the end a table.
+
+    It comes after the `PredictionWriter`, whose records are the table's rows. The pictures of a training's validations
+    are logged by `ValidationSamples`, in the same way.
+
+    Args:
+        most: pictures of a batch that are shown.
+    """
+
+    def __init__(self, most: int = 16) -> None:
+        self.most = most
+        self.made = 0
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+                logger.experiment.define_metric("predict/images")
+                logger.experiment.define_metric("predict/*", step_metric="predict/images")
+
+    @override
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Samples,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if not trainer.is_global_zero or not trainer.loggers:
+            return
+        pairs = zip(outputs.requests, outputs.images(), strict=True)
+        kept = [(request, image) for request, image in pairs if request.kept]
+        self.made += len(kept)
+        images = [image for _, image in kept[: self.most]]
+        captions = [f"{request.prompt} · {request.seed}" for request, _ in kept[: self.most]]
+        log_pictures(trainer.loggers, "predict/samples", images, captions, self.made, axis="predict/images")
+
+    @override
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        for writer in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(writer, PredictionWriter):
+                log_table(trainer.loggers, writer.records, writer.output_dir)

@@ -1,0 +1,1 @@
+"""What experiment trackers are told, each in its own way."""

@@ -1,0 +1,115 @@
+"""The folder of a predict run: what lies where, what of it is done, and how it is written without a torn file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from sdmodule.errors import SettingsError
+from sdmodule.recipe import read_facts
+from sdmodule.requests import SampleRequest
+
+IMAGES, INPUTS, RECORDS, TIMINGS = "images", "inputs", "predictions.jsonl", "timings.json"
+
+INCIDENTAL = frozenset({"seconds", "device", "software", "batch_size", "batch_row"})
+"""Facts that tell how a picture came about and not what was asked for: two runs may differ in them."""
+
+
+def picture_name(request: SampleRequest) -> str:
+    """Where a request's picture lies in the folder of its run."""
+    return f"{IMAGES}/{request.index:05d}-{request.seed}.png"
+
+
+def request_facts(request: SampleRequest) -> dict[str, Any]:
+    """What was asked of one picture, in plain types; a picture to repaint is told by its content."""
+    facts: dict[str, Any] = {
+        "index": request.index,
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "seed": request.seed,
+    }
+    if request.masked is not None:
+        facts |= {"image": input_name(request.masked.picture), "mask": input_name(request.masked.mask)}
+    return facts
+
+
+def input_name(image: Image.Image) -> str:
+    """Where a picture or a mask that was given lies in the folder of a run: under the hash of its pixels."""
+    digest = hashlib.blake2b(f"{image.mode} {image.size}".encode() + image.tobytes(), digest_size=8)
+    return f"{INPUTS}/{digest.hexdigest()}.png"
+
+
+def read_records(file: Path) -> list[dict[str, Any]]:
+    """The lines of a file of records; one that a killed run left half-written is passed over."""
+    records = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def to_line(record: Mapping[str, Any]) -> str:
+    """A record as a line of JSON; no letter in it ends the line early."""
+    return json.dumps(record, ensure_ascii=False).replace("\u2028", "\\u2028").replace("\u0085", "\\u0085") + "\n"
+
+
+def write_records(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write records in the order of their pictures."""
+    write_whole(file, "".join(to_line(record) for record in sorted(records, key=lambda record: record["index"])))
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file aside and move it into place, so that nobody ever sees half of it."""
+    aside = file.with_name(f".{file.name}.{os.getpid()}.part")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, file)
+
+
+def finished(folder: Path, requests: Sequence[SampleRequest], facts: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """The records of the pictures that an earlier run has left, by index; a broken picture counts as not made.
+
+    The pictures are what is believed, and their own text, since a killed run may not have come to write its records.
+
+    Args:
+        folder: of the earlier run.
+        requests: what this run is to make.
+        facts: its settings.
+
+    Raises:
+        SettingsError: if there is a picture in the folder that this run would make otherwise, or not at all.
+    """
+    planned = {picture_name(request): request for request in requests}
+    done = {}
+    for file in sorted((folder / IMAGES).glob("*.png")):
+        name = f"{IMAGES}/{file.name}"
+        try:
+            found = read_facts(file)
+        except (SettingsError, OSError):
+            continue
+        if name not in planned:
+            raise SettingsError(
+                f"resume=true found {name} in output_dir={folder}, which this run does not ask for; give the prompts "
+                "and the seed of the run that was begun there, or another output_dir."
+            )
+        _check_same(folder, name, found, {**request_facts(planned[name]), **facts})
+        done[planned[name].index] = {"file": name, **found}
+    return done
+
+
+def _check_same(folder: Path, name: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    for key in dict.fromkeys((*wanted, *found)):
+        if key not in INCIDENTAL and found.get(key) != wanted.get(key):
+            raise SettingsError(
+                f"resume=true found {name} in output_dir={folder} with {key}={found.get(key)!r}, and this run has "
+                f"{key}={wanted.get(key)!r}; give the settings of the run that was begun there, or another output_dir."
+            )

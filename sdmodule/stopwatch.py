@@ -1,0 +1,44 @@
+"""How long each stage and each step of sampling takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+
+class Stopwatch:
+    """Seconds by stage and by denoising step; waits for the device at each stage's end, and nowhere else."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self.marks: list[Any] = []
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time of the block to ``seconds[name]``."""
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def mark(self) -> None:
+        """Note the end of a step, or the start of the first; on a GPU the device notes it as it gets there."""
+        if self.device.type != "cuda":
+            self.marks.append(time.perf_counter())
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.marks.append(event)
+
+    def steps(self) -> list[float]:
+        """Seconds between the marks, once their stage has ended."""
+        if self.device.type != "cuda":
+            return [after - before for before, after in pairwise(self.marks)]
+        return [before.elapsed_time(after) / 1000 for before, after in pairwise(self.marks)]

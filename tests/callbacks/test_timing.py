@@ -1,0 +1,59 @@
+"""What the times of a run say, whatever the machine."""
+
+import json
+
+import pytest
+from lightning import Trainer
+
+from sdmodule.callbacks.prediction_writer import PredictionWriter
+from sdmodule.callbacks.timing import TimingLogger
+from sdmodule.data.prompts import PromptDataModule
+from sdmodule.data.shapes import ShapesDataModule
+from sdmodule.module import StableDiffusionModule
+
+
+def trainer(*callbacks, **settings):
+    return Trainer(
+        accelerator="cpu",
+        logger=False,
+        callbacks=list(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        **settings,
+    )
+
+
+def predicted(checkpoint, folder, steps, pictures=1, **settings):
+    module = StableDiffusionModule.from_pretrained(str(checkpoint), sampling={"steps": steps})
+    data = PromptDataModule(["a"] * pictures, batch_size=1)
+    callbacks = [PredictionWriter(folder), TimingLogger(folder, **settings)]
+    trainer(*callbacks).predict(module, data, return_predictions=False)
+    return json.loads((folder / "timings.json").read_text())
+
+
+def test_the_first_batch_is_kept_apart(checkpoint, tmp_path):
+    timings = predicted(checkpoint, tmp_path, steps=2, pictures=3)
+    assert timings["images"] == 3 and timings["warmup"]["images"] == 1 and "mfu" not in timings
+    assert timings["seconds"].keys() == {"text", "denoise", "decode", "save"}
+    assert timings["warmup"]["seconds"].keys() == {"text", "denoise", "decode"}
+    assert 0 < timings["step_seconds"]["median"] <= timings["step_seconds"]["p95"]
+    assert timings["step_seconds"]["median"] < timings["seconds"]["denoise"] < timings["seconds_total"]
+
+
+def test_operations_are_counted_step_by_step(checkpoint, tmp_path):
+    flops = [predicted(checkpoint, tmp_path / str(n), n, peak_flops=1e12)["flops_per_image"] for n in (1, 2, 3)]
+    assert flops[2] - flops[1] == flops[1] - flops[0] > 0
+    more = predicted(checkpoint, tmp_path / "more", 1, pictures=2, peak_flops=1e12)
+    assert more["flops_per_image"] == flops[0] and more["mfu"] > 0
+
+
+@pytest.mark.parametrize("steps", [2, 6])
+def test_a_training_of_any_length_is_timed(checkpoint, tmp_path, steps):
+    module = StableDiffusionModule(str(checkpoint))
+    timing = TimingLogger(tmp_path, warmup_steps=3, peak_flops=1e12)
+    data = ShapesDataModule(batch_size=2, train_length=4, val_length=2, size=32)
+    trainer(timing, max_steps=steps, limit_val_batches=1, num_sanity_val_steps=0).fit(module, data)
+    timings = json.loads((tmp_path / "timings.json").read_text())
+    assert timings["steps"] == steps and (timings["warmup"] or {"steps": 0})["steps"] == (3 if steps == 6 else 0)
+    assert timings["samples_per_second"] > 0 and 0 <= timings["data_wait"] <= 1 and timings["mfu"] > 0
