@@ -26,6 +26,7 @@ from sdmodule.conditioning.canvas import InpaintSettings
 from sdmodule.conditioning.inpaint import convert_to_inpaint, inpaints, mask_channels, masked
 from sdmodule.conditioning.random_masks import draw_masks
 from sdmodule.conditioning.text import encode_prompts
+from sdmodule.data.cached import CachedEmbeddings
 from sdmodule.diffusion.objective import add_noise, draw_timesteps, target, weighted_mean
 from sdmodule.errors import SettingsError, choices
 from sdmodule.modes import evaluating
@@ -131,6 +132,7 @@ class StableDiffusionModule(LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.seed = seed
+        self.cached_embeddings: CachedEmbeddings | None = None  # set by the cache while a training goes on
         self.show_progress = False
         self.strict_loading = False  # checkpoints hold the trained weights alone
         if compile:
@@ -230,7 +232,9 @@ class StableDiffusionModule(LightningModule):
         return (mean + deviation * noise) * self.vae.config.scaling_factor
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """What the UNet is told of prompts: ``[B, chunks * 77, D]``."""
+        """What the UNet is told of prompts: ``[B, chunks * 77, D]``, cached or computed."""
+        if self.cached_embeddings is not None and all(prompt in self.cached_embeddings for prompt in prompts):
+            return self.cached_embeddings(prompts).to(self.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_text_encoder):
             return encode_prompts(prompts, self.parts.tokenizer, self.text_encoder)
 

@@ -5,96 +5,23 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from lightning import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image, ImageOps
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from sdmodule.data.captions import Example, absolute, find_examples, some
-from sdmodule.data.shapes import CaptionedImage
+from sdmodule.data.captions import Example, absolute, find_examples
+from sdmodule.data.fingerprints import file_fingerprint
+from sdmodule.data.readable import keep_readable, load_mask, load_rgb
+from sdmodule.data.shapes import CaptionedImage, View
 from sdmodule.data.shuffle import training_loader
-from sdmodule.errors import SettingsError, choices
-from sdmodule.picture_files import FORMATS, SUFFIXES, open_upright
+from sdmodule.errors import SettingsError
 from sdmodule.pictures import image_to_tensor
-
-
-def keep_readable(examples: Sequence[Example], folder: Path, skip_bad: bool, key: str = "data.root") -> list[Example]:
-    """Check the header of every picture; a file that PIL cannot read as a picture is an error, or is skipped.
-
-    Args:
-        examples: pictures of one folder.
-        folder: that folder.
-        skip_bad: leave the bad ones out with one warning that counts and names them.
-        key: the setting that gave the folder, for the messages.
-
-    Raises:
-        SettingsError: if a picture is bad and ``skip_bad`` is false, or if none is good.
-    """
-    paths = dict.fromkeys(path for example in examples for path in (example.path, example.mask) if path is not None)
-    problems = {path: problem for path in paths if (problem := _problem(path))}
-    if not problems:
-        return list(examples)
-    bad = list(problems)
-    if not skip_bad:
-        raise SettingsError(
-            f"{key}={folder} has {len(bad)} files that are no readable pictures: {some(bad, folder)} "
-            f"({problems[bad[0]]}); replace them, or set data.skip_bad=true to leave them out."
-        )
-    good = [example for example in examples if not {example.path, example.mask} & problems.keys()]
-    if not good:
-        raise SettingsError(f"{key}={folder} has no readable picture left after skipping {some(bad, folder)}.")
-    rank_zero_warn(f"{key}: skipped {len(bad)} unreadable pictures: {some(bad, folder, limit=20)}.")
-    return good
-
-
-def _problem(path: Path) -> str | None:
-    """Say what is wrong with a picture's file, as far as its header and checksums tell."""
-    if path.suffix.lower() not in SUFFIXES:
-        return f"{path.suffix or 'no suffix'} is none of {choices(SUFFIXES)}"
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.mode == "F":
-                return "floating-point pixels have no fixed range"
-            image.verify()
-    except Exception as error:  # PIL's plugins let many kinds through: OSError, SyntaxError, struct.error, bomb errors
-        return str(error)
-    return None
-
-
-def load_rgb(path: Path) -> Image.Image:
-    """Read a picture as 8-bit RGB: upright, transparent parts on white, 16 bits scaled to 8, the first frame only.
-
-    Raises:
-        SettingsError: if its pixels cannot be decoded, or are more than PIL's limit.
-    """
-    try:
-        image = open_upright(path)
-    except Exception as error:
-        raise SettingsError(f"data: {path} cannot be decoded ({error}); replace or remove it.") from error
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def load_mask(path: Path, picture: Path, size: tuple[int, int]) -> Image.Image:
-    """Read the mask of a picture of ``size`` as 8-bit grey.
-
-    Raises:
-        SettingsError: if its pixels cannot be decoded, or it has another size.
-    """
-    mask = load_rgb(path).convert("L")
-    if mask.size != size:
-        raise SettingsError(
-            f"data: the mask {path} is of {mask.width}x{mask.height} pixels and {picture} of {size[0]}x{size[1]}; "
-            "give a mask of the picture's size."
-        )
-    return mask
 
 
 class ImageFolderDataset(Dataset[CaptionedImage]):
@@ -133,30 +60,46 @@ class ImageFolderDataset(Dataset[CaptionedImage]):
     def __len__(self) -> int:
         return len(self.examples)
 
-    @override
-    def __getitem__(self, index: int) -> CaptionedImage:
+    def size_of(self, index: int) -> tuple[int, int]:
+        """Height and width that a picture is shown in."""
+        return self.size
+
+    def content(self, index: int) -> str:
+        """Names what a picture shows, by the bytes of its file."""
+        return file_fingerprint(self.examples[index].path)
+
+    def caption(self, index: int) -> str:
+        """What a picture is said to show."""
+        return self.examples[index].caption
+
+    def view(self, index: int) -> View:
+        """How a picture is shown in this epoch."""
         rng = random.Random(f"{self.seed}/{int(self._epoch)}/{index}")
-        path, caption, mask = self.examples[index]
+        x, y = (0.5, 0.5) if self.center_crop else (rng.random(), rng.random())
+        return View(x, y, mirrored=self.random_flip and rng.random() < 0.5)
+
+    def seen(self, index: int, view: View) -> dict[str, Tensor]:
+        """A picture as it is shown, ``image`` ``[3, H, W]``, and its ``mask`` ``[1, H, W]`` if it has one."""
+        path, _, mask = self.examples[index]
         image = load_rgb(path)
-        height, width = self.size
+        height, width = self.size_of(index)
         scale = max(width / image.width, height / image.height)
         covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
-        x, y = (0.5, 0.5) if self.center_crop else (rng.random(), rng.random())
-        left, top = round(x * (covering[0] - width)), round(y * (covering[1] - height))
-        flip = self.random_flip and rng.random() < 0.5
+        left, top = round(view.x * (covering[0] - width)), round(view.y * (covering[1] - height))
 
-        def seen(picture: Image.Image, resampling: Image.Resampling) -> Image.Image:
+        def shown(picture: Image.Image, resampling: Image.Resampling) -> Image.Image:
             part = picture.resize(covering, resampling).crop((left, top, left + width, top + height))
-            return ImageOps.mirror(part) if flip else part
+            return ImageOps.mirror(part) if view.mirrored else part
 
-        example: CaptionedImage = {
-            "image": image_to_tensor(seen(image, Image.Resampling.BICUBIC)),
-            "caption": caption,
-        }
+        example = {"image": image_to_tensor(shown(image, Image.Resampling.BICUBIC))}
         if mask is not None:
-            hole = np.asarray(seen(load_mask(mask, path, image.size), Image.Resampling.NEAREST))
+            hole = np.asarray(shown(load_mask(mask, path, image.size), Image.Resampling.NEAREST))
             example["mask"] = torch.from_numpy((hole > 127).astype(np.float32))[None]
         return example
+
+    @override
+    def __getitem__(self, index: int) -> CaptionedImage:
+        return cast(CaptionedImage, {**self.seen(index, self.view(index)), "caption": self.caption(index)})
 
 
 class ImageFolderDataModule(LightningDataModule):
