@@ -16,6 +16,7 @@ from typing import Any, Literal, Self
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor
+from diffusers.utils.torch_utils import randn_tensor
 from lightning import LightningModule
 from torch import Tensor
 from typing_extensions import override
@@ -39,6 +40,9 @@ from sdmodule.settings import SamplingSettings
 from sdmodule.tome.settings import TokenMerging
 
 UNCHANGED = InpaintSettings()
+
+Draws = torch.Generator | list[torch.Generator]
+"""Source of random numbers: one for a whole batch, or one for each of its examples."""
 
 VALIDATION_TIMESTEPS = 4
 """Noise levels, spread evenly over the schedule, at which each validation picture is tried."""
@@ -166,14 +170,16 @@ class StableDiffusionModule(LightningModule):
 
     @override
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        generator = self._generator(self.global_step, batch_idx, self.global_rank)
-        latents = self.encode_images(batch, generator)
-        timesteps = draw_timesteps(len(latents), len(self.alphas_cumprod), generator, self.timestep_shift)
+        generators = self._generators(len(batch["caption"]), batch_idx)
+        latents = self.encode_images(batch, generators)
+        total = len(self.alphas_cumprod)
+        timesteps = torch.cat([draw_timesteps(1, total, each, self.timestep_shift) for each in generators])
         captions = [
-            "" if torch.rand((), generator=generator) < self.caption_dropout else text for text in batch["caption"]
+            "" if torch.rand((), generator=each) < self.caption_dropout else text
+            for each, text in zip(generators, batch["caption"], strict=True)
         ]
-        channels = self.mask_channels(batch, generator, self.whole_masks) if self.task == INPAINT else None
-        errors = self.denoising_errors(latents, timesteps.to(self.device), captions, generator, channels)
+        channels = self.mask_channels(batch, generators, self.whole_masks) if self.task == INPAINT else None
+        errors = self.denoising_errors(latents, timesteps.to(self.device), captions, generators, channels)
         if channels is None:
             loss = errors.mean()
         else:
@@ -186,7 +192,7 @@ class StableDiffusionModule(LightningModule):
         latents: Tensor,
         timesteps: Tensor,
         captions: Sequence[str],
-        generator: torch.Generator,
+        generator: Draws,
         channels: Tensor | None = None,
     ) -> Tensor:
         """Squared error of the UNet's prediction at each place (algorithm 1 of Ho et al. 2020), ``[B, 1, h, w]``.
@@ -195,10 +201,10 @@ class StableDiffusionModule(LightningModule):
             latents: of the pictures, ``[B, 4, h, w]``.
             timesteps: how noisy each is made, ``[B]``.
             captions: B texts.
-            generator: source of the noise.
+            generator: source of the noise, one for all examples or one for each.
             channels: what a UNet that inpaints sees beside the noisy latents, ``[B, 5, h, w]``.
         """
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        noise = randn_tensor(latents.shape, generator=generator).to(latents)
         noisy = add_noise(latents, noise, self.alphas_cumprod, timesteps)
         wanted = target(self.noise_schedule.config.prediction_type, latents, noise, self.alphas_cumprod, timesteps)
         embeddings = self.encode_prompts(captions)
@@ -206,7 +212,7 @@ class StableDiffusionModule(LightningModule):
         predicted = self.unet(seen, timesteps, encoder_hidden_states=embeddings).sample
         return F.mse_loss(predicted.float(), wanted.float(), reduction="none").mean(dim=1, keepdim=True)
 
-    def mask_channels(self, batch: Mapping[str, Any], generator: torch.Generator, whole: float) -> Tensor:
+    def mask_channels(self, batch: Mapping[str, Any], generator: Draws, whole: float) -> Tensor:
         """The mask of each picture and the latents of what it leaves, ``[B, 5, h, w]``.
 
         Masks are the batch's own, ``mask`` ``[B, 1, H, W]``, or else drawn, a share ``whole`` of them of everything.
@@ -224,11 +230,11 @@ class StableDiffusionModule(LightningModule):
         posterior = self.vae.encode(image.to(self.vae.dtype)).latent_dist
         return torch.cat([posterior.mean, posterior.std], dim=1).float()
 
-    def encode_images(self, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+    def encode_images(self, batch: Mapping[str, Any], generator: Draws) -> Tensor:
         """Latents of a batch, ``[B, 4, h, w]``, drawn anew each time from its moments, cached or computed."""
         moments = batch["moments"].float() if "moments" in batch else self.encode_moments(batch["image"])
         mean, deviation = moments.chunk(2, dim=1)
-        noise = torch.randn(mean.shape, generator=generator).to(mean)
+        noise = randn_tensor(mean.shape, generator=generator).to(mean)
         return (mean + deviation * noise) * self.vae.config.scaling_factor
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
@@ -272,6 +278,18 @@ class StableDiffusionModule(LightningModule):
         if self.lr_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
+
+    def _generators(self, count: int, batch_idx: int) -> list[torch.Generator]:
+        """A generator for each example of a batch, by its place among all that the optimizer's step is made of.
+
+        So the draws are the same however a step's examples are spread over devices and accumulated batches.
+        """
+        rank, devices, accumulated = 0, 1, 1
+        if self._trainer:
+            rank, devices = self.global_rank, self.trainer.world_size
+            accumulated = self.trainer.accumulate_grad_batches
+        first = batch_idx % accumulated * count
+        return [self._generator(self.global_step, (first + k) * devices + rank) for k in range(count)]
 
     def _generator(self, *position: int) -> torch.Generator:
         """A generator for one place in the training: what is drawn there does not depend on what came before."""

@@ -10,17 +10,20 @@ from typing import cast
 import numpy as np
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
+from sdmodule.data.buckets import Size, bucket_sizes, nearest_bucket
 from sdmodule.data.captions import Example, absolute, find_examples
 from sdmodule.data.fingerprints import file_fingerprint
 from sdmodule.data.readable import keep_readable, load_mask, load_rgb
 from sdmodule.data.shapes import CaptionedImage, View
 from sdmodule.data.shuffle import training_loader
 from sdmodule.errors import SettingsError
+from sdmodule.picture_files import upright_size
 from sdmodule.pictures import image_to_tensor
 
 
@@ -35,6 +38,7 @@ class ImageFolderDataset(Dataset[CaptionedImage]):
         center_crop: crop the middle instead of a random part.
         random_flip: mirror half of the pictures.
         seed: names the sequence of crops and flips.
+        buckets: give each picture, instead of ``size``, the size of `bucket_sizes` that is most like its shape.
     """
 
     def __init__(
@@ -44,12 +48,17 @@ class ImageFolderDataset(Dataset[CaptionedImage]):
         center_crop: bool = True,
         random_flip: bool = False,
         seed: int = 0,
+        buckets: bool = False,
     ) -> None:
         self.examples = examples
         self.size = size
         self.center_crop = center_crop
         self.random_flip = random_flip
         self.seed = seed
+        self.sizes: list[Size] | None = None
+        if buckets:
+            allowed = bucket_sizes(size)
+            self.sizes = [nearest_bucket(*upright_size(example.path), allowed) for example in examples]
         # shared, so that persistent workers see a new epoch
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
@@ -62,7 +71,16 @@ class ImageFolderDataset(Dataset[CaptionedImage]):
 
     def size_of(self, index: int) -> tuple[int, int]:
         """Height and width that a picture is shown in."""
-        return self.size
+        return self.sizes[index] if self.sizes else self.size
+
+    def groups(self) -> dict[Size, list[int]] | None:
+        """Indices of the pictures of each size, where sizes differ."""
+        if self.sizes is None:
+            return None
+        groups: dict[Size, list[int]] = {size: [] for size in sorted(set(self.sizes))}
+        for index, size in enumerate(self.sizes):
+            groups[size].append(index)
+        return groups
 
     def content(self, index: int) -> str:
         """Names what a picture shows, by the bytes of its file."""
@@ -118,6 +136,8 @@ class ImageFolderDataModule(LightningDataModule):
             0 validates on none.
         center_crop: crop the middle; otherwise training crops a random part.
         random_flip: mirror half of the pictures in training.
+        buckets: train on each picture in the size, of about the same area, that is most like its shape; a batch is of
+            one size. Validation crops to ``resolution`` all the same.
         skip_bad: leave files that are no pictures out with a warning, instead of an error.
         num_workers: processes that read pictures; 0 reads in the training process.
         seed: names the order, the crops and the flips.
@@ -135,6 +155,7 @@ class ImageFolderDataModule(LightningDataModule):
         val_fraction: float = 0.05,
         center_crop: bool = True,
         random_flip: bool = False,
+        buckets: bool = False,
         skip_bad: bool = False,
         num_workers: int = 0,
         seed: int = 0,
@@ -156,11 +177,13 @@ class ImageFolderDataModule(LightningDataModule):
         self.val_fraction = val_fraction
         self.center_crop = center_crop
         self.random_flip = random_flip
+        self.buckets = buckets
         self.skip_bad = skip_bad
         self.num_workers = num_workers
         self.seed = seed
         self.train_set: ImageFolderDataset | None = None
         self.val_set: ImageFolderDataset | None = None
+        self._groups: dict[Size, list[int]] | None = None
 
     @override
     def setup(self, stage: str | None = None) -> None:
@@ -171,7 +194,10 @@ class ImageFolderDataModule(LightningDataModule):
             val = self._examples(self.val_root, "data.val_root")
         else:
             train, val = self._split(train)
-        self.train_set = ImageFolderDataset(train, self.size, self.center_crop, self.random_flip, self.seed)
+        self.train_set = ImageFolderDataset(
+            train, self.size, self.center_crop, self.random_flip, self.seed, self.buckets
+        )
+        self._groups = self.train_set.groups()
         self.val_set = ImageFolderDataset(val, self.size)
 
     def _examples(self, root: str, key: str) -> list[Example]:
@@ -198,7 +224,14 @@ class ImageFolderDataModule(LightningDataModule):
     @override
     def train_dataloader(self) -> DataLoader:
         assert self.train_set is not None
-        return training_loader(self.train_set, self.batch_size, self.seed, self.num_workers, self.trainer)
+        together = self.batch_size * (self.trainer.world_size if self.trainer else 1)
+        if small := [f"{len(g)} of {h}x{w}" for (h, w), g in (self._groups or {}).items() if len(g) < together]:
+            rank_zero_warn(
+                f"data.buckets: {', '.join(small)} pixels (height x width) are fewer than the {together} pictures of a "
+                "batch, so an epoch shows them more than once; a smaller data.batch_size changes that."
+            )
+        groups = None if self._groups is None else list(self._groups.values())
+        return training_loader(self.train_set, self.batch_size, self.seed, self.num_workers, self.trainer, groups)
 
     @override
     def val_dataloader(self) -> DataLoader | Iterable:
