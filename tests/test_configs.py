@@ -78,7 +78,8 @@ def test_models(name, checkpoint):
 @pytest.mark.parametrize("name", options("data"))
 def test_data(name):
     command = "predict" if name == "prompts" else "train"
-    cfg = configuration(command, f"data={name}", given=[] if name == "shapes" else COMMANDS[command])
+    given = {"shapes": [], "mixed": ["data.sources=[{root: photos}]"]}.get(name, COMMANDS[command])
+    cfg = configuration(command, f"data={name}", given=given)
     assert isinstance(instantiate(cfg.data), LightningDataModule)
 
 

@@ -78,6 +78,11 @@ class Cache(Callback):
                 f"data.center_crop=false crops another part at each time, which cache={self.what} cannot know; set "
                 "data.center_crop=true, or cache=none."
             )
+        if self.what == ALL and not pictures.fixed_captions:
+            raise SettingsError(
+                "shuffle_tags=true gives pictures another caption at each time, which cache=all cannot know; set "
+                "data.shuffle_tags=false, or use cache=latents."
+            )
         if self.what == ALL and any(weight.requires_grad for weight in module.text_encoder.parameters()):
             raise SettingsError(
                 "cache=all keeps the embeddings of captions, and the text encoder is trained, which changes them; use "

@@ -29,6 +29,11 @@ class Pictures(Protocol):
     center_crop: bool
     random_flip: bool
 
+    @property
+    def fixed_captions(self) -> bool:
+        """Whether a picture has the same caption each time."""
+        ...
+
     def __len__(self) -> int: ...
 
     def size_of(self, index: int) -> tuple[int, int]:

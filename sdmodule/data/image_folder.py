@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
-from collections.abc import Iterable, Sequence
-from typing import cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,11 +16,12 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from sdmodule.data.buckets import Size, bucket_sizes, nearest_bucket
-from sdmodule.data.captions import Example, absolute, find_examples
+from sdmodule.data.captions import Example
 from sdmodule.data.fingerprints import file_fingerprint
-from sdmodule.data.readable import keep_readable, load_mask, load_rgb
+from sdmodule.data.readable import load_mask, load_rgb
 from sdmodule.data.shapes import CaptionedImage, View
 from sdmodule.data.shuffle import training_loader
+from sdmodule.data.sources import Source, mixed
 from sdmodule.errors import SettingsError
 from sdmodule.picture_files import upright_size
 from sdmodule.pictures import image_to_tensor
@@ -39,6 +39,7 @@ class ImageFolderDataset(Dataset[CaptionedImage]):
         random_flip: mirror half of the pictures.
         seed: names the sequence of crops and flips.
         buckets: give each picture, instead of ``size``, the size of `bucket_sizes` that is most like its shape.
+        shuffle_tags: shuffle the tags of captions whose style asks for it.
     """
 
     def __init__(
@@ -49,8 +50,10 @@ class ImageFolderDataset(Dataset[CaptionedImage]):
         random_flip: bool = False,
         seed: int = 0,
         buckets: bool = False,
+        shuffle_tags: bool = False,
     ) -> None:
         self.examples = examples
+        self.shuffle_tags = shuffle_tags
         self.size = size
         self.center_crop = center_crop
         self.random_flip = random_flip
@@ -87,18 +90,27 @@ class ImageFolderDataset(Dataset[CaptionedImage]):
         return file_fingerprint(self.examples[index].path)
 
     def caption(self, index: int) -> str:
-        """What a picture is said to show."""
-        return self.examples[index].caption
+        """What a picture is said to show in this epoch."""
+        example = self.examples[index]
+        return example.style.text(example.caption, self._random(index, "tags") if self.shuffle_tags else None)
+
+    @property
+    def fixed_captions(self) -> bool:
+        """Whether a picture has the same caption each time."""
+        return not (self.shuffle_tags and any(example.style.shuffle_tags for example in self.examples))
+
+    def _random(self, *what: object) -> random.Random:
+        return random.Random("/".join(map(str, (self.seed, int(self._epoch), *what))))
 
     def view(self, index: int) -> View:
         """How a picture is shown in this epoch."""
-        rng = random.Random(f"{self.seed}/{int(self._epoch)}/{index}")
+        rng = self._random(index)
         x, y = (0.5, 0.5) if self.center_crop else (rng.random(), rng.random())
         return View(x, y, mirrored=self.random_flip and rng.random() < 0.5)
 
     def seen(self, index: int, view: View) -> dict[str, Tensor]:
         """A picture as it is shown, ``image`` ``[3, H, W]``, and its ``mask`` ``[1, H, W]`` if it has one."""
-        path, _, mask = self.examples[index]
+        path, _, mask, _ = self.examples[index]
         image = load_rgb(path)
         height, width = self.size_of(index)
         scale = max(width / image.width, height / image.height)
@@ -140,7 +152,12 @@ class ImageFolderDataModule(LightningDataModule):
             one size. Validation crops to ``resolution`` all the same.
         skip_bad: leave files that are no pictures out with a warning, instead of an error.
         num_workers: processes that read pictures; 0 reads in the training process.
-        seed: names the order, the crops and the flips.
+        seed: names the order, the crops, the flips and the shuffling of tags.
+        template: a text that captions are put into, in the place of ``{}``.
+        shuffle_tags: put the parts of captions between commas in another order each time, in training.
+        keep_tags: how many of the first parts stay where they are.
+        sources: several folders instead of ``root``, each with the settings of `Source`; those of captions that one
+            does not name are the ones above.
 
     Raises:
         SettingsError: for a setting out of range; in `setup`, for a folder that cannot be used.
@@ -148,7 +165,7 @@ class ImageFolderDataModule(LightningDataModule):
 
     def __init__(
         self,
-        root: str,
+        root: str | None,
         resolution: int | Sequence[int] = 64,
         batch_size: int = 4,
         val_root: str | None = None,
@@ -159,8 +176,14 @@ class ImageFolderDataModule(LightningDataModule):
         skip_bad: bool = False,
         num_workers: int = 0,
         seed: int = 0,
+        template: str | None = None,
+        shuffle_tags: bool = False,
+        keep_tags: int = 0,
+        sources: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
+        captions = {"template": template, "shuffle_tags": shuffle_tags, "keep_tags": keep_tags}
+        self.sources = _sources(root, sources, captions)
         size = tuple(resolution) if isinstance(resolution, Sequence) else (resolution, resolution)
         if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
             raise SettingsError(f"data.resolution={resolution} is no size; give a whole number or [height, width].")
@@ -170,7 +193,6 @@ class ImageFolderDataModule(LightningDataModule):
             raise SettingsError(f"data.num_workers={num_workers} is negative; give 0 or more.")
         if not 0 <= val_fraction < 1:
             raise SettingsError(f"data.val_fraction={val_fraction} is out of range; give 0 or more and less than 1.")
-        self.root = root
         self.size = (size[0], size[1])
         self.batch_size = batch_size
         self.val_root = val_root
@@ -189,37 +211,18 @@ class ImageFolderDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if self.train_set is not None:
             return
-        train = self._examples(self.root, "data.root")
+        found = [source.examples(self.skip_bad) for source in self.sources]
         if self.val_root is not None:
-            val = self._examples(self.val_root, "data.val_root")
+            val = Source(self.val_root, key="data.val_root").examples(self.skip_bad)
         else:
-            train, val = self._split(train)
+            parts = [source.split(own, self.val_fraction) for source, own in zip(self.sources, found, strict=True)]
+            found, val = [train for train, _ in parts], [example for _, val in parts for example in val]
+        train = mixed(found, [source.weight for source in self.sources])
         self.train_set = ImageFolderDataset(
-            train, self.size, self.center_crop, self.random_flip, self.seed, self.buckets
+            train, self.size, self.center_crop, self.random_flip, self.seed, self.buckets, shuffle_tags=True
         )
         self._groups = self.train_set.groups()
         self.val_set = ImageFolderDataset(val, self.size)
-
-    def _examples(self, root: str, key: str) -> list[Example]:
-        return keep_readable(find_examples(root, key), absolute(root), self.skip_bad, key)
-
-    def _split(self, examples: list[Example]) -> tuple[list[Example], list[Example]]:
-        """Part the pictures by a hash of their names: adding some to the folder moves few of the others."""
-        if not self.val_fraction:
-            return examples, []
-        if len(examples) == 1:
-            raise SettingsError(
-                f"data.root={self.root} has one picture, so data.val_fraction={self.val_fraction} leaves none to train "
-                "on; set data.val_fraction=0, or give data.val_root."
-            )
-        count = min(max(1, round(self.val_fraction * len(examples))), len(examples) - 1)
-        folder = absolute(self.root)
-
-        def name_hash(example: Example) -> bytes:
-            return hashlib.sha256(example.path.relative_to(folder).as_posix().encode()).digest()
-
-        ranked = sorted(examples, key=name_hash)
-        return sorted(ranked[count:]), sorted(ranked[:count])
 
     @override
     def train_dataloader(self) -> DataLoader:
@@ -239,3 +242,20 @@ class ImageFolderDataModule(LightningDataModule):
         if not len(self.val_set):
             return []
         return DataLoader(self.val_set, batch_size=self.batch_size, num_workers=self.num_workers)
+
+
+def _sources(
+    root: str | None, sources: Sequence[Mapping[str, Any]] | None, captions: Mapping[str, Any]
+) -> list[Source]:
+    if (root is None) == (sources is None):
+        raise SettingsError(f"data.root={root} and data.sources={sources} are two ways of one thing; give one of them.")
+    if sources is None:
+        return [Source(str(root), **captions)]
+    if not sources:
+        raise SettingsError("data.sources=[] names no folder; give [{root: …, weight: …}, …].")
+    try:
+        return [Source(**{**captions, **one, "key": f"data.sources[{k}].root"}) for k, one in enumerate(sources)]
+    except TypeError as error:
+        raise SettingsError(
+            f"data.sources={list(sources)} cannot be used ({error}); each names root and weight."
+        ) from error

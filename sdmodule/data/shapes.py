@@ -44,7 +44,7 @@ class ShapesDataset(Dataset[CaptionedImage]):
         collages: share of pictures without a caption that show anything but the grammar's shapes; for autoencoders.
     """
 
-    center_crop, random_flip = True, False
+    center_crop, random_flip, fixed_captions = True, False, True
 
     def __init__(
         self, length: int, seed: int = 0, size: int = 64, two_objects: float = 0.4, collages: float = 0.0
