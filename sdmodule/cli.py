@@ -38,6 +38,7 @@ def train(cfg: DictConfig) -> None:
     """Fine-tune a model: data, callbacks, loggers, trainer, model, fit."""
     from lightning import seed_everything
 
+    from sdmodule.callbacks.cache import Cache
     from sdmodule.resume import find_checkpoint
 
     output_dir = choose_output(cfg)
@@ -48,6 +49,9 @@ def train(cfg: DictConfig) -> None:
     seed_everything(cfg.seed, workers=True, verbose=False)
     model = instantiate(cfg.model)
     model.setup("fit")  # as is a model that cannot be trained like this, before anything is written
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Cache):
+            callback.check(data, model)
     write_config(cfg, output_dir)
     config = redacted(OmegaConf.to_container(cfg, resolve=True))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -79,6 +83,8 @@ def predict(cfg: DictConfig) -> None:
 def build_trainer(cfg: DictConfig) -> Trainer:
     """Build callbacks and loggers, and the trainer that has them; an entry that is null is left out."""
     callbacks = [callback for callback in instantiate(cfg.callbacks).values() if callback is not None]
+    if cfg.get("cache"):
+        callbacks.append(instantiate(cfg.cache))
     loggers = [logger for logger in instantiate(cfg.logger).values() if logger is not None]
     return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, Self
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor
+from diffusers.utils.torch_utils import randn_tensor
 from lightning import LightningModule
 from torch import Tensor
 from typing_extensions import override
@@ -26,6 +27,7 @@ from sdmodule.conditioning.canvas import InpaintSettings
 from sdmodule.conditioning.inpaint import convert_to_inpaint, inpaints, mask_channels, masked
 from sdmodule.conditioning.random_masks import draw_masks
 from sdmodule.conditioning.text import encode_prompts
+from sdmodule.data.cached import CachedEmbeddings
 from sdmodule.diffusion.objective import add_noise, draw_timesteps, target, weighted_mean
 from sdmodule.errors import SettingsError, choices
 from sdmodule.modes import evaluating
@@ -40,6 +42,9 @@ from sdmodule.settings import SamplingSettings
 from sdmodule.tome.settings import TokenMerging
 
 UNCHANGED = InpaintSettings()
+
+Draws = torch.Generator | list[torch.Generator]
+"""Source of random numbers: one for a whole batch, or one for each of its examples."""
 
 VALIDATION_TIMESTEPS = 4
 """Noise levels, spread evenly over the schedule, at which each validation picture is tried."""
@@ -138,6 +143,7 @@ class StableDiffusionModule(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.seed = seed
         self.on_step: Callable[[int, Tensor], None] | None = None  # told of every denoising step of ``predict_step``
+        self.cached_embeddings: CachedEmbeddings | None = None  # set by the cache while a training goes on
         self.strict_loading = False  # checkpoints hold the trained weights alone
         if compile:
             compile_blocks(self.unet)
@@ -170,14 +176,16 @@ class StableDiffusionModule(LightningModule):
 
     @override
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        generator = self._generator(self.global_step, batch_idx, self.global_rank)
-        latents = self.encode_images(batch, generator)
-        timesteps = draw_timesteps(len(latents), len(self.alphas_cumprod), generator, self.timestep_shift)
+        generators = self._generators(len(batch["caption"]), batch_idx)
+        latents = self.encode_images(batch, generators)
+        total = len(self.alphas_cumprod)
+        timesteps = torch.cat([draw_timesteps(1, total, each, self.timestep_shift) for each in generators])
         captions = [
-            "" if torch.rand((), generator=generator) < self.caption_dropout else text for text in batch["caption"]
+            "" if torch.rand((), generator=each) < self.caption_dropout else text
+            for each, text in zip(generators, batch["caption"], strict=True)
         ]
-        channels = self.mask_channels(batch, generator, self.whole_masks) if self.task == INPAINT else None
-        noise = self.objective.draw_noise(latents, generator)
+        channels = self.mask_channels(batch, generators, self.whole_masks) if self.task == INPAINT else None
+        noise = self.objective.draw_noise(latents, generators)
         errors = self.denoising_errors(latents, noise, timesteps.to(self.device), captions, channels, self.objective)
         loss = weighted_mean(errors, self.weights_of_places(batch, errors, channels))
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(latents))
@@ -227,7 +235,7 @@ class StableDiffusionModule(LightningModule):
             )
         return weights * F.interpolate(batch["mask"].to(weights), size=errors.shape[-2:], mode="area")
 
-    def mask_channels(self, batch: Mapping[str, Any], generator: torch.Generator, whole: float) -> Tensor:
+    def mask_channels(self, batch: Mapping[str, Any], generator: Draws, whole: float) -> Tensor:
         """The mask of each picture and the latents of what it leaves, ``[B, 5, h, w]``.
 
         Masks are the batch's own, ``mask`` ``[B, 1, H, W]``, or else drawn, a share ``whole`` of them of everything.
@@ -245,15 +253,17 @@ class StableDiffusionModule(LightningModule):
         posterior = self.vae.encode(image.to(self.vae.dtype)).latent_dist
         return torch.cat([posterior.mean, posterior.std], dim=1).float()
 
-    def encode_images(self, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+    def encode_images(self, batch: Mapping[str, Any], generator: Draws) -> Tensor:
         """Latents of a batch, ``[B, 4, h, w]``, drawn anew each time from its moments, cached or computed."""
         moments = batch["moments"].float() if "moments" in batch else self.encode_moments(batch["image"])
         mean, deviation = moments.chunk(2, dim=1)
-        noise = torch.randn(mean.shape, generator=generator).to(mean)
+        noise = randn_tensor(mean.shape, generator=generator).to(mean)
         return (mean + deviation * noise) * self.vae.config.scaling_factor
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """What the UNet is told of prompts: ``[B, chunks * 77, D]``."""
+        """What the UNet is told of prompts: ``[B, chunks * 77, D]``, cached or computed."""
+        if self.cached_embeddings is not None and all(prompt in self.cached_embeddings for prompt in prompts):
+            return self.cached_embeddings(prompts).to(self.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_text_encoder):
             return encode_prompts(prompts, self.parts.tokenizer, self.text_encoder)
 
@@ -292,6 +302,18 @@ class StableDiffusionModule(LightningModule):
         if self.lr_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
+
+    def _generators(self, count: int, batch_idx: int) -> list[torch.Generator]:
+        """A generator for each example of a batch, by its place among all that the optimizer's step is made of.
+
+        So the draws are the same however a step's examples are spread over devices and accumulated batches.
+        """
+        rank, devices, accumulated = 0, 1, 1
+        if self._trainer:
+            rank, devices = self.global_rank, self.trainer.world_size
+            accumulated = self.trainer.accumulate_grad_batches
+        first = batch_idx % accumulated * count
+        return [self._generator(self.global_step, (first + k) * devices + rank) for k in range(count)]
 
     def _generator(self, *position: int) -> torch.Generator:
         """A generator for one place in the training: what is drawn there does not depend on what came before."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from sdmodule.diffusion.objective import PREDICTION_TYPES, pseudo_huber
@@ -85,14 +86,19 @@ class Objective:
             )
         return changes
 
-    def draw_noise(self, latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Noise to be predicted and noise to be seen, both ``[B, C, h, w]``; the same unless the input is perturbed."""
-        noise = torch.randn(latents.shape, generator=generator)
+    def draw_noise(self, latents: Tensor, generator: torch.Generator | list[torch.Generator]) -> tuple[Tensor, Tensor]:
+        """Noise to be predicted and noise to be seen, both ``[B, C, h, w]``; the same unless the input is perturbed.
+
+        Args:
+            latents: of the pictures, of that shape.
+            generator: source of the noise, one for all examples or one for each.
+        """
+        noise = randn_tensor(latents.shape, generator=generator)
         if self.noise_offset:
-            noise = noise + self.noise_offset * torch.randn((*latents.shape[:2], 1, 1), generator=generator)
+            noise = noise + self.noise_offset * randn_tensor((*latents.shape[:2], 1, 1), generator=generator)
         if not self.input_perturbation:
             return noise.to(latents), noise.to(latents)
-        more = torch.randn(latents.shape, generator=generator)
+        more = randn_tensor(latents.shape, generator=generator)
         return noise.to(latents), (noise + self.input_perturbation * more).to(latents)
 
     def errors(

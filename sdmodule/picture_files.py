@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
@@ -24,3 +24,15 @@ def open_upright(path: Path) -> Image.Image:
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     return image
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """Width and height of a picture once it is upright; its pixels are not read.
+
+    Raises:
+        Exception: of many kinds, as `open_upright` does.
+    """
+    with Image.open(path, formats=FORMATS) as file:
+        width, height = file.size
+        sideways = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return (height, width) if sideways else (width, height)

@@ -1,4 +1,4 @@
-"""Progress bars, where somebody can see them."""
+"""Progress bars, where somebody can see them, and lines where output is no terminal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,3 +21,26 @@ def steps_bar(total: int, show: bool = True) -> Iterator[Callable[[int, Tensor],
             bar.update(done - bar.n)
 
         yield on_step
+
+
+@contextmanager
+def counting(total: int, what: str) -> Iterator[Callable[[int], None]]:
+    """Show how far a long work is; yields what to call with the number of things just done.
+
+    A bar in a terminal; elsewhere a line at the start and at each tenth. The first device shows its own share.
+    """
+    first = getattr(rank_zero_only, "rank", 0) == 0
+    visible = first and sys.stderr.isatty()
+    done = 0
+    if first and not visible:
+        print(f"{what}: {total:,}", flush=True)
+    with tqdm(total=total, desc=what, leave=False, disable=not visible) as bar:
+
+        def on_done(count: int) -> None:
+            nonlocal done
+            before, done = done, done + count
+            bar.update(count)
+            if first and not visible and done * 10 // total > before * 10 // total:
+                print(f"{what}: {done:,} of {total:,}", flush=True)
+
+        yield on_done

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from sdmodule import StableDiffusionModule
+from sdmodule.callbacks.cache import Cache
 from sdmodule.cli import build_trainer, instantiate
 from sdmodule.components import ASSETS
 from sdmodule.errors import SettingsError
@@ -55,13 +56,14 @@ def test_a_command_builds_with_its_defaults(command, checkpoint, tmp_path):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_configuration_reads_from_what_people_set_to_what_is_built(command):
     """The order in which ``--cfg job`` prints it, and nothing in it that is not explained or unknown."""
-    groups = ["model", "data", "tome", "sampler", "trainer", "logger", "callbacks"]
+    groups = ["model", "data", "cache", "tome", "sampler", "trainer", "logger", "callbacks"]
     keys = list(configuration(command))
     if command == "predict":
+        groups.remove("cache")
         assert keys[:4] == ["prompt", "prompts", "negative_prompt", "image"]
     else:
         assert keys[0] == "pretrained"
-        groups.insert(2, "objective")
+        groups.insert(3, "objective")
     assert keys[-len(groups) :] == groups
     for path in CONF.rglob("*.yaml"):
         lines = path.read_text().splitlines()
@@ -85,7 +87,8 @@ def test_objectives(name, checkpoint):
 @pytest.mark.parametrize("name", options("data"))
 def test_data(name):
     command = "predict" if name == "prompts" else "train"
-    cfg = configuration(command, f"data={name}", given=[] if name == "shapes" else COMMANDS[command])
+    given = {"shapes": [], "mixed": ["data.sources=[{root: photos}]"]}.get(name, COMMANDS[command])
+    cfg = configuration(command, f"data={name}", given=given)
     assert isinstance(instantiate(cfg.data), LightningDataModule)
 
 
@@ -144,6 +147,13 @@ def test_callbacks(name):
     command = "predict" if name in {"predictions", "timing", "images", "page"} else "train"
     callbacks = instantiate(configuration(command, f"callbacks=[{name}]").callbacks)
     assert callbacks and all(isinstance(callback, Callback) for callback in callbacks.values())
+
+
+@pytest.mark.parametrize(("name", "what"), [("none", None), ("latents", "latents"), ("all", "all")])
+def test_caches(name, what):
+    assert options("cache") == ["all", "latents", "none"]
+    caches = [c for c in build_trainer(configuration("train", f"cache={name}")).callbacks if isinstance(c, Cache)]
+    assert [cache.what for cache in caches] == ([what] if what else [])
 
 
 def test_every_experiment_is_tested():

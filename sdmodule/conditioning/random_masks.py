@@ -17,17 +17,20 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 
-def draw_masks(count: int, size: Sequence[int], whole: float, generator: torch.Generator) -> Tensor:
+def draw_masks(
+    count: int, size: Sequence[int], whole: float, generator: torch.Generator | list[torch.Generator]
+) -> Tensor:
     """Draw masks ``[count, 1, H, W]``, 1 where the picture is repainted and 0 where it stays.
 
     Args:
         count: how many.
         size: height and width in pixels.
         whole: share of masks that cover the whole picture.
-        generator: source of the draw; mask k does not depend on ``count``.
+        generator: source of the draw, one for all masks or one for each; mask k does not depend on ``count``.
     """
     height, width = size
-    seeds = [int(torch.randint(2**62, (), generator=generator)) for _ in range(count)]
+    each = generator if isinstance(generator, list) else [generator] * count
+    seeds = [int(torch.randint(2**62, (), generator=source)) for source in each]
     masks = [draw_mask(random.Random(seed), height, width, whole) for seed in seeds]
     return torch.from_numpy(np.stack([np.asarray(mask) for mask in masks]))[:, None] / 255
 

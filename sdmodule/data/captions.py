@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,12 +16,33 @@ from sdmodule.errors import SettingsError, choices
 from sdmodule.picture_files import SUFFIXES
 
 
+class CaptionStyle(NamedTuple):
+    """What becomes of a caption in training: its tags, the parts between commas, are shuffled and it is put in a text.
+
+    The first ``keep_tags`` tags stay where they are; ``{}`` in the template is the caption's place.
+    """
+
+    template: str | None = None
+    shuffle_tags: bool = False
+    keep_tags: int = 0
+
+    def text(self, caption: str, rng: random.Random | None) -> str:
+        """The caption in this style; tags stay in order where there is no ``rng``."""
+        if self.shuffle_tags and rng is not None:
+            tags = [tag.strip() for tag in caption.split(",")]
+            first, others = tags[: self.keep_tags], tags[self.keep_tags :]
+            rng.shuffle(others)
+            caption = ", ".join(first + others)
+        return caption if self.template is None else self.template.replace("{}", caption)
+
+
 class Example(NamedTuple):
     """A picture's file, its caption and, where inpainting has one of its own, its mask's file."""
 
     path: Path
     caption: str
     mask: Path | None = None
+    style: CaptionStyle = CaptionStyle()
 
 
 def find_examples(root: str | Path, key: str = "data.root") -> list[Example]:

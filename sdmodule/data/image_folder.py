@@ -2,99 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image, ImageOps
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from sdmodule.data.captions import Example, absolute, find_examples, some
-from sdmodule.data.shapes import CaptionedImage
+from sdmodule.data.buckets import Size, bucket_sizes, nearest_bucket
+from sdmodule.data.captions import Example
+from sdmodule.data.fingerprints import file_fingerprint
+from sdmodule.data.readable import load_mask, load_rgb
+from sdmodule.data.shapes import CaptionedImage, View
 from sdmodule.data.shuffle import training_loader
-from sdmodule.errors import SettingsError, choices
-from sdmodule.picture_files import FORMATS, SUFFIXES, open_upright
+from sdmodule.data.sources import Source, mixed
+from sdmodule.errors import SettingsError
+from sdmodule.picture_files import upright_size
 from sdmodule.pictures import image_to_tensor
-
-
-def keep_readable(examples: Sequence[Example], folder: Path, skip_bad: bool, key: str = "data.root") -> list[Example]:
-    """Check the header of every picture; a file that PIL cannot read as a picture is an error, or is skipped.
-
-    Args:
-        examples: pictures of one folder.
-        folder: that folder.
-        skip_bad: leave the bad ones out with one warning that counts and names them.
-        key: the setting that gave the folder, for the messages.
-
-    Raises:
-        SettingsError: if a picture is bad and ``skip_bad`` is false, or if none is good.
-    """
-    paths = dict.fromkeys(path for example in examples for path in (example.path, example.mask) if path is not None)
-    problems = {path: problem for path in paths if (problem := _problem(path))}
-    if not problems:
-        return list(examples)
-    bad = list(problems)
-    if not skip_bad:
-        raise SettingsError(
-            f"{key}={folder} has {len(bad)} files that are no readable pictures: {some(bad, folder)} "
-            f"({problems[bad[0]]}); replace them, or set data.skip_bad=true to leave them out."
-        )
-    good = [example for example in examples if not {example.path, example.mask} & problems.keys()]
-    if not good:
-        raise SettingsError(f"{key}={folder} has no readable picture left after skipping {some(bad, folder)}.")
-    rank_zero_warn(f"{key}: skipped {len(bad)} unreadable pictures: {some(bad, folder, limit=20)}.")
-    return good
-
-
-def _problem(path: Path) -> str | None:
-    """Say what is wrong with a picture's file, as far as its header and checksums tell."""
-    if path.suffix.lower() not in SUFFIXES:
-        return f"{path.suffix or 'no suffix'} is none of {choices(SUFFIXES)}"
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.mode == "F":
-                return "floating-point pixels have no fixed range"
-            image.verify()
-    except Exception as error:  # PIL's plugins let many kinds through: OSError, SyntaxError, struct.error, bomb errors
-        return str(error)
-    return None
-
-
-def load_rgb(path: Path) -> Image.Image:
-    """Read a picture as 8-bit RGB: upright, transparent parts on white, 16 bits scaled to 8, the first frame only.
-
-    Raises:
-        SettingsError: if its pixels cannot be decoded, or are more than PIL's limit.
-    """
-    try:
-        image = open_upright(path)
-    except Exception as error:
-        raise SettingsError(f"data: {path} cannot be decoded ({error}); replace or remove it.") from error
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def load_mask(path: Path, picture: Path, size: tuple[int, int]) -> Image.Image:
-    """Read the mask of a picture of ``size`` as 8-bit grey.
-
-    Raises:
-        SettingsError: if its pixels cannot be decoded, or it has another size.
-    """
-    mask = load_rgb(path).convert("L")
-    if mask.size != size:
-        raise SettingsError(
-            f"data: the mask {path} is of {mask.width}x{mask.height} pixels and {picture} of {size[0]}x{size[1]}; "
-            "give a mask of the picture's size."
-        )
-    return mask
 
 
 class ImageFolderDataset(Dataset[CaptionedImage]):
@@ -108,6 +38,8 @@ class ImageFolderDataset(Dataset[CaptionedImage]):
         center_crop: crop the middle instead of a random part.
         random_flip: mirror half of the pictures.
         seed: names the sequence of crops and flips.
+        buckets: give each picture, instead of ``size``, the size of `bucket_sizes` that is most like its shape.
+        shuffle_tags: shuffle the tags of captions whose style asks for it.
     """
 
     def __init__(
@@ -117,12 +49,19 @@ class ImageFolderDataset(Dataset[CaptionedImage]):
         center_crop: bool = True,
         random_flip: bool = False,
         seed: int = 0,
+        buckets: bool = False,
+        shuffle_tags: bool = False,
     ) -> None:
         self.examples = examples
+        self.shuffle_tags = shuffle_tags
         self.size = size
         self.center_crop = center_crop
         self.random_flip = random_flip
         self.seed = seed
+        self.sizes: list[Size] | None = None
+        if buckets:
+            allowed = bucket_sizes(size)
+            self.sizes = [nearest_bucket(*upright_size(example.path), allowed) for example in examples]
         # shared, so that persistent workers see a new epoch
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
@@ -133,30 +72,64 @@ class ImageFolderDataset(Dataset[CaptionedImage]):
     def __len__(self) -> int:
         return len(self.examples)
 
-    @override
-    def __getitem__(self, index: int) -> CaptionedImage:
-        rng = random.Random(f"{self.seed}/{int(self._epoch)}/{index}")
-        path, caption, mask = self.examples[index]
+    def size_of(self, index: int) -> tuple[int, int]:
+        """Height and width that a picture is shown in."""
+        return self.sizes[index] if self.sizes else self.size
+
+    def groups(self) -> dict[Size, list[int]] | None:
+        """Indices of the pictures of each size, where sizes differ."""
+        if self.sizes is None:
+            return None
+        groups: dict[Size, list[int]] = {size: [] for size in sorted(set(self.sizes))}
+        for index, size in enumerate(self.sizes):
+            groups[size].append(index)
+        return groups
+
+    def content(self, index: int) -> str:
+        """Names what a picture shows, by the bytes of its file."""
+        return file_fingerprint(self.examples[index].path)
+
+    def caption(self, index: int) -> str:
+        """What a picture is said to show in this epoch."""
+        example = self.examples[index]
+        return example.style.text(example.caption, self._random(index, "tags") if self.shuffle_tags else None)
+
+    @property
+    def fixed_captions(self) -> bool:
+        """Whether a picture has the same caption each time."""
+        return not (self.shuffle_tags and any(example.style.shuffle_tags for example in self.examples))
+
+    def _random(self, *what: object) -> random.Random:
+        return random.Random("/".join(map(str, (self.seed, int(self._epoch), *what))))
+
+    def view(self, index: int) -> View:
+        """How a picture is shown in this epoch."""
+        rng = self._random(index)
+        x, y = (0.5, 0.5) if self.center_crop else (rng.random(), rng.random())
+        return View(x, y, mirrored=self.random_flip and rng.random() < 0.5)
+
+    def seen(self, index: int, view: View) -> dict[str, Tensor]:
+        """A picture as it is shown, ``image`` ``[3, H, W]``, and its ``mask`` ``[1, H, W]`` if it has one."""
+        path, _, mask, _ = self.examples[index]
         image = load_rgb(path)
-        height, width = self.size
+        height, width = self.size_of(index)
         scale = max(width / image.width, height / image.height)
         covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
-        x, y = (0.5, 0.5) if self.center_crop else (rng.random(), rng.random())
-        left, top = round(x * (covering[0] - width)), round(y * (covering[1] - height))
-        flip = self.random_flip and rng.random() < 0.5
+        left, top = round(view.x * (covering[0] - width)), round(view.y * (covering[1] - height))
 
-        def seen(picture: Image.Image, resampling: Image.Resampling) -> Image.Image:
+        def shown(picture: Image.Image, resampling: Image.Resampling) -> Image.Image:
             part = picture.resize(covering, resampling).crop((left, top, left + width, top + height))
-            return ImageOps.mirror(part) if flip else part
+            return ImageOps.mirror(part) if view.mirrored else part
 
-        example: CaptionedImage = {
-            "image": image_to_tensor(seen(image, Image.Resampling.BICUBIC)),
-            "caption": caption,
-        }
+        example = {"image": image_to_tensor(shown(image, Image.Resampling.BICUBIC))}
         if mask is not None:
-            hole = np.asarray(seen(load_mask(mask, path, image.size), Image.Resampling.NEAREST))
+            hole = np.asarray(shown(load_mask(mask, path, image.size), Image.Resampling.NEAREST))
             example["mask"] = torch.from_numpy((hole > 127).astype(np.float32))[None]
         return example
+
+    @override
+    def __getitem__(self, index: int) -> CaptionedImage:
+        return cast(CaptionedImage, {**self.seen(index, self.view(index)), "caption": self.caption(index)})
 
 
 class ImageFolderDataModule(LightningDataModule):
@@ -175,9 +148,16 @@ class ImageFolderDataModule(LightningDataModule):
             0 validates on none.
         center_crop: crop the middle; otherwise training crops a random part.
         random_flip: mirror half of the pictures in training.
+        buckets: train on each picture in the size, of about the same area, that is most like its shape; a batch is of
+            one size. Validation crops to ``resolution`` all the same.
         skip_bad: leave files that are no pictures out with a warning, instead of an error.
         num_workers: processes that read pictures; 0 reads in the training process.
-        seed: names the order, the crops and the flips.
+        seed: names the order, the crops, the flips and the shuffling of tags.
+        template: a text that captions are put into, in the place of ``{}``.
+        shuffle_tags: put the parts of captions between commas in another order each time, in training.
+        keep_tags: how many of the first parts stay where they are.
+        sources: several folders instead of ``root``, each with the settings of `Source`; those of captions that one
+            does not name are the ones above.
 
     Raises:
         SettingsError: for a setting out of range; in `setup`, for a folder that cannot be used.
@@ -185,18 +165,25 @@ class ImageFolderDataModule(LightningDataModule):
 
     def __init__(
         self,
-        root: str,
+        root: str | None,
         resolution: int | Sequence[int] = 64,
         batch_size: int = 4,
         val_root: str | None = None,
         val_fraction: float = 0.05,
         center_crop: bool = True,
         random_flip: bool = False,
+        buckets: bool = False,
         skip_bad: bool = False,
         num_workers: int = 0,
         seed: int = 0,
+        template: str | None = None,
+        shuffle_tags: bool = False,
+        keep_tags: int = 0,
+        sources: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
+        captions = {"template": template, "shuffle_tags": shuffle_tags, "keep_tags": keep_tags}
+        self.sources = _sources(root, sources, captions)
         size = tuple(resolution) if isinstance(resolution, Sequence) else (resolution, resolution)
         if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
             raise SettingsError(f"data.resolution={resolution} is no size; give a whole number or [height, width].")
@@ -206,56 +193,48 @@ class ImageFolderDataModule(LightningDataModule):
             raise SettingsError(f"data.num_workers={num_workers} is negative; give 0 or more.")
         if not 0 <= val_fraction < 1:
             raise SettingsError(f"data.val_fraction={val_fraction} is out of range; give 0 or more and less than 1.")
-        self.root = root
         self.size = (size[0], size[1])
         self.batch_size = batch_size
         self.val_root = val_root
         self.val_fraction = val_fraction
         self.center_crop = center_crop
         self.random_flip = random_flip
+        self.buckets = buckets
         self.skip_bad = skip_bad
         self.num_workers = num_workers
         self.seed = seed
         self.train_set: ImageFolderDataset | None = None
         self.val_set: ImageFolderDataset | None = None
+        self._groups: dict[Size, list[int]] | None = None
 
     @override
     def setup(self, stage: str | None = None) -> None:
         if self.train_set is not None:
             return
-        train = self._examples(self.root, "data.root")
+        found = [source.examples(self.skip_bad) for source in self.sources]
         if self.val_root is not None:
-            val = self._examples(self.val_root, "data.val_root")
+            val = Source(self.val_root, key="data.val_root").examples(self.skip_bad)
         else:
-            train, val = self._split(train)
-        self.train_set = ImageFolderDataset(train, self.size, self.center_crop, self.random_flip, self.seed)
+            parts = [source.split(own, self.val_fraction) for source, own in zip(self.sources, found, strict=True)]
+            found, val = [train for train, _ in parts], [example for _, val in parts for example in val]
+        train = mixed(found, [source.weight for source in self.sources])
+        self.train_set = ImageFolderDataset(
+            train, self.size, self.center_crop, self.random_flip, self.seed, self.buckets, shuffle_tags=True
+        )
+        self._groups = self.train_set.groups()
         self.val_set = ImageFolderDataset(val, self.size)
-
-    def _examples(self, root: str, key: str) -> list[Example]:
-        return keep_readable(find_examples(root, key), absolute(root), self.skip_bad, key)
-
-    def _split(self, examples: list[Example]) -> tuple[list[Example], list[Example]]:
-        """Part the pictures by a hash of their names: adding some to the folder moves few of the others."""
-        if not self.val_fraction:
-            return examples, []
-        if len(examples) == 1:
-            raise SettingsError(
-                f"data.root={self.root} has one picture, so data.val_fraction={self.val_fraction} leaves none to train "
-                "on; set data.val_fraction=0, or give data.val_root."
-            )
-        count = min(max(1, round(self.val_fraction * len(examples))), len(examples) - 1)
-        folder = absolute(self.root)
-
-        def name_hash(example: Example) -> bytes:
-            return hashlib.sha256(example.path.relative_to(folder).as_posix().encode()).digest()
-
-        ranked = sorted(examples, key=name_hash)
-        return sorted(ranked[count:]), sorted(ranked[:count])
 
     @override
     def train_dataloader(self) -> DataLoader:
         assert self.train_set is not None
-        return training_loader(self.train_set, self.batch_size, self.seed, self.num_workers, self.trainer)
+        together = self.batch_size * (self.trainer.world_size if self.trainer else 1)
+        if small := [f"{len(g)} of {h}x{w}" for (h, w), g in (self._groups or {}).items() if len(g) < together]:
+            rank_zero_warn(
+                f"data.buckets: {', '.join(small)} pixels (height x width) are fewer than the {together} pictures of a "
+                "batch, so an epoch shows them more than once; a smaller data.batch_size changes that."
+            )
+        groups = None if self._groups is None else list(self._groups.values())
+        return training_loader(self.train_set, self.batch_size, self.seed, self.num_workers, self.trainer, groups)
 
     @override
     def val_dataloader(self) -> DataLoader | Iterable:
@@ -263,3 +242,20 @@ class ImageFolderDataModule(LightningDataModule):
         if not len(self.val_set):
             return []
         return DataLoader(self.val_set, batch_size=self.batch_size, num_workers=self.num_workers)
+
+
+def _sources(
+    root: str | None, sources: Sequence[Mapping[str, Any]] | None, captions: Mapping[str, Any]
+) -> list[Source]:
+    if (root is None) == (sources is None):
+        raise SettingsError(f"data.root={root} and data.sources={sources} are two ways of one thing; give one of them.")
+    if sources is None:
+        return [Source(str(root), **captions)]
+    if not sources:
+        raise SettingsError("data.sources=[] names no folder; give [{root: …, weight: …}, …].")
+    try:
+        return [Source(**{**captions, **one, "key": f"data.sources[{k}].root"}) for k, one in enumerate(sources)]
+    except TypeError as error:
+        raise SettingsError(
+            f"data.sources={list(sources)} cannot be used ({error}); each names root and weight."
+        ) from error

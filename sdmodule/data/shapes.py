@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import NotRequired, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict, cast
 
 import torch
 from lightning import LightningDataModule
@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from sdmodule.data.scenes import caption, render, render_collage, sample_scene
+from sdmodule.data.scenes import Scene, caption, render, render_collage, sample_scene
 from sdmodule.data.shuffle import training_loader
 from sdmodule.pictures import image_to_tensor
+from sdmodule.version import __version__
 
 
 class CaptionedImage(TypedDict):
@@ -22,6 +23,14 @@ class CaptionedImage(TypedDict):
     image: Tensor
     caption: str
     mask: NotRequired[Tensor]
+
+
+class View(NamedTuple):
+    """How a picture is shown: which part of it is cut out, from 0 to 1 each way, and whether it is mirrored."""
+
+    x: float = 0.5
+    y: float = 0.5
+    mirrored: bool = False
 
 
 class ShapesDataset(Dataset[CaptionedImage]):
@@ -35,6 +44,8 @@ class ShapesDataset(Dataset[CaptionedImage]):
         collages: share of pictures without a caption that show anything but the grammar's shapes; for autoencoders.
     """
 
+    center_crop, random_flip, fixed_captions = True, False, True
+
     def __init__(
         self, length: int, seed: int = 0, size: int = 64, two_objects: float = 0.4, collages: float = 0.0
     ) -> None:
@@ -47,13 +58,36 @@ class ShapesDataset(Dataset[CaptionedImage]):
     def __len__(self) -> int:
         return self.length
 
+    def size_of(self, index: int) -> tuple[int, int]:
+        """Height and width of a picture."""
+        return self.size, self.size
+
+    def content(self, index: int) -> str:
+        """Names what a picture shows."""
+        return f"scene {self.seed}/{index} {self.two_objects} {self.collages} of sdmodule {__version__}"
+
+    def view(self, index: int) -> View:
+        """How a picture is shown: always in the same way."""
+        return View()
+
+    def _scene(self, index: int) -> tuple[random.Random, Scene | None]:
+        """The scene that a picture shows; none for a collage, which is painted with the generator beside it."""
+        rng = random.Random(f"{self.seed}/{index}")
+        return rng, None if rng.random() < self.collages else sample_scene(rng, self.two_objects)
+
+    def caption(self, index: int) -> str:
+        """What a picture shows; a collage has no caption."""
+        _, scene = self._scene(index)
+        return caption(scene) if scene else ""
+
+    def seen(self, index: int, view: View) -> dict[str, Tensor]:
+        """A picture, ``image`` ``[3, H, W]``."""
+        rng, scene = self._scene(index)
+        return {"image": image_to_tensor(render(scene, self.size) if scene else render_collage(rng, self.size))}
+
     @override
     def __getitem__(self, index: int) -> CaptionedImage:
-        rng = random.Random(f"{self.seed}/{index}")
-        if rng.random() < self.collages:
-            return {"image": image_to_tensor(render_collage(rng, self.size)), "caption": ""}
-        scene = sample_scene(rng, self.two_objects)
-        return {"image": image_to_tensor(render(scene, self.size)), "caption": caption(scene)}
+        return cast(CaptionedImage, {**self.seen(index, self.view(index)), "caption": self.caption(index)})
 
 
 class ShapesDataModule(LightningDataModule):

@@ -1,0 +1,94 @@
+"""Tensors on disk under keys, in safetensors files that are only ever added."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sdmodule.data.fingerprints import fingerprint
+from sdmodule.errors import SettingsError
+
+SHARD = 256
+"""Tensors in a file."""
+
+
+class TensorStore:
+    """A folder of tensors, each found by its key.
+
+    A file is written aside and renamed, so that one that is there is whole, and several processes may add at once.
+    Keys are held in memory; tensors are read from their files when asked for.
+
+    Args:
+        folder: where the files are; it is made when something is added.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._files: dict[str, Path] = {}
+        self._open: dict[Path, Any] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look what is there now; a broken file is named and passed over."""
+        for file in sorted(self.folder.glob("*.safetensors")):
+            try:
+                with safe_open(file, framework="pt") as shard:
+                    self._files.update(dict.fromkeys(shard.keys(), file))
+            except (SafetensorError, OSError):
+                rank_zero_warn(f"{file} is broken and is passed over; what it held is made anew.")
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._files
+
+    def __getitem__(self, key: str) -> Tensor:
+        file = self._files[key]
+        if file not in self._open:
+            self._open[file] = safe_open(file, framework="pt")
+        return self._open[file].get_tensor(key)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}  # a process that loads data opens the files itself
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors into a file of their own.
+
+        Raises:
+            SettingsError: if it cannot be written.
+        """
+        file = self.folder / f"{fingerprint(*sorted(tensors))}.safetensors"
+        aside = file.with_suffix(f".{uuid.uuid4().hex}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(
+                {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}, aside
+            )
+            os.replace(aside, file)
+        except (OSError, SafetensorError) as error:
+            aside.unlink(missing_ok=True)
+            raise SettingsError(
+                f"cache.folder: {self.folder} cannot be written ({error}); give a folder with room, or cache=none."
+            ) from error
+        self._files.update(dict.fromkeys(tensors, file))
+        self._open.pop(file, None)
+
+    def fill(self, made: Iterable[Mapping[str, Tensor]]) -> None:
+        """Add tensors as they are made; if making them is interrupted, what is made is kept."""
+        pending: dict[str, Tensor] = {}
+        try:
+            for tensors in made:
+                pending |= tensors
+                if len(pending) >= SHARD:
+                    self.add(pending)
+                    pending = {}
+        finally:
+            if pending:
+                self.add(pending)

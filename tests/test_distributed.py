@@ -1,0 +1,103 @@
+"""A step is the same however its examples are spread: over processes, over accumulated batches, or in one."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sdmodule.data.image_folder import ImageFolderDataModule
+from sdmodule.data.scenes import caption, render, sample_scene
+from sdmodule.module import StableDiffusionModule
+
+ROOT = Path(__file__).parents[1]
+SHAPES = [(40, 40), (64, 32), (32, 64)]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fourteen pictures of three shapes: six squares, five wide and three tall ones."""
+    folder = tmp_path_factory.mktemp("photos")
+    for k in range(14):
+        scene = sample_scene(random.Random(k))
+        shape = SHAPES[0 if k < 6 else 1 if k < 11 else 2]
+        render(scene, 64).resize(shape).save(folder / f"{k:02}.png")
+        (folder / f"{k:02}.txt").write_text(caption(scene))
+    return folder
+
+
+def apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """The largest difference of weights, relative to the size of the weights of the same tensor."""
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in ours)
+
+
+def train(checkpoint: Path, photos: Path, out: Path, *settings: str) -> dict[str, Tensor]:
+    """Ten steps by the command, four pictures of one size a step; returns the UNet's weights."""
+    command = [sys.executable, ROOT / "train.py", f"pretrained={checkpoint}", f"data.root={photos}", "resolution=32"]
+    command += [f"output_dir={out}", "trainer.max_steps=10", "data.val_fraction=0", "data.buckets=true"]
+    command += ["data.random_flip=true", "model.optimizer.lr=1e-4", "callbacks=[export]", "logger=none", *settings]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return load_file(out / "export" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint, photos, tmp_path_factory) -> dict[str, Tensor]:
+    """Ten steps in one process."""
+    return train(checkpoint, photos, tmp_path_factory.mktemp("alone"), "data.batch_size=4")
+
+
+@pytest.mark.parametrize("cache", ["none", "all"])
+def test_two_processes_train_as_one_does(checkpoint, photos, alone, tmp_path, cache):
+    settings = ["trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=2", f"cache={cache}"]
+    if cache == "all":
+        settings.append(f"cache.folder={tmp_path / 'cache'}")
+    weights = train(checkpoint, photos, tmp_path / "out", *settings)
+    before = load_file(checkpoint / "unet" / "diffusion_pytorch_model.safetensors")
+    print(f"{cache}: {apart(weights, alone):.1e} apart, {apart(before, alone):.1e} from the start")
+    assert apart(weights, alone) <= 1e-5 < 1e-2 < apart(before, alone)
+    if cache == "all":
+        assert len(list((tmp_path / "cache").glob("moments-*/*"))) == 2, "each process made a share"
+
+
+def fit(
+    checkpoint: Path, photos: Path, steps: int, *callbacks: Any, resume: Path | None = None, accumulate: int = 1, **data
+) -> dict[str, Tensor]:
+    module = StableDiffusionModule(str(checkpoint), optimizer=lambda weights: torch.optim.AdamW(weights, lr=1e-3))
+    trainer = Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        callbacks=list(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=bool(callbacks),
+        accumulate_grad_batches=accumulate,
+    )
+    settings = {"batch_size": 2, "val_fraction": 0, "center_crop": False, "random_flip": True, **data}
+    trainer.fit(module, ImageFolderDataModule(str(photos), 32, **settings), ckpt_path=resume, weights_only=True)
+    return module.unet.state_dict()
+
+
+def test_accumulated_batches_train_as_one_large_one_does(checkpoint, photos):
+    large, small = (fit(checkpoint, photos, 3, batch_size=4 // n, accumulate=n) for n in (1, 2))
+    assert apart(small, large) <= 1e-5
+
+
+@pytest.mark.parametrize("stop", [3, 8, 11])
+def test_with_buckets_a_stopped_training_ends_where_an_unbroken_one_does(checkpoint, photos, tmp_path, stop):
+    """An epoch is of eight batches: three of squares, three of wide and two of tall pictures."""
+    every_step = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    straight = fit(checkpoint, photos, 12, every_step, buckets=True)
+    resumed = fit(checkpoint, photos, 12, resume=tmp_path / f"step={stop}.ckpt", buckets=True)
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
