@@ -34,7 +34,7 @@ from sdmodule.samples import Samples
 from sdmodule.sampling import check_settings, sample_all
 from sdmodule.schedulers import make_scheduler
 from sdmodule.settings import SamplingSettings
-from sdmodule.tome.settings import TokenMerging
+from sdmodule.tome.settings import choose_merging
 
 UNCHANGED = InpaintSettings()
 
@@ -59,6 +59,7 @@ class StableDiffusionModule(LightningModule):
         task: ``text2image`` or ``inpaint``.
         sampling: how pictures are sampled (steps, guidance and the rest); see ``SamplingSettings``.
         tome: token merging in sampling; see ``TokenMerging``.
+        tomesd_cfg: another name for ``tome``.
         inpaint: how masked pictures are repainted; see ``InpaintSettings``.
         optimizer: takes the trainable parameters and returns the optimizer.
         lr_scheduler: takes the optimizer and returns the schedule of its learning rate, stepped every step.
@@ -84,6 +85,7 @@ class StableDiffusionModule(LightningModule):
         task: str = TEXT2IMAGE,
         sampling: Mapping[str, Any] | None = None,
         tome: Mapping[str, Any] | None = None,
+        tomesd_cfg: Mapping[str, Any] | None = None,
         inpaint: Mapping[str, Any] | None = None,
         optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
         lr_scheduler: Callable[..., Any] | None = None,
@@ -96,7 +98,7 @@ class StableDiffusionModule(LightningModule):
             raise SettingsError(f"model={task} is not known; give one of {choices(TASKS)}.")
         self.task = task
         self.sampling = SamplingSettings(
-            **(sampling or {}), merging=TokenMerging(**(tome or {})), inpaint=InpaintSettings(**(inpaint or {}))
+            **(sampling or {}), merging=choose_merging(tome, tomesd_cfg), inpaint=InpaintSettings(**(inpaint or {}))
         )
         self._check_inpaint(self.sampling.inpaint)
         trained = {"unet", "text_encoder"} if train_text_encoder else {"unet"}

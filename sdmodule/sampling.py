@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,7 +102,8 @@ def check_settings(parts: Components, settings: SamplingSettings) -> None:
     Raises:
         SettingsError: for a size, a scheduler or a number of steps that it does not take.
     """
-    latent_shape(parts, settings)
+    _, *sides = latent_shape(parts, settings)
+    settings.merging.check(parts.unet, (sides[0], sides[1]))
     sampling_scheduler(parts, settings)
 
 
@@ -163,7 +165,12 @@ def sample(
         with watch.stage("encode"):
             repainting = prepare(parts, canvases, noise, shape, sources, whole)
 
+    merging, seeds = settings.merging.for_pictures([r.seed for r in requests], guided)
+    applied = merging.applied(parts.unet, seeds, shape[1:], len(scheduler.timesteps) - skipped)
+    calls = count()
+
     def unet(latents: Tensor, timestep: Tensor) -> Tensor:
+        start_step(next(calls))
         seen = latents if repainting is None else repainting.seen(latents)
         return parts.unet(seen, timestep, encoder_hidden_states=embeddings).sample
 
@@ -174,7 +181,7 @@ def sample(
         guided_prediction = guide(unconditional, conditional, scale)
         return rescale(guided_prediction, conditional, correction) if correction else guided_prediction
 
-    with watch.stage("denoise"), settings.merging.applied(parts.unet, seed=0):
+    with watch.stage("denoise"), applied as start_step:
         if repainting is None:
             noise = draw_latents(shape, sources, like=embeddings) if noise is None else noise.to(embeddings)
             start, keep = noise * scheduler.init_noise_sigma, None
@@ -195,8 +202,8 @@ def sample(
         "width": pictures.shape[-1],
         "model": parts.source,
     }
-    if settings.merging.ratio:
-        facts["tome"] = asdict(settings.merging)
+    if merging.ratio:
+        facts["tome"] = asdict(merging)
     if canvases:
         facts |= {"inpaint": way_to_inpaint(parts), **asdict(settings.inpaint)}
     return Samples(pictures, list(requests), watch.seconds, facts, canvases)
