@@ -61,6 +61,11 @@ def predict(cfg: DictConfig) -> None:
     write_config(cfg, output_dir)
     with finishing(trainer, output_dir), stopping_at_once():
         trainer.predict(model, datamodule=data, return_predictions=False)
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode == RunMode.MULTIRUN and is_first_device():
+        from sdmodule.sweep import add_job
+
+        add_job(output_dir, hydra_config.job.num, hydra_config.overrides.task)
     say(f"Wrote {output_dir / 'grid.png'}")
 
 

@@ -48,16 +48,19 @@ def contact_sheet(images: list[Image.Image], columns: int) -> Image.Image:
     return sheet
 
 
-def captioned_sheet(images: Sequence[Image.Image], captions: Sequence[str], tile: int = 192) -> Image.Image:
-    """Put images side by side, each above its caption, in a sheet about as wide as it is high.
+def captioned_sheet(
+    images: Sequence[Image.Image], captions: Sequence[str], tile: int = 192, columns: int | None = None
+) -> Image.Image:
+    """Put images side by side, each above its caption.
 
     Args:
         images: pictures of any sizes; each is fitted into a square of ``tile`` pixels.
         captions: one line of text each, broken into as many lines as it takes.
         tile: side of a picture's square in pixels.
+        columns: pictures in a row; as many as make the sheet about as wide as it is high if None.
     """
     font = ImageFont.load_default(12)
-    columns = math.ceil(math.sqrt(len(images)))
+    columns = columns or math.ceil(math.sqrt(len(images)))
     wrapped = [_wrapped(caption, font, tile) for caption in captions]
     line = 15
     row_height = tile + line * max(map(len, wrapped)) + 12

@@ -176,6 +176,22 @@ def test_a_sweep_writes_a_folder_a_job(call, checkpoint, tmp_path):
     assert not (ROOT / "multirun.yaml").exists()
 
 
+def test_a_sweep_of_ratios_is_one_table_and_one_sheet(call, checkpoint, tmp_path):
+    settings = ["prompt=a heart", "num_images_per_prompt=2", "steps=2", f"pretrained={checkpoint}"]
+    for _ in range(2):  # a second sweep in the same folder replaces the first
+        out = tmp_path / "out"
+        status, _, complaint = call(predict_main, "-m", "tome.ratio=0,0.5,0.75", *settings, f"output_dir={out}")
+        assert (status, complaint) == (0, "")
+        rows = json.loads((out / "timings.json").read_text())["rows"]
+        assert ["tome.ratio=0", "tome.ratio=0.5", "tome.ratio=0.75"] == [row["overrides"][0] for row in rows]
+        assert all(row["seconds"]["denoise"] > 0 and row["images"] == 2 for row in rows)
+    sheet = pixels(out / "grid.png")
+    assert sheet.shape[1] == 3 * 200 + 8  # a column a ratio
+    tile = np.s_[8:200]
+    assert np.abs(sheet[tile, 8:200] - sheet[tile, 208:400]).max() > 0
+    assert [records(out / str(job))[0].get("tome", {}).get("ratio") for job in range(3)] == [None, 0.5, 0.75]
+
+
 def test_what_is_not_given_is_a_folder_by_date(call, checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SDMODULE_STARTED", "2026-01-02/03-04-05")
