@@ -243,6 +243,7 @@ class StableDiffusionModule(LightningModule):
         seed: int = 0,
         scheduler: str | Mapping[str, Any] | None = None,
         inpaint: Mapping[str, Any] | None = None,
+        tome: Mapping[str, Any] | None = None,
         return_type: Literal["image", "numpy", "tensor"] = "image",
         show_progress: bool = True,
     ) -> dict[str, Any]:
@@ -268,6 +269,7 @@ class StableDiffusionModule(LightningModule):
             seed: picture k is drawn from ``seed + k``.
             scheduler: name or settings of a scheduler.
             inpaint: strength, mask_blur, only_masked and padding; see ``InpaintSettings``.
+            tome: token merging, ``{"ratio": 0}`` for none; see ``TokenMerging``.
             return_type: ``image`` for PIL, ``numpy`` for ``[B, H, W, 3]``, ``tensor`` for ``[B, 3, H, W]``; in [0, 1].
             show_progress: show a bar of the steps, in a terminal.
 
@@ -287,6 +289,7 @@ class StableDiffusionModule(LightningModule):
             eta=eta,
             scheduler=scheduler,
             inpaint=replace(self.sampling.inpaint, **(inpaint or {})),
+            merging=None if tome is None else choose_merging(tome),
         )
         self._check_inpaint(settings.inpaint)
         requests = build_requests(

@@ -44,7 +44,7 @@ def blocks_to_merge(unet: Any, max_downsample: int) -> list[PlacedBlock]:
     """The blocks that a ``max_downsample`` reaches.
 
     Raises:
-        SettingsError: if it reaches none, or one with a norm or position that no block of Stable Diffusion has.
+        SettingsError: if it reaches none, or one with parts that no block of Stable Diffusion has.
     """
     every = transformer_blocks(unet)
     if not every:
@@ -56,10 +56,10 @@ def blocks_to_merge(unet: Any, max_downsample: int) -> list[PlacedBlock]:
             f"tome.max_downsample={max_downsample} merges nothing in this UNet, whose first transformer blocks see "
             f"latents {first} times smaller; give tome.max_downsample={first}."
         )
-    for placed in chosen:
-        if placed.block.norm_type != "layer_norm" or placed.block.pos_embed is not None:
+    for block, _ in chosen:
+        if block.norm_type != "layer_norm" or block.pos_embed is not None or hasattr(block, "fuser"):
             raise SettingsError(
-                f"tome merges blocks with norm_type=layer_norm and no position embedding, and this UNet has "
-                f"norm_type={placed.block.norm_type}; set tome.ratio=0."
+                "tome merges the transformer blocks of Stable Diffusion, and those of this UNet have other norms, "
+                f"positions or boxes (norm_type={block.norm_type}); set tome.ratio=0."
             )
     return chosen

@@ -154,7 +154,7 @@ OFF = TokenMerging(ratio=0.0)
 """No merging."""
 
 
-def choose_merging(tome: Mapping[str, Any] | None, tomesd_cfg: Mapping[str, Any] | None) -> TokenMerging:
+def choose_merging(tome: Mapping[str, Any] | None, tomesd_cfg: Mapping[str, Any] | None = None) -> TokenMerging:
     """Read the settings under either of their names.
 
     Args:

@@ -39,6 +39,14 @@ def test_merging_changes_the_picture_and_the_seed_still_names_it(checkpoint, eng
     assert not torch.equal(first, plain())
 
 
+def test_it_is_on_or_off_for_each_picture(checkpoint):
+    off, on = picture(checkpoint), picture(checkpoint, ratio=0.5)
+    assert torch.equal(off(tome={"ratio": 0.5}), on())
+    assert torch.equal(on(tome={"ratio": 0}), off())
+    with pytest.raises(SettingsError, match=r"to 0\.75"):
+        off(tome={"ratio": 0.9})
+
+
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_picture_is_the_same_alone_and_in_a_batch(checkpoint, engine, guidance):
@@ -134,6 +142,29 @@ def test_lives_with_lora(unet, inputs, engine):
     assert torch.equal(adapted, unet(*inputs).sample)
 
 
+@pytest.mark.parametrize("engine", OURS)
+def test_works_under_autocast(unet, inputs, engine):
+    with torch.no_grad(), TokenMerging(engine=engine).applied(unet):
+        wanted = unet(*inputs).sample
+        with torch.autocast("cpu", torch.bfloat16):
+            found = unet(*inputs).sample
+    assert (found - wanted).norm() < 0.05 * wanted.norm()
+
+
+def test_residuals_of_a_controlnet_give_what_they_give_with_tomesd(unet, inputs):
+    shapes = [(32, 16), (32, 16), (32, 8), (64, 8)]
+    generator = torch.Generator().manual_seed(4)
+    down = [torch.randn(2, channels, side, side, generator=generator) for channels, side in shapes]
+    residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": down[-1]}
+    with torch.no_grad():
+        plain = unet(*inputs).sample
+        with tomesd_applied(unet, seed=3, ratio=0.5):
+            wanted = unet(*inputs, **residuals).sample
+        with TokenMerging().applied(unet, [3]):
+            found = unet(*inputs, **residuals).sample
+    assert torch.allclose(found, wanted, atol=1e-4) and not torch.allclose(found, plain, atol=0.1)
+
+
 def test_lora_gives_what_it_gives_with_tomesd(unet, inputs):
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
     with torch.no_grad():
@@ -206,6 +237,8 @@ def test_what_does_not_fit_the_unet_is_refused_before_anything_is_sampled(engine
     with pytest.raises(SettingsError, match=r"give tome\.max_downsample=2"):
         TokenMerging(engine=engine).check(unet, (16, 16))
     TokenMerging(engine=engine, max_downsample=2).check(unet, (16, 16))
+    with pytest.raises(SettingsError, match=r"those of this UNet have other norms, positions or boxes"):
+        TokenMerging(engine=engine).check(small_unet(attention_type="gated"), (16, 16))
     with pytest.raises(SettingsError, match=r"tome.sy=9 is more than the 8 tokens .* give 1 to 8"):
         TokenMerging(engine=engine, max_downsample=2, sy=9).check(unet, (16, 32))
 
