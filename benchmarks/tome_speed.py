@@ -69,6 +69,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.75], help="shares of the tokens to merge")
     parser.add_argument("--forward-only", action="store_true", help="time calls of the UNet, not whole pictures")
     parser.add_argument("--rounds", type=int, default=3, help="timed calls of the UNet each, with --forward-only")
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu on a shared machine: forwards only"
+    )
     parser.add_argument("--images", type=int, default=PROTOCOL["images"], help="pictures each")
     parser.add_argument("--steps", type=int, default=PROTOCOL["steps"], help="DDIM steps of a picture")
     parser.add_argument("--precision", choices=["bfloat16", "float32", "float16"], default="bfloat16")
@@ -81,6 +84,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     settings = parser.parse_args(arguments)
     if settings.quick:
         settings.ratios, settings.rounds, settings.images, settings.steps = [0.5], 1, 1, 2
+    if settings.clock == "cpu" and not (settings.forward_only and not torch.cuda.is_available()):
+        raise SettingsError("--clock cpu times calls of the UNet on a CPU; add --forward-only, or leave it out.")
     for key in ("rounds", "images", "steps"):
         if getattr(settings, key) < 1:
             raise SettingsError(f"--{key} {getattr(settings, key)} is too small; give 1 or more.")
@@ -96,7 +101,7 @@ def label(variant: Variant, error: float) -> str:
 
 def measure(parts: Components, settings: argparse.Namespace, size: int) -> list[dict[str, Any]]:
     """Run all variants at one size, in turn, and make a row of each."""
-    run: Callable[..., tuple[float, Tensor]] = partial(forward, parts, size=size)
+    run: Callable[..., tuple[float, Tensor]] = partial(forward, parts, size=size, clock=settings.clock)
     rounds = settings.rounds
     if not settings.forward_only:
         run = partial(pictures, parts, size=size, images=settings.images, steps=settings.steps)
@@ -164,7 +169,7 @@ def protocol(parts: Components, settings: argparse.Namespace) -> str:
             "; this processor has no bfloat16 of its own: its matrix products are several times slower than float32"
         )
     if settings.forward_only:
-        return f"one call of the UNet on 2 rows, median of {settings.rounds}; {where}"
+        return f"one call of the UNet on 2 rows, median of {settings.rounds}, {settings.clock} clock; {where}"
     short = [f"{key} {getattr(settings, key)} of {PROTOCOL[key]}" for key in ("images", "steps")
              if getattr(settings, key) < PROTOCOL[key]]  # fmt: skip
     what = f"shortened: {', '.join(short)}" if short else "the published protocol"

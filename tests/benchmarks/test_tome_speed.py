@@ -64,6 +64,7 @@ def test_compiled_variants_have_lines_of_their_own(checkpoint, monkeypatch):
     [
         (["--steps", "0"], "--steps 0 is too small"),
         (["--ratios", "0.9"], r"to 0\.75"),
+        (["--clock", "cpu"], "add --forward-only"),
         (["--engines", "fast"], "Unrecognized arguments: --engines fast"),
     ],
 )
