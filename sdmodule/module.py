@@ -39,7 +39,7 @@ from sdmodule.samples import Samples
 from sdmodule.sampling import check_settings, describe, sample_all
 from sdmodule.schedulers import make_scheduler
 from sdmodule.settings import SamplingSettings
-from sdmodule.tome.settings import TokenMerging
+from sdmodule.tome.settings import choose_merging
 
 UNCHANGED = InpaintSettings()
 
@@ -70,6 +70,7 @@ class StableDiffusionModule(LightningModule):
         hole_weight: for ``inpaint``, how many times the loss in the hole counts that of the same area around it.
         sampling: how pictures are sampled (steps, guidance and the rest); see ``SamplingSettings``.
         tome: token merging in sampling; see ``TokenMerging``.
+        tomesd_cfg: another name for ``tome``.
         inpaint: how masked pictures are repainted; see ``InpaintSettings``.
         optimizer: takes the trainable parameters and returns the optimizer.
         lr_scheduler: takes the optimizer and returns the schedule of its learning rate, stepped every step.
@@ -98,6 +99,7 @@ class StableDiffusionModule(LightningModule):
         hole_weight: float = 1.0,
         sampling: Mapping[str, Any] | None = None,
         tome: Mapping[str, Any] | None = None,
+        tomesd_cfg: Mapping[str, Any] | None = None,
         inpaint: Mapping[str, Any] | None = None,
         optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
         lr_scheduler: Callable[..., Any] | None = None,
@@ -116,7 +118,7 @@ class StableDiffusionModule(LightningModule):
         self.whole_masks = whole_masks
         self.hole_weight = hole_weight
         self.sampling = SamplingSettings(
-            **(sampling or {}), merging=TokenMerging(**(tome or {})), inpaint=InpaintSettings(**(inpaint or {}))
+            **(sampling or {}), merging=choose_merging(tome, tomesd_cfg), inpaint=InpaintSettings(**(inpaint or {}))
         )
         self._check_inpaint(self.sampling.inpaint)
         self.objective = Objective(**(objective or {}))
@@ -346,6 +348,7 @@ class StableDiffusionModule(LightningModule):
         seed: int = 0,
         scheduler: str | Mapping[str, Any] | None = None,
         inpaint: Mapping[str, Any] | None = None,
+        tome: Mapping[str, Any] | None = None,
         return_type: Literal["image", "numpy", "tensor"] = "image",
         show_progress: bool = True,
     ) -> dict[str, Any]:
@@ -371,6 +374,7 @@ class StableDiffusionModule(LightningModule):
             seed: picture k is drawn from ``seed + k``.
             scheduler: name or settings of a scheduler.
             inpaint: strength, mask_blur, only_masked and padding; see ``InpaintSettings``.
+            tome: token merging, ``{"ratio": 0}`` for none; see ``TokenMerging``.
             return_type: ``image`` for PIL, ``numpy`` for ``[B, H, W, 3]``, ``tensor`` for ``[B, 3, H, W]``; in [0, 1].
             show_progress: show a bar of the steps, in a terminal.
 
@@ -390,6 +394,7 @@ class StableDiffusionModule(LightningModule):
             eta=eta,
             scheduler=scheduler,
             inpaint=replace(self.sampling.inpaint, **(inpaint or {})),
+            merging=None if tome is None else choose_merging(tome),
         )
         self._check_inpaint(settings.inpaint)
         requests = build_requests(

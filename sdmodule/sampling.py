@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,7 +84,8 @@ def check_settings(parts: Components, settings: SamplingSettings) -> None:
     Raises:
         SettingsError: for a size, a scheduler or a number of steps that it does not take.
     """
-    latent_shape(parts, settings)
+    _, *sides = latent_shape(parts, settings)
+    settings.merging.check(parts.unet, (sides[0], sides[1]))
     sampling_scheduler(parts, settings)
 
 
@@ -143,7 +145,12 @@ def sample(
         with watch.stage("encode"):
             repainting = prepare(parts, canvases, noise, shape, sources, whole)
 
+    merging, draws = settings.merging.for_pictures([r.seed for r in requests], guided)
+    applied = merging.applied(parts.unet, draws, shape[1:], len(scheduler.timesteps) - skipped)
+    calls = count()
+
     def unet(latents: Tensor, timestep: Tensor) -> Tensor:
+        start_step(next(calls))
         seen = latents if repainting is None else repainting.seen(latents)
         return parts.unet(seen, timestep, encoder_hidden_states=embeddings).sample
 
@@ -159,7 +166,7 @@ def sample(
         if on_step is not None:
             on_step(done, latents)
 
-    with watch.stage("denoise"), settings.merging.applied(parts.unet, seed=0):
+    with watch.stage("denoise"), applied as start_step:
         if repainting is None:
             noise = draw_latents(shape, sources, like=embeddings) if noise is None else noise.to(embeddings)
             start, keep = noise * scheduler.init_noise_sigma, None

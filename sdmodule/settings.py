@@ -8,7 +8,7 @@ from typing import Any
 
 from sdmodule.conditioning.canvas import InpaintSettings
 from sdmodule.errors import SettingsError
-from sdmodule.tome.settings import TokenMerging
+from sdmodule.tome.settings import OFF, TokenMerging
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class SamplingSettings:
     eta: float = 0.0
     height: int | None = None
     width: int | None = None
-    merging: TokenMerging = field(default_factory=TokenMerging)
+    merging: TokenMerging = OFF
     inpaint: InpaintSettings = field(default_factory=InpaintSettings)
 
     def __post_init__(self) -> None:

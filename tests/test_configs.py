@@ -18,6 +18,7 @@ from sdmodule.cli import build_trainer, instantiate
 from sdmodule.components import ASSETS
 from sdmodule.errors import SettingsError
 from sdmodule.schedulers import SHORT_NAMES
+from sdmodule.tome.settings import TokenMerging
 
 CONF = Path(__file__).parents[1] / "conf"
 HAS_GPU = torch.cuda.is_available()
@@ -99,12 +100,23 @@ def test_samplers(command, name, checkpoint):
     assert instantiate(cfg.model).sampling.steps == 50
 
 
-@pytest.mark.parametrize(("name", "ratio"), [("none", 0.0), ("tomesd", 0.5)])
+@pytest.mark.parametrize(("name", "ratio"), [("exact", 0.5), ("none", 0.0), ("tomesd", 0.5), ("window", 0.5)])
 def test_token_merging(name, ratio, checkpoint):
-    assert options("tome") == ["none", "tomesd"]
+    assert name in options("tome")
     cfg = configuration("predict", f"tome={name}", f"pretrained={checkpoint}")
-    assert cfg.tome.ratio == ratio
-    assert isinstance(instantiate(cfg.model), StableDiffusionModule)
+    merging = instantiate(cfg.model).sampling.merging
+    assert (merging.ratio, merging.engine) == (ratio, "exact" if name == "none" else name)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_token_merging_under_its_older_name(command, checkpoint):
+    def merging(*overrides):
+        return instantiate(configuration(command, f"pretrained={checkpoint}", *overrides).model).sampling.merging
+
+    assert merging("tomesd_cfg={ratio: 0.5, merge_mlp: true}") == TokenMerging(ratio=0.5, merge_mlp=True)
+    assert merging("tomesd_cfg=null").ratio == merging("tomesd_cfg={ratio: 0}").ratio == 0
+    with pytest.raises(SettingsError, match="give one of them"):
+        merging("tomesd_cfg={ratio: 0.5}", "tome.ratio=0.5")
 
 
 def test_every_short_name_of_a_scheduler_is_a_sampler():

@@ -1,0 +1,145 @@
+"""What the benchmark of token merging runs: the model, the variants, and one timed run of each kind."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from torch import Tensor
+
+from sdmodule.components import ASSETS, MODELS, Components, load_components, load_part
+from sdmodule.data.scenes import caption, sample_single
+from sdmodule.requests import build_requests
+from sdmodule.sampling import check_settings, sample_all
+from sdmodule.schedulers import make_scheduler
+from sdmodule.settings import SamplingSettings
+from sdmodule.tome.settings import OFF, TokenMerging
+
+BACKEND = "inductor"
+"""What compiles."""
+
+IMAGES_PER_CALL = 5
+WHOLE = {"merge_attn": True, "merge_crossattn": True, "merge_mlp": True}
+ENGINES: dict[str, dict[str, Any]] = {
+    "tomesd": {"engine": "tomesd"},
+    "exact": {"engine": "exact"},
+    "window": {"engine": "window"},
+    "window, whole block": {"engine": "window", **WHOLE},
+}
+"""What is compared; the first is the reference."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of the table: what merges, how much, and whether the transformer blocks are compiled."""
+
+    name: str
+    merging: TokenMerging
+    compiled: bool = False
+
+
+def load(pretrained: str | None, precision: str) -> Components:
+    """The model on the device, in channels_last: that of ``pretrained``, or Stable Diffusion 1.5's, random.
+
+    The random one has the embedded model's tokenizer, since its own is not shipped.
+    """
+    if pretrained:
+        parts = load_components(pretrained)
+    else:
+        torch.manual_seed(0)
+        folder = ASSETS / "configs" / "sd1"
+        made = {name: load_part(name, str(folder), scratch=True) for name in MODELS}
+        parts = Components(
+            **made,
+            tokenizer=load_components("tiny").tokenizer,
+            scheduler=make_scheduler(None, load_part("scheduler", str(folder)).config),
+            source="Stable Diffusion 1.5, random weights",
+        )
+    device, dtype = ("cuda" if torch.cuda.is_available() else "cpu"), getattr(torch, precision)
+    for name in MODELS:
+        getattr(parts, name).eval().requires_grad_(False).to(device, dtype, memory_format=torch.channels_last)
+    return parts
+
+
+def variants(ratios: Sequence[float], max_downsample: int, compiled: bool) -> list[Variant]:
+    """What is measured, unmerged first."""
+    listed = [Variant("none", OFF)]
+    for ratio in ratios:
+        for name, options in ENGINES.items():
+            merging = TokenMerging(ratio=ratio, max_downsample=max_downsample, **options)
+            listed.append(Variant(name, merging))
+    if compiled:
+        listed += [Variant(v.name, v.merging, compiled=True) for v in listed]
+    return listed
+
+
+def compiled_blocks(unet: Any, compiled: bool) -> None:
+    """Compile the transformer blocks, or run them as they are; what was compiled is kept for the next turn."""
+    torch._dynamo.config.recompile_limit = 256
+    blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)] if compiled else []
+    for block in blocks:
+        if getattr(block, "_compiled_call_impl", None) is None:
+            block.compile(dynamic=False, backend=BACKEND)
+    torch.compiler.set_stance("default" if compiled else "force_eager")
+
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+"""Time that passed, or that the processor spent on this process, to which other work on the machine adds little."""
+
+
+def seconds_of(call: Callable[[], Tensor], device: torch.device, clock: str) -> tuple[float, Tensor]:
+    """Time one call, on a GPU until it is through."""
+    start = CLOCKS[clock]()
+    result = call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return CLOCKS[clock]() - start, result
+
+
+@torch.no_grad()
+def forward(parts: Components, variant: Variant, size: int, clock: str = "wall") -> tuple[float, Tensor]:
+    """Time one call of the UNet, and give its output ``[2, 4, h, w]``."""
+    unet, side = parts.unet, size // parts.pixels_per_latent
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, unet.config.in_channels, side, side, generator=generator).repeat(2, 1, 1, 1)
+    text = torch.randn(2, 77, unet.config.cross_attention_dim, generator=generator)
+    latents, text = (x.to(unet.device, unet.dtype) for x in (latents, text))
+    latents = latents.contiguous(memory_format=torch.channels_last)
+    with variant.merging.applied(unet, [0], (side, side)):
+        return seconds_of(lambda: unet(latents, 500, encoder_hidden_states=text).sample, unet.device, clock)
+
+
+def pictures(parts: Components, variant: Variant, size: int, images: int, steps: int) -> tuple[float, Tensor]:
+    """Time the published protocol, from text to decoded pictures, and give the pictures ``[images, 3, H, W]``."""
+    settings = SamplingSettings(scheduler="ddim", steps=steps, height=size, width=size, merging=variant.merging)
+    check_settings(parts, settings)
+    rng, made, seconds = random.Random(0), [], 0.0
+    for first in range(0, images, IMAGES_PER_CALL):
+        prompt = caption(sample_single(rng))
+        requests = build_requests(prompt, num_images_per_prompt=min(IMAGES_PER_CALL, images - first), seed=first)
+        samples = sample_all(parts, requests, settings)
+        seconds += sum(samples.seconds.values())
+        made.append(samples.pictures)
+    return seconds, torch.cat(made)
+
+
+def relative_error(result: Tensor, wanted: Tensor) -> float:
+    """Length of the difference over that of what was wanted (relative L2)."""
+    return float((result.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def psnr(result: Tensor, wanted: Tensor) -> float:
+    """Peak signal-to-noise ratio of pictures in [0, 1], in dB."""
+    return float(-10 * (result.double() - wanted.double()).square().mean().log10())
+
+
+def forward_error(parts: Components, variant: Variant, size: int, unmerged: Variant) -> float:
+    """Relative error of one call of the UNet against the unmerged one."""
+    if variant == unmerged:
+        return 0.0
+    return relative_error(forward(parts, variant, size)[1], forward(parts, unmerged, size)[1])

@@ -1,0 +1,231 @@
+"""Measure token merging: speed beside error, of tomesd and of this package's engines.
+
+By default the published protocol (Bolya and Hoffman 2023, table 1): 512 pixels, 100 pictures in 20 calls of 5 of one
+prompt, 50 DDIM steps, ratios 0.5 and 0.75. ``--forward-only`` times single calls of the UNet instead, on the two halves
+of one guided picture. All variants run in one process, in turn, after a warm-up each; medians are reported.
+
+Example::
+
+    python benchmarks/tome_speed.py --size 512 --forward-only --json tome_speed.json --plot tome_speed.png
+    python benchmarks/tome_speed.py --images 5 --steps 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.line_plot import Line, Panel, draw_panels
+from benchmarks.report import print_table, report, write_json
+from benchmarks.tome_runs import (
+    ENGINES,
+    IMAGES_PER_CALL,
+    Variant,
+    compiled_blocks,
+    forward,
+    forward_error,
+    load,
+    pictures,
+    psnr,
+    relative_error,
+    variants,
+)
+from sdmodule.components import Components
+from sdmodule.errors import SettingsError
+from sdmodule.trainer import computes_bfloat16
+
+PROTOCOL = {"size": 512, "images": 100, "steps": 50}
+"""The published protocol."""
+
+PUBLISHED = {0.5: 542.20 / 427.65, 0.75: 542.20 / 393.05}
+"""Speed-up by tomesd, with seconds on an RTX 3090 in float32, of tomesd's README."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaint is one sentence rather than a usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message[0].upper()}{message[1:]}.")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the options.
+
+    Raises:
+        SettingsError: an option is unknown or a value out of range.
+    """
+    parser = _Parser(description="Measure token merging: speed beside error.", allow_abbrev=False)
+    parser.add_argument("--size", type=int, nargs="+", default=[512], help="pixels: 512, 768, 1024")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.75], help="shares of the tokens to merge")
+    parser.add_argument("--forward-only", action="store_true", help="time calls of the UNet, not whole pictures")
+    parser.add_argument("--rounds", type=int, default=3, help="timed calls of the UNet each, with --forward-only")
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu on a shared machine: forwards only"
+    )
+    parser.add_argument("--images", type=int, default=PROTOCOL["images"], help="pictures each")
+    parser.add_argument("--steps", type=int, default=PROTOCOL["steps"], help="DDIM steps of a picture")
+    parser.add_argument("--precision", choices=["bfloat16", "float32", "float16"], default="bfloat16")
+    parser.add_argument("--compile", action="store_true", help="each variant a second time, its blocks compiled")
+    parser.add_argument("--max-downsample", type=int, default=1, help="of every variant")
+    parser.add_argument("--pretrained", help="a model with weights; otherwise Stable Diffusion 1.5's, random")
+    parser.add_argument("--quick", action="store_true", help="one ratio, one round, one picture of two steps")
+    parser.add_argument("--json", type=Path, help="file to write the results to")
+    parser.add_argument("--plot", type=Path, help="PNG to draw speed-up over ratio and error over speed-up in")
+    settings = parser.parse_args(arguments)
+    if settings.quick:
+        settings.ratios, settings.rounds, settings.images, settings.steps = [0.5], 1, 1, 2
+    if settings.clock == "cpu" and not (settings.forward_only and not torch.cuda.is_available()):
+        raise SettingsError("--clock cpu times calls of the UNet on a CPU; add --forward-only, or leave it out.")
+    for key in ("rounds", "images", "steps"):
+        if getattr(settings, key) < 1:
+            raise SettingsError(f"--{key} {getattr(settings, key)} is too small; give 1 or more.")
+    return settings
+
+
+def label(variant: Variant, error: float) -> str:
+    """Whether a variant computes the same: to the bit, but for rounding, or with a loss."""
+    if error == 0.0:
+        return "exact"
+    return "lossy" if variant.merging.ratio else "rounding"
+
+
+def measure(parts: Components, settings: argparse.Namespace, size: int) -> list[dict[str, Any]]:
+    """Run all variants at one size, in turn, and make a row of each."""
+    run: Callable[..., tuple[float, Tensor]] = partial(forward, parts, size=size, clock=settings.clock)
+    rounds = settings.rounds
+    if not settings.forward_only:
+        run = partial(pictures, parts, size=size, images=settings.images, steps=settings.steps)
+        rounds = 1
+    listed = variants(settings.ratios, settings.max_downsample, settings.compile)
+    times: dict[Variant, list[float]] = {variant: [] for variant in listed}
+    results: dict[Variant, Tensor] = {}
+    errors: dict[Variant, float] = {}
+    for turn in range(rounds + 1):
+        for variant in listed:
+            compiled_blocks(parts.unet, variant.compiled)
+            if turn == 0 and not settings.forward_only:  # two steps of one picture are warm-up enough
+                pictures(parts, variant, size, images=1, steps=2)
+                continue
+            seconds, result = run(variant=variant)
+            if turn:
+                times[variant].append(seconds)
+            results[variant] = result.float().cpu()
+            errors[variant] = forward_error(parts, variant, size, listed[0]) if not settings.forward_only else 0.0
+            print(f"{size} {variant.name} {variant.merging.ratio} {seconds:.2f} s", file=sys.stderr, flush=True)
+    torch.compiler.set_stance("default")
+    plain = results[listed[0]]
+    if settings.forward_only:
+        errors = {variant: relative_error(result, plain) for variant, result in results.items()}
+    return [row(settings, size, v, times, errors[v], results[v], plain) for v in listed]
+
+
+def row(
+    settings: argparse.Namespace,
+    size: int,
+    variant: Variant,
+    times: dict[Variant, list[float]],
+    error: float,
+    result: Tensor,
+    plain: Tensor,
+) -> dict[str, Any]:
+    """One line of the table; speed-ups are over the same mode, eager or compiled."""
+    medians = {v: statistics.median(t) for v, t in times.items()}
+    own = [v for v in medians if v.compiled == variant.compiled]
+    peers = [v for v in own if v.name == "tomesd" and v.merging.ratio == variant.merging.ratio]
+    found: dict[str, Any] = {
+        "size": size,
+        "mode": "compiled" if variant.compiled else "eager",
+        "engine": variant.name,
+        "ratio": variant.merging.ratio,
+        "seconds": round(medians[variant], 3),
+        "speed_up": round(medians[own[0]] / medians[variant], 3),
+    }
+    if peers:
+        found["over_tomesd"] = round(medians[peers[0]] / medians[variant], 3)
+    found |= {"error": float(f"{error:.3g}"), "label": label(variant, error)}
+    if not settings.forward_only:
+        found["psnr_db"] = None if torch.equal(result, plain) else round(psnr(result, plain), 1)
+    if variant.name == "tomesd" and variant.merging.ratio in PUBLISHED:
+        found["published_speed_up"] = round(PUBLISHED[variant.merging.ratio], 3)
+    return found
+
+
+def protocol(parts: Components, settings: argparse.Namespace) -> str:
+    """Say what was timed, and where it falls short of the published protocol."""
+    device = parts.unet.device.type
+    where = f"{parts.source}, {settings.precision}, channels_last, {device}, {torch.get_num_threads()} threads"
+    if settings.precision == "bfloat16" and device == "cpu" and not computes_bfloat16(device):
+        where += (
+            "; this processor has no bfloat16 of its own: its matrix products are several times slower than float32"
+        )
+    if settings.forward_only:
+        return f"one call of the UNet on 2 rows, median of {settings.rounds}, {settings.clock} clock; {where}"
+    short = [f"{key} {getattr(settings, key)} of {PROTOCOL[key]}" for key in ("images", "steps")
+             if getattr(settings, key) < PROTOCOL[key]]  # fmt: skip
+    what = f"shortened: {', '.join(short)}" if short else "the published protocol"
+    return f"{what}, {IMAGES_PER_CALL} pictures a call; {where}"
+
+
+def draw(rows: Sequence[dict[str, Any]], size: int, path: Path) -> None:
+    """Draw speed-up over ratio and error over speed-up at one size, a line an engine, dashed if compiled."""
+    over_ratio, over_speed = [], []
+    for mode in ("eager", "compiled"):
+        for name in ENGINES:
+            of_name = [r for r in rows if (r["size"], r["mode"], r["engine"]) == (size, mode, name)]
+            if not of_name:
+                continue
+            title = name if mode == "eager" else f"{name}, compiled"
+            over_ratio.append(Line(title, [(0.0, 1.0)] + [(r["ratio"], r["speed_up"]) for r in of_name]))
+            over_speed.append(Line(title, [(1.0, 0.0)] + [(r["speed_up"], r["error"]) for r in of_name]))
+    panels = [
+        Panel(f"Speed-up over ratio, {size} pixels", "ratio", "speed-up", over_ratio),
+        Panel(f"Error over speed-up, {size} pixels", "speed-up", "relative error of the UNet's output", over_speed),
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_panels(panels).save(path)
+
+
+def run(arguments: Sequence[str]) -> dict[str, Any]:
+    """Measure, print, write.
+
+    Args:
+        arguments: what was typed after the name of the program.
+
+    Returns:
+        The report, with ``protocol``: what was timed.
+
+    Raises:
+        SettingsError: an argument cannot be used.
+    """
+    settings = parse(arguments)
+    variants(
+        settings.ratios, settings.max_downsample, settings.compile
+    )  # a ratio that cannot be is told of before the model is made
+    parts = load(settings.pretrained, settings.precision)
+    rows: list[dict[str, Any]] = []
+    print(protocol(parts, settings))
+    for size in settings.size:
+        rows += measure(parts, settings, size)
+        if settings.json:  # after every size, since the next may take hours
+            write_json(settings.json, report([__file__, *arguments], rows) | {"protocol": protocol(parts, settings)})
+    print_table(rows)
+    if settings.plot:
+        draw(rows, settings.size[0], settings.plot)
+    return report([__file__, *arguments], rows) | {"protocol": protocol(parts, settings)}
+
+
+if __name__ == "__main__":
+    try:
+        run(sys.argv[1:])
+    except SettingsError as error:
+        sys.exit(str(error))

@@ -1,0 +1,98 @@
+"""Switch token merging on for the length of a ``with`` block, and off without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import tomesd
+import torch
+
+from sdmodule.tome.blocks import Grid, blocks_to_merge
+from sdmodule.tome.destinations import draw_destinations
+from sdmodule.tome.exact import ExactMatching
+from sdmodule.tome.merged_block import BlockMerging, MergedBlock
+from sdmodule.tome.window import WindowMatching
+
+if TYPE_CHECKING:
+    from sdmodule.tome.settings import TokenMerging
+
+StartStep = Callable[[int], None]
+"""Told the number of a step before it, from 0."""
+
+
+def stay_at_the_first_step(step: int) -> None:
+    """What starts a step where steps do not differ, or where the engine counts them itself."""
+
+
+@contextmanager
+def merged(
+    unet: Any, settings: TokenMerging, seeds: Sequence[int], size: Grid, steps: int
+) -> Iterator[Callable[[int], None]]:
+    """Merge by one of this package's engines; see ``TokenMerging.applied``."""
+    pairs: list[tuple[Any, ExactMatching | WindowMatching]] = []
+    for placed in blocks_to_merge(unet, settings.max_downsample):
+        matching = ExactMatching if settings.engine == "exact" else WindowMatching
+        found = matching(placed.grid(size), settings.ratio, settings.sx, settings.sy)
+        if found.gone:  # of few tokens a small ratio is none
+            pairs.append((placed.block, found))
+    grids = [found.grid for _, found in pairs]
+    draws = draw_destinations(grids, seeds, steps, settings.sx, settings.sy, settings.use_rand)
+
+    def start_step(step: int) -> None:
+        fresh = step % settings.reuse_steps == 0
+        for (block, found), drawn in zip(pairs, draws, strict=True):
+            block.merging.fresh = fresh
+            if fresh:
+                found.use(drawn[step], unet.device)
+
+    before = [(block, block.__class__, block.__dict__.get("merging")) for block, _ in pairs]
+    try:
+        for block, found in pairs:
+            block.merging = BlockMerging(
+                found,
+                settings.merge_attn,
+                settings.merge_crossattn,
+                settings.merge_mlp,
+                settings.whole_block,
+                keeps=settings.reuse_steps > 1,
+            )
+            block.__class__ = MergedBlock
+        start_step(0)
+        yield start_step
+    finally:
+        for block, kind, merging in before:
+            block.__class__ = kind
+            if merging is None:
+                block.__dict__.pop("merging", None)
+            else:
+                block.merging = merging
+
+
+@contextmanager
+def merged_by_tomesd(unet: Any, settings: TokenMerging, seed: int) -> Iterator[Callable[[int], None]]:
+    """Merge by the authors' package, unchanged.
+
+    It draws its cells from a copy of torch's global generator, made at the first forward pass. That is seeded here,
+    and given back untouched, so that a picture depends on its seed and not on what was drawn before. It draws for each
+    call, so a second run of the same steps needs a second ``with`` block.
+    """
+    device = unet.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        tomesd.apply_patch(
+            unet,
+            ratio=settings.ratio,
+            max_downsample=settings.max_downsample,
+            sx=settings.sx,
+            sy=settings.sy,
+            use_rand=settings.use_rand,
+            merge_attn=settings.merge_attn,
+            merge_crossattn=settings.merge_crossattn,
+            merge_mlp=settings.merge_mlp,
+        )
+        try:
+            yield stay_at_the_first_step
+        finally:
+            tomesd.remove_patch(unet)

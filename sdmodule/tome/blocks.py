@@ -1,0 +1,65 @@
+"""The transformer blocks of a UNet: where each lies, and how many tokens it sees."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from diffusers.models.attention import BasicTransformerBlock
+
+from sdmodule.errors import SettingsError
+
+DOWNSAMPLES = (1, 2, 4, 8)
+
+Grid = tuple[int, int]
+"""Height and width in tokens."""
+
+
+class PlacedBlock(NamedTuple):
+    """A transformer block and how much smaller than the latents its picture is."""
+
+    block: BasicTransformerBlock
+    downsample: int
+
+    def grid(self, size: Grid) -> Grid:
+        """The block's tokens for latents of a height and width; each halving rounds up, as the UNet's do."""
+        return math.ceil(size[0] / self.downsample), math.ceil(size[1] / self.downsample)
+
+
+def transformer_blocks(unet: Any) -> list[PlacedBlock]:
+    """All transformer blocks of a UNet, in the order in which it calls them."""
+    deepest = len(unet.down_blocks) - 1
+    parts = [(part, level) for level, part in enumerate(unet.down_blocks)]
+    parts += [(unet.mid_block, deepest)] if unet.mid_block is not None else []
+    parts += [(part, deepest - level) for level, part in enumerate(unet.up_blocks)]
+    return [
+        PlacedBlock(module, 2**level)
+        for part, level in parts
+        for module in part.modules()
+        if isinstance(module, BasicTransformerBlock)
+    ]
+
+
+def blocks_to_merge(unet: Any, max_downsample: int) -> list[PlacedBlock]:
+    """The blocks that a ``max_downsample`` reaches.
+
+    Raises:
+        SettingsError: if it reaches none, or one with parts that no block of Stable Diffusion has.
+    """
+    every = transformer_blocks(unet)
+    if not every:
+        raise SettingsError("tome finds no transformer block in this UNet; set tome.ratio=0.")
+    chosen = [placed for placed in every if placed.downsample <= max_downsample]
+    if not chosen:
+        first = min(placed.downsample for placed in every)
+        raise SettingsError(
+            f"tome.max_downsample={max_downsample} merges nothing in this UNet, whose first transformer blocks see "
+            f"latents {first} times smaller; give tome.max_downsample={first}."
+        )
+    for block, _ in chosen:
+        if block.norm_type != "layer_norm" or block.pos_embed is not None or hasattr(block, "fuser"):
+            raise SettingsError(
+                "tome merges the transformer blocks of Stable Diffusion, and those of this UNet have other norms, "
+                f"positions or boxes (norm_type={block.norm_type}); set tome.ratio=0."
+            )
+    return chosen

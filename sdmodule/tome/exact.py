@@ -1,0 +1,60 @@
+"""Bipartite soft matching over the whole picture (Bolya and Hoffman 2023, section 4), with tomesd's own result.
+
+tomesd moves tokens by ``gather`` and ``scatter`` with an index for every channel. Here a match becomes one integer a
+token, worked out once, and rows of channels are moved whole.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sdmodule.tome.blocks import Grid
+from sdmodule.tome.destinations import destination_mask
+
+
+class ExactMatching:
+    """Match tokens to the most similar one of those that stay, and merge the most similar pairs.
+
+    Args:
+        grid: height and width in tokens.
+        ratio: share of the tokens that are merged.
+        sx: width of a cell.
+        sy: height of a cell.
+    """
+
+    def __init__(self, grid: Grid, ratio: float, sx: int, sy: int) -> None:
+        self.grid, self.sx, self.sy = grid, sx, sy
+        tokens = grid[0] * grid[1]
+        self.staying = (grid[0] // sy) * (grid[1] // sx)
+        self.gone = min(int(tokens * ratio), tokens - self.staying)
+        self.merged = tokens - self.gone
+        self.order = self.place = torch.empty(0, dtype=torch.int64)
+
+    def use(self, draws: Tensor, device: torch.device) -> None:
+        """Take the draws ``[R, h // sy, w // sx]`` of a step; done between calls, so that no graph holds a sort."""
+        mask = destination_mask(draws, self.grid, self.sx, self.sy)
+        # an unstable sort of the kind and numbers that tomesd sorts: among equals the order is arbitrary, but the same
+        order = mask.to(torch.int64).neg().argsort(dim=1)
+        self.order, self.place = order.to(device), order.argsort(dim=1).to(device)
+
+    def positions(self, tokens: Tensor) -> Tensor:
+        """The merged token of each of the tokens ``[B, N, C]``: ``[B, N]``. Those that stay come last."""
+        batch, count, _ = tokens.shape
+        order = self.order.repeat(batch // len(self.order), 1)
+        place = self.place.repeat(batch // len(self.place), 1)
+        first = torch.arange(batch, device=tokens.device)[:, None] * count
+        unit = tokens / tokens.norm(dim=-1, keepdim=True)
+        ordered = unit.flatten(0, 1).index_select(0, (order + first).flatten()).unflatten(0, (batch, count))
+        staying, leaving = ordered[:, : self.staying], ordered[:, self.staying :]
+        similarity, partner = (leaving @ staying.transpose(1, 2)).max(dim=-1)
+
+        # by falling similarity: the first `gone` go to their partner, each of the others keeps a place of its own
+        ranked = similarity.argsort(dim=-1, descending=True)
+        kept = self.merged - self.staying
+        own = torch.arange(-self.gone, kept, device=tokens.device).expand_as(ranked)
+        partners = partner.gather(1, ranked[:, : self.gone]) + kept
+        chosen = torch.cat([partners, own[:, self.gone :]], dim=1)
+        leavers = torch.empty_like(chosen).scatter_(1, ranked, chosen)
+        stayers = torch.arange(kept, self.merged, device=tokens.device).expand(batch, -1)
+        return torch.cat([stayers, leavers], dim=1).gather(1, place)

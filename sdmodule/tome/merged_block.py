@@ -1,0 +1,116 @@
+"""A transformer block that works on merged tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from torch import Tensor
+
+from sdmodule.errors import SettingsError
+from sdmodule.tome.plan import Plan
+
+if TYPE_CHECKING:
+    from sdmodule.tome.exact import ExactMatching
+    from sdmodule.tome.window import WindowMatching
+
+
+@dataclass
+class BlockMerging:
+    """What a merged block needs to know.
+
+    Attributes:
+        matching: what finds out which tokens go together.
+        attention: merge for self-attention.
+        cross_attention: merge for cross-attention.
+        mlp: merge for the feed-forward layer.
+        whole: merge once and unmerge once for all three.
+        keeps: keep the plan for later steps.
+        fresh: make a plan at the next call, even if one was kept.
+        plan: the plan that was kept.
+    """
+
+    matching: ExactMatching | WindowMatching
+    attention: bool
+    cross_attention: bool
+    mlp: bool
+    whole: bool
+    keeps: bool
+    fresh: bool = True
+    plan: Plan | None = field(default=None, repr=False)
+
+    def plan_for(self, tokens: Tensor) -> Plan:
+        """The plan for tokens ``[B, N, C]``: of this call, or of an earlier step."""
+        h, w = self.matching.grid
+        if tokens.shape[1] != h * w:
+            raise SettingsError(
+                f"token merging was applied for {h} by {w} = {h * w} tokens and a block got {tokens.shape[1]}; "
+                "apply it with the size of these latents."
+            )
+        if not self.fresh and self.plan is not None:
+            return self.plan
+        with torch.no_grad():
+            plan = Plan.of(self.matching.positions(tokens), self.matching.merged)
+        if self.keeps:
+            self.plan = plan
+        return plan
+
+
+class MergedBlock(BasicTransformerBlock):
+    """A ``BasicTransformerBlock`` on merged tokens; a block becomes one by its ``__class__``, and ceases by it too.
+
+    One class for all blocks and engines, so that a compiled block serves its neighbours, pickle finds it by name, and
+    whatever lives inside the block (LoRA layers, attention processors) is untouched.
+    """
+
+    merging: BlockMerging
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        class_labels: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Self-attention, cross-attention and feed-forward layer on tokens ``[B, N, C]``, merged where asked for.
+
+        Raises:
+            SettingsError: for tokens of another grid than merging was applied for, or a mask of self-attention.
+        """
+        if attention_mask is not None:
+            raise SettingsError("token merging takes no attention_mask of self-attention; leave it out or tome off.")
+        on, batch = self.merging, len(hidden_states)
+        plan = on.plan_for(hidden_states)
+        if on.whole:
+            merged = plan.merge(hidden_states, batch)
+            done = super().forward(
+                merged,
+                encoder_hidden_states=encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask,
+                cross_attention_kwargs=cross_attention_kwargs,
+            )
+            return plan.unmerge(done - merged, batch) + hidden_states
+
+        def layer(run: Any, tokens: Tensor, merges: bool, **context: Any) -> Tensor:
+            if not merges:
+                return run(tokens, **context)
+            return plan.unmerge(run(plan.merge(tokens, batch), **context), batch)
+
+        options = cross_attention_kwargs or {}
+        own = encoder_hidden_states if self.only_cross_attention else None
+        hidden_states = (
+            layer(self.attn1, self.norm1(hidden_states), on.attention, encoder_hidden_states=own, **options)
+            + hidden_states
+        )
+        if self.attn2 is not None:
+            context = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": encoder_attention_mask}
+            hidden_states = (
+                layer(self.attn2, self.norm2(hidden_states), on.cross_attention, **context, **options) + hidden_states
+            )
+        return layer(self.ff, self.norm3(hidden_states), on.mlp) + hidden_states

@@ -1,0 +1,100 @@
+"""The engine ``exact`` has tomesd's result for tomesd's draws."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from tomesd.merge import bipartite_soft_matching_random2d
+
+from sdmodule.tome.destinations import draw_destinations
+from sdmodule.tome.exact import ExactMatching
+from sdmodule.tome.merged_block import BlockMerging, MergedBlock
+from sdmodule.tome.plan import Plan
+from sdmodule.tome.settings import TokenMerging
+from tests.tome.conftest import small_unet, tomesd_applied
+
+GRIDS = [(16, 16), (33, 36), (7, 10)]
+SWITCHES = [(True, False, False), (False, True, False), (False, False, True), (True, True, True), (True, False, True)]
+
+
+def tokens(grid, channels=32, batch=2):
+    return torch.randn(batch, grid[0] * grid[1], channels, generator=torch.Generator().manual_seed(2))
+
+
+def matching(grid, ratio, stride, use_rand=True, seed=5):
+    found = ExactMatching(grid, ratio, stride, stride)
+    found.use(draw_destinations([grid], [seed], 1, stride, stride, use_rand)[0][0], torch.device("cpu"))
+    return found
+
+
+@pytest.mark.parametrize("use_rand", [True, False])
+@pytest.mark.parametrize("stride", [2, 3])
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5, 0.75])
+def test_merges_and_unmerges_what_tomesd_does(ratio, grid, stride, use_rand):
+    x = tokens(grid)
+    merge, unmerge = bipartite_soft_matching_random2d(
+        x,
+        grid[1],
+        grid[0],
+        stride,
+        stride,
+        int(x.shape[1] * ratio),
+        no_rand=not use_rand,
+        generator=torch.Generator().manual_seed(5),
+    )
+    found = matching(grid, ratio, stride, use_rand)
+    plan = Plan.of(found.positions(x), found.merged)
+    merged = merge(x)
+    assert plan.merge(x, 2).shape == merged.shape
+    assert torch.allclose(plan.merge(x, 2), merged, rtol=0, atol=2e-6)
+    assert torch.equal(plan.unmerge(merged, 2), unmerge(merged))
+
+
+@pytest.mark.parametrize("switches", SWITCHES)
+@pytest.mark.parametrize(("size", "stride"), [((16, 16), 2), ((33, 36), 3)])
+def test_a_unet_gives_what_it_gives_with_tomesd_step_after_step(unet, inputs, switches, size, stride):
+    names = ("merge_attn", "merge_crossattn", "merge_mlp")
+    settings = {"ratio": 0.5, "max_downsample": 2, "sx": stride, "sy": stride, **dict(zip(names, switches))}
+    _, _, text = inputs
+    steps = [torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(k)) for k in range(3)]
+    with torch.no_grad():
+        with tomesd_applied(unet, seed=7, **settings):
+            wanted = [unet(latents, 500, text).sample for latents in steps]
+        with TokenMerging(**settings).applied(unet, [7], size, steps=3) as start_step:
+            for step, latents in enumerate(steps):
+                start_step(step)
+                assert torch.allclose(unet(latents, 500, text).sample, wanted[step], atol=1e-5)
+
+
+def test_the_block_of_stable_diffusion_gives_what_it_gives_with_tomesd():
+    """320 channels, 8 heads, text of 77 tokens of 768 channels; 64 x 64 tokens."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        block = BasicTransformerBlock(320, 8, 40, cross_attention_dim=768).eval()
+    grid = (64, 64)
+    x, text = tokens(grid, 320), torch.randn(2, 77, 768, generator=torch.Generator().manual_seed(3))
+    found = matching(grid, 0.5, 2)
+    merge, unmerge = bipartite_soft_matching_random2d(x, 64, 64, 2, 2, 2048, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        wanted = unmerge(block.attn1(merge(block.norm1(x)))) + x
+        wanted = block.attn2(block.norm2(wanted), encoder_hidden_states=text) + wanted
+        wanted = block.ff(block.norm3(wanted)) + wanted
+        block.__class__ = MergedBlock
+        block.merging = BlockMerging(found, True, False, False, whole=False, keeps=False)
+        assert torch.allclose(block(x, encoder_hidden_states=text), wanted, atol=1e-5)
+
+
+def test_gradients_are_those_of_tomesd(inputs):
+    latents, timestep, text = inputs
+    grads = []
+    for ours in (False, True):
+        unet = small_unet().train()
+        settings = {"ratio": 0.5, "max_downsample": 2, "merge_mlp": True}
+        applied = TokenMerging(**settings).applied(unet, [7]) if ours else tomesd_applied(unet, seed=7, **settings)
+        with applied:
+            unet(latents, timestep, text).sample.square().mean().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in unet.parameters()]))
+    assert torch.allclose(grads[0], grads[1], rtol=1e-4, atol=1e-6)
+    assert grads[1].abs().sum() > 0

@@ -1,0 +1,91 @@
+"""The engine ``window``: what it merges is near, similar, and as much as was asked for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sdmodule.tome.destinations import destination_mask, draw_destinations
+from sdmodule.tome.plan import Plan
+from sdmodule.tome.settings import TokenMerging
+from sdmodule.tome.window import WindowMatching
+
+
+def plan_of(tokens, grid, ratio, stride=2, seed=0):
+    matching = WindowMatching(grid, ratio, stride, stride)
+    draws = draw_destinations([grid], [seed], 1, stride, stride, True)[0][0]
+    matching.use(draws, torch.device("cpu"))
+    return Plan.of(matching.positions(tokens), matching.merged), matching, destination_mask(draws, grid, stride, stride)
+
+
+def brute_force(tokens, grid, gone, stay):
+    """Groups of one picture's tokens by the definition, window by window and token by token; 2x2 cells."""
+    h, w = grid
+    groups = torch.arange(h * w)
+    unit = tokens / tokens.norm(dim=-1, keepdim=True)
+    for top in range(0, h - h % 4, 4):
+        for left in range(0, w - w % 4, 4):
+            window = [(top + y) * w + left + x for y in range(4) for x in range(4)]
+            kept = [t for t in window if stay[t]]
+            pairs = [max((float(unit[t] @ unit[k]), -k, t, k) for k in kept) for t in window if not stay[t]]
+            for _, _, token, partner in sorted(pairs, reverse=True)[:gone]:
+                groups[token] = partner
+    return groups
+
+
+@pytest.mark.parametrize("grid", [(8, 12), (9, 14)])
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
+def test_merges_the_most_similar_pairs_of_each_window(ratio, grid):
+    tokens = torch.randn(2, grid[0] * grid[1], 8, generator=torch.Generator().manual_seed(1))
+    plan, _, stay = plan_of(tokens, grid, ratio)
+    for picture, rows in zip(tokens, plan.rows.view(2, -1)):
+        groups = brute_force(picture, grid, round(16 * ratio), stay[0])
+        assert torch.equal(rows[:, None] == rows[None], groups[:, None] == groups[None])
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("grid", [(16, 16), (33, 36), (7, 10), (3, 3), (6, 3)])
+def test_every_merged_token_is_the_mean_of_what_it_stands_for(grid, stride):
+    ratio = (1 - 1 / stride**2) if stride > 1 else 0.0
+    tokens = torch.randn(2, grid[0] * grid[1], 8, generator=torch.Generator().manual_seed(1))
+    plan, matching, _ = plan_of(tokens, grid, ratio, stride)
+    merged = plan.merge(tokens, 2)
+    assert merged.shape[1] == grid[0] * grid[1] - matching.windows * matching.gone
+    assert plan.counts.sum() == 2 * grid[0] * grid[1] and plan.counts.min() >= 1
+    back = plan.unmerge(merged, 2)
+    assert torch.allclose(back.sum(dim=1), tokens.sum(dim=1), atol=1e-4)
+    assert torch.allclose(plan.merge(back, 2), merged, atol=1e-5)  # equal tokens stay as they are
+
+
+def test_ratio_zero_is_no_merging_at_all_and_equal_tokens_lose_nothing():
+    tokens = torch.ones(1, 256, 8)
+    plan, _, _ = plan_of(tokens, (16, 16), 0.75)
+    assert torch.allclose(plan.unmerge(plan.merge(tokens, 1), 1), tokens)
+
+
+def test_what_is_not_a_number_comes_out_as_it_went_in():
+    tokens = torch.full((1, 256, 8), torch.nan)
+    plan, _, _ = plan_of(tokens, (16, 16), 0.5)
+    assert plan.unmerge(plan.merge(tokens, 1), 1).isnan().all()
+
+
+def test_neighbours_that_are_alike_lose_little_and_whole_blocks_run_on_merged_tokens(unet, inputs):
+    """Pictures of smooth latents, in which neighbours are alike, as in pictures."""
+    latents, timestep, text = inputs
+    smooth = torch.nn.functional.interpolate(latents[..., ::4, ::4], size=16, mode="bilinear")
+
+    def output(ratio, whole):
+        merging = TokenMerging(ratio=ratio, engine="window", merge_crossattn=whole, merge_mlp=whole)
+        with merging.applied(unet), torch.no_grad():
+            return unet(smooth, timestep, text).sample
+
+    plain = output(0.0, whole=False)
+    for whole in (False, True):
+        for ratio in (0.25, 0.5, 0.75):
+            assert 0 < (output(ratio, whole) - plain).norm() / plain.norm() < 0.1
+    sizes = []
+    attention = next(module for name, module in unet.named_modules() if name.endswith("attn2"))
+    hook = attention.register_forward_hook(lambda module, args, output: sizes.append(output.shape[1]))
+    output(0.75, whole=True), output(0.75, whole=False)
+    hook.remove()
+    assert sizes == [64, 256]
