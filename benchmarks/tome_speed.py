@@ -177,7 +177,7 @@ def protocol(parts: Components, settings: argparse.Namespace) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], size: int, path: Path) -> None:
-    """Draw speed-up over ratio and error over speed-up at one size, a line an engine, dashed if compiled."""
+    """Draw speed-up over ratio and error over speed-up at one size, a line an engine and mode."""
     over_ratio, over_speed = [], []
     for mode in ("eager", "compiled"):
         for name in ENGINES:
