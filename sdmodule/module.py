@@ -7,14 +7,12 @@ noisy latents; sampling starts from noise alone.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from lightning import LightningModule
@@ -24,11 +22,12 @@ from typing_extensions import override
 from sdmodule.compiling import compile_blocks
 from sdmodule.components import load_components, save_components
 from sdmodule.conditioning.canvas import InpaintSettings
-from sdmodule.conditioning.inpaint import convert_to_inpaint, inpaints, mask_channels, masked
+from sdmodule.conditioning.inpaint import HoleTraining, convert_to_inpaint, inpaints, mask_channels, masked
 from sdmodule.conditioning.random_masks import draw_masks
 from sdmodule.conditioning.text import encode_prompts
 from sdmodule.data.cached import CachedEmbeddings
 from sdmodule.diffusion.objective import add_noise, draw_timesteps, target, weighted_mean
+from sdmodule.draws import Draws, generator_at, generators_of_examples
 from sdmodule.errors import SettingsError, choices
 from sdmodule.modes import evaluating
 from sdmodule.objective import SQUARED_ERROR, Objective
@@ -42,9 +41,6 @@ from sdmodule.settings import SamplingSettings
 from sdmodule.tome.settings import choose_merging
 
 UNCHANGED = InpaintSettings()
-
-Draws = torch.Generator | list[torch.Generator]
-"""Source of random numbers: one for a whole batch, or one for each of its examples."""
 
 VALIDATION_TIMESTEPS = 4
 """Noise levels, spread evenly over the schedule, at which each validation picture is tried."""
@@ -112,11 +108,12 @@ class StableDiffusionModule(LightningModule):
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "scratch", "compile"])
         if task not in TASKS:
             raise SettingsError(f"model={task} is not known; give one of {choices(TASKS)}.")
-        _check_masks(task, convert, whole_masks, hole_weight)
         self.task = task
-        self.convert = convert
-        self.whole_masks = whole_masks
-        self.hole_weight = hole_weight
+        self.holes = HoleTraining(convert, whole_masks, hole_weight)
+        if task != INPAINT and self.holes != HoleTraining():
+            raise SettingsError(
+                f"{self.holes} was given and model={task} has no holes; use model=inpaint, or leave it out."
+            )
         self.sampling = SamplingSettings(
             **(sampling or {}), merging=choose_merging(tome, tomesd_cfg), inpaint=InpaintSettings(**(inpaint or {}))
         )
@@ -161,7 +158,7 @@ class StableDiffusionModule(LightningModule):
     def setup(self, stage: str) -> None:
         if stage != "fit" or self.task != INPAINT or inpaints(self.unet):
             return
-        if not self.convert:
+        if not self.holes.convert:
             raise SettingsError(
                 f"the UNet of pretrained={self.parts.source} takes {self.unet.config.in_channels} channels and not the "
                 "mask's, which training to inpaint needs; set model.convert=true to widen it, or give an inpainting "
@@ -178,7 +175,7 @@ class StableDiffusionModule(LightningModule):
 
     @override
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        generators = self._generators(len(batch["caption"]), batch_idx)
+        generators = generators_of_examples(self.seed, len(batch["caption"]), batch_idx, self._trainer)
         latents = self.encode_images(batch, generators)
         total = len(self.alphas_cumprod)
         timesteps = torch.cat([draw_timesteps(1, total, each, self.timestep_shift) for each in generators])
@@ -186,7 +183,7 @@ class StableDiffusionModule(LightningModule):
             "" if torch.rand((), generator=each) < self.caption_dropout else text
             for each, text in zip(generators, batch["caption"], strict=True)
         ]
-        channels = self.mask_channels(batch, generators, self.whole_masks) if self.task == INPAINT else None
+        channels = self.mask_channels(batch, generators, self.holes.whole_masks) if self.task == INPAINT else None
         noise = self.objective.draw_noise(latents, generators)
         errors = self.denoising_errors(latents, noise, timesteps.to(self.device), captions, channels, self.objective)
         loss = weighted_mean(errors, self.weights_of_places(batch, errors, channels))
@@ -221,21 +218,11 @@ class StableDiffusionModule(LightningModule):
         return objective.errors(predicted, wanted, kind, self.alphas_cumprod, timesteps)
 
     def weights_of_places(self, batch: Mapping[str, Any], errors: Tensor, channels: Tensor | None) -> Tensor:
-        """How much the error of each place counts, ``[B, 1, h, w]``: that of a hole, that outside a mask.
-
-        Raises:
-            SettingsError: if the loss should be masked and the data has no masks.
-        """
+        """How much the error of each place counts, ``[B, 1, h, w]``: that of a hole, that outside a mask."""
         weights = torch.ones_like(errors)
         if channels is not None:
-            weights = weights + (self.hole_weight - 1.0) * channels[:, :1]
-        if not self.objective.masked:
-            return weights
-        if "mask" not in batch:
-            raise SettingsError(
-                "objective.masked=true and the data has no masks; name them in a column mask_file_name of its metadata."
-            )
-        return weights * F.interpolate(batch["mask"].to(weights), size=errors.shape[-2:], mode="area")
+            weights = weights + (self.holes.hole_weight - 1.0) * channels[:, :1]
+        return self.objective.masking(weights, batch.get("mask"))
 
     def mask_channels(self, batch: Mapping[str, Any], generator: Draws, whole: float) -> Tensor:
         """The mask of each picture and the latents of what it leaves, ``[B, 5, h, w]``.
@@ -280,7 +267,7 @@ class StableDiffusionModule(LightningModule):
 
     @override
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        generator = self._generator(0, batch_idx, self.global_rank)
+        generator = generator_at(self.seed, 0, batch_idx, self.global_rank)
         latents = self.encode_images(batch, generator)
         channels = self.mask_channels(batch, generator, whole=0.0) if self.task == INPAINT else None
         total = len(self.alphas_cumprod)
@@ -304,23 +291,6 @@ class StableDiffusionModule(LightningModule):
         if self.lr_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
-
-    def _generators(self, count: int, batch_idx: int) -> list[torch.Generator]:
-        """A generator for each example of a batch, by its place among all that the optimizer's step is made of.
-
-        So the draws are the same however a step's examples are spread over devices and accumulated batches.
-        """
-        rank, devices, accumulated = 0, 1, 1
-        if self._trainer:
-            rank, devices = self.global_rank, self.trainer.world_size
-            accumulated = self.trainer.accumulate_grad_batches
-        first = batch_idx % accumulated * count
-        return [self._generator(self.global_step, (first + k) * devices + rank) for k in range(count)]
-
-    def _generator(self, *position: int) -> torch.Generator:
-        """A generator for one place in the training: what is drawn there does not depend on what came before."""
-        digest = hashlib.blake2b(repr((self.seed, *position)).encode(), digest_size=7).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest))
 
     @property
     def alphas_cumprod(self) -> Tensor:
@@ -456,19 +426,5 @@ class StableDiffusionModule(LightningModule):
                 f"the checkpoint was trained on pretrained={trained_on} and this run has "
                 f"pretrained={self.parts.source}; give pretrained={trained_on}."
             )
-        if self.convert and not inpaints(self.unet):  # loaded without a trainer, which would have set it up
+        if self.holes.convert and not inpaints(self.unet):  # loaded without a trainer, which would have set it up
             convert_to_inpaint(self.unet)
-
-
-def _check_masks(task: str, convert: bool, whole_masks: float, hole_weight: float) -> None:
-    if task != INPAINT and (convert, whole_masks, hole_weight) != (False, 0.25, 1.0):
-        raise SettingsError(
-            f"convert={convert}, whole_masks={whole_masks} and hole_weight={hole_weight} are of inpainting; use "
-            "model=inpaint, or leave them out."
-        )
-    if not isinstance(convert, bool):
-        raise SettingsError(f"model.convert={convert} is not allowed; give true or false.")
-    if not isinstance(whole_masks, (int, float)) or not 0 <= whole_masks <= 1:
-        raise SettingsError(f"model.whole_masks={whole_masks} is not allowed; give a share from 0 to 1.")
-    if not isinstance(hole_weight, (int, float)) or not 0 < hole_weight < float("inf"):
-        raise SettingsError(f"model.hole_weight={hole_weight} is not allowed; give a number over 0.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -100,6 +101,27 @@ class Objective:
             return noise.to(latents), noise.to(latents)
         more = randn_tensor(latents.shape, generator=generator)
         return noise.to(latents), (noise + self.input_perturbation * more).to(latents)
+
+    def masking(self, weights: Tensor, masks: Tensor | None) -> Tensor:
+        """Weights of places where only what is under a mask counts, if that is asked for.
+
+        Args:
+            weights: at the size of the latents, ``[B, 1, h, w]``.
+            masks: of the data, ``[B, 1, H, W]``, 1 where the loss counts.
+
+        Returns:
+            Of the shape of ``weights``.
+
+        Raises:
+            SettingsError: if the loss should be masked and the data has no masks.
+        """
+        if not self.masked:
+            return weights
+        if masks is None:
+            raise SettingsError(
+                "objective.masked=true and the data has no masks; name them in a column mask_file_name of its metadata."
+            )
+        return weights * F.interpolate(masks.to(weights), size=weights.shape[-2:], mode="area")
 
     def errors(
         self, predicted: Tensor, wanted: Tensor, prediction_type: str, alphas_cumprod: Tensor, timesteps: Tensor

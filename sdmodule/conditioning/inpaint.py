@@ -7,7 +7,9 @@ picture is repainted and 0 where it stays.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,35 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from sdmodule.errors import SettingsError
+
+
+@dataclass(frozen=True)
+class HoleTraining:
+    """How a UNet is trained to inpaint.
+
+    Args:
+        convert: widen an ordinary UNet to the mask's channels when training starts.
+        whole_masks: share of training pictures that are masked whole.
+        hole_weight: how many times the loss in the hole counts that of the same area around it.
+
+    Raises:
+        SettingsError: for a value out of range.
+    """
+
+    convert: bool = False
+    whole_masks: float = 0.25
+    hole_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.convert, bool):
+            raise SettingsError(f"model.convert={self.convert} is not allowed; give true or false.")
+        if not isinstance(self.whole_masks, (int, float)) or not 0 <= self.whole_masks <= 1:
+            raise SettingsError(f"model.whole_masks={self.whole_masks} is not allowed; give a share from 0 to 1.")
+        if not isinstance(self.hole_weight, (int, float)) or not 0 < self.hole_weight < math.inf:
+            raise SettingsError(f"model.hole_weight={self.hole_weight} is not allowed; give a number over 0.")
+
+    def __str__(self) -> str:
+        return ", ".join(f"model.{name}={value}" for name, value in asdict(self).items())
 
 
 def masked(images: Tensor, masks: Tensor) -> Tensor:

@@ -1,0 +1,35 @@
+"""Random numbers that depend on where in a training they are drawn, and on nothing that was drawn before."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from lightning import Trainer
+
+Draws = torch.Generator | list[torch.Generator]
+"""Source of random numbers: one for a whole batch, or one for each of its examples."""
+
+
+def generator_at(seed: int, *place: int) -> torch.Generator:
+    """A generator for one place of the training that ``seed`` names."""
+    digest = hashlib.blake2b(repr((seed, *place)).encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest))
+
+
+def generators_of_examples(seed: int, count: int, batch_idx: int, trainer: Trainer | None) -> list[torch.Generator]:
+    """A generator for each example of a batch, by its place among all that the optimizer's step is made of.
+
+    So the draws are the same however a step's examples are spread over devices and accumulated batches.
+
+    Args:
+        seed: names the training.
+        count: examples in the batch.
+        batch_idx: of the batch, in its epoch.
+        trainer: tells the step, the devices and the accumulation; None is the first step of one device.
+    """
+    if trainer is None:
+        return [generator_at(seed, 0, place) for place in range(count)]
+    first = batch_idx % trainer.accumulate_grad_batches * count
+    places = [(first + k) * trainer.world_size + trainer.global_rank for k in range(count)]
+    return [generator_at(seed, trainer.global_step, place) for place in places]
