@@ -42,8 +42,8 @@ from sdmodule.tome.settings import choose_merging
 
 UNCHANGED = InpaintSettings()
 
-VALIDATION_TIMESTEPS = 4
-"""Noise levels, spread evenly over the schedule, at which each validation picture is tried."""
+VALIDATION_RANGES = 4
+"""Equal ranges of timesteps, in the middle of each of which every validation picture is tried."""
 
 
 class StableDiffusionModule(LightningModule):
@@ -270,20 +270,20 @@ class StableDiffusionModule(LightningModule):
         generator = generator_at(self.seed, 0, batch_idx, self.global_rank)
         latents = self.encode_images(batch, generator)
         channels = self.mask_channels(batch, generator, whole=0.0) if self.task == INPAINT else None
-        total = len(self.alphas_cumprod)
-        levels = []
-        for level in range(VALIDATION_TIMESTEPS):
-            timestep = int((level + 0.5) * total / VALIDATION_TIMESTEPS)
-            timesteps = torch.full((len(latents),), timestep, device=self.device)
+        width = len(self.alphas_cumprod) // VALIDATION_RANGES
+        levels, losses = [], {}
+        for start in range(0, width * VALIDATION_RANGES, width):
+            timesteps = torch.full((len(latents),), start + width // 2, device=self.device)
             noise = SQUARED_ERROR.draw_noise(latents, generator)
             levels.append(self.denoising_errors(latents, noise, timesteps, batch["caption"], channels))
+            losses[f"val/loss_{start}_{start + width - 1}"] = levels[-1].mean()
         errors = torch.stack(levels).mean(dim=0)
-        losses = {"val/loss": errors.mean()}
+        self.log("val/loss", errors.mean(), prog_bar=True, sync_dist=True, batch_size=len(latents))
         if channels is not None:
             hole = channels[:, :1]
             losses["val/loss_hole"] = (errors * hole).sum() / hole.sum().clamp(min=1)
             losses["val/loss_kept"] = (errors * (1 - hole)).sum() / (1 - hole).sum().clamp(min=1)
-        self.log_dict(losses, prog_bar=True, sync_dist=True, batch_size=len(latents))
+        self.log_dict(losses, sync_dist=True, batch_size=len(latents))
 
     @override
     def configure_optimizers(self) -> Any:

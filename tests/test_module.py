@@ -145,7 +145,10 @@ def test_validation_and_its_pictures_change_no_training(build, tmp_path):
     samples = ValidationSamples(tmp_path)
     trainer = fit(with_validation, 4, samples, limit_val_batches=1, val_check_interval=1, num_sanity_val_steps=1)
     assert equal(weights(with_validation), weights(without))
-    assert trainer.callback_metrics["val/loss"] > 0
+    ranges = [f"val/loss_{start}_{start + 249}" for start in (0, 250, 500, 750)]
+    parts = [trainer.callback_metrics[name] for name in ranges]
+    torch.testing.assert_close(trainer.callback_metrics["val/loss"], torch.stack(parts).mean())
+    assert all(loss > 0 for loss in parts)
     assert sorted(file.name for file in tmp_path.iterdir()) == [f"{step:06d}.png" for step in (1, 2, 3, 4)]
 
 

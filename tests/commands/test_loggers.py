@@ -51,7 +51,7 @@ def test_predict_tells_its_loggers_of_pictures_table_times_and_configuration(cal
         ["a red circle", "", 7, 2, 7.5, "DDIMScheduler"],
         ["a star", "", 8, 2, 7.5, "DDIMScheduler"],
     ]
-    assert [row[6:9] for row in table["data"]] == [[str(checkpoint), 0.5, "tomesd"]] * 2
+    assert [row[6:9] for row in table["data"]] == [[str(checkpoint), 0.5, "exact"]] * 2
     assert all(row[9] > 0 for row in table["data"])
     shown = [pixels(held[row[10]["path"]]) for row in table["data"]]
     assert all(np.array_equal(array, pixels(out / name)) for array, name in zip(shown, names, strict=True))

@@ -128,6 +128,8 @@ def test_several_processes_fill_one_folder(monkeypatch, checkpoint, tmp_path):
 KINDS = {
     "text-to-image": ["sampler=ddim_sd15", "guidance_scale=3", "negative_prompt=it's ${x}", "height=40", "seed=9"],
     "token merging": ["tome.ratio=0.5", "sampler=euler_a", "sampler.guidance_rescale=0.3"],
+    "token merging in windows": ["tome=window", "tome.reuse_steps=2"],
+    "token merging by tomesd": ["tome=tomesd"],
     "inpainting": ["model=inpaint", "mask=[4,4,20,30]", "only_masked=true", "padding=2", "mask_blur=1.5"],
 }
 
