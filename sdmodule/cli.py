@@ -81,12 +81,27 @@ def predict(cfg: DictConfig) -> None:
 
 
 def build_trainer(cfg: DictConfig) -> Trainer:
-    """Build callbacks and loggers, and the trainer that has them; an entry that is null is left out."""
-    callbacks = [callback for callback in instantiate(cfg.callbacks).values() if callback is not None]
+    """Build callbacks and loggers, and the trainer that has them."""
+    callbacks = build_chosen(cfg.callbacks, "callbacks")
     if cfg.get("cache"):
         callbacks.append(instantiate(cfg.cache))
-    loggers = [logger for logger in instantiate(cfg.logger).values() if logger is not None]
-    return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
+    return instantiate(cfg.trainer, callbacks=callbacks, logger=build_chosen(cfg.logger, "logger"))
+
+
+def build_chosen(node: DictConfig, group: str) -> list[Any]:
+    """Build every entry of a group that has several; one that is null is left out.
+
+    Raises:
+        SettingsError: for settings of an entry that was not chosen, such as an experiment may have.
+    """
+    built = {name: entry for name, entry in instantiate(node).items() if entry is not None}
+    for name, entry in built.items():
+        if isinstance(entry, dict):
+            raise SettingsError(
+                f"{group}.{name} has settings, {', '.join(entry)}, and {group} does not name it; add {name} to "
+                f"{group}=[…], or take the settings out with ~{group}.{name}."
+            )
+    return list(built.values())
 
 
 def instantiate(node: DictConfig, **extra: Any) -> Any:

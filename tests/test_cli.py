@@ -284,6 +284,10 @@ WRONG_TRAIN = {
     "broken checkpoint": (["data.root=PHOTOS", "ckpt_path=PHOTOS/0.png"], ["ckpt_path=", "0.png"]),
     "unknown setting": (["data.root=PHOTOS", "+data.foo=1"], ["data", "foo"]),
     "unknown data": (["data=foo"], ["data/foo", "image_folder"]),
+    "callback not chosen": (
+        ["data.root=PHOTOS", "callbacks=[checkpoint]", "+callbacks.samples.num_prompts=2"],
+        ["callbacks.samples", "num_prompts", "~callbacks.samples"],
+    ),
 }
 
 
