@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from sdmodule.components import load_part, save_part
+from sdmodule.errors import SettingsError
 from sdmodule.privacy import shortened
+from sdmodule.tuning.full import FullTuning
+from sdmodule.tuning.settings import choose_tuning
 
 
 class AutoencoderModule(LightningModule):
@@ -25,22 +28,29 @@ class AutoencoderModule(LightningModule):
     Args:
         pretrained: ``tiny``, a diffusers folder or a hub id; its ``vae`` gives the architecture.
         scratch: names the parts that start from random weights (here: ``["vae"]`` or nothing).
+        tuning: ``full`` is all that there is for an autoencoder.
         l1_weight: weight of the absolute error.
         kl_weight: weight of the divergence from a standard normal distribution, per latent value.
         optimizer: takes the trainable parameters and returns the optimizer.
         lr_scheduler: takes the optimizer and returns the schedule of its learning rate.
+
+    Raises:
+        SettingsError: for another tuning.
     """
 
     def __init__(
         self,
         pretrained: str = "tiny",
         scratch: Iterable[str] = (),
+        tuning: Mapping[str, Any] | None = None,
         l1_weight: float = 0.1,
         kl_weight: float = 1e-6,
         optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
         lr_scheduler: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__()
+        if choose_tuning(tuning) != FullTuning():
+            raise SettingsError(f"tuning={tuning} is for UNets, and model=autoencoder has none; leave it out.")
         pretrained = shortened(pretrained)
         self.save_hyperparameters("pretrained", "l1_weight", "kl_weight")
         self.vae = load_part("vae", pretrained, scratch="vae" in scratch)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from lightning import Trainer
@@ -33,3 +35,11 @@ def generators_of_examples(seed: int, count: int, batch_idx: int, trainer: Train
     first = batch_idx % trainer.accumulate_grad_batches * count
     places = [(first + k) * trainer.world_size + trainer.global_rank for k in range(count)]
     return [generator_at(seed, trainer.global_step, place) for place in places]
+
+
+@contextmanager
+def seeded(generator: torch.Generator, device: torch.device) -> Iterator[None]:
+    """Draw from ``generator`` what layers such as dropout draw from torch's own; that is as before afterwards."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(generator.initial_seed())
+        yield

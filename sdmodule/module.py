@@ -20,15 +20,16 @@ from torch import Tensor
 from typing_extensions import override
 
 from sdmodule.compiling import compile_blocks
-from sdmodule.components import load_components, save_components
+from sdmodule.components import load_components
 from sdmodule.conditioning.canvas import InpaintSettings
 from sdmodule.conditioning.inpaint import HoleTraining, convert_to_inpaint, inpaints, mask_channels, masked
 from sdmodule.conditioning.random_masks import draw_masks
 from sdmodule.conditioning.text import encode_prompts
 from sdmodule.data.cached import CachedEmbeddings
 from sdmodule.diffusion.objective import add_noise, draw_timesteps, target, weighted_mean
-from sdmodule.draws import Draws, generator_at, generators_of_examples
+from sdmodule.draws import Draws, generator_at, generators_of_examples, seeded
 from sdmodule.errors import SettingsError, choices
+from sdmodule.interop.adapters import chosen_adapters, use_adapters
 from sdmodule.modes import evaluating
 from sdmodule.objective import SQUARED_ERROR, Objective
 from sdmodule.privacy import shortened
@@ -39,6 +40,7 @@ from sdmodule.sampling import check_settings, describe, sample_all
 from sdmodule.schedulers import make_scheduler
 from sdmodule.settings import SamplingSettings
 from sdmodule.tome.settings import choose_merging
+from sdmodule.tuning.settings import choose_tuning
 
 UNCHANGED = InpaintSettings()
 
@@ -55,7 +57,7 @@ class StableDiffusionModule(LightningModule):
         variant: which weights of a folder or hub id, such as ``fp16``.
         components: another place for a part, by its name.
         scratch: parts that start from random weights.
-        train_text_encoder: train the text encoder together with the UNet.
+        tuning: what is trained, by its ``kind``: ``full``, ``lora`` and the others of ``tuning.settings``.
         caption_dropout: share of captions replaced by an empty one, which teaches the unconditional prediction that
             classifier-free guidance needs.
         timestep_shift: prefers noisy timesteps where greater than 1; see ``draw_timesteps``.
@@ -68,6 +70,8 @@ class StableDiffusionModule(LightningModule):
         tome: token merging in sampling; see ``TokenMerging``.
         tomesd_cfg: another name for ``tome``.
         inpaint: how masked pictures are repainted; see ``InpaintSettings``.
+        adapters: what to sample with beside the checkpoint, ``[{"path": file, "scale": 0.8}]``; see ``ChosenAdapter``.
+        merge_adapters: add adapters to the weights instead of beside them: faster, and equal but for rounding.
         optimizer: takes the trainable parameters and returns the optimizer.
         lr_scheduler: takes the optimizer and returns the schedule of its learning rate, stepped every step.
         compile: compile the UNet's blocks with ``torch.compile``.
@@ -85,7 +89,7 @@ class StableDiffusionModule(LightningModule):
         variant: str | None = None,
         components: Mapping[str, str] | None = None,
         scratch: Iterable[str] = (),
-        train_text_encoder: bool = False,
+        tuning: Mapping[str, Any] | None = None,
         caption_dropout: float = 0.1,
         timestep_shift: float = 1.0,
         objective: Mapping[str, Any] | None = None,
@@ -97,6 +101,8 @@ class StableDiffusionModule(LightningModule):
         tome: Mapping[str, Any] | None = None,
         tomesd_cfg: Mapping[str, Any] | None = None,
         inpaint: Mapping[str, Any] | None = None,
+        adapters: Sequence[Mapping[str, Any]] | None = None,
+        merge_adapters: bool = False,
         optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
         lr_scheduler: Callable[..., Any] | None = None,
         compile: bool = False,
@@ -105,6 +111,8 @@ class StableDiffusionModule(LightningModule):
         super().__init__()
         pretrained = shortened(pretrained)
         components = {name: shortened(place) for name, place in (components or {}).items() if place}
+        self.adapters = chosen_adapters(adapters)
+        adapters = [{"path": shortened(one.path), "scale": one.scale} for one in self.adapters]
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "scratch", "compile"])
         if task not in TASKS:
             raise SettingsError(f"model={task} is not known; give one of {choices(TASKS)}.")
@@ -119,11 +127,11 @@ class StableDiffusionModule(LightningModule):
         )
         self._check_inpaint(self.sampling.inpaint)
         self.objective = Objective(**(objective or {}))
-        trained = {"unet", "text_encoder"} if train_text_encoder else {"unet"}
-        if untrained := set(scratch) - trained:
+        self.tuning = choose_tuning(tuning)
+        if untrained := set(scratch) - self.tuning.from_scratch:
             raise SettingsError(
-                f"scratch={choices(untrained)} would stay random: only {choices(trained)} is trained; "
-                "leave it out, or set model.train_text_encoder=true for the text encoder."
+                f"scratch={choices(untrained)} would stay random: tuning={self.tuning.kind} does not train all of it; "
+                "leave it out, or set tuning=full, with tuning.text_encoder=true for the text encoder."
             )
         parts = load_components(pretrained, revision=revision, variant=variant, components=components, scratch=scratch)
         if changes := self.objective.schedule(parts.scheduler.config):
@@ -131,11 +139,12 @@ class StableDiffusionModule(LightningModule):
         check_settings(parts, self.sampling)
         if inpaints(parts.unet) and task != INPAINT:
             raise SettingsError(f"pretrained={pretrained} inpaints: its UNet takes a mask; use model=inpaint.")
+        use_adapters(parts, self.adapters, merge_adapters)
+        self.tuning.prepare(parts, seed)
         self.parts = parts
         self.unet: Any = parts.unet
         self.vae: Any = parts.vae.eval().requires_grad_(False)
-        self.text_encoder: Any = parts.text_encoder.train(train_text_encoder).requires_grad_(train_text_encoder)
-        self.train_text_encoder = train_text_encoder
+        self.text_encoder: Any = parts.text_encoder
         self.caption_dropout = caption_dropout
         self.timestep_shift = timestep_shift
         self.optimizer = optimizer
@@ -156,6 +165,8 @@ class StableDiffusionModule(LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
+        if stage == "fit" and self.adapters:
+            raise SettingsError("adapters are for sampling; train on the checkpoint alone, or on one with them merged.")
         if stage != "fit" or self.task != INPAINT or inpaints(self.unet):
             return
         if not self.holes.convert:
@@ -163,6 +174,10 @@ class StableDiffusionModule(LightningModule):
                 f"the UNet of pretrained={self.parts.source} takes {self.unet.config.in_channels} channels and not the "
                 "mask's, which training to inpaint needs; set model.convert=true to widen it, or give an inpainting "
                 "checkpoint."
+            )
+        if "unet" not in self.tuning.from_scratch:
+            raise SettingsError(
+                f"model.convert=true adds channels that tuning={self.tuning.kind} would not train; use tuning=full."
             )
         convert_to_inpaint(self.unet)
 
@@ -185,7 +200,10 @@ class StableDiffusionModule(LightningModule):
         ]
         channels = self.mask_channels(batch, generators, self.holes.whole_masks) if self.task == INPAINT else None
         noise = self.objective.draw_noise(latents, generators)
-        errors = self.denoising_errors(latents, noise, timesteps.to(self.device), captions, channels, self.objective)
+        with seeded(generator_at(self.seed, self.global_step, batch_idx, self.global_rank), self.device):  # for dropout
+            errors = self.denoising_errors(
+                latents, noise, timesteps.to(self.device), captions, channels, self.objective
+            )
         loss = weighted_mean(errors, self.weights_of_places(batch, errors, channels))
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(latents))
         return loss
@@ -253,7 +271,7 @@ class StableDiffusionModule(LightningModule):
         """What the UNet is told of prompts: ``[B, chunks * 77, D]``, cached or computed."""
         if self.cached_embeddings is not None and all(prompt in self.cached_embeddings for prompt in prompts):
             return self.cached_embeddings(prompts).to(self.device)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_text_encoder):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.text_encoder_learns):
             return encode_prompts(prompts, self.parts.tokenizer, self.text_encoder)
 
     @override
@@ -285,12 +303,38 @@ class StableDiffusionModule(LightningModule):
             losses["val/loss_kept"] = (errors * (1 - hole)).sum() / (1 - hole).sum().clamp(min=1)
         self.log_dict(losses, sync_dist=True, batch_size=len(latents))
 
+    @property
+    def text_encoder_learns(self) -> bool:
+        """Whether gradients reach the text encoder at this step."""
+        # Among several devices they must, even if they are thrown away: all of them wait for all gradients.
+        return self.tuning.text_encoder_learns(self.global_step) or (
+            self._trainer is not None and self._trainer.world_size > 1 and self.tuning.text_encoder_learns(0)
+        )
+
+    @override
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if not self.tuning.text_encoder_learns(self.global_step):
+            for weight in self.text_encoder.parameters():
+                weight.grad = None
+
     @override
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        optimizer = self.optimizer(self.parameter_groups())
         if self.lr_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
+
+    def parameter_groups(self) -> list[Any]:
+        """What is trained, for the optimizer; the text encoder apart where it has its own learning rate."""
+        rate = self.tuning.text_encoder_lr
+        if rate is None:
+            return [weight for weight in self.parameters() if weight.requires_grad]
+        apart = {id(weight) for weight in self.text_encoder.parameters()}
+        trained = [weight for weight in self.parameters() if weight.requires_grad]
+        return [
+            {"params": [weight for weight in trained if id(weight) not in apart]},
+            {"params": [weight for weight in trained if id(weight) in apart], "lr": rate},
+        ]
 
     @property
     def alphas_cumprod(self) -> Tensor:
@@ -403,13 +447,16 @@ class StableDiffusionModule(LightningModule):
     @property
     def origin(self) -> dict[str, Any]:
         """What was said of the checkpoint beside its name."""
-        return {name: self.hparams[name] for name in ("revision", "variant", "components") if self.hparams[name]}
+        names = ("revision", "variant", "components", "adapters", "merge_adapters")
+        return {name: self.hparams[name] for name in names if self.hparams[name]}
 
     # ---------------------------------------------------------------------------------------------- files
 
     def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
-        """Write a folder that ``StableDiffusionPipeline.from_pretrained`` loads, its weights as ``dtype``."""
-        save_components(self.parts, folder, dtype)
+        """Write what is trained, its weights as ``dtype``: a folder that diffusers' pipeline loads, or an adapter."""
+        if self.adapters and not self.hparams["merge_adapters"]:
+            raise SettingsError("adapters stand beside the weights; set merge_adapters=true to write them together.")
+        self.tuning.export(self.parts, folder, dtype)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -57,6 +57,10 @@ def equal(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> 
     return weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
 
 
+WITH_WORDS = {"text_encoder": True}
+"""The text encoder is trained beside the UNet."""
+
+
 @pytest.fixture
 def build(checkpoint: Path):
     """Make a module of the checkpoint that learns fast enough for two steps to show."""
@@ -76,7 +80,7 @@ def fast(parameters) -> torch.optim.Optimizer:
 
 @pytest.mark.parametrize("train_text_encoder", [False, True])
 def test_only_what_should_be_trained_changes(build, train_text_encoder):
-    module, losses = build(train_text_encoder=train_text_encoder), Losses()
+    module, losses = build(tuning={"text_encoder": train_text_encoder}), Losses()
     before = {name: weights(getattr(module, name)) for name in ("unet", "vae", "text_encoder")}
     fit(module, 2, losses)
     assert len(losses.values) == 2 and np.isfinite(losses.values).all()
@@ -132,7 +136,7 @@ def test_training_twice_gives_the_same_weights_and_another_seed_gives_others(bui
 
 @pytest.mark.parametrize("stop", [3, 4], ids=["at the end of an epoch", "within an epoch"])
 def test_a_training_that_was_stopped_ends_where_an_unbroken_one_does(build, tmp_path, stop):
-    straight, resumed = build(train_text_encoder=True), build(train_text_encoder=True)
+    straight, resumed = build(tuning=WITH_WORDS), build(tuning=WITH_WORDS)
     every_step = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     fit(straight, 7, every_step, enable_checkpointing=True)
     fit(resumed, 7, resume=tmp_path / f"step={stop}.ckpt")
@@ -153,7 +157,7 @@ def test_validation_and_its_pictures_change_no_training(build, tmp_path):
 
 
 def test_sampling_in_the_middle_of_training_leaves_it_as_it_was(build):
-    module = build(train_text_encoder=True).train()
+    module = build(tuning=WITH_WORDS).train()
     module.vae.eval()
     modes = [part.training for part in module.modules()]
     with pytest.raises(KeyError), evaluating(module):
@@ -169,7 +173,7 @@ def test_sampling_in_the_middle_of_training_leaves_it_as_it_was(build):
 @pytest.fixture
 def saved(build, tmp_path: Path) -> tuple[StableDiffusionModule, Path]:
     """A module after two steps, and its checkpoint."""
-    module = build(train_text_encoder=True)
+    module = build(tuning=WITH_WORDS)
     fit(module, 2).save_checkpoint(tmp_path / "two.ckpt")
     return module, tmp_path / "two.ckpt"
 
@@ -186,7 +190,7 @@ def test_a_checkpoint_gives_the_module_back(saved):
     module, file = saved
     again = StableDiffusionModule.load_from_checkpoint(file, weights_only=True)
     assert equal(weights(again), weights(module))
-    assert again.sampling == module.sampling and again.train_text_encoder
+    assert again.sampling == module.sampling and again.tuning == module.tuning
     settings = {"prompt": "a red star", "return_type": "numpy"}
     np.testing.assert_allclose(again.infer(**settings)["samples"], module.infer(**settings)["samples"], atol=1 / 255)
 
@@ -195,7 +199,7 @@ def test_another_base_model_is_refused(saved, checkpoint, tmp_path):
     _, file = saved
     other = shutil.copytree(checkpoint, tmp_path / "other")
     with pytest.raises(SettingsError) as error:
-        fit(StableDiffusionModule(str(other), train_text_encoder=True), 3, resume=file)
+        fit(StableDiffusionModule(str(other), tuning=WITH_WORDS), 3, resume=file)
     assert f"pretrained={checkpoint}" in str(error.value) and f"pretrained={other}" in str(error.value)
 
 

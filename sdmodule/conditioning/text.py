@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sdmodule.conditioning.words import tokens_of_words
 from sdmodule.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -145,7 +146,13 @@ def _split(prompt: str, tokenizer: CLIPTokenizer) -> list[list[tuple[int, float]
     """Tokenise piece by piece, so that each token knows its weight, and break what is too long after a comma."""
     texts, weights = zip(*parse_weights(prompt), strict=True)
     *pieces, comma = tokenizer([*texts, ","], add_special_tokens=False, verbose=False).input_ids
-    tokens = [(token, weight) for piece, weight in zip(pieces, weights, strict=True) for token in piece]
+    spread = tokens_of_words(tokenizer)
+    tokens = [
+        (each, weight)
+        for piece, weight in zip(pieces, weights, strict=True)
+        for token in piece
+        for each in spread.get(token, [token])
+    ]
     size = tokenizer.model_max_length - 2
     chunks = []
     while len(tokens) > size:

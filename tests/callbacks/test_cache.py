@@ -158,7 +158,7 @@ def test_a_broken_file_is_passed_over_and_made_anew(checkpoint, folder, tmp_path
     ("settings", "says"),
     [
         (["cache=latents", "data.center_crop=false"], "set data.center_crop=true, or cache=none"),
-        (["cache=all", "model.train_text_encoder=true"], "use cache=latents"),
+        (["cache=all", "tuning.text_encoder=true"], "use cache=latents"),
         (["cache=all", "data.shuffle_tags=true"], "use cache=latents"),
         (["cache=latents", "model=autoencoder"], "use cache=none"),
         (["cache=latents", "cache.what=some"], "cache.what=some"),

@@ -1,0 +1,1 @@
+"""What is trained of a model: all of it, adapters, words, or a ControlNet."""
