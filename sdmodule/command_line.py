@@ -9,7 +9,7 @@ from typing import Any
 
 from sdmodule.errors import SettingsError
 
-FREE_TEXT = ("prompt", "negative_prompt", "image", "mask", "from")
+FREE_TEXT = ("prompt", "negative_prompt", "image", "mask", "control", "from")
 """Keys whose values are what people write, not expressions of Hydra's."""
 
 MISSING = "???"
@@ -65,9 +65,11 @@ def with_recipe(arguments: Sequence[str]) -> list[str]:
         given |= {"batch_size", "data.batch_row"}
     if "prompts" in given:
         given.add("prompt")
-    if settings.get("model") == "inpaint" and (missing := {"image", "mask"} - given - set(settings)):
+    needed = {"image", "mask"} if settings.get("model") == "inpaint" else set()
+    needed |= {"control"} if "controlnet" in settings else set()
+    if missing := needed - given - set(settings):
         raise SettingsError(
-            f"from={path} was repainted, and the inputs/ of its run are not beside its folder; "
+            f"from={path} was made from pictures, and the inputs/ of its run are not beside its folder; "
             f"give {' and '.join(f'{name}=…' for name in sorted(missing))} too."
         )
     taken = {k: v for k, v in settings.items() if not given & {k, k.partition(".")[0], f"sampler.{k}"}}

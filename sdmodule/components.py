@@ -43,6 +43,7 @@ class Components:
     Attributes:
         source: the name that they came from.
         guidance_scale: how strongly it is guided if nothing else is said; a folder says so in ``sampling.json``.
+        controlnet: a ControlNet beside the UNet, if there is one; no part of the checkpoint.
     """
 
     unet: UNet2DConditionModel
@@ -52,6 +53,7 @@ class Components:
     scheduler: Any
     source: str
     guidance_scale: float = GUIDANCE_SCALE
+    controlnet: Any = None
 
     @property
     def pixels_per_latent(self) -> int:
@@ -163,18 +165,25 @@ def save_part(name: str, part: Any, folder: str | Path, dtype: str = "float32") 
         if name == "tokenizer":
             part.backend_tokenizer.model.save(str(place))  # vocab.json and merges.txt, which older readers ask for
         return
-    weights = {key: value.to(getattr(torch, dtype)).contiguous() for key, value in part.state_dict().items()}
     if name == "text_encoder":
+        weights = {key: value.to(getattr(torch, dtype)).contiguous() for key, value in part.state_dict().items()}
         part.config.save_pretrained(place)
         # transformers 5 leaves out the prefix that every other reader of these files expects.
         prefixed = {key if key.startswith("text_model.") else f"text_model.{key}": v for key, v in weights.items()}
         save_file(prefixed, place / "model.safetensors", metadata={"format": "pt"})
     else:
-        part.save_config(place)
-        config = json.loads((place / "config.json").read_text())
-        config.pop("_name_or_path", None)  # where it was read from is nobody else's business
-        (place / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file(weights, place / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+        save_model(part, place, dtype)
+
+
+def save_model(model: Any, place: str | Path, dtype: str = "float32") -> None:
+    """Write a model of diffusers' into a folder of its own."""
+    config_file = Path(place) / "config.json"
+    model.save_config(place)
+    config = json.loads(config_file.read_text())
+    config.pop("_name_or_path", None)  # where it was read from is nobody else's business
+    config_file.write_text(json.dumps(config, indent=2) + "\n")
+    weights = {key: value.to(getattr(torch, dtype)).contiguous() for key, value in model.state_dict().items()}
+    save_file(weights, Path(place) / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
 
 
 def _library_and_class(part: Any) -> list[str]:

@@ -22,6 +22,7 @@ from typing_extensions import override
 from sdmodule.compiling import compile_blocks
 from sdmodule.components import load_components
 from sdmodule.conditioning.canvas import InpaintSettings
+from sdmodule.conditioning.controlnet import ControlGuide, load_controlnet
 from sdmodule.conditioning.inpaint import HoleTraining, convert_to_inpaint, inpaints, mask_channels, masked
 from sdmodule.conditioning.random_masks import draw_masks
 from sdmodule.conditioning.text import encode_prompts
@@ -71,6 +72,8 @@ class StableDiffusionModule(LightningModule):
         tomesd_cfg: another name for ``tome``.
         inpaint: how masked pictures are repainted; see ``InpaintSettings``.
         adapters: what to sample with beside the checkpoint, ``[{"path": file, "scale": 0.8}]``; see ``ChosenAdapter``.
+        controlnet: a ControlNet to sample with: a folder or a hub id.
+        control_scale: how much it counts.
         merge_adapters: add adapters to the weights instead of beside them: faster, and equal but for rounding.
         optimizer: takes the trainable parameters and returns the optimizer.
         lr_scheduler: takes the optimizer and returns the schedule of its learning rate, stepped every step.
@@ -103,6 +106,8 @@ class StableDiffusionModule(LightningModule):
         inpaint: Mapping[str, Any] | None = None,
         adapters: Sequence[Mapping[str, Any]] | None = None,
         merge_adapters: bool = False,
+        controlnet: str | None = None,
+        control_scale: float = 1.0,
         optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
         lr_scheduler: Callable[..., Any] | None = None,
         compile: bool = False,
@@ -110,6 +115,7 @@ class StableDiffusionModule(LightningModule):
     ) -> None:
         super().__init__()
         pretrained = shortened(pretrained)
+        controlnet = shortened(controlnet) if controlnet else None
         components = {name: shortened(place) for name, place in (components or {}).items() if place}
         self.adapters = chosen_adapters(adapters)
         adapters = [{"path": shortened(one.path), "scale": one.scale} for one in self.adapters]
@@ -123,7 +129,10 @@ class StableDiffusionModule(LightningModule):
                 f"{self.holes} was given and model={task} has no holes; use model=inpaint, or leave it out."
             )
         self.sampling = SamplingSettings(
-            **(sampling or {}), merging=choose_merging(tome, tomesd_cfg), inpaint=InpaintSettings(**(inpaint or {}))
+            **(sampling or {}),
+            merging=choose_merging(tome, tomesd_cfg),
+            inpaint=InpaintSettings(**(inpaint or {})),
+            control_scale=control_scale,
         )
         self._check_inpaint(self.sampling.inpaint)
         self.objective = Objective(**(objective or {}))
@@ -140,11 +149,14 @@ class StableDiffusionModule(LightningModule):
         if inpaints(parts.unet) and task != INPAINT:
             raise SettingsError(f"pretrained={pretrained} inpaints: its UNet takes a mask; use model=inpaint.")
         use_adapters(parts, self.adapters, merge_adapters)
+        if controlnet:
+            parts.controlnet = load_controlnet(controlnet, parts)
         self.tuning.prepare(parts, seed)
         self.parts = parts
         self.unet: Any = parts.unet
         self.vae: Any = parts.vae.eval().requires_grad_(False)
         self.text_encoder: Any = parts.text_encoder
+        self.controlnet: Any = parts.controlnet
         self.caption_dropout = caption_dropout
         self.timestep_shift = timestep_shift
         self.optimizer = optimizer
@@ -165,8 +177,8 @@ class StableDiffusionModule(LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        if stage == "fit" and self.adapters:
-            raise SettingsError("adapters are for sampling; train on the checkpoint alone, or on one with them merged.")
+        if stage == "fit" and (self.adapters or self.hparams["controlnet"]):
+            raise SettingsError("adapters and controlnet are for sampling; train on the checkpoint alone.")
         if stage != "fit" or self.task != INPAINT or inpaints(self.unet):
             return
         if not self.holes.convert:
@@ -185,7 +197,9 @@ class StableDiffusionModule(LightningModule):
     def on_fit_start(self) -> None:
         if self.device.type == "cpu":
             # The backward pass of torch's fused attention takes four times as long on CPU as plain products do.
-            self.unet.set_attn_processor(AttnProcessor())
+            for network in (self.unet, self.controlnet):
+                if network is not None:
+                    network.set_attn_processor(AttnProcessor())
             self.text_encoder.set_attn_implementation("eager")
 
     @override
@@ -202,7 +216,7 @@ class StableDiffusionModule(LightningModule):
         noise = self.objective.draw_noise(latents, generators)
         with seeded(generator_at(self.seed, self.global_step, batch_idx, self.global_rank), self.device):  # for dropout
             errors = self.denoising_errors(
-                latents, noise, timesteps.to(self.device), captions, channels, self.objective
+                latents, noise, timesteps.to(self.device), captions, channels, self.objective, self.control(batch)
             )
         loss = weighted_mean(errors, self.weights_of_places(batch, errors, channels))
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(latents))
@@ -216,6 +230,7 @@ class StableDiffusionModule(LightningModule):
         captions: Sequence[str],
         channels: Tensor | None = None,
         objective: Objective = SQUARED_ERROR,
+        control: ControlGuide | None = None,
     ) -> Tensor:
         """Error of the UNet's prediction at each place (algorithm 1 of Ho et al. 2020), ``[B, 1, h, w]``.
 
@@ -226,14 +241,29 @@ class StableDiffusionModule(LightningModule):
             captions: B texts.
             channels: what a UNet that inpaints sees beside the noisy latents, ``[B, 5, h, w]``.
             objective: how the error counts.
+            control: the ControlNet with its pictures.
         """
         predictable, visible = noise
         kind = self.parts.scheduler.config.prediction_type
         noisy = add_noise(latents, visible, self.alphas_cumprod, timesteps)
         wanted = target(kind, latents, predictable, self.alphas_cumprod, timesteps)
         seen = noisy if channels is None else torch.cat([noisy, channels], dim=1)
-        predicted = self.unet(seen, timesteps, encoder_hidden_states=self.encode_prompts(captions)).sample
+        embeddings = self.encode_prompts(captions)
+        residuals = {} if control is None else control.residuals(seen, timesteps, embeddings)
+        predicted = self.unet(seen, timesteps, encoder_hidden_states=embeddings, **residuals).sample
         return objective.errors(predicted, wanted, kind, self.alphas_cumprod, timesteps)
+
+    def control(self, batch: Mapping[str, Any]) -> ControlGuide | None:
+        """The ControlNet with the control pictures of a batch, ``conditioning`` ``[B, 3, H, W]`` in [0, 1].
+
+        Raises:
+            SettingsError: if there is a ControlNet and the data has no such pictures.
+        """
+        if self.controlnet is None:
+            return None
+        if "conditioning" not in batch:
+            raise SettingsError("tuning=controlnet needs control pictures; set data.conditioning=canny or files.")
+        return ControlGuide(self.controlnet, batch["conditioning"])
 
     def weights_of_places(self, batch: Mapping[str, Any], errors: Tensor, channels: Tensor | None) -> Tensor:
         """How much the error of each place counts, ``[B, 1, h, w]``: that of a hole, that outside a mask."""
@@ -293,7 +323,10 @@ class StableDiffusionModule(LightningModule):
         for start in range(0, width * VALIDATION_RANGES, width):
             timesteps = torch.full((len(latents),), start + width // 2, device=self.device)
             noise = SQUARED_ERROR.draw_noise(latents, generator)
-            levels.append(self.denoising_errors(latents, noise, timesteps, batch["caption"], channels))
+            errors = self.denoising_errors(
+                latents, noise, timesteps, batch["caption"], channels, control=self.control(batch)
+            )
+            levels.append(errors)
             losses[f"val/loss_{start}_{start + width - 1}"] = levels[-1].mean()
         errors = torch.stack(levels).mean(dim=0)
         self.log("val/loss", errors.mean(), prog_bar=True, sync_dist=True, batch_size=len(latents))
@@ -349,6 +382,8 @@ class StableDiffusionModule(LightningModule):
         image: Any = None,
         mask: Any = None,
         *,
+        control: Any = None,
+        control_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
@@ -375,6 +410,8 @@ class StableDiffusionModule(LightningModule):
             prompt: one prompt or several; of any length, with ``(words:1.3)`` to weigh words.
             image: for ``task="inpaint"``, the picture to repaint: a path, a PIL image, an array or a tensor, or a list.
             mask: where: white in a picture of the same size, a box ``[x0, y0, x1, y1]``, ``"alpha"``, or a list.
+            control: the picture that a ControlNet follows, in any form of ``image``; or one for each prompt.
+            control_scale: how much the ControlNet counts.
             height: pixels, a multiple of the autoencoder's factor.
             width: pixels, likewise.
             num_inference_steps: denoising steps.
@@ -408,11 +445,20 @@ class StableDiffusionModule(LightningModule):
             eta=eta,
             scheduler=scheduler,
             inpaint=replace(self.sampling.inpaint, **(inpaint or {})),
+            control_scale=control_scale,
             merging=None if tome is None else choose_merging(tome),
         )
         self._check_inpaint(settings.inpaint)
         requests = build_requests(
-            prompt, None, negative_prompt, num_images_per_prompt, seed, image=image, mask=mask, task=self.task
+            prompt,
+            None,
+            negative_prompt,
+            num_images_per_prompt,
+            seed,
+            image=image,
+            mask=mask,
+            task=self.task,
+            control=control,
         )
         with evaluating(self), steps_bar(settings.steps_taken, show_progress) as on_step:
             samples = sample_all(self.parts, requests, settings, noise=latents, generator=generator, on_step=on_step)
@@ -447,7 +493,7 @@ class StableDiffusionModule(LightningModule):
     @property
     def origin(self) -> dict[str, Any]:
         """What was said of the checkpoint beside its name."""
-        names = ("revision", "variant", "components", "adapters", "merge_adapters")
+        names = ("revision", "variant", "components", "adapters", "merge_adapters", "controlnet")
         return {name: self.hparams[name] for name in names if self.hparams[name]}
 
     # ---------------------------------------------------------------------------------------------- files

@@ -45,6 +45,13 @@ def _is_settings(value: object) -> bool:
     )
 
 
+def _is_adapters(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(one, dict) and one.keys() == {"path", "scale"} and _is_text(one["path"]) and _is_number(one["scale"])
+        for one in value
+    )
+
+
 FACTS: dict[str, Callable[[object], bool]] = {
     "index": _is_count,
     "prompt": _is_text,
@@ -52,6 +59,8 @@ FACTS: dict[str, Callable[[object], bool]] = {
     "seed": _is_count,
     "image": _is_text,
     "mask": _is_text,
+    "control": _is_text,
+    "control_scale": _is_number,
     "steps": _is_count,
     "guidance_scale": _is_number,
     "guidance_rescale": _is_number,
@@ -64,6 +73,9 @@ FACTS: dict[str, Callable[[object], bool]] = {
     "revision": _is_text,
     "variant": _is_text,
     "components": _is_settings,
+    "adapters": _is_adapters,
+    "merge_adapters": _is_flag,
+    "controlnet": _is_text,
     "precision": _is_text,
     "tome": _is_settings,
     "inpaint": _is_text,
@@ -85,6 +97,7 @@ NEEDED = ("prompt", "negative_prompt", "seed", "steps", "guidance_scale", "sched
 KEYS = {
     **{name: name for name in ("prompt", "negative_prompt", "seed", "steps", "guidance_scale", "height", "width")},
     **{name: name for name in ("revision", "variant", "precision", "batch_size")},
+    **{name: name for name in ("adapters", "merge_adapters", "controlnet", "control_scale")},
     **{name: name for name in ("strength", "mask_blur", "only_masked", "padding")},
     "guidance_rescale": "sampler.guidance_rescale",
     "eta": "sampler.eta",
@@ -154,11 +167,10 @@ def settings_of(path: str | Path) -> dict[str, Any]:
     settings["sampler.scheduler"] = {"name": facts["scheduler"], **facts.get("scheduler_settings", {})}
     settings |= {f"components.{part}": place for part, place in facts.get("components", {}).items()}
     settings |= {f"tome.{name}": value for name, value in facts.get("tome", {"ratio": 0.0}).items()}
-    if "inpaint" not in facts:
-        return settings
+    if "inpaint" in facts:
+        settings["model"] = "inpaint"
     run = Path(path).expanduser().parent.parent
-    settings["model"] = "inpaint"
-    for name in ("image", "mask"):
+    for name in ("image", "mask", "control"):
         kept = facts.get(name, "")
         if re.fullmatch(r"inputs/[0-9a-f]{16}\.png", kept) and (run / kept).is_file():
             settings[name] = str(run / kept)

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from sdmodule.conditioning.controlnet import read_controls
 from sdmodule.conditioning.masked_picture import MaskedPicture, count_pictures, pair
 from sdmodule.conditioning.text import parse_weights
 from sdmodule.errors import SettingsError, choices
@@ -28,6 +31,7 @@ class SampleRequest:
         negative_prompt: what guidance leads away from.
         seed: seed of its initial noise.
         masked: the picture to repaint, and where; None for a picture from text alone.
+        control: the picture that a ControlNet follows; None where there is none.
         kept: False for a picture that is not written: it only fills up the batch of others.
     """
 
@@ -36,7 +40,15 @@ class SampleRequest:
     negative_prompt: str
     seed: int
     masked: MaskedPicture | None = None
+    control: Image.Image | None = None
     kept: bool = True
+
+    def inputs(self) -> dict[str, Image.Image]:
+        """The pictures that it was given, by the names of the settings that gave them."""
+        given = {"control": self.control}
+        if self.masked is not None:
+            given |= {"image": self.masked.picture, "mask": self.masked.mask}
+        return {name: picture for name, picture in given.items() if picture is not None}
 
 
 def build_requests(
@@ -49,6 +61,8 @@ def build_requests(
     image: Any = None,
     mask: Any = None,
     task: str = TEXT2IMAGE,
+    control: Any = None,
+    control_edges: bool = False,
 ) -> list[SampleRequest]:
     """List the images of a run: all images of the first prompt, then of the second; image k has seed ``seed + k``.
 
@@ -63,6 +77,8 @@ def build_requests(
         image: for inpainting, the picture to repaint, or one for each prompt; see ``masked_picture.pair``.
         mask: where to repaint it, or one for each.
         task: ``text2image`` or ``inpaint``.
+        control: the picture that a ControlNet follows, or one for each prompt; see ``controlnet.read_controls``.
+        control_edges: ``control`` is a photo, of which the edges are followed.
 
     Raises:
         SettingsError: if a setting or the file cannot be used.
@@ -93,14 +109,17 @@ def build_requests(
             f"negative_prompt has {len(negatives)} texts for {len(rows)} prompts; give one text, or one a prompt."
         )
     pictures = _pictures(image, mask, len(rows), task)
+    controls = _controls(control, control_edges, len(rows))
     for text in {*negatives, *(text for row in rows for text in row.values() if isinstance(text, str))}:
         parse_weights(text)  # a wrong weight is told of before anything is sampled
     requests: list[SampleRequest] = []
-    for row, negative, masked in zip(rows, negatives, pictures, strict=True):
+    for row, negative, masked, followed in zip(rows, negatives, pictures, controls, strict=True):
         first = len(requests)
         first_seed = row.get("seed", seed + first)
         requests += [
-            SampleRequest(first + i, row["prompt"], row.get("negative_prompt", negative), first_seed + i, masked)
+            SampleRequest(
+                first + i, row["prompt"], row.get("negative_prompt", negative), first_seed + i, masked, followed
+            )
             for i in range(num_images_per_prompt)
         ]
     return requests
@@ -119,6 +138,15 @@ def _pictures(image: Any, mask: Any, count: int, task: str) -> Sequence[MaskedPi
     if image is None:
         raise SettingsError("model=inpaint needs a picture to repaint; give image=… and mask=….")
     return pair(image, mask, count)
+
+
+def _controls(control: Any, edges: bool, count: int) -> Sequence[Image.Image | None]:
+    """The control picture of each of ``count`` prompts; None for each where there is none."""
+    if control is not None:
+        return read_controls(control, edges, count)
+    if edges:
+        raise SettingsError("control_edges=true was given and no picture to take edges of; add control=PHOTO.")
+    return [None] * count
 
 
 def _is_count(value: object) -> bool:

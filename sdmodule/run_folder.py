@@ -34,9 +34,7 @@ def request_facts(request: SampleRequest) -> dict[str, Any]:
         "negative_prompt": request.negative_prompt,
         "seed": request.seed,
     }
-    if request.masked is not None:
-        facts |= {"image": input_name(request.masked.picture), "mask": input_name(request.masked.mask)}
-    return facts
+    return facts | {key: input_name(given) for key, given in request.inputs().items()}
 
 
 def input_name(image: Image.Image) -> str:

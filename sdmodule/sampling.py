@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sdmodule.conditioning.canvas import Canvas, lay_out
+from sdmodule.conditioning.controlnet import prepare_control
 from sdmodule.conditioning.inpaint import inpaints
 from sdmodule.conditioning.repaint import Repainting, prepare
 from sdmodule.conditioning.text import count_chunks, encode_prompts
@@ -134,6 +135,8 @@ def sample(
     facts = describe(parts, settings, bool(canvases))
     scale, correction = facts["guidance_scale"], facts["guidance_rescale"]
     guided = scale > 1.0
+    controls = [request.control for request in requests if request.control is not None]
+    control = prepare_control(parts, controls, shape[1:], settings.control_scale)
 
     with watch.stage("text"):
         embeddings = encode_requests(parts, requests, guided).to(parts.unet.dtype)
@@ -152,7 +155,8 @@ def sample(
     def unet(latents: Tensor, timestep: Tensor) -> Tensor:
         start_step(next(calls))
         seen = latents if repainting is None else repainting.seen(latents)
-        return parts.unet(seen, timestep, encoder_hidden_states=embeddings).sample
+        residuals = {} if control is None else control.residuals(seen, timestep, embeddings)
+        return parts.unet(seen, timestep, encoder_hidden_states=embeddings, **residuals).sample
 
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
         if not guided:
@@ -203,6 +207,8 @@ def describe(parts: Components, settings: SamplingSettings, inpainting: bool) ->
     }
     if settings.merging.ratio:
         facts["tome"] = asdict(settings.merging)
+    if parts.controlnet is not None:
+        facts["control_scale"] = settings.control_scale
     if inpainting:
         facts |= {"inpaint": way_to_inpaint(parts), **asdict(settings.inpaint)}
     return facts

@@ -26,6 +26,7 @@ class SamplingSettings:
         width: pixels; the checkpoint's own size if None.
         merging: token merging; off unless its ratio is more than 0.
         inpaint: how masked pictures are repainted.
+        control_scale: how much a ControlNet counts; 0 is not at all.
 
     Raises:
         SettingsError: for a value out of range.
@@ -40,16 +41,19 @@ class SamplingSettings:
     width: int | None = None
     merging: TokenMerging = OFF
     inpaint: InpaintSettings = field(default_factory=InpaintSettings)
+    control_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise SettingsError(f"steps={self.steps} is not allowed; give a whole number of at least 1.")
-        for name in ("eta", "guidance_scale", "guidance_rescale"):
+        for name in ("eta", "control_scale", "guidance_scale", "guidance_rescale"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) and not (value is None and name != "eta"):
+            if not isinstance(value, (int, float)) and not (value is None and "guidance" in name):
                 raise SettingsError(f"{name}={value} is not allowed; give a number.")
         if not 0.0 <= self.eta <= 1.0:
             raise SettingsError(f"eta={self.eta} is not allowed; give a number from 0 to 1.")
+        if not 0.0 <= self.control_scale <= 100.0:
+            raise SettingsError(f"control_scale={self.control_scale} is not allowed; give a number from 0 to 100.")
         if self.guidance_scale is not None and not -1e4 < self.guidance_scale < 1e4:
             raise SettingsError(f"guidance_scale={self.guidance_scale} is not allowed; give a number such as 7.5.")
         if self.guidance_rescale is not None and not 0.0 <= self.guidance_rescale <= 1.0:

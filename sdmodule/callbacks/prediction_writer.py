@@ -64,8 +64,7 @@ class PredictionWriter(BasePredictionWriter):
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         try:
-            for name in (IMAGES, INPUTS) if getattr(pl_module, "task", "") == "inpaint" else (IMAGES,):
-                (self.output_dir / name).mkdir(parents=True, exist_ok=True)
+            (self.output_dir / IMAGES).mkdir(parents=True, exist_ok=True)
             if trainer.is_global_zero:
                 for left in [*self.output_dir.glob("*/.*.part"), *self.output_dir.glob("predictions.*.jsonl")]:
                     left.unlink(missing_ok=True)
@@ -107,11 +106,11 @@ class PredictionWriter(BasePredictionWriter):
         """One picture's files: its inputs, itself, its line; whoever sees a line finds the picture too."""
         start = time.perf_counter()
         facts = {**request_facts(request), **facts}
-        if request.masked is not None:
-            for key, given in (("image", request.masked.picture), ("mask", request.masked.mask)):
-                if not (self.output_dir / facts[key]).is_file():
-                    with self._lock:
-                        save_png(given, self.output_dir / facts[key], {})
+        for key, given in request.inputs().items():
+            if not (self.output_dir / facts[key]).is_file():
+                with self._lock:
+                    (self.output_dir / INPUTS).mkdir(exist_ok=True)
+                    save_png(given, self.output_dir / facts[key], {})
         name = picture_name(request)
         save_png(image, self.output_dir / name, facts)
         with self._lock:

@@ -66,7 +66,7 @@ def count_pictures(images: Any, masks: Any) -> int:
 def read_masked(image: Any, mask: Any, position: int | None = None) -> MaskedPicture:
     """Read a picture and its mask; ``position`` is its place in a list, for messages. See `pair`."""
     at = "" if position is None else f"[{position}]"
-    picture = _read(image, f"image{at}")
+    picture = read_picture(image, f"image{at}")
     if mask is None:
         own = picture.has_transparency_data
         hint = "for its transparent part give mask=alpha" if own else "give a mask, such as mask=[x0,y0,x1,y1]"
@@ -80,7 +80,7 @@ def read_masked(image: Any, mask: Any, position: int | None = None) -> MaskedPic
     elif _is_box(mask):
         hole = _box(mask, picture.size, at)
     else:
-        hole = _read(mask, f"mask{at}").convert("L").point([0] * 128 + [255] * 128)
+        hole = read_picture(mask, f"mask{at}").convert("L").point([0] * 128 + [255] * 128)
     if hole.size != picture.size:
         raise SettingsError(
             f"mask{at} is of {_size(hole)} pixels and image{at} of {_size(picture)}; give a mask of the picture's size."
@@ -132,7 +132,7 @@ def _size(image: Image.Image) -> str:
     return f"{image.width}x{image.height}"
 
 
-def _read(value: Any, name: str) -> Image.Image:
+def read_picture(value: Any, name: str) -> Image.Image:
     """A copy of a picture in whatever form; the caller's own is never changed."""
     if isinstance(value, Image.Image):
         return value.copy()

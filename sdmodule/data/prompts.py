@@ -10,6 +10,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
+from sdmodule.conditioning.controlnet import check_control
 from sdmodule.errors import SettingsError
 from sdmodule.requests import TEXT2IMAGE, SampleRequest, build_requests
 
@@ -40,6 +41,9 @@ class PromptDataModule(LightningDataModule):
         image: for inpainting, the picture to repaint, or one for each prompt.
         mask: where to repaint it, or one for each.
         task: what the model is asked to do.
+        control: the picture that a ControlNet follows, or one for each prompt.
+        control_edges: the edges of ``control`` are followed.
+        controlnet: the ControlNet, without which nothing follows ``control``.
         batch_size: images sampled at once; it does not change them, but for their last bit.
         batch_row: sample a single image at this place of a full batch, as it was sampled before; to the last bit.
 
@@ -60,14 +64,27 @@ class PromptDataModule(LightningDataModule):
         image: Any = None,
         mask: Any = None,
         task: str = TEXT2IMAGE,
+        control: Any = None,
+        control_edges: bool = False,
+        controlnet: str | None = None,
         batch_size: int = 1,
         batch_row: int | None = None,
     ) -> None:
         super().__init__()
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise SettingsError(f"batch_size={batch_size} is not allowed; give a whole number of at least 1.")
+        check_control(control is not None, controlnet is not None)
         self.requests = build_requests(
-            prompt, prompts, negative_prompt, num_images_per_prompt, seed, image=image, mask=mask, task=task
+            prompt,
+            prompts,
+            negative_prompt,
+            num_images_per_prompt,
+            seed,
+            image=image,
+            mask=mask,
+            task=task,
+            control=control,
+            control_edges=control_edges,
         )
         self.batch_size = batch_size
         self.batch_row = batch_row

@@ -7,13 +7,14 @@ from dataclasses import MISSING
 from typing import Any
 
 from sdmodule.errors import SettingsError, choices
+from sdmodule.tuning.controlnet import ControlNetTuning
 from sdmodule.tuning.full import FullTuning
 from sdmodule.tuning.lora import LoraTuning
 from sdmodule.tuning.textual_inversion import TextualInversion
 
-KINDS = {tuning.kind: tuning for tuning in (FullTuning, LoraTuning, TextualInversion)}
+KINDS = {tuning.kind: tuning for tuning in (ControlNetTuning, FullTuning, LoraTuning, TextualInversion)}
 
-Tuning = FullTuning | LoraTuning | TextualInversion
+Tuning = ControlNetTuning | FullTuning | LoraTuning | TextualInversion
 """What is trained of a model: it prepares the model's parts, and writes what was trained."""
 
 
