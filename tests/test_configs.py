@@ -88,7 +88,12 @@ def test_objectives(name, checkpoint):
 @pytest.mark.parametrize("name", options("data"))
 def test_data(name):
     command = "predict" if name == "prompts" else "train"
-    given = {"shapes": [], "mixed": ["data.sources=[{root: photos}]"]}.get(name, COMMANDS[command])
+    given = {
+        "shapes": [],
+        "mixed": ["data.sources=[{root: photos}, {shards: a.tar, weight: 2}, {name: owner/name, split: test}]"],
+        "huggingface": ["data.name=owner/name"],
+        "webdataset": ["data.shards='shards/{000..009}.tar'"],
+    }.get(name, COMMANDS[command])
     cfg = configuration(command, f"data={name}", given=given)
     assert isinstance(instantiate(cfg.data), LightningDataModule)
 
