@@ -9,7 +9,7 @@ from typing import Any
 
 from sdmodule.errors import SettingsError
 
-FREE_TEXT = ("prompt", "negative_prompt", "image", "mask", "control", "from")
+FREE_TEXT = ("prompt", "negative_prompt", "image", "mask", "control", "from", "data.shards", "data.val_shards")
 """Keys whose values are what people write, not expressions of Hydra's."""
 
 MISSING = "???"

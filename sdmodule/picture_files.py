@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -12,13 +14,29 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """What PIL may take a file for; others of its readers start programs."""
 
 
-def open_upright(path: Path) -> Image.Image:
+class StoredPicture(Protocol):
+    """A picture that is no file of its own but a part of one; as a text, what people find it by."""
+
+    def read(self) -> bytes:
+        """The bytes that its file would have."""
+        ...
+
+
+PictureFile = Path | StoredPicture
+
+
+def readable_by_pil(picture: PictureFile) -> Path | BytesIO:
+    """A picture as PIL opens it."""
+    return picture if isinstance(picture, Path) else BytesIO(picture.read())
+
+
+def open_upright(path: PictureFile) -> Image.Image:
     """Read a picture's first frame, turned as its camera was held, 16 bits scaled to 8, in whatever mode it has.
 
     Raises:
         Exception: of many kinds, from PIL's readers, for a file whose pixels cannot be decoded.
     """
-    with Image.open(path, formats=FORMATS) as file:
+    with Image.open(readable_by_pil(path), formats=FORMATS) as file:
         image = ImageOps.exif_transpose(file)
         image.load()
     if image.mode.startswith("I"):
@@ -26,13 +44,13 @@ def open_upright(path: Path) -> Image.Image:
     return image
 
 
-def upright_size(path: Path) -> tuple[int, int]:
+def upright_size(path: PictureFile) -> tuple[int, int]:
     """Width and height of a picture once it is upright; its pixels are not read.
 
     Raises:
         Exception: of many kinds, as `open_upright` does.
     """
-    with Image.open(path, formats=FORMATS) as file:
+    with Image.open(readable_by_pil(path), formats=FORMATS) as file:
         width, height = file.size
         sideways = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
     return (height, width) if sideways else (width, height)

@@ -64,7 +64,8 @@ def test_a_configuration_reads_from_what_people_set_to_what_is_built(command):
         assert keys[:4] == ["prompt", "prompts", "negative_prompt", "image"]
     else:
         assert keys[0] == "pretrained"
-        groups.insert(3, "objective")
+        groups[2:2] = ["tuning"]
+        groups.insert(4, "objective")
     assert keys[-len(groups) :] == groups
     for path in CONF.rglob("*.yaml"):
         lines = path.read_text().splitlines()
@@ -88,7 +89,12 @@ def test_objectives(name, checkpoint):
 @pytest.mark.parametrize("name", options("data"))
 def test_data(name):
     command = "predict" if name == "prompts" else "train"
-    given = {"shapes": [], "mixed": ["data.sources=[{root: photos}]"]}.get(name, COMMANDS[command])
+    given = {
+        "shapes": [],
+        "mixed": ["data.sources=[{root: photos}, {shards: a.tar, weight: 2}, {name: owner/name, split: test}]"],
+        "huggingface": ["data.name=owner/name"],
+        "webdataset": ["data.shards='shards/{000..009}.tar'"],
+    }.get(name, COMMANDS[command])
     cfg = configuration(command, f"data={name}", given=given)
     assert isinstance(instantiate(cfg.data), LightningDataModule)
 

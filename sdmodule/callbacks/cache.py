@@ -68,8 +68,7 @@ class Cache(Callback):
         pictures: Any = getattr(data, "train_set", None)
         if not hasattr(pictures, "content"):
             raise SettingsError(
-                f"cache={self.what} knows the pictures of data=image_folder and data=shapes; use one of them, or "
-                "cache=none."
+                f"cache={self.what} does not know the pictures of these data; use those of conf/data, or cache=none."
             )
         if not hasattr(module, "encode_moments"):
             raise SettingsError(f"cache={self.what} has nothing to do for this model; use cache=none.")

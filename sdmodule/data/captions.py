@@ -6,14 +6,14 @@ import csv
 import json
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from lightning.pytorch.utilities import rank_zero_warn
 
 from sdmodule.errors import SettingsError, choices
-from sdmodule.picture_files import SUFFIXES
+from sdmodule.picture_files import SUFFIXES, PictureFile
 
 
 class CaptionStyle(NamedTuple):
@@ -39,10 +39,18 @@ class CaptionStyle(NamedTuple):
 class Example(NamedTuple):
     """A picture's file, its caption and, where inpainting has one of its own, its mask's file."""
 
-    path: Path
+    path: PictureFile
     caption: str
     mask: Path | None = None
     style: CaptionStyle = CaptionStyle()
+
+
+class Examples(Protocol):
+    """Examples by number; they may be looked up only when they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Example: ...
 
 
 def find_examples(root: str | Path, key: str = "data.root") -> list[Example]:
@@ -77,17 +85,18 @@ def find_examples(root: str | Path, key: str = "data.root") -> list[Example]:
     if bare := [example.path for example in examples if example.mask is None]:
         if len(bare) < len(examples):
             raise SettingsError(
-                f"{key}: {metadata} names masks, but none for {some(bare, folder)}; give all rows a mask_file_name, or "
-                "none."
+                f"{key}: {metadata} names masks, but none for {some(_names(bare, folder))}; give all rows a "
+                "mask_file_name, or none."
             )
-    named = {path for example in examples for path in (example.path, example.mask) if path is not None}
+    named = {path for example in examples for path in (example.path, example.mask) if isinstance(path, Path)}
     if absent := sorted(path for path in named if not path.is_file()):
         raise SettingsError(
-            f"{key}: {metadata} names pictures that do not exist: {some(absent, folder)}; "
+            f"{key}: {metadata} names pictures that do not exist: {some(_names(absent, folder))}; "
             "file_name is relative to the folder of that file: add the pictures or remove their rows."
         )
     if unnamed := sorted(pictures - named):
-        rank_zero_warn(f"{key}: left out {len(unnamed)} pictures not named in {metadata}: {some(unnamed, folder)}.")
+        left_out = some(_names(unnamed, folder))
+        rank_zero_warn(f"{key}: left out {len(unnamed)} pictures not named in {metadata}: {left_out}.")
     return examples
 
 
@@ -100,17 +109,21 @@ def _hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
-def some(paths: Sequence[Path], folder: Path, limit: int = 3) -> str:
-    """Name the first few of ``paths`` and count the rest."""
-    names = ", ".join(path.relative_to(folder).as_posix() for path in paths[:limit])
-    return names if len(paths) <= limit else f"{names} and {len(paths) - limit} more"
+def some(names: Sequence[str], limit: int = 3) -> str:
+    """Name the first few of ``names`` and count the rest."""
+    named = ", ".join(names[:limit])
+    return named if len(names) <= limit else f"{named} and {len(names) - limit} more"
+
+
+def _names(files: Iterable[PictureFile], folder: Path) -> list[str]:
+    return [os.path.relpath(str(file), folder) for file in files]
 
 
 def _read_sidecars(pictures: Sequence[Path], folder: Path, key: str) -> list[Example]:
     """Read the ``.txt`` beside each picture."""
     if bare := [path for path in pictures if not path.with_suffix(".txt").is_file()]:
         raise SettingsError(
-            f"{key}={folder} has {len(bare)} pictures without a caption: {some(bare, folder)}; "
+            f"{key}={folder} has {len(bare)} pictures without a caption: {some(_names(bare, folder))}; "
             "put a metadata.jsonl or metadata.csv (file_name, text) in the folder, or a .txt beside each picture."
         )
     return [Example(path, _read_text(path.with_suffix(".txt"), key).strip()) for path in pictures]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from sdmodule.errors import SettingsError
+from sdmodule.picture_files import PictureFile
 
 SIZE = 16
 """Bytes of a fingerprint: two of a billion contents share one with a probability of 1e-21."""
@@ -25,13 +26,15 @@ def fingerprint(*texts: object) -> str:
     return hashlib.blake2b(json.dumps([str(text) for text in texts]).encode(), digest_size=SIZE).hexdigest()
 
 
-def file_fingerprint(path: Path) -> str:
-    """The fingerprint of a file's bytes.
+def file_fingerprint(path: PictureFile) -> str:
+    """The fingerprint of a file's bytes, the same wherever they are stored.
 
     Raises:
         SettingsError: if it cannot be read.
     """
     try:
+        if not isinstance(path, Path):
+            return hashlib.blake2b(path.read(), digest_size=SIZE).hexdigest()
         with path.open("rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=SIZE)).hexdigest()
     except OSError as error:

@@ -1,9 +1,10 @@
-"""Batches of a folder's pictures with their captions."""
+"""Pictures with captions as they are shown in training, and batches of them."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, cast
 
 import numpy as np
@@ -12,17 +13,19 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from typing_extensions import override
 
 from sdmodule.data.buckets import Size, bucket_sizes, nearest_bucket
-from sdmodule.data.captions import Example
+from sdmodule.data.captions import Examples
 from sdmodule.data.fingerprints import file_fingerprint
+from sdmodule.data.huggingface import HuggingFaceData
 from sdmodule.data.readable import load_mask, load_rgb
 from sdmodule.data.shapes import CaptionedImage, View
+from sdmodule.data.shards import Shards
 from sdmodule.data.shuffle import training_loader
-from sdmodule.data.sources import Source, mixed
-from sdmodule.errors import SettingsError
+from sdmodule.data.sources import Folder, Source, mixed
+from sdmodule.errors import SettingsError, choices
 from sdmodule.picture_files import upright_size
 from sdmodule.pictures import image_to_tensor
 
@@ -44,7 +47,7 @@ class ImageFolderDataset(Dataset[CaptionedImage]):
 
     def __init__(
         self,
-        examples: Sequence[Example],
+        examples: Examples,
         size: tuple[int, int],
         center_crop: bool = True,
         random_flip: bool = False,
@@ -61,7 +64,8 @@ class ImageFolderDataset(Dataset[CaptionedImage]):
         self.sizes: list[Size] | None = None
         if buckets:
             allowed = bucket_sizes(size)
-            self.sizes = [nearest_bucket(*upright_size(example.path), allowed) for example in examples]
+            shapes = (upright_size(examples[index].path) for index in range(len(examples)))
+            self.sizes = [nearest_bucket(*shape, allowed) for shape in shapes]
         # shared, so that persistent workers see a new epoch
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
@@ -97,7 +101,7 @@ class ImageFolderDataset(Dataset[CaptionedImage]):
     @property
     def fixed_captions(self) -> bool:
         """Whether a picture has the same caption each time."""
-        return not (self.shuffle_tags and any(example.style.shuffle_tags for example in self.examples))
+        return not self.shuffle_tags
 
     def _random(self, *what: object) -> random.Random:
         return random.Random("/".join(map(str, (self.seed, int(self._epoch), *what))))
@@ -132,20 +136,18 @@ class ImageFolderDataset(Dataset[CaptionedImage]):
         return cast(CaptionedImage, {**self.seen(index, self.view(index)), "caption": self.caption(index)})
 
 
-class ImageFolderDataModule(LightningDataModule):
-    """Batches of a folder's pictures, ``image`` ``[B, 3, H, W]`` in [-1, 1] and ``caption``, a list of strings.
+class PicturesDataModule(LightningDataModule):
+    """Batches of pictures, ``image`` ``[B, 3, H, W]`` in [-1, 1] and ``caption``, a list of strings.
 
-    Where the folder names masks, ``mask`` ``[B, 1, H, W]`` is 1 where they are white and 0 elsewhere.
-
-    See `find_examples` for where captions come from. Nothing but paths and captions is held in memory.
+    Where the pictures have masks, ``mask`` ``[B, 1, H, W]`` is 1 where they are white and 0 elsewhere.
 
     Args:
-        root: folder of pictures with captions.
+        sources: where the pictures come from.
+        validation: where those for validation come from; ``val_fraction`` is then unused.
         resolution: height and width in pixels; one number gives squares.
-        batch_size: pictures a step on each device; a folder with fewer gives one smaller batch.
-        val_root: another folder, for validation; ``val_fraction`` is then unused.
-        val_fraction: share of ``root`` for validation, at least one picture, chosen by a hash of the file name;
-            0 validates on none.
+        batch_size: pictures a step on each device; fewer pictures give one smaller batch.
+        val_fraction: share of each source for validation, at least one picture, chosen by a hash of the name; 0
+            validates on none.
         center_crop: crop the middle; otherwise training crops a random part.
         random_flip: mirror half of the pictures in training.
         buckets: train on each picture in the size, of about the same area, that is most like its shape; a batch is of
@@ -153,22 +155,17 @@ class ImageFolderDataModule(LightningDataModule):
         skip_bad: leave files that are no pictures out with a warning, instead of an error.
         num_workers: processes that read pictures; 0 reads in the training process.
         seed: names the order, the crops, the flips and the shuffling of tags.
-        template: a text that captions are put into, in the place of ``{}``.
-        shuffle_tags: put the parts of captions between commas in another order each time, in training.
-        keep_tags: how many of the first parts stay where they are.
-        sources: several folders instead of ``root``, each with the settings of `Source`; those of captions that one
-            does not name are the ones above.
 
     Raises:
-        SettingsError: for a setting out of range; in `setup`, for a folder that cannot be used.
+        SettingsError: for a setting out of range; in `setup`, for a source that cannot be used.
     """
 
     def __init__(
         self,
-        root: str | None,
+        sources: Sequence[Source],
+        validation: Source | None = None,
         resolution: int | Sequence[int] = 64,
         batch_size: int = 4,
-        val_root: str | None = None,
         val_fraction: float = 0.05,
         center_crop: bool = True,
         random_flip: bool = False,
@@ -176,14 +173,10 @@ class ImageFolderDataModule(LightningDataModule):
         skip_bad: bool = False,
         num_workers: int = 0,
         seed: int = 0,
-        template: str | None = None,
-        shuffle_tags: bool = False,
-        keep_tags: int = 0,
-        sources: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
-        captions = {"template": template, "shuffle_tags": shuffle_tags, "keep_tags": keep_tags}
-        self.sources = _sources(root, sources, captions)
+        self.sources = sources
+        self.validation = validation
         size = tuple(resolution) if isinstance(resolution, Sequence) else (resolution, resolution)
         if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
             raise SettingsError(f"data.resolution={resolution} is no size; give a whole number or [height, width].")
@@ -195,7 +188,6 @@ class ImageFolderDataModule(LightningDataModule):
             raise SettingsError(f"data.val_fraction={val_fraction} is out of range; give 0 or more and less than 1.")
         self.size = (size[0], size[1])
         self.batch_size = batch_size
-        self.val_root = val_root
         self.val_fraction = val_fraction
         self.center_crop = center_crop
         self.random_flip = random_flip
@@ -212,17 +204,18 @@ class ImageFolderDataModule(LightningDataModule):
         if self.train_set is not None:
             return
         found = [source.examples(self.skip_bad) for source in self.sources]
-        if self.val_root is not None:
-            val = Source(self.val_root, key="data.val_root").examples(self.skip_bad)
+        if self.validation is not None:
+            val = [self.validation.examples(self.skip_bad)]
         else:
             parts = [source.split(own, self.val_fraction) for source, own in zip(self.sources, found, strict=True)]
-            found, val = [train for train, _ in parts], [example for _, val in parts for example in val]
+            found, val = [train for train, _ in parts], [val for _, val in parts]
         train = mixed(found, [source.weight for source in self.sources])
+        shuffled = any(source.shuffle_tags for source in self.sources)
         self.train_set = ImageFolderDataset(
-            train, self.size, self.center_crop, self.random_flip, self.seed, self.buckets, shuffle_tags=True
+            train, self.size, self.center_crop, self.random_flip, self.seed, self.buckets, shuffled
         )
         self._groups = self.train_set.groups()
-        self.val_set = ImageFolderDataset(val, self.size)
+        self.val_set = ImageFolderDataset(ConcatDataset(val), self.size)
 
     @override
     def train_dataloader(self) -> DataLoader:
@@ -244,18 +237,68 @@ class ImageFolderDataModule(LightningDataModule):
         return DataLoader(self.val_set, batch_size=self.batch_size, num_workers=self.num_workers)
 
 
-def _sources(
-    root: str | None, sources: Sequence[Mapping[str, Any]] | None, captions: Mapping[str, Any]
-) -> list[Source]:
-    if (root is None) == (sources is None):
-        raise SettingsError(f"data.root={root} and data.sources={sources} are two ways of one thing; give one of them.")
-    if sources is None:
-        return [Source(str(root), **captions)]
-    if not sources:
-        raise SettingsError("data.sources=[] names no folder; give [{root: …, weight: …}, …].")
+class ImageFolderDataModule(PicturesDataModule):
+    """Batches of a folder's pictures, or of several sources mixed.
+
+    See `find_examples` for where captions come from. Nothing but paths and captions is held in memory.
+
+    Args:
+        root: folder of pictures with captions.
+        resolution: height and width in pixels; one number gives squares.
+        batch_size: pictures a step on each device.
+        val_root: another folder, for validation.
+        template: a text that captions are put into, in the place of ``{}``.
+        shuffle_tags: put the parts of captions between commas in another order each time, in training.
+        keep_tags: how many of the first parts stay where they are.
+        sources: several instead of ``root``: each names ``root``, ``shards`` or ``name``, and what else `Folder`,
+            `Shards` or `HuggingFaceData` takes and `Source`; settings of captions that one leaves out are those above.
+        settings: those of `PicturesDataModule`.
+
+    Raises:
+        SettingsError: for a setting out of range; in `setup`, for a folder that cannot be used.
+    """
+
+    def __init__(
+        self,
+        root: str | None,
+        resolution: int | Sequence[int] = 64,
+        batch_size: int = 4,
+        val_root: str | None = None,
+        *,
+        template: str | None = None,
+        shuffle_tags: bool = False,
+        keep_tags: int = 0,
+        sources: Sequence[Mapping[str, Any]] | None = None,
+        **settings: Any,
+    ) -> None:
+        style: dict[str, Any] = {"template": template, "shuffle_tags": shuffle_tags, "keep_tags": keep_tags}
+        if (root is None) == (sources is None):
+            raise SettingsError(
+                f"data.root={root} and data.sources={sources} are two ways of one thing; give one of them."
+            )
+        if sources is None:
+            chosen = [Source(Folder(str(root)), **style)]
+        else:
+            chosen = [_source({**style, **one}, f"data.sources[{k}]") for k, one in enumerate(sources)]
+        if not chosen:
+            raise SettingsError("data.sources=[] names no folder; give [{root: …, weight: …}, …].")
+        validation = None if val_root is None else Source(Folder(val_root, "data.val_root"), template=template)
+        super().__init__(chosen, validation, resolution, batch_size, **settings)
+
+
+PLACES = {"root": Folder, "shards": Shards, "name": HuggingFaceData}
+"""Kinds of places, by the setting that names one."""
+
+
+def _source(settings: Mapping[str, Any], key: str) -> Source:
+    """The source that an entry of ``data.sources`` describes."""
+    given = [name for name in PLACES if name in settings]
+    if len(given) != 1:
+        raise SettingsError(f"{key} names {choices(given) or 'no place'}; give one of {choices(PLACES)}.")
+    kind = PLACES[given[0]]
+    own = {field.name for field in fields(kind)} & settings.keys()
+    rest = {name: value for name, value in settings.items() if name not in own}
     try:
-        return [Source(**{**captions, **one, "key": f"data.sources[{k}].root"}) for k, one in enumerate(sources)]
+        return Source(kind(**{name: settings[name] for name in own}, key=f"{key}.{given[0]}"), **rest, key=key)
     except TypeError as error:
-        raise SettingsError(
-            f"data.sources={list(sources)} cannot be used ({error}); each names root and weight."
-        ) from error
+        raise SettingsError(f"{key} cannot be used ({error}); see conf/data/mixed.yaml for what it takes.") from error

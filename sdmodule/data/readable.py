@@ -1,62 +1,92 @@
-"""Pictures of a folder as files: which of them can be read, and how their pixels come out."""
+"""Pictures as files: which of those that a place has can be read, and how their pixels come out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from lightning.pytorch.utilities import rank_zero_warn
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from sdmodule.data.captions import Example, some
+from sdmodule.data.captions import Examples, some
 from sdmodule.errors import SettingsError, choices
-from sdmodule.picture_files import FORMATS, SUFFIXES, open_upright
+from sdmodule.picture_files import FORMATS, SUFFIXES, PictureFile, open_upright, readable_by_pil
 
 
-def keep_readable(examples: Sequence[Example], folder: Path, skip_bad: bool, key: str = "data.root") -> list[Example]:
-    """Check the header of every picture; a file that PIL cannot read as a picture is an error, or is skipped.
+class Place(Protocol):
+    """Where captioned pictures are; as a text, the setting that gave it and its value."""
+
+    @property
+    def key(self) -> str:
+        """The setting."""
+        ...
+
+    def find(self) -> Examples:
+        """All pictures, always in the same order, each with its caption.
+
+        Raises:
+            SettingsError: if there are none, or not all of them have a caption.
+        """
+        ...
+
+    def called(self, picture: PictureFile) -> str:
+        """What a picture is called there."""
+        ...
+
+
+def readable(examples: Examples, place: Place, skip_bad: bool) -> list[int]:
+    """Check the header of every picture; a file that PIL cannot read as a picture is an error, or is left out.
 
     Args:
-        examples: pictures of one folder.
-        folder: that folder.
+        examples: the pictures of one place.
+        place: that place.
         skip_bad: leave the bad ones out with one warning that counts and names them.
-        key: the setting that gave the folder, for the messages.
+
+    Returns:
+        The numbers of the good ones.
 
     Raises:
         SettingsError: if a picture is bad and ``skip_bad`` is false, or if none is good.
     """
-    paths = dict.fromkeys(path for example in examples for path in (example.path, example.mask) if path is not None)
-    problems = {path: problem for path in paths if (problem := _problem(path))}
+    good: list[int] = []
+    problems: dict[str, str] = {}
+    for index in range(len(examples)):
+        example = examples[index]
+        files = (file for file in (example.path, example.mask) if file is not None)
+        bad = {place.called(file): problem for file in files if (problem := _problem(file))}
+        problems |= bad
+        if not bad:
+            good.append(index)
     if not problems:
-        return list(examples)
-    bad = list(problems)
+        return good
     if not skip_bad:
         raise SettingsError(
-            f"{key}={folder} has {len(bad)} files that are no readable pictures: {some(bad, folder)} "
-            f"({problems[bad[0]]}); replace them, or set data.skip_bad=true to leave them out."
+            f"{place} has {len(problems)} files that are no readable pictures: {some([*problems])} "
+            f"({next(iter(problems.values()))}); replace them, or set data.skip_bad=true to leave them out."
         )
-    good = [example for example in examples if not {example.path, example.mask} & problems.keys()]
     if not good:
-        raise SettingsError(f"{key}={folder} has no readable picture left after skipping {some(bad, folder)}.")
-    rank_zero_warn(f"{key}: skipped {len(bad)} unreadable pictures: {some(bad, folder, limit=20)}.")
+        raise SettingsError(f"{place} has no readable picture left after skipping {some([*problems])}.")
+    rank_zero_warn(f"{place.key}: skipped {len(problems)} unreadable pictures: {some([*problems], limit=20)}.")
     return good
 
 
-def _problem(path: Path) -> str | None:
+def _problem(file: PictureFile) -> str | None:
     """Say what is wrong with a picture's file, as far as its header and checksums tell."""
-    if path.suffix.lower() not in SUFFIXES:
-        return f"{path.suffix or 'no suffix'} is none of {choices(SUFFIXES)}"
+    if isinstance(file, Path) and file.suffix.lower() not in SUFFIXES:
+        return f"{file.suffix or 'no suffix'} is none of {choices(SUFFIXES)}"
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(readable_by_pil(file), formats=FORMATS) as image:
             if image.mode == "F":
                 return "floating-point pixels have no fixed range"
             image.verify()
+    except UnidentifiedImageError:  # whose own message is of the object in memory
+        return f"none of {choices(FORMATS)}"
     except Exception as error:  # PIL's plugins let many kinds through: OSError, SyntaxError, struct.error, bomb errors
         return str(error)
     return None
 
 
-def load_rgb(path: Path) -> Image.Image:
+def load_rgb(path: PictureFile) -> Image.Image:
     """Read a picture as 8-bit RGB: upright, transparent parts on white, 16 bits scaled to 8, the first frame only.
 
     Raises:
@@ -72,7 +102,7 @@ def load_rgb(path: Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def load_mask(path: Path, picture: Path, size: tuple[int, int]) -> Image.Image:
+def load_mask(path: PictureFile, picture: PictureFile, size: tuple[int, int]) -> Image.Image:
     """Read the mask of a picture of ``size`` as 8-bit grey.
 
     Raises:

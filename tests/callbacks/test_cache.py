@@ -181,7 +181,7 @@ def test_data_that_no_cache_knows_is_refused(checkpoint, folder, tmp_path):
     data = pictures_of(folder)
     data.setup()
     data.train_set = torch.utils.data.Subset(data.train_set, [0])
-    with pytest.raises(SettingsError, match="data=image_folder and data=shapes"):
+    with pytest.raises(SettingsError, match="does not know the pictures of these data"):
         fit(checkpoint, data, Cache(tmp_path))
 
 
