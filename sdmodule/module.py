@@ -27,7 +27,7 @@ from sdmodule.conditioning.random_masks import draw_masks
 from sdmodule.conditioning.text import encode_prompts
 from sdmodule.data.cached import CachedEmbeddings
 from sdmodule.diffusion.objective import add_noise, draw_timesteps, target, weighted_mean
-from sdmodule.draws import Draws, generator_at, generators_of_examples
+from sdmodule.draws import Draws, generators_of_examples, generators_of_validation
 from sdmodule.errors import SettingsError, choices
 from sdmodule.modes import evaluating
 from sdmodule.objective import SQUARED_ERROR, Objective
@@ -143,6 +143,7 @@ class StableDiffusionModule(LightningModule):
         self.seed = seed
         self.on_step: Callable[[int, Tensor], None] | None = None  # told of every denoising step of ``predict_step``
         self.cached_embeddings: CachedEmbeddings | None = None  # set by the cache while a training goes on
+        self.validated = ""  # end of the names under which validation is logged; set where it is of other weights
         self.strict_loading = False  # checkpoints hold the trained weights alone
         if compile:
             compile_blocks(self.unet)
@@ -267,23 +268,25 @@ class StableDiffusionModule(LightningModule):
 
     @override
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        generator = generator_at(self.seed, 0, batch_idx, self.global_rank)
-        latents = self.encode_images(batch, generator)
-        channels = self.mask_channels(batch, generator, whole=0.0) if self.task == INPAINT else None
+        generators = generators_of_validation(self.seed, len(batch["caption"]), batch_idx, self._trainer)
+        latents = self.encode_images(batch, generators)
+        channels = self.mask_channels(batch, generators, whole=0.0) if self.task == INPAINT else None
         width = len(self.alphas_cumprod) // VALIDATION_RANGES
         levels, losses = [], {}
         for start in range(0, width * VALIDATION_RANGES, width):
             timesteps = torch.full((len(latents),), start + width // 2, device=self.device)
-            noise = SQUARED_ERROR.draw_noise(latents, generator)
+            noise = SQUARED_ERROR.draw_noise(latents, generators)
             levels.append(self.denoising_errors(latents, noise, timesteps, batch["caption"], channels))
             losses[f"val/loss_{start}_{start + width - 1}"] = levels[-1].mean()
         errors = torch.stack(levels).mean(dim=0)
-        self.log("val/loss", errors.mean(), prog_bar=True, sync_dist=True, batch_size=len(latents))
+        show = not self.validated
+        self.log(f"val/loss{self.validated}", errors.mean(), prog_bar=show, sync_dist=True, batch_size=len(latents))
         if channels is not None:
             hole = channels[:, :1]
             losses["val/loss_hole"] = (errors * hole).sum() / hole.sum().clamp(min=1)
             losses["val/loss_kept"] = (errors * (1 - hole)).sum() / (1 - hole).sum().clamp(min=1)
-        self.log_dict(losses, sync_dist=True, batch_size=len(latents))
+        named = {f"{name}{self.validated}": loss for name, loss in losses.items()}
+        self.log_dict(named, sync_dist=True, batch_size=len(latents))
 
     @override
     def configure_optimizers(self) -> Any:
