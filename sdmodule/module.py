@@ -19,6 +19,7 @@ from lightning import LightningModule
 from torch import Tensor
 from typing_extensions import override
 
+from sdmodule.base_model import BaseModel
 from sdmodule.compiling import compile_blocks
 from sdmodule.components import load_components, save_components
 from sdmodule.conditioning.canvas import InpaintSettings
@@ -126,6 +127,7 @@ class StableDiffusionModule(LightningModule):
                 "leave it out, or set model.train_text_encoder=true for the text encoder."
             )
         parts = load_components(pretrained, revision=revision, variant=variant, components=components, scratch=scratch)
+        self.base_model = BaseModel(parts, scratch)
         if changes := self.objective.schedule(parts.scheduler.config):
             parts.scheduler = make_scheduler({"name": "ddim", **changes}, parts.scheduler.config)
         check_settings(parts, self.sampling)
@@ -157,6 +159,8 @@ class StableDiffusionModule(LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.base_model.identify()
         if stage != "fit" or self.task != INPAINT or inpaints(self.unet):
             return
         if not self.holes.convert:
@@ -416,18 +420,13 @@ class StableDiffusionModule(LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is trained; the frozen parts are in the base model, whose name is kept instead."""
+        """Keep what is trained; the frozen parts are in the base model, whose identity is kept instead."""
         kept = {name for name, value in self.named_parameters() if value.requires_grad}
         checkpoint["state_dict"] = {name: v for name, v in checkpoint["state_dict"].items() if name in kept}
-        checkpoint["base_model"] = self.parts.source
+        self.base_model.save(checkpoint)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        trained_on = checkpoint.get("base_model")
-        if shortened(str(trained_on)) != self.parts.source:
-            raise SettingsError(
-                f"the checkpoint was trained on pretrained={trained_on} and this run has "
-                f"pretrained={self.parts.source}; give pretrained={trained_on}."
-            )
+        self.base_model.check(checkpoint)
         if self.holes.convert and not inpaints(self.unet):  # loaded without a trainer, which would have set it up
             convert_to_inpaint(self.unet)

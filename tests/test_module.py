@@ -179,7 +179,8 @@ def test_a_checkpoint_holds_the_trained_weights_and_plain_types(saved, checkpoin
     content = torch.load(file, weights_only=True)
     assert set(content["state_dict"]) == {name for name, value in module.named_parameters() if value.requires_grad}
     assert {name.split(".")[0] for name in content["state_dict"]} == {"unet", "text_encoder"}
-    assert content["base_model"] == str(checkpoint)
+    assert content["base_model"]["name"] == str(checkpoint)
+    assert sorted(content["base_model"]["fingerprints"]) == ["text_encoder", "unet", "vae"]
 
 
 def test_a_checkpoint_gives_the_module_back(saved):
@@ -191,12 +192,47 @@ def test_a_checkpoint_gives_the_module_back(saved):
     np.testing.assert_allclose(again.infer(**settings)["samples"], module.infer(**settings)["samples"], atol=1 / 255)
 
 
-def test_another_base_model_is_refused(saved, checkpoint, tmp_path):
+def test_a_copy_of_the_base_model_is_the_same(saved, checkpoint, tmp_path):
     _, file = saved
-    other = shutil.copytree(checkpoint, tmp_path / "other")
-    with pytest.raises(SettingsError) as error:
-        fit(StableDiffusionModule(str(other), train_text_encoder=True), 3, resume=file)
-    assert f"pretrained={checkpoint}" in str(error.value) and f"pretrained={other}" in str(error.value)
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    resumed, straight = (StableDiffusionModule(str(base), train_text_encoder=True) for base in (copy, checkpoint))
+    for module in (resumed, straight):
+        fit(module, 3, resume=file)
+    assert equal(weights(resumed), weights(straight))
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_another_base_model_is_refused_whatever_it_is_called(saved, checkpoint, tmp_path, part):
+    _, file = saved
+    other = StableDiffusionModule(str(checkpoint))
+    with torch.no_grad():
+        next(getattr(other, part).parameters()).flatten()[0] += 1e-3
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(SettingsError, match=rf"on pretrained={checkpoint}, and pretrained=.*other .* in {part}; give"):
+        fit(StableDiffusionModule(str(tmp_path / "other"), train_text_encoder=True), 3, resume=file)
+
+    mine = shutil.copytree(checkpoint, tmp_path / "mine")
+    fit(StableDiffusionModule(str(mine)), 1).save_checkpoint(tmp_path / "mine.ckpt")
+    shutil.rmtree(mine)
+    (tmp_path / "other").rename(mine)
+    with pytest.raises(SettingsError, match=rf"has other weights in {part}; give"):
+        fit(StableDiffusionModule(str(mine)), 2, resume=tmp_path / "mine.ckpt")
+    with pytest.raises(SettingsError, match=rf"has other weights in {part}; give"):
+        StableDiffusionModule.load_from_checkpoint(tmp_path / "mine.ckpt", weights_only=True)
+
+
+def test_parts_that_started_from_random_weights_have_no_base(build, tmp_path):
+    fit(build(scratch=["unet"]), 2).save_checkpoint(tmp_path / "two.ckpt")
+    fit(build(scratch=["unet"]), 3, resume=tmp_path / "two.ckpt")
+    StableDiffusionModule.load_from_checkpoint(tmp_path / "two.ckpt", weights_only=True)
+
+
+def test_a_checkpoint_that_does_not_say_what_it_was_trained_on_is_refused(saved, build):
+    _, file = saved
+    content = torch.load(file, weights_only=True)
+    torch.save(content | {"base_model": "tiny"}, file)
+    with pytest.raises(SettingsError, match="does not say which base model"):
+        fit(build(train_text_encoder=True), 3, resume=file)
 
 
 def test_the_checkpoints_of_a_training_are_the_small_ones(build, tmp_path):
