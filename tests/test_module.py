@@ -13,6 +13,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from sdmodule.callbacks.ema import EMA
 from sdmodule.callbacks.validation_samples import ValidationSamples
 from sdmodule.data.shapes import ShapesDataModule
 from sdmodule.errors import SettingsError
@@ -143,7 +144,8 @@ def test_validation_and_its_pictures_change_no_training(build, tmp_path):
     without, with_validation = build(), build()
     fit(without, 4)
     samples = ValidationSamples(tmp_path)
-    trainer = fit(with_validation, 4, samples, limit_val_batches=1, val_check_interval=1, num_sanity_val_steps=1)
+    settings = {"limit_val_batches": 1, "val_check_interval": 1, "num_sanity_val_steps": 1}
+    trainer = fit(with_validation, 4, EMA(start_step=2), samples, **settings)
     assert equal(weights(with_validation), weights(without))
     ranges = [f"val/loss_{start}_{start + 249}" for start in (0, 250, 500, 750)]
     parts = [trainer.callback_metrics[name] for name in ranges]
