@@ -56,6 +56,7 @@ class AutoencoderModule(LightningModule):
         self.vae = load_part("vae", pretrained, scratch="vae" in scratch)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self.validated = ""  # end of the names under which validation is logged; set where it is of other weights
 
     def losses(self, image: Tensor) -> dict[str, Tensor]:
         """Squared, absolute and KL error of the reconstruction of ``image`` ``[B, 3, H, W]``, each a mean."""
@@ -82,9 +83,9 @@ class AutoencoderModule(LightningModule):
         posterior = self.vae.encode(batch["image"]).latent_dist
         reconstruction = self.vae.decode(posterior.mode()).sample.float().clamp(-1, 1)
         errors = (reconstruction - batch["image"]).square().mean(dim=(1, 2, 3))
-        size = len(errors)
-        self.log("val/psnr", _psnr(errors).mean(), prog_bar=True, batch_size=size)
-        self.log("val/latent_variance", posterior.mode().float().square().mean(), batch_size=size)
+        found = {"val/psnr": _psnr(errors).mean(), "val/latent_variance": posterior.mode().float().square().mean()}
+        named = {f"{name}{self.validated}": value for name, value in found.items()}
+        self.log_dict(named, prog_bar=not self.validated, sync_dist=True, batch_size=len(errors))
 
     @override
     def configure_optimizers(self) -> Any:

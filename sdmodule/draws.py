@@ -43,3 +43,19 @@ def seeded(generator: torch.Generator, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(generator.initial_seed())
         yield
+
+
+def generators_of_validation(seed: int, count: int, batch_idx: int, trainer: Trainer | None) -> list[torch.Generator]:
+    """A generator for each example of a batch that is validated, by its place in the data: the same at all times.
+
+    The data are not shuffled, and every batch but the last is full.
+
+    Args:
+        seed: names the training.
+        count: examples in the batch.
+        batch_idx: of the batch.
+        trainer: tells the size of a full batch, and the devices; None is one device.
+    """
+    full = getattr(trainer.val_dataloaders, "batch_size", count) if trainer else count
+    devices, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
+    return [generator_at(seed, 0, (batch_idx * full + k) * devices + rank) for k in range(count)]

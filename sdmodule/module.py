@@ -19,6 +19,7 @@ from lightning import LightningModule
 from torch import Tensor
 from typing_extensions import override
 
+from sdmodule.base_model import BaseModel
 from sdmodule.compiling import compile_blocks
 from sdmodule.components import load_components
 from sdmodule.conditioning.canvas import InpaintSettings
@@ -28,7 +29,7 @@ from sdmodule.conditioning.random_masks import draw_masks
 from sdmodule.conditioning.text import encode_prompts
 from sdmodule.data.cached import CachedEmbeddings
 from sdmodule.diffusion.objective import add_noise, draw_timesteps, target, weighted_mean
-from sdmodule.draws import Draws, generator_at, generators_of_examples, seeded
+from sdmodule.draws import Draws, generator_at, generators_of_examples, generators_of_validation, seeded
 from sdmodule.errors import SettingsError, choices
 from sdmodule.interop.adapters import chosen_adapters, use_adapters
 from sdmodule.modes import evaluating
@@ -143,6 +144,7 @@ class StableDiffusionModule(LightningModule):
                 "leave it out, or set tuning=full, with tuning.text_encoder=true for the text encoder."
             )
         parts = load_components(pretrained, revision=revision, variant=variant, components=components, scratch=scratch)
+        self.base_model = BaseModel(parts, scratch)
         if changes := self.objective.schedule(parts.scheduler.config):
             parts.scheduler = make_scheduler({"name": "ddim", **changes}, parts.scheduler.config)
         check_settings(parts, self.sampling)
@@ -164,6 +166,7 @@ class StableDiffusionModule(LightningModule):
         self.seed = seed
         self.on_step: Callable[[int, Tensor], None] | None = None  # told of every denoising step of ``predict_step``
         self.cached_embeddings: CachedEmbeddings | None = None  # set by the cache while a training goes on
+        self.validated = ""  # end of the names under which validation is logged; set where it is of other weights
         self.strict_loading = False  # checkpoints hold the trained weights alone
         if compile:
             compile_blocks(self.unet)
@@ -179,6 +182,8 @@ class StableDiffusionModule(LightningModule):
     def setup(self, stage: str) -> None:
         if stage == "fit" and (self.adapters or self.hparams["controlnet"]):
             raise SettingsError("adapters and controlnet are for sampling; train on the checkpoint alone.")
+        if stage == "fit":
+            self.base_model.identify()
         if stage != "fit" or self.task != INPAINT or inpaints(self.unet):
             return
         if not self.holes.convert:
@@ -315,26 +320,28 @@ class StableDiffusionModule(LightningModule):
 
     @override
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        generator = generator_at(self.seed, 0, batch_idx, self.global_rank)
-        latents = self.encode_images(batch, generator)
-        channels = self.mask_channels(batch, generator, whole=0.0) if self.task == INPAINT else None
+        generators = generators_of_validation(self.seed, len(batch["caption"]), batch_idx, self._trainer)
+        latents = self.encode_images(batch, generators)
+        channels = self.mask_channels(batch, generators, whole=0.0) if self.task == INPAINT else None
         width = len(self.alphas_cumprod) // VALIDATION_RANGES
         levels, losses = [], {}
         for start in range(0, width * VALIDATION_RANGES, width):
             timesteps = torch.full((len(latents),), start + width // 2, device=self.device)
-            noise = SQUARED_ERROR.draw_noise(latents, generator)
+            noise = SQUARED_ERROR.draw_noise(latents, generators)
             errors = self.denoising_errors(
                 latents, noise, timesteps, batch["caption"], channels, control=self.control(batch)
             )
             levels.append(errors)
             losses[f"val/loss_{start}_{start + width - 1}"] = levels[-1].mean()
         errors = torch.stack(levels).mean(dim=0)
-        self.log("val/loss", errors.mean(), prog_bar=True, sync_dist=True, batch_size=len(latents))
+        show = not self.validated
+        self.log(f"val/loss{self.validated}", errors.mean(), prog_bar=show, sync_dist=True, batch_size=len(latents))
         if channels is not None:
             hole = channels[:, :1]
             losses["val/loss_hole"] = (errors * hole).sum() / hole.sum().clamp(min=1)
             losses["val/loss_kept"] = (errors * (1 - hole)).sum() / (1 - hole).sum().clamp(min=1)
-        self.log_dict(losses, sync_dist=True, batch_size=len(latents))
+        named = {f"{name}{self.validated}": loss for name, loss in losses.items()}
+        self.log_dict(named, sync_dist=True, batch_size=len(latents))
 
     @property
     def text_encoder_learns(self) -> bool:
@@ -506,18 +513,13 @@ class StableDiffusionModule(LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is trained; the frozen parts are in the base model, whose name is kept instead."""
+        """Keep what is trained; the frozen parts are in the base model, whose identity is kept instead."""
         kept = {name for name, value in self.named_parameters() if value.requires_grad}
         checkpoint["state_dict"] = {name: v for name, v in checkpoint["state_dict"].items() if name in kept}
-        checkpoint["base_model"] = self.parts.source
+        self.base_model.save(checkpoint)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        trained_on = checkpoint.get("base_model")
-        if shortened(str(trained_on)) != self.parts.source:
-            raise SettingsError(
-                f"the checkpoint was trained on pretrained={trained_on} and this run has "
-                f"pretrained={self.parts.source}; give pretrained={trained_on}."
-            )
+        self.base_model.check(checkpoint)
         if self.holes.convert and not inpaints(self.unet):  # loaded without a trainer, which would have set it up
             convert_to_inpaint(self.unet)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import random
 import subprocess
 import sys
@@ -41,18 +42,27 @@ def apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     return max(float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in ours)
 
 
-def train(checkpoint: Path, photos: Path, out: Path, *settings: str) -> dict[str, Tensor]:
-    """Ten steps by the command, four pictures of one size a step; returns the UNet's weights."""
+def train(checkpoint: Path, photos: Path, out: Path, *settings: str) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Ten steps by the command, four pictures of one size a step, and then validation on all pictures.
+
+    Returns:
+        The UNet's weights, and what validation found of them and of their average.
+    """
     command = [sys.executable, ROOT / "train.py", f"pretrained={checkpoint}", f"data.root={photos}", "resolution=32"]
     command += [f"output_dir={out}", "trainer.max_steps=10", "data.val_fraction=0", "data.buckets=true"]
-    command += ["data.random_flip=true", "model.optimizer.lr=1e-4", "callbacks=[export]", "logger=none", *settings]
+    command += ["data.random_flip=true", "model.optimizer.lr=1e-4", "callbacks=[ema,export]", *settings]
+    command += [f"data.val_root={photos}", "trainer.val_check_interval=10", "callbacks.ema.start_step=5"]
+    command += ["callbacks.export.weights=raw"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return load_file(out / "export" / "unet" / "diffusion_pytorch_model.safetensors")
+    with (out / "metrics.csv").open() as file:
+        [figures] = [row for row in csv.DictReader(file) if row["val/loss"]]
+    found = {name: float(value) for name, value in figures.items() if name.startswith("val/")}
+    return load_file(out / "export" / "unet" / "diffusion_pytorch_model.safetensors"), found
 
 
 @pytest.fixture(scope="module")
-def alone(checkpoint, photos, tmp_path_factory) -> dict[str, Tensor]:
+def alone(checkpoint, photos, tmp_path_factory) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Ten steps in one process."""
     return train(checkpoint, photos, tmp_path_factory.mktemp("alone"), "data.batch_size=4")
 
@@ -62,10 +72,12 @@ def test_two_processes_train_as_one_does(checkpoint, photos, alone, tmp_path, ca
     settings = ["trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=2", f"cache={cache}"]
     if cache == "all":
         settings.append(f"cache.folder={tmp_path / 'cache'}")
-    weights = train(checkpoint, photos, tmp_path / "out", *settings)
+    weights, found = train(checkpoint, photos, tmp_path / "out", *settings)
+    weights_alone, found_alone = alone
+    assert len(found) == 10 and found == pytest.approx(found_alone, rel=1e-4)
     before = load_file(checkpoint / "unet" / "diffusion_pytorch_model.safetensors")
-    print(f"{cache}: {apart(weights, alone):.1e} apart, {apart(before, alone):.1e} from the start")
-    assert apart(weights, alone) <= 1e-5 < 1e-2 < apart(before, alone)
+    print(f"{cache}: {apart(weights, weights_alone):.1e} apart, {apart(before, weights_alone):.1e} from the start")
+    assert apart(weights, weights_alone) <= 1e-5 < 1e-2 < apart(before, weights_alone)
     if cache == "all":
         assert len(list((tmp_path / "cache").glob("moments-*/*"))) == 2, "each process made a share"
 

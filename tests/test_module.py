@@ -13,6 +13,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from sdmodule.callbacks.ema import EMA
 from sdmodule.callbacks.validation_samples import ValidationSamples
 from sdmodule.data.shapes import ShapesDataModule
 from sdmodule.errors import SettingsError
@@ -147,7 +148,8 @@ def test_validation_and_its_pictures_change_no_training(build, tmp_path):
     without, with_validation = build(), build()
     fit(without, 4)
     samples = ValidationSamples(tmp_path)
-    trainer = fit(with_validation, 4, samples, limit_val_batches=1, val_check_interval=1, num_sanity_val_steps=1)
+    settings = {"limit_val_batches": 1, "val_check_interval": 1, "num_sanity_val_steps": 1}
+    trainer = fit(with_validation, 4, EMA(start_step=2), samples, **settings)
     assert equal(weights(with_validation), weights(without))
     ranges = [f"val/loss_{start}_{start + 249}" for start in (0, 250, 500, 750)]
     parts = [trainer.callback_metrics[name] for name in ranges]
@@ -183,7 +185,8 @@ def test_a_checkpoint_holds_the_trained_weights_and_plain_types(saved, checkpoin
     content = torch.load(file, weights_only=True)
     assert set(content["state_dict"]) == {name for name, value in module.named_parameters() if value.requires_grad}
     assert {name.split(".")[0] for name in content["state_dict"]} == {"unet", "text_encoder"}
-    assert content["base_model"] == str(checkpoint)
+    assert content["base_model"]["name"] == str(checkpoint)
+    assert sorted(content["base_model"]["fingerprints"]) == ["text_encoder", "unet", "vae"]
 
 
 def test_a_checkpoint_gives_the_module_back(saved):
@@ -195,12 +198,47 @@ def test_a_checkpoint_gives_the_module_back(saved):
     np.testing.assert_allclose(again.infer(**settings)["samples"], module.infer(**settings)["samples"], atol=1 / 255)
 
 
-def test_another_base_model_is_refused(saved, checkpoint, tmp_path):
+def test_a_copy_of_the_base_model_is_the_same(saved, checkpoint, tmp_path):
     _, file = saved
-    other = shutil.copytree(checkpoint, tmp_path / "other")
-    with pytest.raises(SettingsError) as error:
-        fit(StableDiffusionModule(str(other), tuning=WITH_WORDS), 3, resume=file)
-    assert f"pretrained={checkpoint}" in str(error.value) and f"pretrained={other}" in str(error.value)
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    resumed, straight = (StableDiffusionModule(str(base), tuning=WITH_WORDS) for base in (copy, checkpoint))
+    for module in (resumed, straight):
+        fit(module, 3, resume=file)
+    assert equal(weights(resumed), weights(straight))
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_another_base_model_is_refused_whatever_it_is_called(saved, checkpoint, tmp_path, part):
+    _, file = saved
+    other = StableDiffusionModule(str(checkpoint))
+    with torch.no_grad():
+        next(getattr(other, part).parameters()).flatten()[0] += 1e-3
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(SettingsError, match=rf"on pretrained={checkpoint}, and pretrained=.*other .* in {part}; give"):
+        fit(StableDiffusionModule(str(tmp_path / "other"), tuning=WITH_WORDS), 3, resume=file)
+
+    mine = shutil.copytree(checkpoint, tmp_path / "mine")
+    fit(StableDiffusionModule(str(mine)), 1).save_checkpoint(tmp_path / "mine.ckpt")
+    shutil.rmtree(mine)
+    (tmp_path / "other").rename(mine)
+    with pytest.raises(SettingsError, match=rf"has other weights in {part}; give"):
+        fit(StableDiffusionModule(str(mine)), 2, resume=tmp_path / "mine.ckpt")
+    with pytest.raises(SettingsError, match=rf"has other weights in {part}; give"):
+        StableDiffusionModule.load_from_checkpoint(tmp_path / "mine.ckpt", weights_only=True)
+
+
+def test_parts_that_started_from_random_weights_have_no_base(build, tmp_path):
+    fit(build(scratch=["unet"]), 2).save_checkpoint(tmp_path / "two.ckpt")
+    fit(build(scratch=["unet"]), 3, resume=tmp_path / "two.ckpt")
+    StableDiffusionModule.load_from_checkpoint(tmp_path / "two.ckpt", weights_only=True)
+
+
+def test_a_checkpoint_that_does_not_say_what_it_was_trained_on_is_refused(saved, build):
+    _, file = saved
+    content = torch.load(file, weights_only=True)
+    torch.save(content | {"base_model": "tiny"}, file)
+    with pytest.raises(SettingsError, match="does not say which base model"):
+        fit(build(tuning=WITH_WORDS), 3, resume=file)
 
 
 def test_the_checkpoints_of_a_training_are_the_small_ones(build, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdmodule.diffusion.objective import PREDICTION_TYPES, pseudo_huber
+from sdmodule.diffusion.objective import PREDICTION_TYPES, pseudo_huber, target
 from sdmodule.diffusion.weighting import WEIGHTINGS
 from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
@@ -65,6 +65,41 @@ def test_every_combination_trains_with_a_finite_loss(checkpoint, settings):
     errors = sd.denoising_errors(latents, noise, timesteps, ["a star"] * 4, objective=sd.objective)
     errors.mean().backward()
     assert errors.isfinite().all() and sd.unet.conv_in.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("settings", COMBINATIONS, ids=lambda settings: "-".join(map(str, settings.values())))
+def test_every_combination_is_its_closed_form_on_a_case_made_by_hand(settings):
+    """A latent of 2 under noise of 1, of which the model predicts 0, at three noise levels."""
+    kind, zero, weighting = settings.values()
+    # of 0.9, 0.5 and 0.1; Lin et al. 2023, algorithm 1, takes the last square root off all and scales the first back
+    signals = [0.9**0.5, (0.5**0.5 - 0.1**0.5) * 3 / 2, 0.0] if zero else [0.9**0.5, 0.5**0.5, 0.1**0.5]
+    schedule = torch.tensor(signals).square()
+    expected = []
+    for signal in signals:
+        share = signal**2
+        wanted = {"epsilon": 1.0, "v_prediction": signal - 2 * (1 - share) ** 0.5, "sample": 2.0}[kind]
+        snr = share / (1 - share) if share else signals[1] ** 2 / (1 - signals[1] ** 2)  # without a signal: the least
+        of_picture = {"min_snr": min(snr, 5), "soft_min_snr": 5 * snr / (snr + 5), "debiased": snr**0.5}
+        scale = {"epsilon": 1 / snr, "v_prediction": 1 / (snr + 1), "sample": 1.0}[kind]
+        expected.append(wanted**2 * (1.0 if weighting == "none" else of_picture[weighting] * scale))
+
+    latents, noise, steps = torch.full((3, 4, 2, 2), 2.0), torch.ones(3, 4, 2, 2), torch.arange(3)
+    objective = Objective(**settings)
+    errors = objective.errors(
+        torch.zeros_like(latents), target(kind, latents, noise, schedule, steps), kind, schedule, steps
+    )
+    torch.testing.assert_close(errors, torch.tensor(expected).view(3, 1, 1, 1).expand(3, 1, 2, 2))
+
+
+def test_the_schedule_of_zero_terminal_snr_is_that_of_the_paper(checkpoint):
+    """Lin et al. 2023, algorithm 1: square roots shifted so that the last is 0, scaled so that the first stays."""
+    plain = StableDiffusionModule(str(checkpoint)).alphas_cumprod.double().sqrt()
+    ours = StableDiffusionModule(
+        str(checkpoint), objective={"prediction_type": "v_prediction", "zero_terminal_snr": True}
+    ).alphas_cumprod
+    wanted = ((plain - plain[-1]) * plain[0] / (plain[0] - plain[-1])).square()
+    torch.testing.assert_close(ours.double(), wanted, rtol=1e-4, atol=1e-6)
+    assert ours[-1] == 0
 
 
 def test_the_loss_counts_where_the_mask_is_white(checkpoint):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,14 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from sdmodule.errors import SettingsError
+
 
 class EMA(Callback):
     """Average the trainable weights; validate, sample and export with the average.
+
+    Each batch of validation is tried with the raw weights too: what a module logs as ``val/loss`` is the average's, and
+    ``val/loss_raw`` theirs. Until there is an average there is but the one.
 
     Only trainable weights are averaged and saved. The decay grows with the steps, ``(1 + n) / (10 + n)`` up to
     ``decay``, so that early averages do not remember the start.
@@ -81,6 +87,32 @@ class EMA(Callback):
         self._swap_in(pl_module)
 
     @override
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._raw is None or trainer.sanity_checking or not hasattr(pl_module, "validated"):
+            return
+        with self._withdrawn(pl_module):
+            trainer.strategy.validation_step(batch, batch_idx)  # the strategy's, which knows precision and devices
+
+    @contextmanager
+    def _withdrawn(self, module: Any) -> Iterator[None]:
+        """Validate the raw weights inside the block, under names of their own."""
+        self._swap_out(module)
+        module.validated = "_raw"
+        try:
+            yield
+        finally:
+            module.validated = ""
+            self._swap_in(module)
+
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._swap_out(pl_module)
 
@@ -96,6 +128,28 @@ class EMA(Callback):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self.average = dict(state_dict["average"])
         self.updates = state_dict["updates"]
+
+
+def use_average(module: LightningModule, checkpoint: str | Path) -> None:
+    """Put the average that a checkpoint holds in the place of a module's trained weights.
+
+    Args:
+        module: of the same training.
+        checkpoint: a file that a training with `EMA` has left.
+
+    Raises:
+        SettingsError: if the checkpoint holds no average, or that of other weights.
+    """
+    callbacks = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True).get("callbacks", {})
+    average = callbacks.get(EMA.__qualname__, {}).get("average")
+    weights = trainable(module)
+    if not average or average.keys() != weights.keys():
+        raise SettingsError(
+            f"{checkpoint} holds no average of what this module trains; give a checkpoint of its own training, from "
+            "behind callbacks.ema.start_step."
+        )
+    for name, value in weights.items():
+        value.data.copy_(average[name])
 
 
 def trainable(module: LightningModule) -> dict[str, torch.nn.Parameter]:

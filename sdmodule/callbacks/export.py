@@ -14,29 +14,34 @@ from sdmodule.errors import SettingsError
 
 
 class Export(Callback):
-    """At the end of training, write a diffusers folder, of the averaged weights if there are any.
+    """At the end of training, write a diffusers folder.
 
     ``training.json`` beside the parts says which weights they are and how long they were trained.
 
     Args:
         folder: where to write.
         dtype: ``float32`` or ``float16``, the type of the weights in the files.
+        weights: ``ema`` for the averaged weights, if there are any; ``raw`` for those that were trained.
 
     Raises:
-        SettingsError: for another dtype.
+        SettingsError: for another dtype, and for other weights.
     """
 
-    def __init__(self, folder: str | Path, dtype: str = "float32") -> None:
+    def __init__(self, folder: str | Path, dtype: str = "float32", weights: str = "ema") -> None:
+        if weights not in ("ema", "raw"):
+            raise SettingsError(f"export.weights={weights} is not known; give ema or raw.")
         if dtype not in ("float32", "float16"):
             raise SettingsError(f"export.dtype={dtype} is not allowed; give float32 or float16.")
         self.folder = Path(folder)
         self.dtype = dtype
+        self.weights = weights
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
+        averages = (c for c in trainer.callbacks if isinstance(c, EMA))  # type: ignore[attr-defined]
+        ema = next(averages, None) if self.weights == "ema" else None
         with ema.applied(pl_module) if ema else nullcontext():
             pl_module.save_pretrained(self.folder, dtype=self.dtype)  # type: ignore[operator]
         facts = {"weights": "ema" if ema and ema.average else "raw", "steps": trainer.global_step, "dtype": self.dtype}

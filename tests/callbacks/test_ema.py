@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from sdmodule.callbacks.ema import EMA, trainable
+from sdmodule.callbacks.ema import EMA, trainable, use_average
 from sdmodule.data.shapes import ShapesDataModule
+from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
 
 
@@ -52,7 +54,7 @@ def fit(checkpoint: Path, steps: int, *callbacks: Callback, resume: Path | None 
         enable_model_summary=False,
         **settings,
     )
-    data = ShapesDataModule(batch_size=2, train_length=4, val_length=2, size=32)
+    data = ShapesDataModule(batch_size=2, train_length=4, val_length=4, size=32)
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     return module, trainer
 
@@ -86,6 +88,50 @@ def test_validation_sees_the_average_and_training_goes_on_with_its_own_weights(c
     assert not torch.equal(ema.average["unet.conv_in.weight"], module.unet.conv_in.weight)
     fit(checkpoint, 3, undisturbed)
     assert_equal(recorder.trained[-1], undisturbed.trained[-1])
+
+
+NAMES = ["val/loss", *(f"val/loss_{start}_{start + 249}" for start in (0, 250, 500, 750))]
+
+
+@pytest.mark.parametrize("start", [1, 9], ids=["averaged", "not yet averaged"])
+def test_validation_reports_the_loss_of_the_average_and_of_the_raw_weights(checkpoint, start):
+    ema = EMA(start_step=start)
+    module, trainer = fit(checkpoint, 3, ema, limit_val_batches=2, val_check_interval=3, check_val_every_n_epoch=None)
+    reported = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    raw = validated(module)
+    if start == 9:
+        assert reported == pytest.approx(raw)
+        return
+    assert reported == pytest.approx({f"{name}_raw": value for name, value in raw.items()} | validated(module, ema))
+    assert all(reported[name] != reported[f"{name}_raw"] for name in NAMES)
+
+
+def validated(module: StableDiffusionModule, ema: EMA | None = None) -> dict[str, float]:
+    """What validation finds of a module's weights, or of their average, without any other."""
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    data = ShapesDataModule(batch_size=2, train_length=4, val_length=4, size=32)
+    with ema.applied(module) if ema else nullcontext():
+        [found] = trainer.validate(module, data, verbose=False)
+    assert sorted(found) == sorted(NAMES)
+    return found
+
+
+def test_the_average_is_taken_from_a_checkpoint_later(checkpoint, tmp_path):
+    ema = EMA(start_step=1)
+    module, trainer = fit(checkpoint, 3, ema)
+    trainer.save_checkpoint(tmp_path / "three.ckpt")
+    again = StableDiffusionModule.load_from_checkpoint(tmp_path / "three.ckpt", weights_only=True)
+    assert_equal(copied(again), copied(module))
+    use_average(again, tmp_path / "three.ckpt")
+    assert_equal(copied(again), ema.average)
+
+
+@pytest.mark.parametrize("callbacks", [[], [EMA(start_step=9)]], ids=["no average", "not yet averaged"])
+def test_a_checkpoint_without_an_average_is_told_of(checkpoint, tmp_path, callbacks):
+    module, trainer = fit(checkpoint, 1, *callbacks)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    with pytest.raises(SettingsError, match=r"one\.ckpt holds no average"):
+        use_average(module, tmp_path / "one.ckpt")
 
 
 def test_the_average_can_be_used_for_a_while(checkpoint):

@@ -58,6 +58,13 @@ def test_the_average_is_exported_if_there_is_one(checkpoint, tmp_path):
     assert json.loads((tmp_path / "training.json").read_text())["weights"] == "ema"
 
 
+def test_the_raw_weights_are_exported_if_they_are_asked_for(checkpoint, tmp_path):
+    module = fit(checkpoint, Export(tmp_path, weights="raw"), EMA(start_step=1))
+    exported = StableDiffusionModule.from_pretrained(str(tmp_path)).unet.conv_in.weight
+    assert torch.equal(exported, module.unet.conv_in.weight)
+    assert json.loads((tmp_path / "training.json").read_text())["weights"] == "raw"
+
+
 def test_a_training_shorter_than_the_average_exports_its_weights(checkpoint, tmp_path):
     module = fit(checkpoint, Export(tmp_path, dtype="float16"), EMA(start_step=100))
     exported = StableDiffusionModule.from_pretrained(str(tmp_path)).unet.conv_in.weight
@@ -69,3 +76,5 @@ def test_a_training_shorter_than_the_average_exports_its_weights(checkpoint, tmp
 def test_an_unknown_type_is_refused(tmp_path):
     with pytest.raises(SettingsError, match=r"export\.dtype=bfloat16"):
         Export(tmp_path, dtype="bfloat16")
+    with pytest.raises(SettingsError, match=r"export\.weights=both is not known"):
+        Export(tmp_path, weights="both")

@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import random
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -290,6 +291,12 @@ def test_data_sets_that_cannot_be_used_are_told_of(folder, tmp_path, settings, s
     datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / "made" / "train.parquet")
     with pytest.raises(SettingsError, match=says):
         ready(HuggingFaceDataModule(**{"name": str(tmp_path / "made"), **COMMON, **settings}))
+
+
+def test_without_the_package_it_is_told_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(SettingsError, match=r"needs the package datasets; pip install 'sdmodule\[datasets\]'"):
+        ready(HuggingFaceDataModule("owner/name"))
 
 
 def test_the_code_of_a_data_set_is_not_run(folder, tmp_path):

@@ -221,7 +221,7 @@ def test_a_wrong_adapter_ends_in_one_sentence(checkpoint, tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     ("tuning", "message"),
     [
-        ({"kind": "magic"}, "give one of full, lora"),
+        ({"kind": "magic"}, "give one of controlnet, full"),
         ({"kind": "lora", "rank": 0}, "rank=0"),
         ({"kind": "lora", "method": "lorra"}, "give one of dora"),
         ({"kind": "lora", "alpha": -1}, "alpha=-1"),
