@@ -58,6 +58,11 @@ class AutoencoderModule(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.validated = ""  # end of the names under which validation is logged; set where it is of other weights
 
+    @property
+    def resolution(self) -> int:
+        """Side in pixels of the pictures that the checkpoint was made for."""
+        return self.vae.config.sample_size
+
     def losses(self, image: Tensor) -> dict[str, Tensor]:
         """Squared, absolute and KL error of the reconstruction of ``image`` ``[B, 3, H, W]``, each a mean."""
         posterior = self.vae.encode(image).latent_dist

@@ -36,19 +36,20 @@ EXTRAS = ("deepspeed", "mlflow", "tensorboard")
 
 def train(cfg: DictConfig) -> None:
     """Fine-tune a model: data, callbacks, loggers, trainer, model, fit."""
-    from lightning import seed_everything
-
     from sdmodule.callbacks.cache import Cache
     from sdmodule.resume import find_checkpoint
 
     output_dir = choose_output(cfg)
+    model = None
+    if cfg.resolution is None and cfg.data.get("resolution", 0) is None:
+        model = build_model(cfg)
+        cfg.resolution = model.resolution
     data = instantiate(cfg.data)
-    data.setup("fit")  # a folder that cannot be used is told of before the model is loaded
+    data.setup("fit")  # a folder that cannot be used is told of before anything is written
     trainer = build_trainer(cfg)
     cfg.ckpt_path = find_checkpoint(cfg.ckpt_path, output_dir, trainer.max_steps)
-    seed_everything(cfg.seed, workers=True, verbose=False)
-    model = instantiate(cfg.model)
-    model.setup("fit")  # as is a model that cannot be trained like this, before anything is written
+    model = model or build_model(cfg)
+    model.setup("fit")  # as is a model that cannot be trained like this
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Cache):
             callback.check(data, model)
@@ -58,6 +59,8 @@ def train(cfg: DictConfig) -> None:
     every = sum(p.numel() for p in model.parameters())
     say(f"Training {trained:,} of {every:,} parameters for {trainer.max_steps:,} steps; writing to {output_dir}")
     with finishing(trainer, output_dir), logging_to(trainer, config, output_dir):
+        if cfg.validate_first and cfg.ckpt_path is None:
+            trainer.validate(model, datamodule=data, verbose=False)
         trainer.fit(model, datamodule=data, ckpt_path=cfg.ckpt_path)
     say(f"Wrote {output_dir}")
 
@@ -78,6 +81,14 @@ def predict(cfg: DictConfig) -> None:
     with finishing(trainer, output_dir), stopping_at_once(), logging_to(trainer, config, output_dir):
         trainer.predict(model, datamodule=data, return_predictions=False)
     say(f"Wrote {output_dir / 'grid.png'}")
+
+
+def build_model(cfg: DictConfig) -> Any:
+    """Build the model that is trained; what it draws as it is built comes from the seed."""
+    from lightning import seed_everything
+
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    return instantiate(cfg.model)
 
 
 def build_trainer(cfg: DictConfig) -> Trainer:

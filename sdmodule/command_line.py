@@ -9,7 +9,11 @@ from typing import Any
 
 from sdmodule.errors import SettingsError
 
-FREE_TEXT = ("prompt", "negative_prompt", "image", "mask", "control", "from", "data.shards", "data.val_shards")
+FREE_TEXT = (
+    *("prompt", "negative_prompt", "image", "mask", "control", "from"),
+    *("data.prompt", "data.class_prompt", "data.shards", "data.val_shards"),
+    *("tuning.placeholder", "tuning.initializer"),
+)
 """Keys whose values are what people write, not expressions of Hydra's."""
 
 MISSING = "???"

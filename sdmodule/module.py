@@ -28,7 +28,7 @@ from sdmodule.conditioning.inpaint import HoleTraining, convert_to_inpaint, inpa
 from sdmodule.conditioning.random_masks import draw_masks
 from sdmodule.conditioning.text import encode_prompts
 from sdmodule.data.cached import CachedEmbeddings
-from sdmodule.diffusion.objective import add_noise, draw_timesteps, target, weighted_mean
+from sdmodule.diffusion.objective import add_noise, draw_timesteps, example_means, prior_preservation, target
 from sdmodule.draws import Draws, generator_at, generators_of_examples, generators_of_validation, seeded
 from sdmodule.errors import SettingsError, choices
 from sdmodule.interop.adapters import chosen_adapters, use_adapters
@@ -67,6 +67,7 @@ class StableDiffusionModule(LightningModule):
         task: ``text2image`` or ``inpaint``.
         convert: for ``inpaint``, widen an ordinary UNet to the mask's channels when training starts.
         whole_masks: for ``inpaint``, share of training pictures that are masked whole.
+        prior_weight: for DreamBooth, how much pictures of the kind count beside those of the thing.
         hole_weight: for ``inpaint``, how many times the loss in the hole counts that of the same area around it.
         sampling: how pictures are sampled (steps, guidance and the rest); see ``SamplingSettings``.
         tome: token merging in sampling; see ``TokenMerging``.
@@ -101,6 +102,7 @@ class StableDiffusionModule(LightningModule):
         convert: bool = False,
         whole_masks: float = 0.25,
         hole_weight: float = 1.0,
+        prior_weight: float = 1.0,
         sampling: Mapping[str, Any] | None = None,
         tome: Mapping[str, Any] | None = None,
         tomesd_cfg: Mapping[str, Any] | None = None,
@@ -159,6 +161,9 @@ class StableDiffusionModule(LightningModule):
         self.vae: Any = parts.vae.eval().requires_grad_(False)
         self.text_encoder: Any = parts.text_encoder
         self.controlnet: Any = parts.controlnet
+        if isinstance(prior_weight, bool) or not isinstance(prior_weight, (int, float)) or not 0 <= prior_weight < 1e6:
+            raise SettingsError(f"model.prior_weight={prior_weight} is not allowed; give a number, 0 or more.")
+        self.prior_weight = prior_weight
         self.caption_dropout = caption_dropout
         self.timestep_shift = timestep_shift
         self.optimizer = optimizer
@@ -223,7 +228,9 @@ class StableDiffusionModule(LightningModule):
             errors = self.denoising_errors(
                 latents, noise, timesteps.to(self.device), captions, channels, self.objective, self.control(batch)
             )
-        loss = weighted_mean(errors, self.weights_of_places(batch, errors, channels))
+        losses = example_means(errors, self.weights_of_places(batch, errors, channels))
+        prior = batch.get("prior")
+        loss = losses.mean() if prior is None else prior_preservation(losses, prior, self.prior_weight)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(latents))
         return loss
 
@@ -375,6 +382,11 @@ class StableDiffusionModule(LightningModule):
             {"params": [weight for weight in trained if id(weight) not in apart]},
             {"params": [weight for weight in trained if id(weight) in apart], "lr": rate},
         ]
+
+    @property
+    def resolution(self) -> int:
+        """Side in pixels of the pictures that the checkpoint was made for."""
+        return self.unet.config.sample_size * self.parts.pixels_per_latent
 
     @property
     def alphas_cumprod(self) -> Tensor:

@@ -23,12 +23,19 @@ from sdmodule.tome.settings import TokenMerging
 CONF = Path(__file__).parents[1] / "conf"
 HAS_GPU = torch.cuda.is_available()
 HAS_WEIGHTS = any((ASSETS / "tiny" / "unet").glob("*.safetensors"))
-COMMANDS = {"train": ["data.root=photos"], "predict": ["prompt=a cat"]}
+COMMANDS = {"train": ["data.root=photos", "resolution=64"], "predict": ["prompt=a cat"]}
 EXPERIMENTS = {
+    "controlnet": ["train"],
     "demo": ["train"],
+    "dreambooth": ["train"],
+    "dreambooth_lora": ["train"],
+    "full": ["train"],
+    "inpaint": ["train"],
+    "lora": ["train"],
     "sd15": ["train", "predict"],
     "sd15_inpaint": ["train", "predict"],
     "sd15_tomesd": ["train", "predict"],
+    "textual_inversion": ["train"],
     "tiny_autoencoder": ["train"],
     "tiny_inpaint": ["train"],
     "tiny_text2image": ["train"],
@@ -86,16 +93,24 @@ def test_objectives(name, checkpoint):
     assert module.objective.zero_terminal_snr == (name == "zero_snr")
 
 
+@pytest.mark.parametrize("name", options("tuning"))
+def test_tunings(name, checkpoint):
+    words = ["tuning.placeholder='<cat>'", "tuning.initializer=star"] if name == "textual_inversion" else []
+    cfg = configuration("train", f"tuning={name}", f"pretrained={checkpoint}", *words)
+    assert instantiate(cfg.data) and instantiate(cfg.model).tuning.kind == name
+
+
 @pytest.mark.parametrize("name", options("data"))
 def test_data(name):
     command = "predict" if name == "prompts" else "train"
     given = {
         "shapes": [],
         "mixed": ["data.sources=[{root: photos}, {shards: a.tar, weight: 2}, {name: owner/name, split: test}]"],
+        "dreambooth": ["data.root=photos", "data.prompt=a photo of sks dog", "data.class_prompt=a photo of a dog"],
         "huggingface": ["data.name=owner/name"],
         "webdataset": ["data.shards='shards/{000..009}.tar'"],
     }.get(name, COMMANDS[command])
-    cfg = configuration(command, f"data={name}", given=given)
+    cfg = configuration(command, f"data={name}", given=[*given, *(["resolution=64"] if command == "train" else [])])
     assert isinstance(instantiate(cfg.data), LightningDataModule)
 
 
@@ -198,8 +213,6 @@ def test_sd15_is_the_published_recipe(command, checkpoint):
     cfg = configuration(command, "experiment=sd15")
     assert cfg.pretrained == cfg.model.pretrained == "stable-diffusion-v1-5/stable-diffusion-v1-5"
     assert (cfg.sampler.steps, cfg.sampler.guidance_scale) == (50, 7.5)
-    if command == "train":
-        assert cfg.data.resolution == 512
 
     from sdmodule.sampling import sampling_scheduler
 

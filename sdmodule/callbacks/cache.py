@@ -79,8 +79,8 @@ class Cache(Callback):
             )
         if self.what == ALL and not pictures.fixed_captions:
             raise SettingsError(
-                "shuffle_tags=true gives pictures another caption at each time, which cache=all cannot know; set "
-                "data.shuffle_tags=false, or use cache=latents."
+                "data.shuffle_tags=true and several templates give pictures another caption at each time, which "
+                "cache=all cannot know; do without, or use cache=latents."
             )
         if self.what == ALL and any(weight.requires_grad for weight in module.text_encoder.parameters()):
             raise SettingsError(
@@ -141,7 +141,8 @@ class Cache(Callback):
                 yield {key: moments[k] for k, key in enumerate(batch["key"])}
 
         self._fill(trainer, store, list(sights.values()), make, "Encoding pictures")
-        return CachedPictures(pictures, store, keys, with_pictures=module.task == INPAINT)
+        beside = module.task == INPAINT or module.controlnet is not None  # masks and edges are of the picture itself
+        return CachedPictures(pictures, store, keys, with_pictures=beside)
 
     def _cached_embeddings(self, trainer: Trainer, module: Any, pictures: Pictures) -> CachedEmbeddings:
         tokenizer, encoder = module.parts.tokenizer, module.text_encoder

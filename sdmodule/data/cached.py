@@ -60,13 +60,15 @@ class Pictures(Protocol):
 class CaptionedMoments(TypedDict, total=False):
     """One training example: ``moments`` is mean and standard deviation of the latents, ``[8, h, w]``.
 
-    For inpainting the picture stands beside them, since each step masks and encodes it in another way.
+    For inpainting the picture stands beside them, since each step masks and encodes it in another way; for a ControlNet
+    its control picture does.
     """
 
     moments: Required[Tensor]
     caption: Required[str]
     image: Tensor
     mask: Tensor
+    conditioning: Tensor
 
 
 def picture_keys(content: str, size: tuple[int, int], random_flip: bool) -> list[str]:

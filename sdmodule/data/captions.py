@@ -8,7 +8,7 @@ import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -19,30 +19,44 @@ from sdmodule.picture_files import SUFFIXES, PictureFile
 class CaptionStyle(NamedTuple):
     """What becomes of a caption in training: its tags, the parts between commas, are shuffled and it is put in a text.
 
-    The first ``keep_tags`` tags stay where they are; ``{}`` in the template is the caption's place.
+    The first ``keep_tags`` tags stay where they are; ``{}`` in a template is the caption's place. Of several templates
+    one is drawn each time.
     """
 
-    template: str | None = None
+    templates: tuple[str, ...] = ()
     shuffle_tags: bool = False
     keep_tags: int = 0
 
     def text(self, caption: str, rng: random.Random | None) -> str:
-        """The caption in this style; tags stay in order where there is no ``rng``."""
+        """The caption in this style; where there is no ``rng``, tags stay in order and the first template is taken."""
         if self.shuffle_tags and rng is not None:
             tags = [tag.strip() for tag in caption.split(",")]
             first, others = tags[: self.keep_tags], tags[self.keep_tags :]
             rng.shuffle(others)
             caption = ", ".join(first + others)
-        return caption if self.template is None else self.template.replace("{}", caption)
+        if not self.templates:
+            return caption
+        template = self.templates[0] if rng is None or len(self.templates) == 1 else rng.choice(self.templates)
+        return template.replace("{}", caption)
 
 
 class Example(NamedTuple):
-    """A picture's file, its caption and, where inpainting has one of its own, its mask's file."""
+    """A picture's file, its caption and, where it has them, the files of its mask and of its control picture."""
 
     path: PictureFile
     caption: str
     mask: Path | None = None
     style: CaptionStyle = CaptionStyle()
+    control: Path | None = None
+
+    @property
+    def files(self) -> list[PictureFile]:
+        """All of its files."""
+        return [file for file in (self.path, self.mask, self.control) if file is not None]
+
+
+BESIDE = {"mask_file_name": "mask", "conditioning_image_file_name": "control"}
+"""Columns of metadata that name what belongs to a picture, and what that is of an `Example`."""
 
 
 class Examples(Protocol):
@@ -53,17 +67,18 @@ class Examples(Protocol):
     def __getitem__(self, index: int, /) -> Example: ...
 
 
-def find_examples(root: str | Path, key: str = "data.root") -> list[Example]:
+def find_examples(root: str | Path, key: str = "data.root", prompt: str | None = None) -> list[Example]:
     """List a folder's pictures with their captions, sorted by name; the pictures are not opened.
 
     Captions come from the first of these that exists: ``metadata.jsonl``, ``metadata.csv`` (columns ``file_name``,
     relative to the folder, and ``text``), or a ``.txt`` beside each picture. Subfolders count; hidden files do not.
     Pictures that a metadata file does not name are left out, with a warning. A column ``mask_file_name``, if there is
-    one, names each picture's mask.
+    one, names each picture's mask, and ``conditioning_image_file_name`` its control picture.
 
     Args:
         root: the folder.
         key: the setting that gave the folder, for the messages.
+        prompt: the caption of all pictures, which then need none of their own.
 
     Raises:
         SettingsError: if the folder or its captions are missing, incomplete or malformed.
@@ -73,6 +88,8 @@ def find_examples(root: str | Path, key: str = "data.root") -> list[Example]:
         problem = "is a file" if folder.is_file() else "does not exist"
         raise SettingsError(f"{key}={root} {problem}; give a folder of pictures with captions.")
     pictures = {path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not _hidden(path, folder)}
+    if prompt is not None and pictures:
+        return [Example(path, prompt) for path in sorted(pictures)]
     metadata = next((file for name in ("metadata.jsonl", "metadata.csv") if (file := folder / name).is_file()), None)
     if metadata is None:
         if not pictures:
@@ -82,13 +99,14 @@ def find_examples(root: str | Path, key: str = "data.root") -> list[Example]:
     examples = sorted(_read_metadata(metadata, key), key=lambda example: example[:2])
     if not examples:
         raise SettingsError(f"{key}: {metadata} names no pictures; give it a row with file_name and text for each.")
-    if bare := [example.path for example in examples if example.mask is None]:
-        if len(bare) < len(examples):
+    for column, field in BESIDE.items():
+        bare = [example.path for example in examples if getattr(example, field) is None]
+        if 0 < len(bare) < len(examples):
             raise SettingsError(
-                f"{key}: {metadata} names masks, but none for {some(_names(bare, folder))}; give all rows a "
-                "mask_file_name, or none."
+                f"{key}: {metadata} has the column {column}, but nothing in it for {some(_names(bare, folder))}; fill "
+                "it in all rows, or in none."
             )
-    named = {path for example in examples for path in (example.path, example.mask) if isinstance(path, Path)}
+    named = {path for example in examples for path in example.files if isinstance(path, Path)}
     if absent := sorted(path for path in named if not path.is_file()):
         raise SettingsError(
             f"{key}: {metadata} names pictures that do not exist: {some(_names(absent, folder))}; "
@@ -147,10 +165,13 @@ def _read_metadata(path: Path, key: str) -> Iterator[Example]:
         name, text = row["file_name"], row["text"]
         if not isinstance(name, str) or not isinstance(text, str):
             raise SettingsError(f"{where} has file_name={name!r} and text={text!r}; both must be strings.")
-        mask = row.get("mask_file_name") or None
-        if not isinstance(mask, str | None):
-            raise SettingsError(f"{where} has mask_file_name={mask!r}; give a string.")
-        yield Example(_within(path.parent, name, where), text, _within(path.parent, mask, where) if mask else None)
+        beside: dict[str, Any] = {}
+        for column, field in BESIDE.items():
+            if file := row.get(column):
+                if not isinstance(file, str):
+                    raise SettingsError(f"{where} has {column}={file!r}; give a string.")
+                beside[field] = _within(path.parent, file, where)
+        yield Example(_within(path.parent, name, where), text, **beside)
 
 
 def _within(folder: Path, name: str, where: str) -> Path:

@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from typing_extensions import override
 
+from sdmodule.conditioning.canny import canny_edges
 from sdmodule.data.buckets import Size, bucket_sizes, nearest_bucket
 from sdmodule.data.captions import Examples
 from sdmodule.data.fingerprints import file_fingerprint
 from sdmodule.data.huggingface import HuggingFaceData
-from sdmodule.data.readable import load_mask, load_rgb
+from sdmodule.data.readable import load_beside, load_rgb
 from sdmodule.data.shapes import CaptionedImage, View
 from sdmodule.data.shards import Shards
 from sdmodule.data.shuffle import training_loader
@@ -28,6 +29,9 @@ from sdmodule.data.sources import Folder, Source, mixed
 from sdmodule.errors import SettingsError, choices
 from sdmodule.picture_files import upright_size
 from sdmodule.pictures import image_to_tensor
+
+CANNY, FILES = "canny", "files"
+"""Where the control pictures of a ControlNet come from."""
 
 
 class ImageFolderDataset(Dataset[CaptionedImage]):
@@ -42,7 +46,8 @@ class ImageFolderDataset(Dataset[CaptionedImage]):
         random_flip: mirror half of the pictures.
         seed: names the sequence of crops and flips.
         buckets: give each picture, instead of ``size``, the size of `bucket_sizes` that is most like its shape.
-        shuffle_tags: shuffle the tags of captions whose style asks for it.
+        vary_captions: shuffle the tags of captions whose style asks for it, and draw from several templates.
+        conditioning: ``canny`` or ``files``, for the control pictures of a ControlNet.
     """
 
     def __init__(
@@ -53,10 +58,12 @@ class ImageFolderDataset(Dataset[CaptionedImage]):
         random_flip: bool = False,
         seed: int = 0,
         buckets: bool = False,
-        shuffle_tags: bool = False,
+        vary_captions: bool = False,
+        conditioning: str | None = None,
     ) -> None:
         self.examples = examples
-        self.shuffle_tags = shuffle_tags
+        self.vary_captions = vary_captions
+        self.conditioning = conditioning
         self.size = size
         self.center_crop = center_crop
         self.random_flip = random_flip
@@ -96,12 +103,12 @@ class ImageFolderDataset(Dataset[CaptionedImage]):
     def caption(self, index: int) -> str:
         """What a picture is said to show in this epoch."""
         example = self.examples[index]
-        return example.style.text(example.caption, self._random(index, "tags") if self.shuffle_tags else None)
+        return example.style.text(example.caption, self._random(index, "tags") if self.vary_captions else None)
 
     @property
     def fixed_captions(self) -> bool:
         """Whether a picture has the same caption each time."""
-        return not self.shuffle_tags
+        return not self.vary_captions
 
     def _random(self, *what: object) -> random.Random:
         return random.Random("/".join(map(str, (self.seed, int(self._epoch), *what))))
@@ -113,8 +120,12 @@ class ImageFolderDataset(Dataset[CaptionedImage]):
         return View(x, y, mirrored=self.random_flip and rng.random() < 0.5)
 
     def seen(self, index: int, view: View) -> dict[str, Tensor]:
-        """A picture as it is shown, ``image`` ``[3, H, W]``, and its ``mask`` ``[1, H, W]`` if it has one."""
-        path, _, mask, _ = self.examples[index]
+        """A picture as it is shown, ``image`` ``[3, H, W]``.
+
+        Beside it its ``mask`` ``[1, H, W]`` if it has one, and ``conditioning`` ``[3, H, W]`` in [0, 1] if that is
+        asked for.
+        """
+        path, _, mask, _, control = self.examples[index]
         image = load_rgb(path)
         height, width = self.size_of(index)
         scale = max(width / image.width, height / image.height)
@@ -125,9 +136,16 @@ class ImageFolderDataset(Dataset[CaptionedImage]):
             part = picture.resize(covering, resampling).crop((left, top, left + width, top + height))
             return ImageOps.mirror(part) if view.mirrored else part
 
-        example = {"image": image_to_tensor(shown(image, Image.Resampling.BICUBIC))}
+        picture = shown(image, Image.Resampling.BICUBIC)
+        example = {"image": image_to_tensor(picture)}
+        if self.conditioning == CANNY:
+            example["conditioning"] = image_to_tensor(canny_edges(picture)) / 2 + 0.5
+        elif control is not None and self.conditioning == FILES:
+            followed = shown(load_beside(control, path, image.size, "control picture"), Image.Resampling.BICUBIC)
+            example["conditioning"] = image_to_tensor(followed) / 2 + 0.5
         if mask is not None:
-            hole = np.asarray(shown(load_mask(mask, path, image.size), Image.Resampling.NEAREST))
+            grey = load_beside(mask, path, image.size, "mask").convert("L")
+            hole = np.asarray(shown(grey, Image.Resampling.NEAREST))
             example["mask"] = torch.from_numpy((hole > 127).astype(np.float32))[None]
         return example
 
@@ -152,6 +170,8 @@ class PicturesDataModule(LightningDataModule):
         random_flip: mirror half of the pictures in training.
         buckets: train on each picture in the size, of about the same area, that is most like its shape; a batch is of
             one size. Validation crops to ``resolution`` all the same.
+        conditioning: control pictures for a ControlNet, ``conditioning`` ``[B, 3, H, W]`` in [0, 1]: ``canny`` for the
+            pictures' own edges, ``files`` for those that the metadata name.
         skip_bad: leave files that are no pictures out with a warning, instead of an error.
         num_workers: processes that read pictures; 0 reads in the training process.
         seed: names the order, the crops, the flips and the shuffling of tags.
@@ -170,12 +190,16 @@ class PicturesDataModule(LightningDataModule):
         center_crop: bool = True,
         random_flip: bool = False,
         buckets: bool = False,
+        conditioning: str | None = None,
         skip_bad: bool = False,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if conditioning not in (None, CANNY, FILES):
+            raise SettingsError(f"data.conditioning={conditioning} is not known; give {CANNY} or {FILES}.")
         self.sources = sources
+        self.conditioning = conditioning
         self.validation = validation
         size = tuple(resolution) if isinstance(resolution, Sequence) else (resolution, resolution)
         if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
@@ -210,12 +234,24 @@ class PicturesDataModule(LightningDataModule):
             parts = [source.split(own, self.val_fraction) for source, own in zip(self.sources, found, strict=True)]
             found, val = [train for train, _ in parts], [val for _, val in parts]
         train = mixed(found, [source.weight for source in self.sources])
-        shuffled = any(source.shuffle_tags for source in self.sources)
+        varied = any(source.varied for source in self.sources)
         self.train_set = ImageFolderDataset(
-            train, self.size, self.center_crop, self.random_flip, self.seed, self.buckets, shuffled
+            train, self.size, self.center_crop, self.random_flip, self.seed, self.buckets, varied, self.conditioning
         )
         self._groups = self.train_set.groups()
-        self.val_set = ImageFolderDataset(ConcatDataset(val), self.size)
+        self.val_set = ImageFolderDataset(ConcatDataset(val), self.size, conditioning=self.conditioning)
+        self._check_conditioning()
+
+    def _check_conditioning(self) -> None:
+        """Whether all pictures have a control picture, where files of them are asked for."""
+        assert self.train_set is not None and self.val_set is not None
+        for shown in (self.train_set.examples, self.val_set.examples):
+            without = (shown[k].path for k in range(len(shown)) if shown[k].control is None)
+            if self.conditioning == FILES and (bare := next(without, None)) is not None:
+                raise SettingsError(
+                    f"data.conditioning={FILES} and {bare} has no control picture; name it in a column "
+                    f"conditioning_image_file_name of the metadata, or set data.conditioning={CANNY}."
+                )
 
     @override
     def train_dataloader(self) -> DataLoader:
@@ -247,7 +283,8 @@ class ImageFolderDataModule(PicturesDataModule):
         resolution: height and width in pixels; one number gives squares.
         batch_size: pictures a step on each device.
         val_root: another folder, for validation.
-        template: a text that captions are put into, in the place of ``{}``.
+        prompt: one caption for all pictures, which then need none of their own.
+        template: a text that captions are put into, in the place of ``{}``; of several one is drawn each time.
         shuffle_tags: put the parts of captions between commas in another order each time, in training.
         keep_tags: how many of the first parts stay where they are.
         sources: several instead of ``root``: each names ``root``, ``shards`` or ``name``, and what else `Folder`,
@@ -265,7 +302,8 @@ class ImageFolderDataModule(PicturesDataModule):
         batch_size: int = 4,
         val_root: str | None = None,
         *,
-        template: str | None = None,
+        prompt: str | None = None,
+        template: str | Sequence[str] | None = None,
         shuffle_tags: bool = False,
         keep_tags: int = 0,
         sources: Sequence[Mapping[str, Any]] | None = None,
@@ -277,16 +315,16 @@ class ImageFolderDataModule(PicturesDataModule):
                 f"data.root={root} and data.sources={sources} are two ways of one thing; give one of them."
             )
         if sources is None:
-            chosen = [Source(Folder(str(root)), **style)]
+            chosen = [Source(Folder(str(root), prompt=prompt), **style)]
         else:
             chosen = [_source({**style, **one}, f"data.sources[{k}]") for k, one in enumerate(sources)]
         if not chosen:
             raise SettingsError("data.sources=[] names no folder; give [{root: …, weight: …}, …].")
-        validation = None if val_root is None else Source(Folder(val_root, "data.val_root"), template=template)
+        validation = None if val_root is None else Source(Folder(val_root, "data.val_root", prompt), template=template)
         super().__init__(chosen, validation, resolution, batch_size, **settings)
 
 
-PLACES = {"root": Folder, "shards": Shards, "name": HuggingFaceData}
+PLACES: dict[str, Any] = {"root": Folder, "shards": Shards, "name": HuggingFaceData}
 """Kinds of places, by the setting that names one."""
 
 

@@ -52,8 +52,7 @@ def readable(examples: Examples, place: Place, skip_bad: bool) -> list[int]:
     problems: dict[str, str] = {}
     for index in range(len(examples)):
         example = examples[index]
-        files = (file for file in (example.path, example.mask) if file is not None)
-        bad = {place.called(file): problem for file in files if (problem := _problem(file))}
+        bad = {place.called(file): problem for file in example.files if (problem := _problem(file))}
         problems |= bad
         if not bad:
             good.append(index)
@@ -102,16 +101,16 @@ def load_rgb(path: PictureFile) -> Image.Image:
     return image.convert("RGB")
 
 
-def load_mask(path: PictureFile, picture: PictureFile, size: tuple[int, int]) -> Image.Image:
-    """Read the mask of a picture of ``size`` as 8-bit grey.
+def load_beside(path: PictureFile, picture: PictureFile, size: tuple[int, int], what: str) -> Image.Image:
+    """Read what belongs to a picture of ``size``, its mask or its control picture, as 8-bit RGB.
 
     Raises:
         SettingsError: if its pixels cannot be decoded, or it has another size.
     """
-    mask = load_rgb(path).convert("L")
-    if mask.size != size:
+    beside = load_rgb(path)
+    if beside.size != size:
         raise SettingsError(
-            f"data: the mask {path} is of {mask.width}x{mask.height} pixels and {picture} of {size[0]}x{size[1]}; "
-            "give a mask of the picture's size."
+            f"data: the {what} {path} is of {beside.width}x{beside.height} pixels and {picture} of "
+            f"{size[0]}x{size[1]}; give a {what} of the picture's size."
         )
-    return mask
+    return beside

@@ -18,11 +18,15 @@ from sdmodule.version import __version__
 
 
 class CaptionedImage(TypedDict):
-    """One training example: ``image`` is ``[3, H, W]`` in [-1, 1], and ``mask``, if any, ``[1, H, W]`` of 1 and 0."""
+    """One training example: ``image`` is ``[3, H, W]`` in [-1, 1].
+
+    ``mask``, if any, is ``[1, H, W]`` of 1 and 0; ``conditioning``, a ControlNet's picture, ``[3, H, W]`` in [0, 1].
+    """
 
     image: Tensor
     caption: str
     mask: NotRequired[Tensor]
+    conditioning: NotRequired[Tensor]
 
 
 class View(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -98,6 +98,7 @@ def training_loader(
     workers: int,
     trainer: Trainer | None,
     groups: Sequence[Sequence[int]] | None = None,
+    collate: Callable[[Sequence[Any]], Any] | None = None,
 ) -> DataLoader:
     """Batches of shuffled examples; a training that goes on within an epoch goes on behind its last batch.
 
@@ -108,6 +109,7 @@ def training_loader(
         workers: processes that load; 0 loads in the training process.
         trainer: tells the devices and where the training stands.
         groups: indices of examples that may be in one batch; all of them if None.
+        collate: makes a batch of examples; torch's own if None.
     """
     devices, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
     sampler = ShuffleByEpoch(data, batch_size, devices, rank, seed, groups)
@@ -118,6 +120,7 @@ def training_loader(
         batch_size=sampler.together // devices,
         sampler=sampler,
         num_workers=workers,
+        collate_fn=collate,
         persistent_workers=workers > 0,
         # without its own generator the loader would draw from the global random numbers
         generator=torch.Generator().manual_seed(seed),

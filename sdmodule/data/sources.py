@@ -23,17 +23,19 @@ class Folder:
     Args:
         root: the folder.
         key: the setting that gave it, for the messages.
+        prompt: the caption of all its pictures, which then need none of their own.
     """
 
     root: str
     key: str = "data.root"
+    prompt: str | None = None
 
     def __str__(self) -> str:
         return f"{self.key}={self.root}"
 
     def find(self) -> Examples:
         """The pictures, sorted by name."""
-        return find_examples(self.root, self.key)
+        return find_examples(self.root, self.key, self.prompt)
 
     def called(self, picture: PictureFile) -> str:
         """Where a picture is in the folder."""
@@ -73,7 +75,7 @@ class Source:
     Args:
         place: where they are.
         weight: their share of what is shown, relative to the weights of other sources.
-        template: the text that a caption is put into, in the place of ``{}``.
+        template: the text that a caption is put into, in the place of ``{}``; of several one is drawn each time.
         shuffle_tags: put the parts of captions between commas in another order each time.
         keep_tags: how many of the first parts stay where they are.
         key: the setting that gave the source, for the messages.
@@ -84,7 +86,7 @@ class Source:
 
     place: Place
     weight: float = 1.0
-    template: str | None = None
+    template: str | Sequence[str] | None = None
     shuffle_tags: bool = False
     keep_tags: int = 0
     key: str = "data"
@@ -92,19 +94,32 @@ class Source:
     def __post_init__(self) -> None:
         if isinstance(self.weight, bool) or not isinstance(self.weight, (int, float)) or not 0 < self.weight < 1e6:
             raise SettingsError(f"{self.key}.weight={self.weight} is not allowed; give a number over 0.")
-        if self.template is not None and "{}" not in str(self.template):
-            raise SettingsError(
-                f"{self.key}.template={self.template} has no place for a caption; write {{}} where it goes."
-            )
+        for template in self.templates:
+            if "{}" not in str(template):
+                raise SettingsError(
+                    f"{self.key}.template={template} has no place for a caption; write {{}} where it goes."
+                )
         if isinstance(self.keep_tags, bool) or not isinstance(self.keep_tags, int) or self.keep_tags < 0:
             raise SettingsError(
                 f"{self.key}.keep_tags={self.keep_tags} is not allowed; give a whole number, 0 or more."
             )
 
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """All templates."""
+        if self.template is None:
+            return ()
+        return (self.template,) if isinstance(self.template, str) else tuple(self.template)
+
+    @property
+    def varied(self) -> bool:
+        """Whether a picture has another caption at each time."""
+        return self.shuffle_tags or len(self.templates) > 1
+
     def examples(self, skip_bad: bool) -> Picked:
         """The pictures that can be read, each with its caption; see `readable`."""
         found = self.place.find()
-        style = CaptionStyle(self.template, self.shuffle_tags, self.keep_tags)
+        style = CaptionStyle(self.templates, self.shuffle_tags, self.keep_tags)
         return Picked(found, readable(found, self.place, skip_bad), style)
 
     def split(self, examples: Picked, fraction: float) -> tuple[Picked, Picked]:

@@ -54,15 +54,26 @@ def pseudo_huber(difference: Tensor, delta: float) -> Tensor:
     return 2.0 * delta * ((difference.square() + delta**2).sqrt() - delta)
 
 
-def weighted_mean(errors: Tensor, weights: Tensor) -> Tensor:
-    """Mean of each example's weighted mean, a scalar, so that an example counts the same however it is weighted.
+def example_means(errors: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean of each example, ``[B]``, so that an example counts the same however it is weighted.
 
     Args:
         errors: ``[B, 1, h, w]``.
         weights: of the same shape, 0 or more; an example without any counts as no error.
     """
     axes = (1, 2, 3)
-    return ((errors * weights).sum(dim=axes) / weights.sum(dim=axes).clamp(min=1e-6)).mean()
+    return (errors * weights).sum(dim=axes) / weights.sum(dim=axes).clamp(min=1e-6)
+
+
+def prior_preservation(losses: Tensor, prior: Tensor, weight: float) -> Tensor:
+    """The loss of DreamBooth, a scalar (Ruiz et al. 2023, equation 2).
+
+    Args:
+        losses: of each example, ``[B]``.
+        prior: which examples show the kind and not the thing, ``[B]``; both occur.
+        weight: how much the kind counts beside the thing.
+    """
+    return losses[~prior].mean() + weight * losses[prior].mean()
 
 
 def draw_timesteps(count: int, total: int, generator: torch.Generator, shift: float = 1.0) -> Tensor:

@@ -338,7 +338,7 @@ def test_masks_go_with_their_pictures_through_crop_and_flip(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("second", "says"),
     [
-        ({}, "give all rows a mask_file_name, or none"),
+        ({}, "column mask_file_name, but nothing in it for b.png"),
         ({"mask_file_name": "../b.png"}, "outside the folder"),
         ({"mask_file_name": "c.png"}, "do not exist: c.png"),
         ({"mask_file_name": 3}, "mask_file_name=3; give a string"),

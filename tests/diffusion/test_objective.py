@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from sdmodule.diffusion.objective import PREDICTION_TYPES, add_noise, draw_timesteps, target, weighted_mean
+from sdmodule.diffusion.objective import PREDICTION_TYPES, add_noise, draw_timesteps, example_means, target
 from sdmodule.errors import SettingsError
 
 SCHEDULE = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -74,6 +74,6 @@ def test_shift_prefers_noisy_timesteps_and_stays_in_range():
 def test_every_example_counts_the_same_however_it_is_weighted():
     errors, weights = torch.ones(2, 1, 4, 4), torch.ones(2, 1, 4, 4)
     errors[0, :, :2] = 3.0
-    torch.testing.assert_close(weighted_mean(errors, weights), errors.mean())
+    torch.testing.assert_close(example_means(errors, weights).mean(), errors.mean())
     weights[0, :, :2] = 3.0  # (3 * 3 + 1) / 4 in the first example, 1 in the second
-    torch.testing.assert_close(weighted_mean(errors, weights), torch.tensor(1.75))
+    torch.testing.assert_close(example_means(errors, weights).mean(), torch.tensor(1.75))

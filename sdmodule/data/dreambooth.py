@@ -1,0 +1,143 @@
+"""Pictures of one thing, and beside them pictures of its kind, which keep the model from forgetting the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, default_collate
+from typing_extensions import override
+
+from sdmodule.data.captions import CaptionStyle, Example
+from sdmodule.data.fingerprints import fingerprint
+from sdmodule.data.image_folder import ImageFolderDataset, PicturesDataModule
+from sdmodule.data.shuffle import training_loader
+from sdmodule.data.sources import Folder, Picked, Source
+from sdmodule.errors import SettingsError
+
+
+class Pairs(Dataset[list[dict[str, Any]]]):
+    """A picture of the thing and one of its kind; each is shown as often as the larger set needs.
+
+    Args:
+        pictures: those of the thing first.
+        instances: how many of the thing there are.
+    """
+
+    def __init__(self, pictures: Any, instances: int) -> None:
+        self.pictures = pictures
+        self.instances = instances
+        self.priors = len(pictures) - instances
+
+    def __len__(self) -> int:
+        return max(self.instances, self.priors)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other crops and flips from now on."""
+        if hasattr(self.pictures, "set_epoch"):
+            self.pictures.set_epoch(epoch)
+
+    @override
+    def __getitem__(self, index: int) -> list[dict[str, Any]]:
+        instance = self.pictures[index % self.instances]
+        prior = self.pictures[self.instances + index % self.priors]
+        return [{**instance, "prior": torch.tensor(False)}, {**prior, "prior": torch.tensor(True)}]
+
+
+def both_halves(pairs: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
+    """A batch of twice as many pictures as pairs: the thing's in the first half, those of its kind in the second."""
+    return default_collate([pair[half] for half in (0, 1) for pair in pairs])
+
+
+class DreamBoothDataModule(PicturesDataModule):
+    """Batches for DreamBooth (Ruiz et al. 2023): pictures of a thing and, with ``class_prompt``, as many of its kind.
+
+    Those of its kind are made by the model itself before the training (`PriorPictures`) as far as they are missing.
+    ``prior`` ``[B]`` says which pictures of a batch they are.
+
+    Args:
+        root: folder of pictures of the thing.
+        prompt: their caption, with a rare word as the thing's name: ``a photo of sks dog``.
+        class_prompt: caption of its kind: ``a photo of a dog``; None trains on the thing alone.
+        class_images: how many of its kind.
+        class_root: where they are, or are put; None is a folder of their own under ``made_in``.
+        pretrained: the model that makes them.
+        made_in: folder for all that were made.
+        template: a text that ``prompt`` is put into, in the place of ``{}``; of several one is drawn each time.
+        shuffle_tags: put the parts of ``prompt`` between commas in another order each time.
+        keep_tags: how many of the first parts stay where they are.
+        settings: those of `PicturesDataModule`, without ``buckets``.
+
+    Raises:
+        SettingsError: for a setting out of range; in `setup`, for a folder that cannot be used.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        prompt: str,
+        class_prompt: str | None = None,
+        class_images: int = 200,
+        class_root: str | None = None,
+        pretrained: str = "tiny",
+        made_in: str = "outputs/prior",
+        *,
+        template: str | Sequence[str] | None = None,
+        shuffle_tags: bool = False,
+        keep_tags: int = 0,
+        **settings: Any,
+    ) -> None:
+        source = Source(Folder(root, prompt=prompt), 1.0, template, shuffle_tags, keep_tags)
+        super().__init__([source], **settings)
+        if isinstance(class_images, bool) or not isinstance(class_images, int) or class_images < 1:
+            raise SettingsError(f"data.class_images={class_images} is not allowed; give a whole number of at least 1.")
+        if self.buckets and class_prompt is not None:
+            raise SettingsError("data.buckets=true parts pictures by shape, and pairs are of one; leave it out.")
+        if class_root is not None and class_prompt is None:
+            raise SettingsError(f"data.class_root={class_root} needs data.class_prompt, the caption of its pictures.")
+        self.class_prompt = class_prompt
+        self.class_images = class_images
+        made = Path(made_in) / fingerprint(class_prompt, pretrained, self.size)
+        self.class_root = made if class_root is None else Path(class_root).expanduser()
+        self.priors: list[Path] = []
+        self.instances = 0
+
+    @override
+    def setup(self, stage: str | None = None) -> None:
+        if self.train_set is not None:
+            return
+        super().setup(stage)
+        assert self.train_set is not None
+        self.instances = len(self.train_set)
+        if self.class_prompt is None:
+            return
+        self.priors = self._prior_files()
+        examples = [Example(file, self.class_prompt) for file in self.priors]
+        priors = Picked(examples, range(len(examples)), CaptionStyle())
+        both = ConcatDataset([self.train_set.examples, priors])  # type: ignore[list-item]
+        varied = any(source.varied for source in self.sources)
+        self.train_set = ImageFolderDataset(
+            both, self.size, self.center_crop, self.random_flip, self.seed, vary_captions=varied
+        )
+
+    def _prior_files(self) -> list[Path]:
+        """The pictures of the kind: those that are there, and names of those that are to be made."""
+        found = Folder(str(self.class_root), "data.class_root", self.class_prompt)
+        examples = found.find() if self._has_pictures() else []
+        have = [Path(str(examples[k].path)) for k in range(len(examples))]
+        own = [file for file in have if not file.name.startswith("prior-")]
+        made = [self.class_root / f"prior-{k:05}.png" for k in range(max(0, self.class_images - len(own)))]
+        return own[: self.class_images] + made
+
+    def _has_pictures(self) -> bool:
+        return self.class_root.is_dir() and any(not file.name.startswith(".") for file in self.class_root.iterdir())
+
+    @override
+    def train_dataloader(self) -> DataLoader:
+        if not self.priors:
+            return super().train_dataloader()
+        pairs = Pairs(self.train_set, self.instances)
+        loader = (self.batch_size, self.seed, self.num_workers, self.trainer)
+        return training_loader(pairs, *loader, collate=both_halves)
