@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -27,7 +28,7 @@ class ValidationSamples(Callback):
 
     The end of the training has its sheet too, whether or not that step is validated. Nothing of it touches the random
     numbers of the training. For inpainting each picture stands beside the one that it repaints and beside what is left
-    of that under its mask; pictures and masks are the same at every validation.
+    of that under its mask; with a ControlNet beside its control picture. All of these are the same at every validation.
 
     Args:
         output_dir: folder of the sheets.
@@ -65,6 +66,8 @@ class ValidationSamples(Callback):
         prompts = self.prompts or self._captions(trainer)
         if pl_module.task == INPAINT:
             images, across = self._repainted(trainer, pl_module, prompts), 3
+        elif pl_module.controlnet is not None:
+            images, across = self._controlled(trainer, pl_module, prompts), 2
         else:
             images, across = pl_module.infer(prompts, seed=self.seed, show_progress=False)["samples"], 1  # type: ignore[operator]
         captions = [f"{prompt} · {self.seed + k}" for k, prompt in enumerate(prompts)]
@@ -72,25 +75,33 @@ class ValidationSamples(Callback):
         captioned_sheet(images, captions, across * TILE).save(self.output_dir / f"{trainer.global_step:06d}.png")
         log_pictures(trainer.loggers, "val/samples", images, captions, trainer.global_step)
 
-    def _repainted(self, trainer: Trainer, pl_module: LightningModule, prompts: Sequence[str]) -> list[Image.Image]:
+    def _repainted(self, trainer: Trainer, pl_module: Any, prompts: Sequence[str]) -> list[Image.Image]:
         """For each prompt a picture of the data, what its mask leaves of it, and the picture repainted."""
-        batches = iter(trainer.val_dataloaders or trainer.train_dataloader)  # type: ignore[arg-type]
-        examples: dict[str, list[torch.Tensor]] = {"image": [], "mask": []}
-        while len(examples["image"]) < len(prompts) and (batch := next(batches, None)):
-            for name, rows in examples.items():
-                rows += list(batch.get(name, []))
-        order = [k % len(examples["image"]) for k in range(len(prompts))]
-        pictures = torch.stack([examples["image"][k] for k in order])
-        if examples["mask"]:
-            masks = torch.stack([examples["mask"][k] for k in order])
-        else:
+        examples = self._examples(trainer, len(prompts))
+        pictures, masks = examples["image"], examples.get("mask")
+        if masks is None:
             generator = torch.Generator().manual_seed(self.seed)
             masks = draw_masks(len(pictures), pictures.shape[-2:], 0.0, generator)
         before, left = (to_images(images / 2 + 0.5) for images in (pictures, masked(pictures, masks)))
-        after = pl_module.infer(  # type: ignore[operator]
-            prompts, before, list(masks), seed=self.seed, show_progress=False
-        )["samples"]
+        after = pl_module.infer(prompts, before, list(masks), seed=self.seed, show_progress=False)["samples"]
         return [contact_sheet(list(row), columns=3) for row in zip(before, left, after, strict=True)]
+
+    def _controlled(self, trainer: Trainer, pl_module: Any, prompts: Sequence[str]) -> list[Image.Image]:
+        """For each prompt a control picture of the data, and the picture that follows it."""
+        controls = to_images(self._examples(trainer, len(prompts))["conditioning"])
+        made = pl_module.infer(prompts, control=controls, seed=self.seed, show_progress=False)["samples"]
+        return [contact_sheet(list(row), columns=2) for row in zip(controls, made, strict=True)]
+
+    def _examples(self, trainer: Trainer, count: int) -> dict[str, torch.Tensor]:
+        """The first examples of the data, ``[count, …]`` of each kind of picture, again from the first if too few."""
+        examples: dict[str, list[torch.Tensor]] = {}
+        batches = iter(trainer.val_dataloaders or trainer.train_dataloader)  # type: ignore[arg-type]
+        while len(examples.get("caption", ())) < count and (batch := next(batches, None)):
+            for name, rows in batch.items():
+                examples.setdefault(name, []).extend(rows)
+        found = len(examples.pop("caption"))
+        order = [k % found for k in range(count)]
+        return {name: torch.stack([rows[k] for k in order]) for name, rows in examples.items()}
 
     def _captions(self, trainer: Trainer) -> list[str]:
         self.prompts = []

@@ -1,0 +1,276 @@
+"""Fine-tuning by the commands: each kind is trained, exported, and sampled from what it exported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ControlNetModel, StableDiffusionPipeline
+from lightning import Trainer
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from sdmodule.callbacks.checkpoint import PrivateCheckpoint
+from sdmodule.callbacks.ema import EMA
+from sdmodule.cli import predict_main, train_main
+from sdmodule.data.dreambooth import DreamBoothDataModule
+from sdmodule.data.image_folder import ImageFolderDataModule
+from sdmodule.diffusion.objective import prior_preservation
+from sdmodule.errors import SettingsError
+from sdmodule.module import StableDiffusionModule
+
+WORD = "<my-cat>"
+
+
+def fast(groups) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=1e-3)
+
+
+def fit(module: StableDiffusionModule, data, steps: int, *callbacks, resume: Path | None = None, **settings) -> Trainer:
+    trainer = Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        callbacks=list(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=bool(callbacks),
+        **settings,
+    )
+    trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+    return trainer
+
+
+def pictures(photos: Path, **settings) -> ImageFolderDataModule:
+    return ImageFolderDataModule(str(photos), **{"resolution": 32, "batch_size": 2, "val_fraction": 0, **settings})
+
+
+def trained(module: StableDiffusionModule) -> dict[str, torch.Tensor]:
+    return {name: w.detach().clone() for name, w in module.named_parameters() if w.requires_grad}
+
+
+TUNINGS = {
+    "lora": {"kind": "lora", "dropout": 0.3, "text_encoder": True},
+    "dora": {"kind": "lora", "method": "dora"},
+    "lokr": {"kind": "lora", "method": "lokr", "dropout": 0.3},
+    "textual_inversion": {"kind": "textual_inversion", "placeholder": WORD, "initializer": "star", "vectors": 2},
+    "controlnet": {"kind": "controlnet"},
+    "full": {"kind": "full", "text_encoder": True, "text_encoder_lr": 1e-4, "text_encoder_stop": 2},
+}
+
+
+@pytest.mark.parametrize("kind", TUNINGS)
+def test_what_is_trained_changes_alone_and_a_stopped_training_ends_as_an_unbroken_one(
+    checkpoint, photos, tmp_path, kind
+):
+    conditioning = "canny" if kind == "controlnet" else None
+
+    def build() -> StableDiffusionModule:
+        return StableDiffusionModule(str(checkpoint), tuning=TUNINGS[kind], optimizer=fast)
+
+    def data() -> ImageFolderDataModule:
+        return pictures(photos, random_flip=True, conditioning=conditioning, prompt=f"a {WORD}")
+
+    straight, resumed = build(), build()
+    before, frozen = trained(straight), dict(straight.named_parameters())
+    frozen = {name: value.detach().clone() for name, value in frozen.items() if name not in before}
+    saved = PrivateCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    fit(straight, data(), 4, saved, EMA(start_step=1))
+    torch.manual_seed(99)  # the global random numbers have no say
+    fit(resumed, data(), 4, EMA(start_step=1), resume=tmp_path / "step=2.ckpt", accumulate_grad_batches=1)
+    after, others = trained(straight), trained(resumed)
+    assert all(torch.equal(after[name], others[name]) for name in after)
+    assert any(not torch.equal(after[name], before[name]) for name in after)
+    left = dict(straight.named_parameters())
+    assert all(torch.equal(left[name], value) for name, value in frozen.items())
+    content = torch.load(tmp_path / "step=4.ckpt", weights_only=True)
+    assert content["state_dict"].keys() == after.keys()
+
+
+def test_the_text_encoder_has_its_own_rate_and_stops_at_its_step(checkpoint, photos):
+    module = StableDiffusionModule(str(checkpoint), tuning=TUNINGS["full"], optimizer=fast)
+    assert [group.get("lr") for group in module.parameter_groups()] == [None, 1e-4]
+    seen = []
+
+    class Watch(EMA):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            seen.append({name: value.detach().clone() for name, value in pl_module.text_encoder.named_parameters()})
+
+    fit(module, pictures(photos), 4, Watch())
+    changed = [any(not torch.equal(a[name], b[name]) for name in a) for a, b in zip(seen, seen[1:], strict=False)]
+    assert changed == [True, False, False], "the second step is its last"
+
+
+# ------------------------------------------------------------------------------------------ by the commands
+
+
+def train(call, checkpoint, photos, out, *settings) -> Path:
+    command = [f"pretrained={checkpoint}", f"data.root={photos}", "data.val_fraction=0", "sampler.steps=2"]
+    command += ["trainer.max_steps=3", f"output_dir={out}", "model.optimizer.lr=1e-2", "callbacks.ema.start_step=2"]
+    status, _, error = call(train_main, *command, *settings)
+    assert status == 0, error
+    return out / "export"
+
+
+def sample(call, checkpoint, out, *settings, prompt="a red star") -> np.ndarray:
+    common = [f"pretrained={checkpoint}", "steps=3", f"output_dir={out}"]
+    status, _, error = call(predict_main, *common, f"prompt={prompt}", *settings)
+    assert status == 0, error
+    return np.asarray(Image.open(next((out / "images").iterdir())))
+
+
+def test_lora_from_the_training_to_a_picture_and_to_the_same_again(checkpoint, photos, tmp_path, call):
+    settings = ["tuning=lora", "tuning.rank=2", "cache=all", f"cache.folder={tmp_path / 'cache'}"]
+    export = train(call, checkpoint, photos, tmp_path / "out", *settings)
+    facts = json.loads((export / "training.json").read_text())
+    assert facts["weights"] == "ema" and facts["steps"] == 3
+    assert (tmp_path / "out" / "samples" / "000003.png").is_file()
+    adapters = f"adapters=[{{path: {export}, scale: 0.8}}]"
+    plain = sample(call, checkpoint, tmp_path / "plain")
+    adapted = sample(call, checkpoint, tmp_path / "adapted", adapters)
+    assert not np.array_equal(adapted, plain)
+    png = tmp_path / "adapted" / "images" / "00000-0.png"
+    assert json.loads(Image.open(png).text["adapters"]) == [{"path": str(export), "scale": 0.8}]
+    assert call(predict_main, "--from", png, f"output_dir={tmp_path / 'again'}")[0] == 0
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "again" / "images" / "00000-0.png")), adapted)
+
+
+def test_a_learned_word_is_understood_here_and_in_diffusers(checkpoint, photos, tmp_path, call):
+    settings = ["tuning=textual_inversion", f"tuning.placeholder={WORD}", "tuning.initializer=star"]
+    settings += ["tuning.vectors=2", f"data.prompt={WORD}", "data.template=[a photo of {},a picture of {}]"]
+    export = train(call, checkpoint, photos, tmp_path / "out", *settings)
+    assert load_file(export / "learned_embeds.safetensors")[WORD].shape == (2, 32)
+    adapters = [{"path": str(export)}]
+    ours = StableDiffusionModule.from_pretrained(str(checkpoint), adapters=adapters)
+    prompt = f"a photo of {WORD} on a (red:1.0) background"
+    made = ours.infer(prompt, num_inference_steps=3, return_type="numpy", guidance_scale=7.5)["samples"]
+    pipeline = StableDiffusionPipeline.from_pretrained(checkpoint)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_textual_inversion(export)
+    theirs = pipeline(
+        f"a photo of {WORD} on a red background",
+        num_inference_steps=3,
+        generator=torch.Generator().manual_seed(0),
+        output_type="np",
+    ).images
+    np.testing.assert_array_equal(made, theirs)
+    by_command = sample(call, checkpoint, tmp_path / "made", f"adapters=[{{path: {export}}}]", prompt=prompt)
+    np.testing.assert_allclose(by_command, made[0] * 255, atol=1)
+
+
+def test_a_controlnet_from_the_training_to_a_picture(checkpoint, photos, tmp_path, call):
+    export = train(call, checkpoint, photos, tmp_path / "out", "tuning=controlnet", "data.batch_size=2")
+    assert ControlNetModel.from_pretrained(export).config.block_out_channels == [32, 64]
+    assert (tmp_path / "out" / "samples" / "000003.png").is_file()
+    sample(call, checkpoint, tmp_path / "made", f"controlnet={export}", f"control={photos / '1.png'}")
+
+
+def test_dreambooth_makes_the_pictures_of_the_kind_first(checkpoint, photos, tmp_path, call):
+    settings = ["experiment=dreambooth", "data.class_images=3", f"data.made_in={tmp_path / 'prior'}"]
+    settings += [
+        f"cache.folder={tmp_path / 'cache'}",
+        "data.prompt=a photo of sks cat",
+        "data.class_prompt=a white star",
+    ]
+    train(call, checkpoint, photos, tmp_path / "out", *settings)
+    [folder] = (tmp_path / "prior").iterdir()
+    made = sorted(folder.iterdir())
+    assert [file.name for file in made] == [f"prior-{k:05}.png" for k in range(3)]
+    sd = StableDiffusionModule.from_pretrained(str(checkpoint), sampling={"steps": 2})
+    seeded = sd.infer("a white star", seed=1, return_type="image")["samples"][0]
+    np.testing.assert_allclose(np.asarray(Image.open(made[1]), int), np.asarray(seeded, int), atol=1)
+    times = [file.stat().st_mtime_ns for file in made]
+    made[0].unlink()
+    train(call, checkpoint, photos, tmp_path / "again", *settings)
+    assert [file.stat().st_mtime_ns for file in made[1:]] == times[1:] and made[0].is_file(), "what is there is kept"
+
+
+def test_a_batch_of_dreambooth_is_half_of_the_thing_and_half_of_its_kind(photos, tmp_path):
+    for k in range(4):
+        Image.new("RGB", (40, 40), "white").save(tmp_path / f"{k}.png")
+    data = DreamBoothDataModule(
+        str(photos), "a sks", "a kind", class_images=3, class_root=str(tmp_path), resolution=32, batch_size=2
+    )
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    assert batch["image"].shape == (4, 3, 32, 32) and batch["caption"] == ["a sks"] * 2 + ["a kind"] * 2
+    assert batch["prior"].tolist() == [False, False, True, True]
+    losses = torch.tensor([1.0, 3.0, 10.0, 20.0])
+    assert prior_preservation(losses, batch["prior"], 0.5) == 2 + 0.5 * 15
+
+
+# ------------------------------------------------------------------------------------------ words
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"placeholder": "red", "initializer": "star"}, "red is a word that the model has already"),
+        ({"placeholder": "my cat", "initializer": "star"}, "cannot stand in a prompt"),
+        ({"placeholder": WORD, "initializer": "star circle square"}, "give a text of 1 to 1 tokens"),
+        ({"placeholder": WORD, "initializer": "star", "vectors": 0}, "vectors=0"),
+        ({"placeholder": WORD}, "needs tuning.initializer"),
+    ],
+)
+def test_a_word_that_cannot_be_learned_is_told_of(checkpoint, settings, message):
+    with pytest.raises(SettingsError, match=message):
+        StableDiffusionModule(str(checkpoint), tuning={"kind": "textual_inversion", **settings})
+
+
+def test_a_new_word_starts_as_its_initializer_and_leaves_other_prompts_alone(checkpoint):
+    tuning = {"kind": "textual_inversion", "placeholder": WORD, "initializer": "star"}
+    module, plain = StableDiffusionModule(str(checkpoint), tuning=tuning), StableDiffusionModule(str(checkpoint))
+    with torch.no_grad():
+        assert torch.equal(module.encode_prompts([f"a red {WORD}"]), plain.encode_prompts(["a red star"]))
+        assert torch.equal(module.encode_prompts(["a blue circle"]), plain.encode_prompts(["a blue circle"]))
+
+
+def test_a_word_of_the_web_ui_is_called_as_its_file(checkpoint, tmp_path):
+    save_file({"emb_params": torch.randn(3, 32)}, tmp_path / "mycat.safetensors")
+    sd = StableDiffusionModule.from_pretrained(
+        str(checkpoint), adapters=[{"path": str(tmp_path / "mycat.safetensors")}]
+    )
+    assert len(sd.parts.tokenizer("a mycat", add_special_tokens=False).input_ids) == 2
+    assert not torch.equal(sd.encode_prompts(["a mycat"]), sd.encode_prompts(["a star"]))
+    for wrong, message in ((torch.randn(3, 31), "takes 1 to 75 vectors of 32"), (torch.randn(1, 2, 3), "neither")):
+        save_file({"emb_params": wrong}, tmp_path / "wrong.safetensors")
+        with pytest.raises(SettingsError, match=message):
+            StableDiffusionModule(str(checkpoint), adapters=[{"path": str(tmp_path / "wrong.safetensors")}])
+
+
+# ------------------------------------------------------------------------------------------ sizes
+
+
+def test_a_checkpoint_of_lora_on_an_sd15_sized_model_is_small(checkpoint, tmp_path):
+    """All that a checkpoint holds, with the average and the optimizer's state: 4 times the adapter's weights."""
+    from diffusers import UNet2DConditionModel
+
+    from sdmodule.assets import __file__ as assets
+
+    config = json.loads((Path(assets).parent / "configs" / "sd1" / "unet" / "config.json").read_text())
+    rank = 16
+    module = StableDiffusionModule(str(checkpoint))
+    with torch.device("meta"):  # without memory for what is frozen
+        module.parts.unet = module.unet = UNet2DConditionModel.from_config(config)
+    from sdmodule.tuning.lora import LoraTuning
+
+    module.tuning = LoraTuning(rank=rank)
+    module.tuning.prepare(module.parts, 0)
+    for layer in module.unet.modules():
+        for name, weight in list(layer._parameters.items()):
+            if weight is not None and weight.requires_grad:
+                layer._parameters[name] = torch.nn.Parameter(torch.zeros(weight.shape))
+    weights = trained(module)
+    assert sum(w.numel() for w in weights.values()) == 797_184 * rank // 4
+    optimizer = torch.optim.AdamW([w for w in module.parameters() if w.requires_grad])
+    for weight in module.parameters():
+        weight.grad = torch.zeros(weight.shape) if weight.requires_grad else None
+    optimizer.step()
+    ema = EMA()
+    ema.average = weights
+    content = {"state_dict": weights, "optimizer_states": [optimizer.state_dict()], "callbacks": ema.state_dict()}
+    torch.save(content, tmp_path / "lora.ckpt")
+    assert (tmp_path / "lora.ckpt").stat().st_size < 60e6
