@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import ControlNetModel, StableDiffusionPipeline
+from diffusers import ControlNetModel, StableDiffusionPipeline, UNet2DConditionModel
 from lightning import Trainer
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -16,11 +17,13 @@ from safetensors.torch import load_file, save_file
 from sdmodule.callbacks.checkpoint import PrivateCheckpoint
 from sdmodule.callbacks.ema import EMA
 from sdmodule.cli import predict_main, train_main
+from sdmodule.components import ASSETS
 from sdmodule.data.dreambooth import DreamBoothDataModule
 from sdmodule.data.image_folder import ImageFolderDataModule
 from sdmodule.diffusion.objective import prior_preservation
 from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
+from sdmodule.tuning.lora import LoraTuning
 
 WORD = "<my-cat>"
 
@@ -100,7 +103,7 @@ def test_the_text_encoder_has_its_own_rate_and_stops_at_its_step(checkpoint, pho
             seen.append({name: value.detach().clone() for name, value in pl_module.text_encoder.named_parameters()})
 
     fit(module, pictures(photos), 4, Watch())
-    changed = [any(not torch.equal(a[name], b[name]) for name in a) for a, b in zip(seen, seen[1:], strict=False)]
+    changed = [any(not torch.equal(a[name], b[name]) for name in a) for a, b in pairwise(seen)]
     assert changed == [True, False, False], "the second step is its last"
 
 
@@ -140,7 +143,7 @@ def test_lora_from_the_training_to_a_picture_and_to_the_same_again(checkpoint, p
 
 def test_a_learned_word_is_understood_here_and_in_diffusers(checkpoint, photos, tmp_path, call):
     settings = ["tuning=textual_inversion", f"tuning.placeholder={WORD}", "tuning.initializer=star"]
-    settings += ["tuning.vectors=2", f"data.prompt={WORD}", "data.template=[a photo of {},a picture of {}]"]
+    settings += ["tuning.vectors=2", f"data.prompt={WORD}", "data.template=['a photo of {}','a picture of {}']"]
     export = train(call, checkpoint, photos, tmp_path / "out", *settings)
     assert load_file(export / "learned_embeds.safetensors")[WORD].shape == (2, 32)
     adapters = [{"path": str(export)}]
@@ -170,11 +173,8 @@ def test_a_controlnet_from_the_training_to_a_picture(checkpoint, photos, tmp_pat
 
 def test_dreambooth_makes_the_pictures_of_the_kind_first(checkpoint, photos, tmp_path, call):
     settings = ["experiment=dreambooth", "data.class_images=3", f"data.made_in={tmp_path / 'prior'}"]
-    settings += [
-        f"cache.folder={tmp_path / 'cache'}",
-        "data.prompt=a photo of sks cat",
-        "data.class_prompt=a white star",
-    ]
+    settings += [f"cache.folder={tmp_path / 'cache'}"]
+    settings += ["data.prompt=a photo of sks cat", "data.class_prompt=a white star"]
     train(call, checkpoint, photos, tmp_path / "out", *settings)
     [folder] = (tmp_path / "prior").iterdir()
     made = sorted(folder.iterdir())
@@ -246,17 +246,11 @@ def test_a_word_of_the_web_ui_is_called_as_its_file(checkpoint, tmp_path):
 
 def test_a_checkpoint_of_lora_on_an_sd15_sized_model_is_small(checkpoint, tmp_path):
     """All that a checkpoint holds, with the average and the optimizer's state: 4 times the adapter's weights."""
-    from diffusers import UNet2DConditionModel
-
-    from sdmodule.assets import __file__ as assets
-
-    config = json.loads((Path(assets).parent / "configs" / "sd1" / "unet" / "config.json").read_text())
+    config = json.loads((ASSETS / "configs" / "sd1" / "unet" / "config.json").read_text())
     rank = 16
     module = StableDiffusionModule(str(checkpoint))
     with torch.device("meta"):  # without memory for what is frozen
         module.parts.unet = module.unet = UNet2DConditionModel.from_config(config)
-    from sdmodule.tuning.lora import LoraTuning
-
     module.tuning = LoraTuning(rank=rank)
     module.tuning.prepare(module.parts, 0)
     for layer in module.unet.modules():
