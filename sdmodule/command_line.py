@@ -65,6 +65,8 @@ def with_recipe(arguments: Sequence[str]) -> list[str]:
         given |= {"batch_size", "data.batch_row"}
     if "prompts" in given:
         given.add("prompt")
+    if "speed" in given:  # a preset is more than its own group
+        given |= {"steps", "sampler.scheduler", "tome", "precision"}
     if settings.get("model") == "inpaint" and (missing := {"image", "mask"} - given - set(settings)):
         raise SettingsError(
             f"from={path} was repainted, and the inputs/ of its run are not beside its folder; "

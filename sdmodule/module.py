@@ -8,6 +8,7 @@ noisy latents; sampling starts from noise alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -38,6 +39,8 @@ from sdmodule.samples import Samples
 from sdmodule.sampling import check_settings, describe, sample_all
 from sdmodule.schedulers import make_scheduler
 from sdmodule.settings import SamplingSettings
+from sdmodule.speed.prepare import prepared
+from sdmodule.speed.settings import choose_speed
 from sdmodule.tome.settings import choose_merging
 
 UNCHANGED = InpaintSettings()
@@ -67,6 +70,7 @@ class StableDiffusionModule(LightningModule):
         sampling: how pictures are sampled (steps, guidance and the rest); see ``SamplingSettings``.
         tome: token merging in sampling; see ``TokenMerging``.
         tomesd_cfg: another name for ``tome``.
+        speed: means of sampling faster; see ``SpeedSettings``.
         inpaint: how masked pictures are repainted; see ``InpaintSettings``.
         optimizer: takes the trainable parameters and returns the optimizer.
         lr_scheduler: takes the optimizer and returns the schedule of its learning rate, stepped every step.
@@ -96,6 +100,7 @@ class StableDiffusionModule(LightningModule):
         sampling: Mapping[str, Any] | None = None,
         tome: Mapping[str, Any] | None = None,
         tomesd_cfg: Mapping[str, Any] | None = None,
+        speed: Mapping[str, Any] | None = None,
         inpaint: Mapping[str, Any] | None = None,
         optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
         lr_scheduler: Callable[..., Any] | None = None,
@@ -115,7 +120,10 @@ class StableDiffusionModule(LightningModule):
                 f"{self.holes} was given and model={task} has no holes; use model=inpaint, or leave it out."
             )
         self.sampling = SamplingSettings(
-            **(sampling or {}), merging=choose_merging(tome, tomesd_cfg), inpaint=InpaintSettings(**(inpaint or {}))
+            **(sampling or {}),
+            merging=choose_merging(tome, tomesd_cfg),
+            inpaint=InpaintSettings(**(inpaint or {})),
+            speed=choose_speed(speed),
         )
         self._check_inpaint(self.sampling.inpaint)
         self.objective = Objective(**(objective or {}))
@@ -142,6 +150,7 @@ class StableDiffusionModule(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.seed = seed
         self.on_step: Callable[[int, Tensor], None] | None = None  # told of every denoising step of ``predict_step``
+        self._prepared = ExitStack()  # what is switched for a whole run of ``predict_step``
         self.cached_embeddings: CachedEmbeddings | None = None  # set by the cache while a training goes on
         self.strict_loading = False  # checkpoints hold the trained weights alone
         if compile:
@@ -319,6 +328,7 @@ class StableDiffusionModule(LightningModule):
         scheduler: str | Mapping[str, Any] | None = None,
         inpaint: Mapping[str, Any] | None = None,
         tome: Mapping[str, Any] | None = None,
+        speed: Mapping[str, Any] | None = None,
         return_type: Literal["image", "numpy", "tensor"] = "image",
         show_progress: bool = True,
     ) -> dict[str, Any]:
@@ -345,6 +355,7 @@ class StableDiffusionModule(LightningModule):
             scheduler: name or settings of a scheduler.
             inpaint: strength, mask_blur, only_masked and padding; see ``InpaintSettings``.
             tome: token merging, ``{"ratio": 0}`` for none; see ``TokenMerging``.
+            speed: means of sampling faster, ``{}`` for none; see ``SpeedSettings``.
             return_type: ``image`` for PIL, ``numpy`` for ``[B, H, W, 3]``, ``tensor`` for ``[B, 3, H, W]``; in [0, 1].
             show_progress: show a bar of the steps, in a terminal.
 
@@ -365,12 +376,14 @@ class StableDiffusionModule(LightningModule):
             scheduler=scheduler,
             inpaint=replace(self.sampling.inpaint, **(inpaint or {})),
             merging=None if tome is None else choose_merging(tome),
+            speed=None if speed is None else choose_speed(speed),
         )
         self._check_inpaint(settings.inpaint)
         requests = build_requests(
             prompt, None, negative_prompt, num_images_per_prompt, seed, image=image, mask=mask, task=self.task
         )
-        with evaluating(self), steps_bar(settings.steps_taken, show_progress) as on_step:
+        bar = steps_bar(settings.steps_taken, show_progress)
+        with evaluating(self), prepared(self.parts, settings.speed), bar as on_step:
             samples = sample_all(self.parts, requests, settings, noise=latents, generator=generator, on_step=on_step)
         return {
             "samples": samples.converted(return_type),
@@ -388,6 +401,14 @@ class StableDiffusionModule(LightningModule):
                 f"{', '.join(changed)} was given and model=text2image repaints nothing; use model=inpaint, or leave "
                 "it out."
             )
+
+    @override
+    def on_predict_start(self) -> None:
+        self._prepared.enter_context(prepared(self.parts, self.sampling.speed))
+
+    @override
+    def on_predict_end(self) -> None:
+        self._prepared.close()
 
     @override
     def predict_step(self, batch: list[SampleRequest], batch_idx: int) -> Samples:

@@ -8,6 +8,7 @@ from typing import Any
 
 from sdmodule.conditioning.canvas import InpaintSettings
 from sdmodule.errors import SettingsError
+from sdmodule.speed.settings import EXACT, SpeedSettings
 from sdmodule.tome.settings import OFF, TokenMerging
 
 
@@ -26,6 +27,7 @@ class SamplingSettings:
         width: pixels; the checkpoint's own size if None.
         merging: token merging; off unless its ratio is more than 0.
         inpaint: how masked pictures are repainted.
+        speed: means of sampling faster; none that changes a picture unless given.
 
     Raises:
         SettingsError: for a value out of range.
@@ -40,6 +42,7 @@ class SamplingSettings:
     width: int | None = None
     merging: TokenMerging = OFF
     inpaint: InpaintSettings = field(default_factory=InpaintSettings)
+    speed: SpeedSettings = EXACT
 
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
