@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lightning import Trainer
 
 
-EXTRAS = ("deepspeed", "mlflow", "tensorboard")
+EXTRAS = ("bitsandbytes", "deepspeed", "mlflow", "tensorboard")
 """Packages that some settings need and that are installed only by their extra."""
 
 

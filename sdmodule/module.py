@@ -20,6 +20,7 @@ from lightning import LightningModule
 from torch import Tensor
 from typing_extensions import override
 
+from sdmodule.checkpointing import checkpoint_blocks
 from sdmodule.compiling import compile_blocks
 from sdmodule.components import load_components, save_components
 from sdmodule.conditioning.canvas import InpaintSettings
@@ -32,6 +33,7 @@ from sdmodule.draws import Draws, generator_at, generators_of_examples
 from sdmodule.errors import SettingsError, choices
 from sdmodule.modes import evaluating
 from sdmodule.objective import SQUARED_ERROR, Objective
+from sdmodule.optimizers import build_optimizer
 from sdmodule.privacy import shortened
 from sdmodule.progress import steps_bar
 from sdmodule.requests import INPAINT, TASKS, TEXT2IMAGE, SampleRequest, build_requests
@@ -39,6 +41,7 @@ from sdmodule.samples import Samples
 from sdmodule.sampling import check_settings, describe, sample_all
 from sdmodule.schedulers import make_scheduler
 from sdmodule.settings import SamplingSettings
+from sdmodule.speed.memory import memory_kept
 from sdmodule.speed.prepare import prepared
 from sdmodule.speed.settings import choose_speed
 from sdmodule.tome.settings import choose_merging
@@ -75,6 +78,8 @@ class StableDiffusionModule(LightningModule):
         optimizer: takes the trainable parameters and returns the optimizer.
         lr_scheduler: takes the optimizer and returns the schedule of its learning rate, stepped every step.
         compile: compile the UNet's blocks with ``torch.compile``.
+        checkpointing: what of the UNet's activations is computed again in the backward pass instead of being kept:
+            ``none``, ``outer`` (the blocks of full resolution) or ``all``.
         seed: seed of timesteps, noise and caption dropout.
 
     Raises:
@@ -105,12 +110,13 @@ class StableDiffusionModule(LightningModule):
         optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
         lr_scheduler: Callable[..., Any] | None = None,
         compile: bool = False,
+        checkpointing: str = "none",
         seed: int = 0,
     ) -> None:
         super().__init__()
         pretrained = shortened(pretrained)
         components = {name: shortened(place) for name, place in (components or {}).items() if place}
-        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "scratch", "compile"])
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "scratch", "compile", "checkpointing"])
         if task not in TASKS:
             raise SettingsError(f"model={task} is not known; give one of {choices(TASKS)}.")
         self.task = task
@@ -150,9 +156,10 @@ class StableDiffusionModule(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.seed = seed
         self.on_step: Callable[[int, Tensor], None] | None = None  # told of every denoising step of ``predict_step``
-        self._prepared = ExitStack()  # what is switched for a whole run of ``predict_step``
+        self._prepared = ExitStack()  # what is switched for a whole run of the trainer
         self.cached_embeddings: CachedEmbeddings | None = None  # set by the cache while a training goes on
         self.strict_loading = False  # checkpoints hold the trained weights alone
+        checkpoint_blocks(self.unet, checkpointing)
         if compile:
             compile_blocks(self.unet)
 
@@ -178,9 +185,14 @@ class StableDiffusionModule(LightningModule):
     @override
     def on_fit_start(self) -> None:
         if self.device.type == "cpu":
+            self._prepared.enter_context(memory_kept())
             # The backward pass of torch's fused attention takes four times as long on CPU as plain products do.
             self.unet.set_attn_processor(AttnProcessor())
             self.text_encoder.set_attn_implementation("eager")
+
+    @override
+    def on_fit_end(self) -> None:
+        self._prepared.close()
 
     @override
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
@@ -296,7 +308,8 @@ class StableDiffusionModule(LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        precision = str(self._trainer.precision) if self._trainer is not None else ""
+        optimizer = build_optimizer(self.optimizer, [p for p in self.parameters() if p.requires_grad], precision)
         if self.lr_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}

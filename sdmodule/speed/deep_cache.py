@@ -7,7 +7,7 @@ layers are run, on the last result from inside.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -117,9 +117,17 @@ class CachingUNet(UNet2DConditionModel):
     deep: DeepFeatures
 
     def forward(  # type: ignore[override]
-        self, sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor,
+        down_block_additional_residuals: Sequence[Tensor] = (),
+        mid_block_additional_residual: Tensor | None = None,
     ) -> UNet2DConditionOutput:
-        """Predict for noisy latents ``[B, C, h, w]``; of B fewer than at the last whole run, they are the last rows."""
+        """Predict for noisy latents ``[B, C, h, w]``; of B fewer than at the last whole run, they are the last rows.
+
+        The residuals are those of a ControlNet, as ``UNet2DConditionModel`` takes them.
+        """
         deep = self.deep
         time = self.get_time_embed(sample=sample, timestep=timestep)
         context = self.time_embedding(time, None), encoder_hidden_states
@@ -130,9 +138,13 @@ class CachingUNet(UNet2DConditionModel):
         for layer in down if deep.fresh else down[: deep.layers - 1]:
             hidden = layer(hidden, context) if layer.resize is None else layer.resize(hidden)
             skips.append(hidden)
+        if down_block_additional_residuals:
+            skips = [skip + more for skip, more in zip(skips, down_block_additional_residuals, strict=False)]
         if deep.fresh:
             if self.mid_block is not None:
                 hidden = self.mid_block(hidden, context[0], encoder_hidden_states=encoder_hidden_states)
+            if mid_block_additional_residual is not None:
+                hidden = hidden + mid_block_additional_residual
             hidden = _ascend(up[: -deep.layers], hidden, skips, context)
             deep.features = hidden
         else:

@@ -10,6 +10,7 @@ from sdmodule.speed.attention import attention_by
 from sdmodule.speed.compiled import compiled
 from sdmodule.speed.layout import channels_last
 from sdmodule.speed.memory import memory_kept
+from sdmodule.speed.packed import weights_packed
 
 if TYPE_CHECKING:
     from sdmodule.components import Components
@@ -28,7 +29,10 @@ def prepared(parts: Components, settings: SpeedSettings) -> Iterator[None]:
             stack.enter_context(memory_kept())
         if settings.channels_last:
             stack.enter_context(channels_last(parts.unet, parts.vae))
+        if settings.pack:
+            stack.enter_context(weights_packed(parts.unet, parts.vae))
         stack.enter_context(attention_by(parts.unet, settings.attention))
-        if settings.compile != "none":
-            stack.enter_context(compiled(parts.unet, whole=settings.compile == "whole"))
+        compile = settings.compile_on(parts.unet.device.type)
+        if compile != "none":
+            stack.enter_context(compiled(parts.unet, whole=compile == "whole"))
         yield

@@ -8,7 +8,7 @@ from typing import Any
 
 from sdmodule.errors import SettingsError, choices
 
-COMPILE = ("none", "blocks", "whole")
+COMPILE = ("none", "blocks", "whole", "auto")
 ATTENTION = ("sdpa", "flash", "efficient", "cudnn", "math", "plain", "xformers")
 
 
@@ -23,7 +23,9 @@ class SpeedSettings:
             gave last is used again (Ma et al. 2024, "DeepCache"). 1 runs all of it always.
         cache_layers: layers of full resolution, counted from the input and from the output, that run at every step.
         channels_last: keep the UNet and the autoencoder in the layout that convolutions are fastest in.
-        compile: ``none``, ``blocks`` (the UNet's blocks, each by itself) or ``whole``.
+        pack: on CPU, keep a second copy of weights in the order in which they are read fastest.
+        compile: ``none``; ``blocks``, the UNet's, each by itself; ``whole``; or ``auto``: blocks on a GPU, and none on
+            CPU, where compiling takes longer than most runs.
         attention: what computes the UNet's attention: ``sdpa`` leaves the choice to torch, ``flash``, ``efficient``,
             ``cudnn`` and ``math`` are torch's own by name, ``plain`` is two products, ``xformers`` needs that package.
         keep_memory: on CPU, do not give freed memory back to the system between layers.
@@ -37,6 +39,7 @@ class SpeedSettings:
     cache_every: int = 1
     cache_layers: int = 1
     channels_last: bool = False
+    pack: bool = False
     compile: str = "none"
     attention: str = "sdpa"
     keep_memory: bool = False
@@ -59,7 +62,7 @@ class SpeedSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise SettingsError(f"speed.{name}={value} is not allowed; give a whole number of at least 1.")
-        for name in ("channels_last", "keep_memory"):
+        for name in ("channels_last", "pack", "keep_memory"):
             if not isinstance(getattr(self, name), bool):
                 raise SettingsError(f"speed.{name}={getattr(self, name)} is not allowed; give true or false.")
         for name, allowed in (("compile", COMPILE), ("attention", ATTENTION)):
@@ -70,6 +73,12 @@ class SpeedSettings:
     def always_guided(self) -> bool:
         """Whether no step is left without guidance."""
         return self.guidance_interval == (0.0, 1.0)
+
+    def compile_on(self, device: str) -> str:
+        """What is compiled on a kind of device."""
+        if self.compile == "auto":
+            return "blocks" if device == "cuda" else "none"
+        return self.compile
 
     def facts(self) -> dict[str, Any]:
         """What a picture depends on, in plain types; nothing if it is made as plain diffusers makes it."""

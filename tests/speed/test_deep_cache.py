@@ -41,6 +41,21 @@ def test_run_whole_it_is_the_plain_one_to_the_bit(settings, side):
         assert torch.equal(unet(*given).sample, plain)
 
 
+def test_it_takes_the_residuals_of_a_controlnet():
+    unet, given = small_unet(), inputs()
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(32, 16), (32, 16), (32, 8), (64, 8)]
+    residuals = [torch.randn(2, width, side, side, generator=generator) for width, side in shapes]
+    middle = torch.randn(2, 64, 8, 8, generator=generator)
+    more = {"down_block_additional_residuals": residuals, "mid_block_additional_residual": middle}
+    with torch.no_grad():
+        wanted = unet(*given, **more).sample
+        with caching(unet, 1) as start_step:
+            assert torch.equal(unet(*given, **more).sample, wanted)
+            start_step(False)
+            assert torch.equal(unet(*given, **more).sample, wanted)
+
+
 @pytest.mark.parametrize("layers", [1, 2])
 def test_the_deep_layers_of_the_last_run_serve_the_next(layers):
     """For the same latents the outer layers make the same of them; for others they do most of it."""

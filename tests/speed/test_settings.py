@@ -14,6 +14,7 @@ WRONG = {
     "cache_every": (0, -1, 1.5, True, "often"),
     "cache_layers": (0, None),
     "channels_last": (1, "yes"),
+    "pack": (None,),
     "keep_memory": ("no",),
     "compile": ("all", True),
     "attention": ("fast", None),
