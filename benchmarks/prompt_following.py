@@ -12,12 +12,12 @@ Example::
     python benchmarks/prompt_following.py steps=20 guidance_scale=5 --json prompt_following.json --sheet sheet.png
     python benchmarks/prompt_following.py task=inpaint
     python benchmarks/prompt_following.py tome.ratio=0.5
+    python benchmarks/prompt_following.py speed=turbo speed.cache_every=3
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 from collections import Counter
@@ -56,8 +56,10 @@ MODELS = {"text2image": "tiny", "inpaint": "tiny-inpaint"}
 
 MEASURES = (*ATTRIBUTES, "object", "kept")
 
-KEYS = ("task", "pretrained", "steps", "guidance_scale", "seed", "batch_size", "scheduler")
-"""Settings that may also be written ``key=value``; beside them those of token merging, ``tome.….``"""
+KEYS = ("task", "pretrained", "steps", "guidance_scale", "seed", "batch_size", "scheduler", "speed")
+"""Settings that may also be written ``key=value``; beside them those of two groups, ``tome.…`` and ``speed.…``."""
+
+GROUPS = ("tome.", "speed.")
 
 SHEET_SIDE = 8
 """Pictures along each side of the contact sheet."""
@@ -85,6 +87,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="denoising steps; the model's default if not given")
     parser.add_argument("--guidance-scale", type=float, help="the model's default if not given")
     parser.add_argument("--scheduler", help="sampler; the model's default if not given")
+    parser.add_argument("--speed", default="exact", help="a preset, which the settings given beside it change")
     parser.add_argument("--seed", type=int, default=0, help="seed of the scenes and of the first picture's noise")
     parser.add_argument("--batch-size", type=int, default=50, help="pictures sampled at once")
     parser.add_argument("--quick", action="store_true", help="a tenth of the prompts")
@@ -94,28 +97,20 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
     pairs = [override.partition("=") for override in settings.overrides]
     for key, sign, _ in pairs:
-        if not sign or not (key in KEYS or key.startswith("tome.")):
+        if not sign or not (key in KEYS or key.startswith(GROUPS)):
             raise SettingsError(
-                f"'{key}{sign}' is no setting of this benchmark; write key=value with {choices(KEYS)}, or tome.ratio."
+                f"'{key}{sign}' is no setting of this benchmark; write key=value with {choices(KEYS)}, tome.ratio or "
+                "speed.cache_every."
             )
-    tome = {key.removeprefix("tome."): value for key, _, value in pairs if key not in KEYS}
     overrides = [f"--{key.replace('_', '-')}={value}" for key, _, value in pairs if key in KEYS]
     settings = parser.parse_intermixed_args([*arguments, *overrides])
-    settings.tome = {key: _plain(value) for key, value in tome.items()}
+    settings.presets = [f"{key}={value}" for key, _, value in pairs if key not in KEYS]
     settings.pretrained = settings.pretrained or MODELS[settings.task]
     for key, least in (("steps", 1), ("batch_size", 1), ("seed", 0)):
         value = getattr(settings, key)
         if value is not None and value < least:
             raise SettingsError(f"{key}={value} is too small; give {least} or more.")
     return settings
-
-
-def _plain(value: str) -> Any:
-    """A number or a truth value as such, anything else as text."""
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
 
 
 def draw_scenes(seed: int, checks: bool = False, share: int = 1) -> list[tuple[str, Scene]]:
@@ -224,10 +219,14 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
     """
     settings = parse(arguments)
     # Imported here, so that a wrong argument is told at once.
+    from benchmarks.presets import preset
     from sdmodule import StableDiffusionModule
 
     share = 10 if settings.quick else 1
-    module = StableDiffusionModule.from_pretrained(settings.pretrained, task=settings.task, tome=settings.tome)
+    chosen = preset(settings.speed, *settings.presets)
+    if settings.speed == "exact":
+        chosen.pop("sampling")  # the checkpoint's own scheduler
+    module = StableDiffusionModule.from_pretrained(settings.pretrained, task=settings.task, **chosen)
     repaints: list[Repaint] = []
     if settings.task == "inpaint":
         rng = random.Random(settings.seed)

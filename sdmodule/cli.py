@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lightning import Trainer
 
 
-EXTRAS = ("deepspeed", "mlflow", "tensorboard")
+EXTRAS = ("bitsandbytes", "deepspeed", "mlflow", "tensorboard")
 """Packages that some settings need and that are installed only by their extra."""
 
 
@@ -76,6 +76,8 @@ def predict(cfg: DictConfig) -> None:
     if cfg.resume:
         data.done = finished(output_dir, data.requests, model.describe() | {"precision": str(trainer.precision)})
         say(f"Resuming: {len(data.done)} of {len(data.requests)} pictures are there")
+    if effect := model.sampling.speed.effect:
+        say(effect)
     write_config(cfg, output_dir)
     config = redacted(OmegaConf.to_container(cfg, resolve=True))
     with finishing(trainer, output_dir), stopping_at_once(), logging_to(trainer, config, output_dir):

@@ -69,6 +69,8 @@ def with_recipe(arguments: Sequence[str]) -> list[str]:
         given |= {"batch_size", "data.batch_row"}
     if "prompts" in given:
         given.add("prompt")
+    if "speed" in given:  # a preset is more than its own group
+        given |= {"steps", "sampler.scheduler", "tome", "precision"}
     needed = {"image", "mask"} if settings.get("model") == "inpaint" else set()
     needed |= {"control"} if "controlnet" in settings else set()
     if missing := needed - given - set(settings):

@@ -1,4 +1,4 @@
-"""Compilation of the UNet for training."""
+"""Compilation of the UNet, block by block."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ def compile_blocks(unet: nn.Module) -> None:
     upsampling, and everything below it then learns nothing.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    for block in unet.modules():
-        if isinstance(block, (ResnetBlock2D, Transformer2DModel)):
-            block.compile(dynamic=False)
+    for block in blocks_to_compile(unet):
+        block.compile(dynamic=False)
+
+
+def blocks_to_compile(unet: nn.Module) -> list[nn.Module]:
+    """The blocks of which a UNet is made many times over."""
+    return [block for block in unet.modules() if isinstance(block, (ResnetBlock2D, Transformer2DModel))]

@@ -8,6 +8,7 @@ noisy latents; sampling starts from noise alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -20,6 +21,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sdmodule.base_model import BaseModel
+from sdmodule.checkpointing import checkpoint_blocks
 from sdmodule.compiling import compile_blocks
 from sdmodule.components import load_components
 from sdmodule.conditioning.canvas import InpaintSettings
@@ -34,6 +36,7 @@ from sdmodule.errors import SettingsError, choices
 from sdmodule.interop.adapters import chosen_adapters, use_adapters
 from sdmodule.modes import evaluating
 from sdmodule.objective import SQUARED_ERROR, Objective
+from sdmodule.optimizers import build_optimizer
 from sdmodule.privacy import shortened
 from sdmodule.progress import steps_bar
 from sdmodule.requests import INPAINT, TASKS, TEXT2IMAGE, SampleRequest, build_requests
@@ -41,6 +44,9 @@ from sdmodule.samples import Samples
 from sdmodule.sampling import check_settings, describe, sample_all
 from sdmodule.schedulers import make_scheduler
 from sdmodule.settings import SamplingSettings
+from sdmodule.speed.memory import memory_kept
+from sdmodule.speed.prepare import prepared
+from sdmodule.speed.settings import choose_speed
 from sdmodule.tome.settings import choose_merging
 from sdmodule.tuning.settings import choose_tuning
 
@@ -72,6 +78,7 @@ class StableDiffusionModule(LightningModule):
         sampling: how pictures are sampled (steps, guidance and the rest); see ``SamplingSettings``.
         tome: token merging in sampling; see ``TokenMerging``.
         tomesd_cfg: another name for ``tome``.
+        speed: means of sampling faster; see ``SpeedSettings``.
         inpaint: how masked pictures are repainted; see ``InpaintSettings``.
         adapters: what to sample with beside the checkpoint, ``[{"path": file, "scale": 0.8}]``; see ``ChosenAdapter``.
         controlnet: a ControlNet to sample with: a folder or a hub id.
@@ -80,6 +87,8 @@ class StableDiffusionModule(LightningModule):
         optimizer: takes the trainable parameters and returns the optimizer.
         lr_scheduler: takes the optimizer and returns the schedule of its learning rate, stepped every step.
         compile: compile the UNet's blocks with ``torch.compile``.
+        checkpointing: what of the UNet's activations is computed again in the backward pass instead of being kept:
+            ``none``, ``outer`` (the blocks of full resolution) or ``all``.
         seed: seed of timesteps, noise and caption dropout.
 
     Raises:
@@ -106,6 +115,7 @@ class StableDiffusionModule(LightningModule):
         sampling: Mapping[str, Any] | None = None,
         tome: Mapping[str, Any] | None = None,
         tomesd_cfg: Mapping[str, Any] | None = None,
+        speed: Mapping[str, Any] | None = None,
         inpaint: Mapping[str, Any] | None = None,
         adapters: Sequence[Mapping[str, Any]] | None = None,
         merge_adapters: bool = False,
@@ -114,6 +124,7 @@ class StableDiffusionModule(LightningModule):
         optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
         lr_scheduler: Callable[..., Any] | None = None,
         compile: bool = False,
+        checkpointing: str = "none",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -122,7 +133,7 @@ class StableDiffusionModule(LightningModule):
         components = {name: shortened(place) for name, place in (components or {}).items() if place}
         self.adapters = chosen_adapters(adapters)
         adapters = [{"path": shortened(one.path), "scale": one.scale} for one in self.adapters]
-        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "scratch", "compile"])
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "scratch", "compile", "checkpointing"])
         if task not in TASKS:
             raise SettingsError(f"model={task} is not known; give one of {choices(TASKS)}.")
         self.task = task
@@ -136,6 +147,7 @@ class StableDiffusionModule(LightningModule):
             merging=choose_merging(tome, tomesd_cfg),
             inpaint=InpaintSettings(**(inpaint or {})),
             control_scale=control_scale,
+            speed=choose_speed(speed),
         )
         self._check_inpaint(self.sampling.inpaint)
         self.objective = Objective(**(objective or {}))
@@ -170,9 +182,11 @@ class StableDiffusionModule(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.seed = seed
         self.on_step: Callable[[int, Tensor], None] | None = None  # told of every denoising step of ``predict_step``
+        self._prepared = ExitStack()  # what is switched for a whole run of the trainer
         self.cached_embeddings: CachedEmbeddings | None = None  # set by the cache while a training goes on
         self.validated = ""  # end of the names under which validation is logged; set where it is of other weights
         self.strict_loading = False  # checkpoints hold the trained weights alone
+        checkpoint_blocks(self.unet, checkpointing)
         if compile:
             compile_blocks(self.unet)
 
@@ -206,11 +220,16 @@ class StableDiffusionModule(LightningModule):
     @override
     def on_fit_start(self) -> None:
         if self.device.type == "cpu":
+            self._prepared.enter_context(memory_kept())
             # The backward pass of torch's fused attention takes four times as long on CPU as plain products do.
             for network in (self.unet, self.controlnet):
                 if network is not None:
                     network.set_attn_processor(AttnProcessor())
             self.text_encoder.set_attn_implementation("eager")
+
+    @override
+    def on_fit_end(self) -> None:
+        self._prepared.close()
 
     @override
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
@@ -366,7 +385,8 @@ class StableDiffusionModule(LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(self.parameter_groups())
+        precision = str(self._trainer.precision) if self._trainer is not None else ""
+        optimizer = build_optimizer(self.optimizer, self.parameter_groups(), precision)
         if self.lr_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
@@ -417,6 +437,7 @@ class StableDiffusionModule(LightningModule):
         scheduler: str | Mapping[str, Any] | None = None,
         inpaint: Mapping[str, Any] | None = None,
         tome: Mapping[str, Any] | None = None,
+        speed: Mapping[str, Any] | None = None,
         return_type: Literal["image", "numpy", "tensor"] = "image",
         show_progress: bool = True,
     ) -> dict[str, Any]:
@@ -445,6 +466,7 @@ class StableDiffusionModule(LightningModule):
             scheduler: name or settings of a scheduler.
             inpaint: strength, mask_blur, only_masked and padding; see ``InpaintSettings``.
             tome: token merging, ``{"ratio": 0}`` for none; see ``TokenMerging``.
+            speed: means of sampling faster, ``{}`` for none; see ``SpeedSettings``.
             return_type: ``image`` for PIL, ``numpy`` for ``[B, H, W, 3]``, ``tensor`` for ``[B, 3, H, W]``; in [0, 1].
             show_progress: show a bar of the steps, in a terminal.
 
@@ -466,6 +488,7 @@ class StableDiffusionModule(LightningModule):
             inpaint=replace(self.sampling.inpaint, **(inpaint or {})),
             control_scale=control_scale,
             merging=None if tome is None else choose_merging(tome),
+            speed=None if speed is None else choose_speed(speed),
         )
         self._check_inpaint(settings.inpaint)
         requests = build_requests(
@@ -479,7 +502,8 @@ class StableDiffusionModule(LightningModule):
             task=self.task,
             control=control,
         )
-        with evaluating(self), steps_bar(settings.steps_taken, show_progress) as on_step:
+        bar = steps_bar(settings.steps_taken, show_progress)
+        with evaluating(self), prepared(self.parts, settings.speed), bar as on_step:
             samples = sample_all(self.parts, requests, settings, noise=latents, generator=generator, on_step=on_step)
         return {
             "samples": samples.converted(return_type),
@@ -497,6 +521,14 @@ class StableDiffusionModule(LightningModule):
                 f"{', '.join(changed)} was given and model=text2image repaints nothing; use model=inpaint, or leave "
                 "it out."
             )
+
+    @override
+    def on_predict_start(self) -> None:
+        self._prepared.enter_context(prepared(self.parts, self.sampling.speed))
+
+    @override
+    def on_predict_end(self) -> None:
+        self._prepared.close()
 
     @override
     def predict_step(self, batch: list[SampleRequest], batch_idx: int) -> Samples:

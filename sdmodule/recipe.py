@@ -78,6 +78,7 @@ FACTS: dict[str, Callable[[object], bool]] = {
     "controlnet": _is_text,
     "precision": _is_text,
     "tome": _is_settings,
+    "speed": _is_settings,
     "inpaint": _is_text,
     "strength": _is_number,
     "mask_blur": _is_number,
@@ -167,6 +168,7 @@ def settings_of(path: str | Path) -> dict[str, Any]:
     settings["sampler.scheduler"] = {"name": facts["scheduler"], **facts.get("scheduler_settings", {})}
     settings |= {f"components.{part}": place for part, place in facts.get("components", {}).items()}
     settings |= {f"tome.{name}": value for name, value in facts.get("tome", {"ratio": 0.0}).items()}
+    settings |= {f"speed.{name}": value for name, value in facts.get("speed", {}).items()}
     if "inpaint" in facts:
         settings["model"] = "inpaint"
     run = Path(path).expanduser().parent.parent

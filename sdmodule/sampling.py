@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
-from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,13 +17,17 @@ from sdmodule.conditioning.controlnet import prepare_control
 from sdmodule.conditioning.inpaint import inpaints
 from sdmodule.conditioning.repaint import Repainting, prepare
 from sdmodule.conditioning.text import count_chunks, encode_prompts
-from sdmodule.diffusion.guidance import guide, rescale
+from sdmodule.denoiser import GuidedUNet
 from sdmodule.diffusion.sampler import denoise, draw_latents, generators
 from sdmodule.errors import SettingsError
 from sdmodule.requests import SampleRequest
 from sdmodule.samples import Samples
 from sdmodule.schedulers import make_scheduler, resolve
 from sdmodule.settings import SamplingSettings
+from sdmodule.speed.attention import check_attention
+from sdmodule.speed.deep_cache import always_whole, caching, check_cache
+from sdmodule.speed.steps import plan_steps
+from sdmodule.speed.text import text_remembered
 from sdmodule.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -87,6 +91,9 @@ def check_settings(parts: Components, settings: SamplingSettings) -> None:
     """
     _, *sides = latent_shape(parts, settings)
     settings.merging.check(parts.unet, (sides[0], sides[1]))
+    check_attention(settings.speed.attention)
+    if settings.speed.cache_every > 1:
+        check_cache(parts.unet, settings.speed.cache_layers)
     sampling_scheduler(parts, settings)
 
 
@@ -148,29 +155,20 @@ def sample(
         with watch.stage("encode"):
             repainting = prepare(parts, canvases, noise, shape, sources, whole)
 
-    merging, draws = settings.merging.for_pictures([r.seed for r in requests], guided)
-    applied = merging.applied(parts.unet, draws, shape[1:], len(scheduler.timesteps) - skipped)
-    calls = count()
-
-    def unet(latents: Tensor, timestep: Tensor) -> Tensor:
-        start_step(next(calls))
-        seen = latents if repainting is None else repainting.seen(latents)
-        residuals = {} if control is None else control.residuals(seen, timestep, embeddings)
-        return parts.unet(seen, timestep, encoder_hidden_states=embeddings, **residuals).sample
-
-    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-        if not guided:
-            return unet(latents, timestep)
-        unconditional, conditional = unet(torch.cat([latents, latents]), timestep).chunk(2)
-        guided_prediction = guide(unconditional, conditional, scale)
-        return rescale(guided_prediction, conditional, correction) if correction else guided_prediction
+    steps = plan_steps(scheduler.timesteps[skipped:], scheduler.config.num_train_timesteps, settings.speed, guided)
+    merging, draws = settings.merging.for_pictures([r.seed for r in requests], all(step.guided for step in steps))
+    merged = merging.applied(parts.unet, draws, shape[1:], len(steps))
+    every, layers = settings.speed.cache_every, settings.speed.cache_layers
+    cached = caching(parts.unet, layers) if every > 1 else nullcontext(always_whole)
+    seen = (lambda latents: latents) if repainting is None else repainting.seen
 
     def stepped(done: int, latents: Tensor) -> None:
         watch.mark()
         if on_step is not None:
             on_step(done, latents)
 
-    with watch.stage("denoise"), applied as start_step:
+    with watch.stage("denoise"), merged as merge, cached as cache, text_remembered(parts.unet, embeddings):
+        predict = GuidedUNet(parts.unet, embeddings, steps, scale, correction, seen, merge, cache, control)
         if repainting is None:
             noise = draw_latents(shape, sources, like=embeddings) if noise is None else noise.to(embeddings)
             start, keep = noise * scheduler.init_noise_sigma, None
@@ -209,6 +207,8 @@ def describe(parts: Components, settings: SamplingSettings, inpainting: bool) ->
         facts["tome"] = asdict(settings.merging)
     if parts.controlnet is not None:
         facts["control_scale"] = settings.control_scale
+    if speed := settings.speed.facts():
+        facts["speed"] = speed
     if inpainting:
         facts |= {"inpaint": way_to_inpaint(parts), **asdict(settings.inpaint)}
     return facts

@@ -8,6 +8,7 @@ from typing import Any
 
 from sdmodule.conditioning.canvas import InpaintSettings
 from sdmodule.errors import SettingsError
+from sdmodule.speed.settings import EXACT, SpeedSettings
 from sdmodule.tome.settings import OFF, TokenMerging
 
 
@@ -27,6 +28,7 @@ class SamplingSettings:
         merging: token merging; off unless its ratio is more than 0.
         inpaint: how masked pictures are repainted.
         control_scale: how much a ControlNet counts; 0 is not at all.
+        speed: means of sampling faster; none that changes a picture unless given.
 
     Raises:
         SettingsError: for a value out of range.
@@ -42,6 +44,7 @@ class SamplingSettings:
     merging: TokenMerging = OFF
     inpaint: InpaintSettings = field(default_factory=InpaintSettings)
     control_scale: float = 1.0
+    speed: SpeedSettings = EXACT
 
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:

@@ -32,7 +32,8 @@ def make_trainer(
         val_check_interval: optimizer steps between validations, counted over epochs; a shorter training validates
             once, at its end.
         accumulate_grad_batches: batches that make a step.
-        precision: one of Lightning's, or ``auto``: bf16-mixed where the device computes in bfloat16, else 32-true.
+        precision: one of Lightning's; or ``auto``: bf16-mixed where the device computes in bfloat16, else 32-true; or
+            ``auto-true``, to sample: bf16-true there, 16-true on a GPU that does not, else 32-true.
         log_every_n_steps: optimizer steps between rows of the training's figures.
         callbacks: what goes along; a progress bar and checkpoints are made by these alone.
         settings: any others of ``lightning.Trainer``.
@@ -53,6 +54,8 @@ def make_trainer(
             raise SettingsError(f"trainer.{name}={value} is not allowed; give a whole number of at least 1.")
     if precision == "auto":
         precision = "bf16-mixed" if computes_bfloat16(accelerator) else "32-true"
+    elif precision == "auto-true":
+        precision = "bf16-true" if computes_bfloat16(accelerator) else "16-true" if accelerator == "gpu" else "32-true"
     elif "bf16" in str(precision) and not computes_bfloat16(accelerator):
         rank_zero_warn(
             f"precision={precision}: this device emulates bfloat16, many times slower than float32; "

@@ -67,7 +67,7 @@ def test_a_configuration_reads_from_what_people_set_to_what_is_built(command):
     groups = ["model", "data", "cache", "tome", "sampler", "trainer", "logger", "callbacks"]
     keys = list(configuration(command))
     if command == "predict":
-        groups.remove("cache")
+        groups = [*groups[:1], "data", *groups[3:], "speed"]
         assert keys[:4] == ["prompt", "prompts", "negative_prompt", "image"]
     else:
         assert keys[0] == "pretrained"
@@ -127,6 +127,27 @@ def test_token_merging(name, ratio, checkpoint):
     cfg = configuration("predict", f"tome={name}", f"pretrained={checkpoint}")
     merging = instantiate(cfg.model).sampling.merging
     assert (merging.ratio, merging.engine) == (ratio, "exact" if name == "none" else name)
+
+
+@pytest.mark.parametrize("name", options("speed"))
+def test_speed(name, checkpoint):
+    assert options("speed") == ["exact", "fast", "rounding", "turbo"]
+    cfg = configuration("predict", f"speed={name}", f"pretrained={checkpoint}")
+    sampling = instantiate(cfg.model).sampling
+    assert sampling.speed.channels_last == (name != "exact") and bool(sampling.speed.effect)
+    assert (sampling.speed.cache_every > 1) == (not sampling.speed.always_guided) == (name == "turbo")
+    lossy = name in ("fast", "turbo")
+    assert (sampling.steps < 50) == (sampling.scheduler == "dpmpp_2m") == bool(sampling.merging.ratio) == lossy
+    assert str(build_trainer(cfg).precision) in ("32-true",) if name == "exact" else ("32-true", "bf16-true", "16-true")
+
+
+def test_what_is_given_beside_a_preset_wins(checkpoint):
+    given = ["experiment=sd15", "speed=turbo", "steps=9", "sampler=euler", "tome=none", "speed.cache_every=1"]
+    sampling = instantiate(configuration("predict", *given, f"pretrained={checkpoint}").model).sampling
+    assert (sampling.steps, sampling.scheduler, sampling.merging.ratio) == (9, "euler", 0.0)
+    assert sampling.speed.cache_every == 1 and not sampling.speed.always_guided
+    preset = instantiate(configuration("predict", *given[:2], f"pretrained={checkpoint}").model).sampling
+    assert preset.steps < 50 and preset.scheduler == "dpmpp_2m"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -49,7 +49,8 @@ class BlockMerging:
                 f"token merging was applied for {h} by {w} = {h * w} tokens and a block got {tokens.shape[1]}; "
                 "apply it with the size of these latents."
             )
-        if not self.fresh and self.plan is not None:
+        rows = tokens.shape[0] * tokens.shape[1]
+        if not self.fresh and self.plan is not None and len(self.plan.rows) == rows:  # guidance may have ended
             return self.plan
         with torch.no_grad():
             plan = Plan.of(self.matching.positions(tokens), self.matching.merged)

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 import sdmodule
 from benchmarks import prompt_following
+from benchmarks.presets import preset
 from benchmarks.repainted_scenes import draw_repaint, judge_repaint
 from benchmarks.report import command_line
 from benchmarks.scene_reader import UNCLEAR, Reading, judge, read_scene
@@ -139,7 +140,7 @@ class _Painter:
 
     @classmethod
     def from_pretrained(cls, name: str, **settings: object) -> _Painter:
-        assert (name, settings) == ("tiny", {"task": "text2image", "tome": {}})
+        assert (name, settings["task"], settings["tome"]["ratio"]) == ("tiny", "text2image", 0.0)
         return cls()
 
     def infer(self, prompts: Sequence[str], **options: object) -> dict[str, list[Image.Image]]:
@@ -211,7 +212,9 @@ def test_bad_arguments_are_named(arguments: list[str], message: str) -> None:
 def test_a_task_has_its_model_and_token_merging_its_settings() -> None:
     settings = prompt_following.parse(["task=inpaint", "tome.ratio=0.5", "tome.use_rand=false", "tome.engine=tomesd"])
     assert settings.pretrained == "tiny-inpaint"
-    assert settings.tome == {"ratio": 0.5, "use_rand": False, "engine": "tomesd"}
+    assert preset(settings.speed, *settings.presets)["tome"] == {
+        **preset("exact")["tome"], "ratio": 0.5, "use_rand": False, "engine": "tomesd"
+    }  # fmt: skip
 
 
 def test_a_repainted_scene_asks_for_another_object_in_a_box_that_holds_both() -> None:

@@ -130,6 +130,7 @@ KINDS = {
     "token merging": ["tome.ratio=0.5", "sampler=euler_a", "sampler.guidance_rescale=0.3"],
     "token merging in windows": ["tome=window", "tome.reuse_steps=2"],
     "token merging by tomesd": ["tome=tomesd"],
+    "faster": ["speed=turbo", "speed.compile=none", "speed.guidance_interval=[0.1,0.8]"],
     "inpainting": ["model=inpaint", "mask=[4,4,20,30]", "only_masked=true", "padding=2", "mask_blur=1.5"],
 }
 
@@ -171,6 +172,14 @@ def test_what_is_given_beside_a_picture_wins(call, picture, tmp_path):
     found = [(r["prompt"], r["seed"], r["steps"], r["scheduler"]) for r in records(tmp_path / "out")]
     prompts = ["a dog", "a dog", "a cat", "a cat"]
     assert found == [(text, 3 + k, 1, "EulerDiscreteScheduler") for k, text in enumerate(prompts)]
+
+
+def test_a_preset_beside_a_picture_is_the_whole_preset(call, picture, tmp_path):
+    changed = ["speed=turbo", "speed.compile=none", "precision=32-true", "steps=3"]
+    assert call(predict_main, f"from={picture}", *changed, f"output_dir={tmp_path / 'out'}")[0] == 0
+    [record] = records(tmp_path / "out")
+    assert (record["seed"], record["steps"], record["scheduler"]) == (3, 3, "DPMSolverMultistepScheduler")
+    assert record["tome"]["ratio"] == 0.5 and record["speed"]["channels_last"]
 
 
 def altered(picture, path, **changes):

@@ -1,0 +1,234 @@
+"""What sampling is compared with, and this package's presets, each as something that samples a batch and is timed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import tomesd
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor
+
+from benchmarks.presets import preset
+from sdmodule.components import Components
+from sdmodule.diffusion.guidance import guide, rescale
+from sdmodule.requests import build_requests
+from sdmodule.sampling import sample_all
+from sdmodule.schedulers import make_scheduler
+from sdmodule.settings import SamplingSettings
+from sdmodule.speed.compiled import compiled
+from sdmodule.speed.layout import channels_last
+from sdmodule.speed.prepare import prepared
+from sdmodule.speed.settings import choose_speed
+from sdmodule.speed.steps import plan_steps
+from sdmodule.tome.settings import choose_merging
+
+PROMPT = "a red circle on a blue background"
+STEPS = 50
+"""DDIM steps of the pictures that all are compared with."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What each is asked for: pictures of a size, B of them, from noise ``[B, 4, h, w]``."""
+
+    size: int
+    batch: int
+    noise: Tensor
+    guidance: float
+    rescale: float = 0.0
+
+
+@dataclass
+class Run:
+    """One batch: its pictures ``[B, 3, H, W]`` in [0, 1], seconds of text and decoding, and of each step."""
+
+    pictures: Tensor
+    text: float
+    steps: list[float]
+    decode: float
+
+
+@dataclass
+class Contender:
+    """One line of the table.
+
+    Attributes:
+        name: what it is.
+        parts: its model.
+        sample: samples some work in a number of steps.
+        steps: how many a whole picture takes.
+        kinds: of each of those, which of the others takes as long.
+        ready: what is switched while it is measured.
+        compiled: whether its first steps compile.
+    """
+
+    name: str
+    parts: Components
+    sample: Callable[[Work, int], Run]
+    steps: int = STEPS
+    kinds: list[Any] = field(default_factory=lambda: [True] * STEPS)
+    ready: Callable[[], AbstractContextManager[Any]] = nullcontext
+    compiled: bool = False
+
+
+def peers(plain: Components, best: Components, compile: bool) -> list[Contender]:
+    """The alternatives; the first is what ratios are over, the second what the best recipe gives without compiling.
+
+    Args:
+        plain: the model in float32.
+        best: the model in the precision of the best recipe; the same where that is float32.
+        compile: have the best recipe compiled too.
+    """
+    pipe, recipe = pipeline(plain), pipeline(best)
+
+    @contextmanager
+    def merged() -> Iterator[None]:
+        tomesd.apply_patch(pipe, ratio=0.5)
+        try:
+            yield
+        finally:
+            tomesd.remove_patch(pipe)
+
+    @contextmanager
+    def older() -> Iterator[None]:
+        before = plain.unet.attn_processors
+        plain.unet.set_attn_processor(AttnProcessor())
+        try:
+            yield
+        finally:
+            plain.unet.set_attn_processor(before)
+
+    def layout() -> AbstractContextManager[None]:
+        return channels_last(best.unet, best.vae)
+
+    @contextmanager
+    def compiled_recipe() -> Iterator[None]:
+        with layout(), compiled(best.unet, whole=True):
+            yield
+
+    found = [
+        Contender("diffusers", plain, lambda work, steps: by_pipeline(pipe, work, steps)),
+        Contender("diffusers, best recipe", best, lambda work, steps: by_pipeline(recipe, work, steps), ready=layout),
+        Contender("diffusers + tomesd", plain, lambda work, steps: by_pipeline(pipe, work, steps), ready=merged),
+        Contender("older loop", plain, lambda work, steps: by_older_loop(plain, work, steps), ready=older),
+    ]
+    if compile:
+        one = Contender("diffusers, best recipe, compiled", best, found[1].sample, ready=compiled_recipe, compiled=True)
+        found.insert(2, one)
+    return found
+
+
+def presets(plain: Components, best: Components, compile: bool) -> list[Contender]:
+    """This package's presets; without ``compile`` none of them compiles."""
+    found = []
+    for name in ("exact", "rounding", "fast", "turbo"):
+        chosen = preset(name, "sampler.eta=0", *([] if compile else ["speed.compile=none"]))
+        settings = SamplingSettings(
+            **chosen["sampling"], merging=choose_merging(chosen["tome"]), speed=choose_speed(chosen["speed"])
+        )
+        found.append(contender(f"speed={name}", plain if name == "exact" else best, settings))
+    return found
+
+
+def contender(name: str, parts: Components, settings: SamplingSettings) -> Contender:
+    """This package, with some settings."""
+    scheduler = make_scheduler(settings.scheduler, parts.scheduler.config)
+    scheduler.set_timesteps(settings.steps)
+    plans = plan_steps(scheduler.timesteps, scheduler.config.num_train_timesteps, settings.speed, guided=True)
+
+    def sample(work: Work, steps: int) -> Run:
+        size = {"height": work.size, "width": work.size}
+        asked = replace(settings, **size, steps=steps, guidance_scale=work.guidance, guidance_rescale=work.rescale)
+        requests = build_requests(PROMPT, num_images_per_prompt=work.batch)
+        made = sample_all(parts, requests, asked, noise=work.noise)
+        return Run(made.pictures, made.seconds["text"], made.step_seconds, made.seconds["decode"])
+
+    return Contender(
+        name,
+        parts,
+        sample,
+        steps=settings.steps,
+        kinds=list(plans),
+        ready=lambda: prepared(parts, settings.speed),
+        compiled=settings.speed.compile_on(parts.unet.device.type) != "none",
+    )
+
+
+def pipeline(parts: Components) -> StableDiffusionPipeline:
+    """The pipeline of diffusers, with DDIM."""
+    pipe = StableDiffusionPipeline(
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
+        tokenizer=parts.tokenizer,
+        unet=parts.unet,
+        scheduler=make_scheduler("ddim", parts.scheduler.config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@torch.no_grad()
+def by_pipeline(pipe: StableDiffusionPipeline, work: Work, steps: int) -> Run:
+    """A batch by diffusers' pipeline, its steps told apart by its own callback."""
+    marks = [now(pipe.device)]
+    prompts, negatives = pipe.encode_prompt(PROMPT, pipe.device, work.batch, True)
+    marks.append(now(pipe.device))
+
+    def stepped(_: Any, step: int, timestep: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        marks.append(now(pipe.device))
+        return kept
+
+    pictures = pipe(
+        prompt_embeds=prompts,
+        negative_prompt_embeds=negatives,
+        num_images_per_prompt=1,
+        num_inference_steps=steps,
+        guidance_scale=work.guidance,
+        guidance_rescale=work.rescale,
+        latents=work.noise.to(prompts),
+        output_type="pt",
+        callback_on_step_end=stepped,
+    ).images
+    end = now(pipe.device)
+    between = [after - before for before, after in pairwise(marks[1:])]
+    return Run(pictures.float().cpu(), marks[1] - marks[0], between, end - marks[-1])
+
+
+@torch.no_grad()
+def by_older_loop(parts: Components, work: Work, steps: int) -> Run:
+    """The loop of toolkits from before fused attention: DDIM, both halves in one batch, texts encoded every time."""
+    device = parts.unet.device
+    scheduler = make_scheduler("ddim", parts.scheduler.config)
+    scheduler.set_timesteps(steps)
+    start = now(device)
+    tokens = parts.tokenizer([""] * work.batch + [PROMPT] * work.batch, padding="max_length", return_tensors="pt")
+    text = parts.text_encoder(tokens.input_ids.to(device))[0]
+    marks, latents = [now(device)], work.noise.to(text)
+    for timestep in scheduler.timesteps:
+        both = parts.unet(torch.cat([latents] * 2), timestep, encoder_hidden_states=text).sample
+        unconditional, conditional = both.chunk(2)
+        predicted = guide(unconditional, conditional, work.guidance)
+        predicted = rescale(predicted, conditional, work.rescale) if work.rescale else predicted
+        latents = scheduler.step(predicted, timestep, latents).prev_sample
+        marks.append(now(device))
+    pictures = parts.vae.decode(latents / parts.vae.config.scaling_factor).sample / 2 + 0.5
+    end = now(device)
+    between = [after - before for before, after in pairwise(marks)]
+    return Run(pictures.clamp(0, 1).float().cpu(), marks[0] - start, between, end - marks[-1])
+
+
+def now(device: torch.device) -> float:
+    """The time, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,243 @@
+"""Measure sampling beside its alternatives: seconds of a guided step, and of a whole picture.
+
+Peers: diffusers as its README shows, diffusers by its best documented recipe (bfloat16 where the device computes in
+it, channels_last, and compiled), diffusers with tomesd, and the loop of older toolkits. Ours: the presets of
+``speed=``. All run in one process, in turn, after a warm-up each that is reported apart; medians are reported.
+
+The architecture is Stable Diffusion 1.5's with random weights, unless ``--pretrained`` names a model. A whole picture
+is text and decoding as measured, and each of its steps at the median of its kind.
+
+Example::
+
+    python benchmarks/sampling_speed.py --json sampling_speed.json
+    python benchmarks/sampling_speed.py --pretrained tiny --batch 4 --json sampling_speed_tiny.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.report import print_table, report, write_json
+from benchmarks.sampling_peers import STEPS, Contender, Run, Work, peers, presets
+from benchmarks.tome_runs import load, psnr
+from sdmodule.components import MODELS, Components
+from sdmodule.errors import SettingsError
+from sdmodule.sampling import describe
+from sdmodule.settings import SamplingSettings
+from sdmodule.trainer import computes_bfloat16
+
+BARS = (
+    ("speed=rounding", "step_over_best", 1.3),
+    ("speed=rounding", "step_over_diffusers", 2.7),
+    ("speed=fast", "step_over_best", 1.6),
+    ("speed=turbo", "picture_over_diffusers", 8.0),
+    ("speed=exact", "step_over_diffusers", 1.0),
+)
+"""Which figure of which preset is to be at least what, at 512 pixels on two cores that compute in bfloat16."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaint is one sentence rather than a usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message[0].upper()}{message[1:]}.")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the options.
+
+    Raises:
+        SettingsError: an option is unknown or a value out of range.
+    """
+    gpu = torch.cuda.is_available()
+    parser = _Parser(description="Measure sampling beside its alternatives.", allow_abbrev=False)
+    parser.add_argument("--size", type=int, nargs="+", default=[512, 768, 1024] if gpu else [512], help="pixels")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 5, 16] if gpu else [1], help="pictures at once")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each is measured")
+    parser.add_argument("--pretrained", help="a model with weights; otherwise Stable Diffusion 1.5's, random")
+    parser.add_argument("--guidance-scale", type=float, default=7.5)
+    parser.add_argument("--no-compile", action="store_true", help="compile nothing")
+    parser.add_argument("--quick", action="store_true", help="two rounds, nothing compiled")
+    parser.add_argument("--json", type=Path, help="file to write the results to")
+    settings = parser.parse_args(arguments)
+    if settings.quick:
+        settings.rounds, settings.no_compile = 2, True
+    for key, values in (("rounds", [settings.rounds]), ("size", settings.size), ("batch", settings.batch)):
+        if min(values) < 1:
+            raise SettingsError(f"--{key} {min(values)} is too small; give 1 or more.")
+    return settings
+
+
+def models(pretrained: str | None) -> tuple[Components, Components]:
+    """The model in float32, and in the fastest precision of the device: the same object where that is float32."""
+    plain = load(pretrained, "float32")
+    device = plain.unet.device.type
+    for name in MODELS:  # as ``from_pretrained`` leaves them
+        getattr(plain, name).to(memory_format=torch.contiguous_format)
+    if not computes_bfloat16("gpu" if device == "cuda" else "cpu"):
+        return plain, plain
+    best = copy.deepcopy(plain)
+    for name in MODELS:
+        getattr(best, name).to(torch.bfloat16)
+    return plain, best
+
+
+class Measured:
+    """What was seen of one contender."""
+
+    def __init__(self, contender: Contender) -> None:
+        self.contender = contender
+        self.warmup = 0.0
+        self.runs: list[Run] = []
+        self.steps: dict[Any, list[float]] = {}
+
+    def run(self, work: Work, whole: bool) -> None:
+        """Measure once; the first time is the warm-up."""
+        one = self.contender
+        kinds = one.kinds if whole or len(set(one.kinds)) > 1 else one.kinds[:3]
+        with one.ready():
+            start = time.perf_counter()
+            if not self.runs and one.compiled:
+                one.sample(work, len(kinds))
+            made = one.sample(work, len(kinds))
+        if not self.runs:
+            self.warmup = time.perf_counter() - start
+        self.runs.append(made)
+        if len(self.runs) > 1:
+            first = 0 if whole else 1  # a step that begins cold
+            for kind, seconds in list(zip(kinds, made.steps, strict=True))[first:]:
+                self.steps.setdefault(kind, []).append(seconds)
+
+    @property
+    def step(self) -> float:
+        """Median seconds of a step; where steps differ, the mean over a picture of the medians."""
+        return self._denoising / len(self.contender.kinds)
+
+    @property
+    def _denoising(self) -> float:
+        medians = {kind: statistics.median(seconds) for kind, seconds in self.steps.items()}
+        return sum(medians[kind] for kind in self.contender.kinds)
+
+    @property
+    def picture(self) -> float:
+        """Seconds of a whole batch."""
+        runs = self.runs[1:]
+        ends = [statistics.median(getattr(run, name) for run in runs) for name in ("text", "decode")]
+        return sum(ends) + self._denoising
+
+
+def measure(plain: Components, best: Components, settings: argparse.Namespace, size: int, batch: int) -> list[Measured]:
+    """Run all contenders, in turn."""
+    side = size // plain.pixels_per_latent
+    noise = torch.randn(batch, plain.vae.config.latent_channels, side, side, generator=torch.Generator().manual_seed(0))
+    correction = describe(plain, SamplingSettings(), inpainting=False)["guidance_rescale"]
+    work = Work(size, batch, noise, settings.guidance_scale, correction)
+    compile = not settings.no_compile
+    found = [Measured(one) for one in [*peers(plain, best, compile), *presets(plain, best, compile)]]
+    for turn in range(settings.rounds + 1):
+        for one in found:
+            start = time.perf_counter()
+            one.run(work, whole=settings.pretrained is not None)
+            took = time.perf_counter() - start
+            print(f"{size} {batch} {turn} {one.contender.name}: {took:.1f} s", file=sys.stderr, flush=True)
+    return found
+
+
+def rows(found: Sequence[Measured], settings: argparse.Namespace, size: int, batch: int) -> list[dict[str, Any]]:
+    """A row of each."""
+    default, recipe = found[0], found[1]
+    exact = next(one for one in found if one.contender.name == "speed=exact").runs[-1].pictures
+    lines = []
+    for one in found:
+        weights = next(one.contender.parts.unet.parameters())
+        row: dict[str, Any] = {
+            "size": size,
+            "batch": batch,
+            "variant": one.contender.name,
+            "dtype": str(weights.dtype).removeprefix("torch."),
+            "compiled": one.contender.compiled,
+            "warmup_seconds": round(one.warmup, 2),
+            "steps": one.contender.steps,
+            "step_seconds": float(f"{one.step:.4g}"),
+            "step_over_diffusers": round(default.step / one.step, 3),
+            "step_over_best": round(recipe.step / one.step, 3),
+            "picture_seconds": float(f"{one.picture:.4g}"),
+            "picture_over_diffusers": round(default.picture / one.picture, 3),
+        }
+        pictures = one.runs[-1].pictures
+        if torch.equal(pictures, exact):
+            row["pictures"] = "equal to exact"
+        elif settings.pretrained or one.contender.steps == STEPS:
+            row["psnr_db"] = round(psnr(pictures, exact), 1)
+        lines.append(row)
+    return lines
+
+
+def bars(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each figure that was promised, and what it is here."""
+    found = []
+    for variant, figure, wanted in BARS:
+        row = next(line for line in lines if line["variant"] == variant)
+        measured = row[figure]
+        found.append({"variant": variant, "figure": figure, "at_least": wanted, "measured": measured,
+                      "met": measured >= wanted, "dtype": row["dtype"]})  # fmt: skip
+    return found
+
+
+def protocol(plain: Components, best: Components, settings: argparse.Namespace) -> str:
+    """Say what was measured, in which precision, and why."""
+    device = plain.unet.device.type
+    dtype = str(next(best.unet.parameters()).dtype).removeprefix("torch.")
+    why = "which the device computes in"
+    if best is plain:
+        why = "since the device has no bfloat16 of its own and would emulate it, many times slower"
+    return (
+        f"{plain.source}; {device}, {torch.get_num_threads()} threads; best recipe and rounding in {dtype}, {why}; "
+        f"medians of {settings.rounds} rounds, in turn"
+    )
+
+
+def run(arguments: Sequence[str]) -> dict[str, Any]:
+    """Measure, print, write.
+
+    Raises:
+        SettingsError: an argument cannot be used.
+    """
+    settings = parse(arguments)
+    plain, best = models(settings.pretrained)
+    if settings.pretrained:
+        native = plain.unet.config.sample_size * plain.pixels_per_latent
+        settings.size, settings.guidance_scale = [native], plain.guidance_scale
+    print(protocol(plain, best, settings))
+    lines: list[dict[str, Any]] = []
+    result: dict[str, Any] = {}
+    for size in settings.size:
+        for batch in settings.batch:
+            lines += rows(measure(plain, best, settings, size, batch), settings, size, batch)
+            result = report([__file__, *arguments], lines) | {"protocol": protocol(plain, best, settings)}
+            if settings.pretrained is None:
+                result["bars"] = bars(lines)
+            if settings.json:  # after each, since the next may take long
+                write_json(settings.json, result)
+    print_table(lines)
+    if "bars" in result:
+        print_table(result["bars"])
+    return result
+
+
+if __name__ == "__main__":
+    try:
+        run(sys.argv[1:])
+    except SettingsError as error:
+        sys.exit(str(error))

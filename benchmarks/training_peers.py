@@ -1,0 +1,152 @@
+"""What training is compared with: the loop of diffusers' text-to-image scripts, and this package's own commands."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.optimization import get_scheduler
+from peft import LoraConfig
+from PIL import Image
+
+from sdmodule.callbacks.cache import Cache
+from sdmodule.callbacks.timing import TimingLogger
+from sdmodule.compiling import compile_blocks
+from sdmodule.components import Components
+from sdmodule.data.image_folder import ImageFolderDataModule
+from sdmodule.module import StableDiffusionModule
+from sdmodule.schedulers import make_scheduler
+from sdmodule.trainer import make_trainer
+
+ADAPTER = LoraConfig(
+    r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=["to_k", "to_q", "to_v", "to_out.0"]
+)
+"""That of diffusers' script for LoRA."""
+
+LEARNING_RATE = 1e-4
+
+
+@dataclass(frozen=True)
+class Task:
+    """What each is asked for.
+
+    Attributes:
+        folder: pictures with captions.
+        size: pixels of a side.
+        batch: pictures a step.
+        lora: train an adapter instead of the whole UNet.
+        precision: Lightning's name of the precision; ``bf16-mixed`` or ``32-true``.
+        work: a folder for what is left over.
+    """
+
+    folder: Path
+    size: int
+    batch: int
+    lora: bool
+    precision: str
+    work: Path
+
+
+def with_adapter(unet: Any, lora: bool) -> None:
+    """Leave an adapter to be trained, or the whole UNet."""
+    unet.requires_grad_(not lora)
+    if lora:
+        unet.add_adapter(ADAPTER)
+
+
+def data_of(task: Task) -> ImageFolderDataModule:
+    """The pictures, a batch a step."""
+    return ImageFolderDataModule(str(task.folder), resolution=task.size, batch_size=task.batch, val_fraction=0.0)
+
+
+def script(parts: Components, task: Task, steps: int) -> list[float]:
+    """Seconds of each step of the loop of diffusers' ``train_text_to_image.py`` and its LoRA sibling.
+
+    Pictures and captions are encoded at every step, the loss is gathered at every step, gradients are clipped at 1,
+    AdamW is torch's own with weight decay 0.01, the learning rate constant. ``parts.unet`` has what is to be trained.
+    """
+    parts.unet.set_attn_processor(AttnProcessor2_0())  # as they are when a checkpoint is loaded
+    parts.text_encoder.set_attn_implementation("sdpa")
+    mixed = "bf16" if task.precision == "bf16-mixed" else "no"
+    accelerator = Accelerator(mixed_precision=mixed, cpu=not torch.cuda.is_available())
+    trained = [weight for weight in parts.unet.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=1e-2)
+    data = data_of(task)
+    data.setup("fit")
+    made = accelerator.prepare(parts.unet, optimizer, data.train_dataloader(), get_scheduler("constant", optimizer))
+    unet, optimizer, loader, schedule = made
+    noising = make_scheduler("ddpm", parts.scheduler.config)
+    dtype = torch.bfloat16 if mixed == "bf16" else torch.float32
+    frozen = {name: getattr(parts, name).to(accelerator.device, dtype) for name in ("vae", "text_encoder")}
+    unet.train()
+    seconds: list[float] = []
+    while True:
+        start = time.perf_counter()
+        for batch in loader:
+            pictures = batch["image"].to(accelerator.device, dtype)
+            latents = frozen["vae"].encode(pictures).latent_dist.sample() * parts.vae.config.scaling_factor
+            noise = torch.randn_like(latents)
+            timesteps = torch.randint(0, noising.config.num_train_timesteps, (len(latents),), device=latents.device)
+            noisy = noising.add_noise(latents.float(), noise.float(), timesteps).to(dtype)
+            tokens = parts.tokenizer(
+                batch["caption"], padding="max_length", truncation=True, return_tensors="pt"
+            ).input_ids
+            text = frozen["text_encoder"](tokens.to(accelerator.device), return_dict=False)[0]
+            predicted = unet(noisy, timesteps, text, return_dict=False)[0]
+            loss = torch.nn.functional.mse_loss(predicted.float(), noise.float())
+            accelerator.gather(loss.repeat(len(latents))).mean().item()
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            if accelerator.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+            if len(seconds) == steps:
+                return seconds
+            start = time.perf_counter()
+
+
+def ours(module: StableDiffusionModule, task: Task, steps: int) -> list[float]:
+    """Seconds of each step of ``train.py cache=all``; what fills the cache is no step."""
+    timing = TimingLogger(task.work, warmup_steps=0, synchronize=True)
+    trainer = make_trainer(
+        "gpu" if torch.cuda.is_available() else "cpu",
+        max_steps=steps,
+        val_check_interval=steps,
+        precision=task.precision,
+        callbacks=[timing, Cache(task.work / "cache", "all")],
+        gradient_clip_val=1.0,
+        limit_val_batches=0,
+        logger=False,
+        default_root_dir=task.work,
+    )
+    trainer.fit(module, data_of(task))
+    return timing.steps
+
+
+def module_of(parts: Components, compile: bool) -> StableDiffusionModule:
+    """This package's module around parts that are there already."""
+    module = StableDiffusionModule("tiny", optimizer=partial(torch.optim.AdamW, lr=LEARNING_RATE, weight_decay=1e-2))
+    module.parts, module.unet, module.vae, module.text_encoder = parts, parts.unet, parts.vae, parts.text_encoder
+    if compile:
+        compile_blocks(module.unet)
+    return module
+
+
+def write_pictures(folder: Path, count: int, size: int, captions: Sequence[str]) -> None:
+    """Random pictures with captions: speed does not depend on what they show."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    for k in range(count):
+        values = torch.randint(0, 256, (size, size, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(values.numpy()).save(folder / f"{k}.png")
+        (folder / f"{k}.txt").write_text(captions[k % len(captions)])

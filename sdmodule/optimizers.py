@@ -1,0 +1,31 @@
+"""Optimizers in their fastest form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+FUSABLE = (torch.optim.Adam, torch.optim.AdamW)
+"""Those of torch that update all weights in one pass where ``fused`` says so."""
+
+
+def build_optimizer(
+    make: Callable[..., torch.optim.Optimizer], parameters: Iterable[nn.Parameter], precision: str
+) -> torch.optim.Optimizer:
+    """Build an optimizer, fused where nothing else was said of how it updates.
+
+    Args:
+        make: takes parameters; a class, or a ``partial`` of one.
+        parameters: what is trained.
+        precision: the trainer's. A fused optimizer scales the gradients of ``16-mixed`` back itself, and then Lightning
+            cannot clip them: with that it is an ordinary one.
+    """
+    kind, given = (make.func, make.keywords) if isinstance(make, partial) else (make, {})
+    options: dict[str, Any] = {}
+    if kind in FUSABLE and not given.keys() & {"fused", "foreach"} and precision != "16-mixed":
+        options["fused"] = True
+    return make(parameters, **options)

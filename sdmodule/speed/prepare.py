@@ -1,0 +1,38 @@
+"""What is switched once for many batches: layout, memory, attention, compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+from sdmodule.speed.attention import attention_by
+from sdmodule.speed.compiled import compiled
+from sdmodule.speed.layout import channels_last
+from sdmodule.speed.memory import memory_kept
+from sdmodule.speed.packed import weights_packed
+
+if TYPE_CHECKING:
+    from sdmodule.components import Components
+    from sdmodule.speed.settings import SpeedSettings
+
+
+@contextmanager
+def prepared(parts: Components, settings: SpeedSettings) -> Iterator[None]:
+    """Make a model ready to sample as ``settings`` say, inside a ``with`` block; afterwards it is as it was.
+
+    Raises:
+        SettingsError: for an attention that this machine does not have.
+    """
+    with ExitStack() as stack:
+        if settings.keep_memory and parts.unet.device.type == "cpu":
+            stack.enter_context(memory_kept())
+        if settings.channels_last:
+            stack.enter_context(channels_last(parts.unet, parts.vae))
+        if settings.pack:
+            stack.enter_context(weights_packed(parts.unet, parts.vae))
+        stack.enter_context(attention_by(parts.unet, settings.attention))
+        compile = settings.compile_on(parts.unet.device.type)
+        if compile != "none":
+            stack.enter_context(compiled(parts.unet, whole=compile == "whole"))
+        yield

@@ -1,0 +1,108 @@
+"""The means of sampling faster, each on its own switch, checked as soon as they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from sdmodule.errors import SettingsError, choices
+
+COMPILE = ("none", "blocks", "whole", "auto")
+ATTENTION = ("sdpa", "flash", "efficient", "cudnn", "math", "plain", "xformers")
+
+
+@dataclass(frozen=True)
+class SpeedSettings:
+    """What is done to sample faster; as it stands, nothing that changes a picture.
+
+    Args:
+        guidance_interval: the share of the timesteps, from 0 (a picture) to 1 (noise), within which guidance is used;
+            outside it the UNet is asked for the prompt alone, which is half of the work (Kynkäänniemi et al. 2024).
+        cache_every: run the whole UNet at every so many steps; in between its deep layers are not run and what they
+            gave last is used again (Ma et al. 2024, "DeepCache"). 1 runs all of it always.
+        cache_layers: layers of full resolution, counted from the input and from the output, that run at every step.
+        channels_last: keep the UNet and the autoencoder in the layout that convolutions are fastest in.
+        pack: on CPU, keep a second copy of weights in the order in which they are read fastest.
+        compile: ``none``; ``blocks``, the UNet's, each by itself; ``whole``; or ``auto``: blocks on a GPU, and none on
+            CPU, where compiling takes longer than most runs.
+        attention: what computes the UNet's attention: ``sdpa`` leaves the choice to torch, ``flash``, ``efficient``,
+            ``cudnn`` and ``math`` are torch's own by name, ``plain`` is two products, ``xformers`` needs that package.
+        keep_memory: on CPU, do not give freed memory back to the system between layers.
+        effect: what a preset does to the picture, in a line.
+
+    Raises:
+        SettingsError: for a value out of range.
+    """
+
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    cache_every: int = 1
+    cache_layers: int = 1
+    channels_last: bool = False
+    pack: bool = False
+    compile: str = "none"
+    attention: str = "sdpa"
+    keep_memory: bool = False
+    effect: str = ""
+
+    def __post_init__(self) -> None:
+        interval = self.guidance_interval
+        if (
+            not isinstance(interval, (list, tuple))
+            or len(interval) != 2
+            or any(isinstance(end, bool) or not isinstance(end, (int, float)) for end in interval)
+            or not 0 <= interval[0] < interval[1] <= 1
+        ):
+            raise SettingsError(
+                f"speed.guidance_interval={interval} is not allowed; give two shares of the timesteps, from 0 "
+                "(a picture) to 1 (noise), such as [0.2,0.8]."
+            )
+        object.__setattr__(self, "guidance_interval", (float(interval[0]), float(interval[1])))
+        for name in ("cache_every", "cache_layers"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise SettingsError(f"speed.{name}={value} is not allowed; give a whole number of at least 1.")
+        for name in ("channels_last", "pack", "keep_memory"):
+            if not isinstance(getattr(self, name), bool):
+                raise SettingsError(f"speed.{name}={getattr(self, name)} is not allowed; give true or false.")
+        for name, allowed in (("compile", COMPILE), ("attention", ATTENTION)):
+            if getattr(self, name) not in allowed:
+                raise SettingsError(f"speed.{name}={getattr(self, name)} is not known; give one of {choices(allowed)}.")
+
+    @property
+    def always_guided(self) -> bool:
+        """Whether no step is left without guidance."""
+        return self.guidance_interval == (0.0, 1.0)
+
+    def compile_on(self, device: str) -> str:
+        """What is compiled on a kind of device."""
+        if self.compile == "auto":
+            return "blocks" if device == "cuda" else "none"
+        return self.compile
+
+    def facts(self) -> dict[str, Any]:
+        """What a picture depends on, in plain types; nothing if it is made as plain diffusers makes it."""
+        changed = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+            if value != getattr(EXACT, name) and name not in ("keep_memory", "effect")
+        }
+        return changed
+
+
+EXACT = SpeedSettings()
+"""Nothing that changes a picture."""
+
+
+def choose_speed(settings: Mapping[str, Any] | None) -> SpeedSettings:
+    """Read the settings; those left out change nothing.
+
+    Raises:
+        SettingsError: for anything but settings, and for one that is not known.
+    """
+    if settings is not None and not isinstance(settings, Mapping):
+        raise SettingsError(f"speed={settings!r} is not allowed; give settings such as speed={{cache_every: 2}}.")
+    known = {field.name for field in fields(SpeedSettings)}
+    if unknown := set(settings or {}) - known:
+        raise SettingsError(f"speed has no setting {choices(unknown)}; there are {choices(known)}.")
+    return SpeedSettings(**(settings or {}))

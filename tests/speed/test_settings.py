@@ -1,0 +1,52 @@
+"""What cannot be used is said in a sentence, in Python and on the command line."""
+
+from __future__ import annotations
+
+import pytest
+
+from sdmodule.cli import predict_main
+from sdmodule.errors import SettingsError
+from sdmodule.speed.settings import EXACT, SpeedSettings, choose_speed
+from tests.test_cli import told
+
+WRONG = {
+    "guidance_interval": ([0.8, 0.2], [0.5, 0.5], [-0.1, 1], [0, 1.5], [0.5], "all", [0, True]),
+    "cache_every": (0, -1, 1.5, True, "often"),
+    "cache_layers": (0, None),
+    "channels_last": (1, "yes"),
+    "pack": (None,),
+    "keep_memory": ("no",),
+    "compile": ("all", True),
+    "attention": ("fast", None),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_a_wrong_value_is_named_with_what_is_allowed(name, value):
+    with pytest.raises(SettingsError) as error:
+        SpeedSettings(**{name: value})
+    assert f"speed.{name}={value}" in str(error.value) and "give" in str(error.value)
+
+
+def test_settings_that_are_none():
+    assert choose_speed(None) == choose_speed({}) == EXACT and EXACT.facts() == {}
+    with pytest.raises(SettingsError, match=r"cache_evry.*cache_every"):
+        choose_speed({"cache_evry": 2})
+    with pytest.raises(SettingsError, match="speed='turbo'"):
+        choose_speed("turbo")
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("speed.guidance_interval=[1,0]", ["speed.guidance_interval=[1, 0]", "[0.2,0.8]"]),
+        ("speed.cache_layers=9 speed.cache_every=2", ["speed.cache_layers=9", "1 to 2"]),
+        ("speed.attention=xformers", ["xformers"]),
+        ("speed.attention=cudnn", ["CUDA"]),
+        ("speed=warp", ["warp"]),
+    ],
+)
+def test_a_wrong_setting_ends_the_command_with_a_sentence(call, checkpoint, tmp_path, setting, words):
+    common = ["prompt=a cat", "steps=1", f"pretrained={checkpoint}", f"output_dir={tmp_path / 'out'}"]
+    told(call(predict_main, *common, *setting.split()), *words)
+    assert not (tmp_path / "out" / "grid.png").exists()
