@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from sdmodule.speed.attention import attention_by
 from sdmodule.speed.compiled import compiled
+from sdmodule.speed.decoding import decoding
 from sdmodule.speed.layout import channels_last
 from sdmodule.speed.memory import memory_kept
 from sdmodule.speed.packed import weights_packed
@@ -31,6 +32,7 @@ def prepared(parts: Components, settings: SpeedSettings) -> Iterator[None]:
             stack.enter_context(channels_last(parts.unet, parts.vae))
         if settings.pack:
             stack.enter_context(weights_packed(parts.unet, parts.vae))
+        stack.enter_context(decoding(parts.vae, settings.decode))
         stack.enter_context(attention_by(parts.unet, settings.attention))
         compile = settings.compile_on(parts.unet.device.type)
         if compile != "none":

@@ -26,9 +26,16 @@ def test_means_that_change_nothing(sd, same):
     assert np.array_equal(pictures(sd, speed=same), pictures(sd))
 
 
-@pytest.mark.parametrize(
-    "close", [{"channels_last": True}, {"pack": True}, {"attention": "plain"}, {"attention": "math"}]
-)
+CLOSE = [
+    {"channels_last": True},
+    {"pack": True},
+    {"decode": "sliced"},
+    {"attention": "plain"},
+    {"attention": "math"},
+]
+
+
+@pytest.mark.parametrize("close", CLOSE, ids=str)
 def test_means_that_round_otherwise(sd, close):
     assert np.abs(pictures(sd, speed=close) - pictures(sd)).max() < 2 / 255
 
@@ -69,11 +76,13 @@ def test_afterwards_the_model_is_as_it_was(sd):
     before = pictures(sd)
     strides = {name: weight.stride() for name, weight in sd.named_parameters()}
     everything = {"channels_last": True, "pack": True, "attention": "plain", "keep_memory": True, "cache_every": 2}
+    everything |= {"decode": "tiled"}
     pictures(sd, speed=everything)
     with pytest.raises(RuntimeError, match="stop"):
         sd.infer(PROMPT, speed=everything, generator=Stop())
     assert {name: weight.stride() for name, weight in sd.named_parameters()} == strides
     assert {type(part).__module__.partition(".")[0] for part in sd.unet.modules()} <= {"torch", "diffusers"}
+    assert not sd.vae.use_tiling and not sd.vae.use_slicing
     assert np.array_equal(pictures(sd), before)
 
 

@@ -16,6 +16,7 @@ WRONG = {
     "channels_last": (1, "yes"),
     "pack": (None,),
     "keep_memory": ("no",),
+    "decode": ("half",),
     "compile": ("all", True),
     "attention": ("fast", None),
 }

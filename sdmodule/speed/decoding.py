@@ -1,0 +1,24 @@
+"""How much of a batch the autoencoder decodes at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def decoding(vae: Any, how: str) -> Iterator[None]:
+    """Let an ``AutoencoderKL`` decode in parts inside a ``with`` block.
+
+    Args:
+        vae: the autoencoder.
+        how: ``whole``; ``sliced``, picture by picture; or ``tiled``, which also decodes large pictures in tiles that
+            overlap, and blends their seams.
+    """
+    before = vae.use_slicing, vae.use_tiling
+    vae.use_slicing, vae.use_tiling = how != "whole", how == "tiled"
+    try:
+        yield
+    finally:
+        vae.use_slicing, vae.use_tiling = before

@@ -1,0 +1,91 @@
+"""The benchmarks of speed, on a small model: what they say, not how long it takes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks import growth, run, sampling_speed, training_speed
+from sdmodule.components import Components, load_components
+from sdmodule.errors import SettingsError
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_sampling_is_beside_its_alternatives(checkpoint, tmp_path):
+    file = tmp_path / "speed.json"
+    result = sampling_speed.run(["--pretrained", str(checkpoint), "--quick", "--json", str(file)])
+    written = json.loads(file.read_text())
+    assert {"command", "hardware", "versions", "rows", "protocol"} <= written.keys()
+    assert "float32" in result["protocol"] or "bfloat16" in result["protocol"]
+    assert str(tmp_path) not in written["command"]
+    rows = {row["variant"]: row for row in written["rows"]}
+    assert rows["diffusers"]["pictures"] == rows["speed=exact"]["pictures"] == "equal to exact"
+    assert rows["diffusers"]["step_over_diffusers"] == rows["diffusers, best recipe"]["step_over_best"] == 1.0
+    assert rows["speed=turbo"]["steps"] < rows["speed=fast"]["steps"] < rows["speed=exact"]["steps"] == 50
+    assert all(row["step_seconds"] > 0 and row["picture_seconds"] > 0 for row in rows.values())
+
+
+def test_training_is_beside_its_alternative(checkpoint, tmp_path, monkeypatch):
+    def small(pretrained: str | None, precision: str) -> Components:
+        parts = load_components(str(checkpoint))
+        for part in (parts.unet, parts.vae, parts.text_encoder):
+            part.eval().requires_grad_(False)
+        return parts
+
+    monkeypatch.setattr(training_speed, "load", small)
+    rows = training_speed.run(["--rounds", "1", "--steps", "1", "--size", "32", "--json", str(tmp_path / "t.json")])[
+        "rows"
+    ]
+    assert json.loads((tmp_path / "t.json").read_text())["rows"] == rows
+    assert [row["variant"] for row in rows] == [
+        "diffusers' script",
+        "cache=all",
+        "cache=all, checkpointing=outer",
+        "cache=all, checkpointing=all",
+        "diffusers' script",
+        "cache=all",
+    ]
+    assert rows[0]["over_script"] == rows[4]["over_script"] == 1.0 and all(row["peak_memory_gib"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "arguments", "message"),
+    [
+        (sampling_speed, ["--rounds", "0"], "--rounds 0 is too small"),
+        (sampling_speed, ["--fast"], "Unrecognized arguments: --fast"),
+        (training_speed, ["--batch", "0"], "--batch 0 is too small"),
+        (growth, ["--sizes", "0"], "less than 1"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(benchmark, arguments, message):
+    with pytest.raises(SettingsError, match=message):
+        benchmark.run(arguments)
+
+
+def test_one_command_runs_all(tmp_path):
+    every = run.commands(list(run.RUNS), quick=False, results=tmp_path)
+    assert all(Path(command[1]).is_file() for command in every)
+    quick = run.commands(["sampling"], quick=True, results=tmp_path)
+    assert len(quick) == len(run.RUNS["sampling"]) - 1 and all("--quick" in command for command in quick)
+
+
+@pytest.mark.parametrize("name", ["rounding", "fast", "turbo"])
+def test_what_a_preset_says_of_pictures_is_what_was_measured(name):
+    """Its line quotes the share of prompts that were obeyed, of one object, held-out and of two objects."""
+    effect = yaml.safe_load((ROOT / "conf" / "speed" / f"{name}.yaml").read_text())["speed"]["effect"]
+    found = [float(share) for share in re.findall(r"([\d.]+)%", effect)]
+    results = ROOT / "benchmarks" / "results"
+    for file, said in ((f"prompt_following_speed_{name}", found[:3]), ("prompt_following", found[3:])):
+        rows = json.loads((results / f"{file}.json").read_text())["rows"]
+        assert [round(100 * row["all"]["rate"], 1) for row in rows] == said
+
+
+def test_a_process_that_fails_is_told_of():
+    with pytest.raises(SettingsError, match="no such thing"):
+        growth.process("raise SystemExit('no such thing')")
+    assert growth.process("print(1 + 1)") == "2"

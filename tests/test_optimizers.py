@@ -1,0 +1,62 @@
+"""Optimizers in their fastest form, and activations that are computed again: the same training."""
+
+from __future__ import annotations
+
+from functools import partial
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from sdmodule.cli import train_main
+from sdmodule.errors import SettingsError
+from sdmodule.module import StableDiffusionModule
+from sdmodule.optimizers import build_optimizer
+
+
+@pytest.mark.parametrize(
+    ("make", "precision", "fused"),
+    [
+        (torch.optim.AdamW, "32-true", True),
+        (partial(torch.optim.AdamW, lr=1e-3), "bf16-mixed", True),
+        (partial(torch.optim.Adam, lr=1e-3), "", True),
+        (torch.optim.AdamW, "16-mixed", None),  # Lightning could not clip its gradients
+        (partial(torch.optim.AdamW, foreach=True), "32-true", None),
+        (partial(torch.optim.AdamW, fused=False), "32-true", False),
+    ],
+)
+def test_adam_is_fused_where_nothing_else_is_said(make, precision, fused):
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = build_optimizer(make, [weight], precision)
+    assert optimizer.defaults["fused"] is fused
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    assert (weight < 1).all()
+
+
+def test_other_optimizers_are_as_they_are():
+    assert isinstance(build_optimizer(torch.optim.SGD, [torch.nn.Parameter(torch.ones(1))], ""), torch.optim.SGD)
+
+
+def test_activations_computed_again_give_the_same_gradients(checkpoint):
+    def gradients(which):
+        module = StableDiffusionModule(str(checkpoint), checkpointing=which)
+        batch = {"image": torch.zeros(2, 3, 32, 32), "caption": ["a", "b"]}
+        module.log = lambda *_, **__: None
+        module.training_step(batch, 0).backward()
+        kept = [block.gradient_checkpointing for block in (*module.unet.down_blocks, *module.unet.up_blocks)]
+        return kept, [weight.grad for weight in module.unet.parameters()]
+
+    (none, plain), (outer, some), (every, all_) = map(gradients, ("none", "outer", "all"))
+    assert (none, outer, every) == ([False] * 4, [True, False, False, True], [True] * 4)
+    for ours in (some, all_):
+        assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(plain, ours, strict=True))
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="the package is there")
+def test_wrong_values_are_told(call, checkpoint, photos, tmp_path):
+    with pytest.raises(SettingsError, match=r"model\.checkpointing=some"):
+        StableDiffusionModule(str(checkpoint), checkpointing="some")
+    settings = [f"data.root={photos}", f"pretrained={checkpoint}", f"output_dir={tmp_path / 'out'}"]
+    status, _, complaint = call(train_main, *settings, "model.optimizer._target_=bitsandbytes.optim.AdamW8bit")
+    assert status == 1 and "pip install 'sdmodule[bitsandbytes]'" in complaint and "Traceback" not in complaint
