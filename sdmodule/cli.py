@@ -21,6 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from sdmodule.atomic import write_whole
 from sdmodule.command_line import quoted, verbatim, with_recipe
 from sdmodule.errors import SettingsError, unwritable
 from sdmodule.privacy import redacted
@@ -39,13 +40,18 @@ def train(cfg: DictConfig) -> None:
     from lightning import seed_everything
 
     from sdmodule.callbacks.cache import Cache
-    from sdmodule.resume import find_checkpoint
+    from sdmodule.callbacks.export import Export
+    from sdmodule.resume import Ending, find_checkpoint
 
     output_dir = choose_output(cfg)
     data = instantiate(cfg.data)
     data.setup("fit")  # a folder that cannot be used is told of before the model is loaded
     trainer = build_trainer(cfg)
-    cfg.ckpt_path = find_checkpoint(cfg.ckpt_path, output_dir, trainer.max_steps)
+    exports = [callback for callback in trainer.callbacks if isinstance(callback, Export)]  # type: ignore[attr-defined]
+    ended = all(export.holds(trainer.max_steps) for export in exports)
+    cfg.ckpt_path = find_checkpoint(cfg.ckpt_path, output_dir, trainer.max_steps, ended)
+    if cfg.ckpt_path:
+        trainer.callbacks.insert(0, Ending(trainer.max_steps))  # type: ignore[attr-defined]
     seed_everything(cfg.seed, workers=True, verbose=False)
     model = instantiate(cfg.model)
     model.setup("fit")  # as is a model that cannot be trained like this, before anything is written
@@ -58,7 +64,7 @@ def train(cfg: DictConfig) -> None:
     every = sum(p.numel() for p in model.parameters())
     say(f"Training {trained:,} of {every:,} parameters for {trainer.max_steps:,} steps; writing to {output_dir}")
     with finishing(trainer, output_dir), logging_to(trainer, config, output_dir):
-        trainer.fit(model, datamodule=data, ckpt_path=cfg.ckpt_path)
+        trainer.fit(model, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
     say(f"Wrote {output_dir}")
 
 
@@ -75,7 +81,7 @@ def predict(cfg: DictConfig) -> None:
         say(f"Resuming: {len(data.done)} of {len(data.requests)} pictures are there")
     write_config(cfg, output_dir)
     config = redacted(OmegaConf.to_container(cfg, resolve=True))
-    with finishing(trainer, output_dir), stopping_at_once(), logging_to(trainer, config, output_dir):
+    with finishing(trainer, output_dir), logging_to(trainer, config, output_dir):
         trainer.predict(model, datamodule=data, return_predictions=False)
     say(f"Wrote {output_dir / 'grid.png'}")
 
@@ -168,10 +174,10 @@ def write_config(cfg: DictConfig, folder: Path) -> None:
         if (metrics := folder / "metrics.csv").exists():
             metrics.rename(folder / f"metrics-{len(list(folder.glob('metrics-*.csv'))) + 1}.csv")
         written = OmegaConf.create(redacted(OmegaConf.to_container(cfg, resolve=False)))
-        (folder / "config.yaml").write_text(OmegaConf.to_yaml(written), encoding="utf-8")
+        write_whole(folder / "config.yaml", OmegaConf.to_yaml(written))
         if (sweep := folder.parent / "multirun.yaml").is_file() and HydraConfig.get().mode == RunMode.MULTIRUN:
             written = OmegaConf.create(redacted(OmegaConf.to_container(OmegaConf.load(sweep), resolve=False)))
-            sweep.write_text(OmegaConf.to_yaml(written), encoding="utf-8")
+            write_whole(sweep, OmegaConf.to_yaml(written))
     except OSError as error:
         raise unwritable(folder, error.strerror) from error
 
@@ -197,13 +203,13 @@ def finishing(trainer: Trainer, output_dir: Path) -> Iterator[None]:
     """
     try:
         yield
-    except SystemExit:
+    except SystemExit as end:
         if not trainer.interrupted:
             raise
         last = getattr(trainer.checkpoint_callback, "last_model_path", "")
         go_on = f"; resume with ckpt_path={last}" if last else ""
         print(f"interrupted: what is done is in {output_dir}{go_on}", file=sys.stderr)
-        sys.exit(143 if trainer.received_sigterm else 130)
+        sys.exit(143 if end.code == 143 else 130)
 
 
 @contextmanager
@@ -241,7 +247,7 @@ def run(job: Callable[[DictConfig], None], config_name: str) -> None:
         sys.argv[1:] = arguments
         os.environ["HYDRA_FULL_ERROR"] = full_error
         quiet()
-        with one_sentence(config_name):
+        with one_sentence(config_name), stopping_at_once():
             job(cfg)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             finished_jobs.append((Path(cfg.output_dir), list(HydraConfig.get().overrides.task)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from sdmodule.atomic import whole_file
 from sdmodule.errors import SettingsError, choices
 
 
@@ -95,13 +95,12 @@ KEYS = {
 
 
 def save_png(image: Image.Image, path: Path, facts: Mapping[str, Any]) -> None:
-    """Write a picture with its facts as PNG text, aside first, so that no half-written picture is ever seen."""
+    """Write a picture with its facts as PNG text; no half-written picture is ever seen."""
     text = PngInfo()
     for name, value in facts.items():
         text.add_itxt(name, value if isinstance(value, str) else json.dumps(value))
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    image.save(aside, format="PNG", pnginfo=text)
-    os.replace(aside, path)
+    with whole_file(path) as aside:
+        image.save(aside, format="PNG", pnginfo=text)
 
 
 def read_facts(path: str | Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from sdmodule.checkpoint_files import WholeCheckpoints
 from sdmodule.errors import SettingsError
 
 
@@ -58,6 +59,9 @@ def make_trainer(
             f"precision={precision}: this device emulates bfloat16, many times slower than float32; "
             "precision=32-true is faster here."
         )
+    plugins = list(settings.pop("plugins", None) or [])
+    if "deepspeed" not in str(settings.get("strategy")):  # which writes checkpoints of its own kind
+        plugins.append(WholeCheckpoints())
     try:
         return Trainer(
             accelerator=accelerator,
@@ -72,6 +76,7 @@ def make_trainer(
             enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
             enable_model_summary=False,
             num_sanity_val_steps=0,
+            plugins=plugins,
             **settings,
         )
     except (MisconfigurationException, ValueError, TypeError, ImportError) as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from sdmodule.atomic import whole_folder
 from sdmodule.callbacks.ema import EMA
 from sdmodule.errors import SettingsError
 
@@ -32,15 +33,23 @@ class Export(Callback):
         self.folder = Path(folder)
         self.dtype = dtype
 
+    def holds(self, step: int) -> bool:
+        """Whether the folder has the export of a step."""
+        try:
+            return json.loads((self.folder / "training.json").read_text())["steps"] == step
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
         ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
-        with ema.applied(pl_module) if ema else nullcontext():
-            pl_module.save_pretrained(self.folder, dtype=self.dtype)  # type: ignore[operator]
         facts = {"weights": "ema" if ema and ema.average else "raw", "steps": trainer.global_step, "dtype": self.dtype}
-        (self.folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+        with ema.applied(pl_module) if ema else nullcontext():
+            with whole_folder(self.folder) as folder:
+                pl_module.save_pretrained(folder, dtype=self.dtype)  # type: ignore[operator]
+                (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
         for logger in trainer.loggers:
             if log_folder := getattr(logger, "log_folder", None):  # W&B's
                 log_folder(self.folder, "export")
