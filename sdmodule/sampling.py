@@ -16,6 +16,7 @@ from sdmodule.conditioning.canvas import Canvas, lay_out
 from sdmodule.conditioning.inpaint import inpaints
 from sdmodule.conditioning.repaint import Repainting, prepare
 from sdmodule.conditioning.text import count_chunks, encode_prompts
+from sdmodule.decoding import decode
 from sdmodule.diffusion.guidance import guide, rescale
 from sdmodule.diffusion.sampler import denoise, draw_latents, generators
 from sdmodule.errors import SettingsError
@@ -281,9 +282,3 @@ def sample_all(
         [places[k] for k in order],
         [step for samples in done for step in samples.step_seconds],
     )
-
-
-def decode(parts: Components, latents: Tensor) -> Tensor:
-    """Pictures ``[B, 3, H, W]`` in [0, 1], float32, of latents ``[B, 4, h, w]``."""
-    images = parts.vae.decode((latents / parts.vae.config.scaling_factor).to(parts.vae.dtype)).sample
-    return (images.float() / 2 + 0.5).clamp(0, 1)

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from sdmodule.callbacks.finite_loss import STOP, FiniteLoss
 from sdmodule.checkpoint_files import WholeCheckpoints
 from sdmodule.errors import SettingsError
 
@@ -22,6 +23,7 @@ def make_trainer(
     accumulate_grad_batches: int = 1,
     precision: str = "32-true",
     log_every_n_steps: int = 10,
+    nan_loss: str = STOP,
     callbacks: Sequence[Callback] = (),
     **settings: Any,
 ) -> Trainer:
@@ -35,6 +37,7 @@ def make_trainer(
         accumulate_grad_batches: batches that make a step.
         precision: one of Lightning's, or ``auto``: bf16-mixed where the device computes in bfloat16, else 32-true.
         log_every_n_steps: optimizer steps between rows of the training's figures.
+        nan_loss: what becomes of a step whose loss is no number: ``stop`` or ``skip``.
         callbacks: what goes along; a progress bar and checkpoints are made by these alone.
         settings: any others of ``lightning.Trainer``.
 
@@ -71,7 +74,7 @@ def make_trainer(
             accumulate_grad_batches=accumulate_grad_batches,
             precision=precision,  # type: ignore[arg-type]
             log_every_n_steps=min(log_every_n_steps, max_steps),
-            callbacks=list(callbacks),
+            callbacks=[*callbacks, FiniteLoss(nan_loss)],
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
             enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
             enable_model_summary=False,
