@@ -13,6 +13,7 @@ from lightning import LightningModule
 from torch import Tensor
 from typing_extensions import override
 
+from sdmodule.checkpoint_files import check_weights
 from sdmodule.components import load_part, save_part
 from sdmodule.draws import Draws, generators_of_examples
 from sdmodule.privacy import shortened
@@ -94,7 +95,8 @@ class AutoencoderModule(LightningModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.latent_variance = checkpoint["latent_variance"]
+        check_weights(checkpoint["state_dict"], self)
+        self.latent_variance = checkpoint.get("latent_variance")
 
     @override
     def configure_optimizers(self) -> Any:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
+from torch import nn
 from typing_extensions import override
 
 from sdmodule.atomic import whole_file
@@ -50,6 +52,10 @@ def is_whole(file: Path) -> bool:
         return False
 
 
+PARTS = {"global_step": int, "state_dict": dict, "loops": dict, "callbacks": dict, "optimizer_states": list}
+"""What a checkpoint of a training has, and of which type."""
+
+
 def read_head(file: Path) -> dict[str, Any]:
     """A checkpoint as data alone, its tensors left on the disk.
 
@@ -60,10 +66,26 @@ def read_head(file: Path) -> dict[str, Any]:
         if not is_whole(file):
             raise ValueError("its checksums do not hold")
         checkpoint = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        if not isinstance(checkpoint["global_step"], int) or not isinstance(checkpoint["state_dict"], dict):
-            raise ValueError("it has no step and weights")
+        if wrong := [name for name, kind in PARTS.items() if not isinstance(checkpoint[name], kind)]:
+            raise ValueError(f"{wrong} are of other types")
     except Exception as error:  # zip, pickle, key
         raise SettingsError(
             f"ckpt_path={file} is no whole checkpoint of a training run; give one that is, or ckpt_path=last."
         ) from error
     return checkpoint
+
+
+def check_weights(held: Mapping[str, Any], module: nn.Module) -> None:
+    """Check, before it is used, that a checkpoint has the weights that a module trains: these alone, in their shapes.
+
+    Raises:
+        SettingsError: if not.
+    """
+    wanted = {name: value.shape for name, value in module.named_parameters() if value.requires_grad}
+    found = {name: getattr(value, "shape", None) for name, value in held.items()}
+    differing = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
+    if differing:
+        raise SettingsError(
+            f"the checkpoint's weights are not those that are trained here: {len(differing)} of {len(wanted)} are "
+            f"missing, of another shape or unknown, such as {differing[0]}; give the settings that it was trained with."
+        )

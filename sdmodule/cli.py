@@ -247,7 +247,9 @@ def run(job: Callable[[DictConfig], None], config_name: str) -> None:
         sys.argv[1:] = arguments
         os.environ["HYDRA_FULL_ERROR"] = full_error
         quiet()
-        with one_sentence(config_name), stopping_at_once():
+        from sdmodule.exhausted import told_in_a_sentence
+
+        with one_sentence(config_name), told_in_a_sentence(cfg), stopping_at_once():
             job(cfg)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             finished_jobs.append((Path(cfg.output_dir), list(HydraConfig.get().overrides.task)))

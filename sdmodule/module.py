@@ -19,6 +19,7 @@ from lightning import LightningModule
 from torch import Tensor
 from typing_extensions import override
 
+from sdmodule.checkpoint_files import check_weights
 from sdmodule.compiling import compile_blocks
 from sdmodule.components import load_components, save_components
 from sdmodule.conditioning.canvas import InpaintSettings
@@ -428,3 +429,4 @@ class StableDiffusionModule(LightningModule):
             )
         if self.holes.convert and not inpaints(self.unet):  # loaded without a trainer, which would have set it up
             convert_to_inpaint(self.unet)
+        check_weights(checkpoint["state_dict"], self)

@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from sdmodule.atomic import whole_file
 from sdmodule.errors import SettingsError, choices
+from sdmodule.picture_files import opened
 
 
 def _is_text(value: object) -> bool:
@@ -112,7 +113,7 @@ def read_facts(path: str | Path) -> dict[str, Any]:
         SettingsError: if the file is no whole PNG, or its text is not that of a picture made here.
     """
     try:
-        with Image.open(Path(path).expanduser(), formats=("PNG",)) as file:
+        with opened(Path(path).expanduser(), formats=("PNG",)) as file:
             file.load()
             text = dict(file.text)  # type: ignore[attr-defined]
     except FileNotFoundError as error:

@@ -25,9 +25,11 @@ def find_checkpoint(ckpt_path: str | None, output_dir: Path, max_steps: int, end
     Raises:
         SettingsError: if there is none, if it is broken, or if it leaves nothing to train.
     """
-    if ckpt_path is None or Path(ckpt_path).is_dir():  # in shards: a folder, which only its own strategy can read
-        return ckpt_path
+    if ckpt_path is None:
+        return None
     path = newest_whole(output_dir / "checkpoints") if ckpt_path == "last" else Path(ckpt_path).expanduser()
+    if path.is_dir():  # in shards: a folder, which only its own strategy can read
+        return str(path)
     if not path.is_file():
         raise SettingsError(f"ckpt_path={ckpt_path} was not found; give a .ckpt file of an earlier run.")
     step = read_head(path)["global_step"]
@@ -47,7 +49,7 @@ def newest_whole(folder: Path) -> Path:
     """
     files = sorted(folder.glob("*.ckpt"), key=lambda file: (file.stat().st_mtime_ns, file.name), reverse=True)
     for file in files:
-        if is_whole(file):
+        if file.is_dir() or is_whole(file):
             return file
         rank_zero_warn(f"{file} is broken and is passed over.")
     broken = f"; the {len(files)} that are there are broken" if files else ""

@@ -12,10 +12,8 @@ def run(tmp_path: Path) -> Path:
     """Folder of a run that left two checkpoints."""
     (tmp_path / "checkpoints").mkdir()
     for step in (10, 20):
-        torch.save(
-            {"global_step": step, "state_dict": {"weights": torch.ones(1000)}},
-            tmp_path / f"checkpoints/step={step}.ckpt",
-        )
+        content = {"global_step": step, "state_dict": {"weights": torch.ones(1000)}, "loops": {}, "callbacks": {}}
+        torch.save(content | {"optimizer_states": []}, tmp_path / f"checkpoints/step={step}.ckpt")
     return tmp_path
 
 

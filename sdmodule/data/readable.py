@@ -10,7 +10,7 @@ from PIL import Image
 
 from sdmodule.data.captions import Example, some
 from sdmodule.errors import SettingsError, choices
-from sdmodule.picture_files import FORMATS, SUFFIXES, open_upright
+from sdmodule.picture_files import SUFFIXES, open_upright, opened
 
 
 def keep_readable(examples: Sequence[Example], folder: Path, skip_bad: bool, key: str = "data.root") -> list[Example]:
@@ -47,7 +47,7 @@ def _problem(path: Path) -> str | None:
     if path.suffix.lower() not in SUFFIXES:
         return f"{path.suffix or 'no suffix'} is none of {choices(SUFFIXES)}"
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with opened(path) as image:
             if image.mode == "F":
                 return "floating-point pixels have no fixed range"
             image.verify()
