@@ -33,13 +33,14 @@ class WholeCheckpoints(TorchCheckpointIO):
         path = Path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(path) as aside:
-                torch.save(checkpoint, aside)
-        except (OSError, RuntimeError) as error:  # torch's own writer tells of a full disk by a RuntimeError
-            reason = getattr(error, "strerror", None) or "is the disk full?"
+            # into a file of Python's, which tells why it cannot be written
+            with whole_file(path) as aside, aside.open("wb") as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:  # the latter from torch, while it handles the former
+            reason = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None) or error
             raise SettingsError(
-                f"the checkpoint {path} cannot be written ({reason}); make room, then go on from the last whole "
-                "one with ckpt_path=last."
+                f"the checkpoint {path} cannot be written ({reason}); make room, then go on from the last whole one "
+                "with ckpt_path=last."
             ) from error
 
 

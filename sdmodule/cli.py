@@ -88,19 +88,20 @@ def predict(cfg: DictConfig) -> None:
 
 def build_trainer(cfg: DictConfig) -> Trainer:
     """Build callbacks and loggers, and the trainer that has them."""
-    callbacks = build_chosen(cfg.callbacks, "callbacks")
+    callbacks = build_chosen(cfg, "callbacks")
     if cfg.get("cache"):
         callbacks.append(instantiate(cfg.cache))
-    return instantiate(cfg.trainer, callbacks=callbacks, logger=build_chosen(cfg.logger, "logger"))
+    return instantiate(cfg.trainer, callbacks=callbacks, logger=build_chosen(cfg, "logger"))
 
 
-def build_chosen(node: DictConfig, group: str) -> list[Any]:
-    """Build every entry of a group that has several; one that is null is left out.
+def build_chosen(cfg: DictConfig, group: str) -> list[Any]:
+    """Build every entry of a group that has several, or none; one that is null is left out.
 
     Raises:
         SettingsError: for settings of an entry that was not chosen, such as an experiment may have.
     """
-    built = {name: entry for name, entry in instantiate(node).items() if entry is not None}
+    node = cfg.get(group)
+    built = {name: entry for name, entry in instantiate(node).items() if entry is not None} if node else {}
     for name, entry in built.items():
         if isinstance(entry, dict):
             raise SettingsError(
@@ -144,7 +145,7 @@ def choose_output(cfg: DictConfig) -> Path:
     hydra_config = HydraConfig.get()
     folder = Path(str(cfg.output_dir)).expanduser()
     if hydra_config.mode == RunMode.MULTIRUN:
-        if "wandb" in cfg.logger and cfg.logger.wandb.group is None:
+        if "wandb" in (cfg.get("logger") or {}) and cfg.logger.wandb.group is None:
             cfg.logger.wandb.group = "/".join(folder.parts[-2:])  # the runs of a sweep belong together
         folder = folder / str(hydra_config.job.num)
     cfg.output_dir = str(folder)

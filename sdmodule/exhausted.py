@@ -40,9 +40,8 @@ def told_in_a_sentence(cfg: DictConfig) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or OUT_OF_MEMORY.search(str(error)):
-            raise SettingsError(
-                f"the memory does not suffice; lower, in this order: {', '.join(lower(cfg))}."
-            ) from error
+            advice = ", then ".join(lower(cfg))
+            raise SettingsError(f"the memory does not suffice; lower, in this order: {advice}.") from error
         if WORKER_DIED.search(str(error)):
             raise SettingsError(
                 "a process that reads pictures died, as it does where memory runs out; set data.num_workers="

@@ -63,6 +63,12 @@ def sampling_scheduler(parts: Components, settings: SamplingSettings) -> Any:
     if settings.steps > total:
         raise SettingsError(f"steps={settings.steps} is more than the schedule's {total} timesteps; give 1 to {total}.")
     scheduler.set_timesteps(settings.steps)
+    beyond = int(max(scheduler.timesteps)) - (total - 1)
+    if beyond > 0:  # by its steps_offset
+        raise SettingsError(
+            f"steps={settings.steps} reaches {beyond} beyond the schedule's {total} timesteps; "
+            f"give 1 to {total - beyond}."
+        )
     skipped = skipped_timesteps(scheduler, settings)
     if skipped >= len(scheduler.timesteps):
         raise SettingsError(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+from safetensors import SafetensorError
 from typing_extensions import override
 
 from sdmodule.atomic import whole_folder
@@ -47,9 +49,18 @@ class Export(Callback):
         ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
         facts = {"weights": "ema" if ema and ema.average else "raw", "steps": trainer.global_step, "dtype": self.dtype}
         with ema.applied(pl_module) if ema else nullcontext():
-            with whole_folder(self.folder) as folder:
-                pl_module.save_pretrained(folder, dtype=self.dtype)  # type: ignore[operator]
-                (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+            self._write(pl_module, facts)
         for logger in trainer.loggers:
             if log_folder := getattr(logger, "log_folder", None):  # W&B's
                 log_folder(self.folder, "export")
+
+    def _write(self, module: LightningModule, facts: dict[str, Any]) -> None:
+        try:
+            with whole_folder(self.folder) as folder:
+                module.save_pretrained(folder, dtype=self.dtype)  # type: ignore[operator]
+                (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+        except (OSError, SafetensorError) as error:
+            raise SettingsError(
+                f"callbacks.export.folder={self.folder} cannot be written ({error}); give a folder with room, and "
+                "ckpt_path=last to go on from where the training stopped."
+            ) from error

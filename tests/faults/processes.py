@@ -79,20 +79,20 @@ def finish_in_spite_of_kills(
     *arguments: object,
     said: Path,
     kills: int,
-    progress: Callable[[], int],
     longest: float,
     chance: random.Random,
+    progress: Callable[[], int] = int,
 ) -> int:
-    """Kill a command at random moments, each time later in its work, and then let it come to its end.
+    """Kill a command at random moments, and then let it come to its end.
 
     Args:
         command: ``train`` or ``predict``.
         arguments: with which each process starts.
         said: file of its words.
         kills: processes that are killed.
-        progress: grows as the work goes on.
-        longest: seconds after some progress within which the kill comes.
+        longest: seconds within which the kill comes, after some progress.
         chance: draws the moments.
+        progress: grows as the work goes on; without it the seconds are those since the start.
 
     Returns:
         Processes that were killed, and had not ended by themselves.
@@ -101,6 +101,7 @@ def finish_in_spite_of_kills(
     for _ in range(kills):
         before = progress()
         one = Command(command, *arguments, said=said)
-        done += one.killed(lambda before=before: progress() > before, chance.random() * longest)
+        begun = (lambda: True) if progress is int else (lambda before=before: progress() > before)
+        done += one.killed(begun, chance.random() * longest)
     run(command, *arguments, said=said)
     return done

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -13,7 +16,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdmodule.data.scenes import caption, render, sample_scene
 from tests.faults.processes import Command, run
 
 ROOT = Path(__file__).parents[2]
@@ -46,20 +48,9 @@ WAYS = {
 SCHEDULE = "model.lr_scheduler={_target_: torch.optim.lr_scheduler.StepLR, _partial_: true, step_size: 3, gamma: 0.7}"
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fifteen pictures of three shapes."""
-    folder = tmp_path_factory.mktemp("photos")
-    for k in range(15):
-        scene = sample_scene(random.Random(k))
-        render(scene, 64).resize([(40, 40), (64, 32), (32, 64)][k % 3]).save(folder / f"{k:02}.png")
-        (folder / f"{k:02}.txt").write_text(caption(scene) + ", a picture, of shapes")
-    return folder
-
-
-def settings(checkpoint: Path, photos: Path, kind: str, way: str, out: Path) -> list[str]:
+def settings(checkpoint: Path, scene_photos: Path, kind: str, way: str, out: Path) -> list[str]:
     """Of a training whose every step is logged."""
-    common = [f"pretrained={checkpoint}", f"data.root={photos}", "resolution=32", "data.batch_size=2"]
+    common = [f"pretrained={checkpoint}", f"data.root={scene_photos}", "resolution=32", "data.batch_size=2"]
     common += [f"output_dir={out}", f"trainer.max_steps={STEPS}", "trainer.log_every_n_steps=1", "+steps=1", SCHEDULE]
     common += ["callbacks=[checkpoint,ema,samples,export]", "callbacks.checkpoint.every_n_train_steps=2"]
     common += KINDS[kind] if "callbacks=[checkpoint,export]" in KINDS[kind] else ["callbacks.ema.start_step=3"]
@@ -131,14 +122,14 @@ def newest_step(out: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def straight(checkpoint, photos, tmp_path_factory):
+def straight(checkpoint, scene_photos, tmp_path_factory):
     """The folder of a training that is never stopped, for each kind and way."""
     made: dict[tuple[str, str], Path] = {}
 
     def of(kind: str, way: str) -> Path:
         if (kind, way) not in made:
             out = tmp_path_factory.mktemp("straight") / "out"
-            run("train", *settings(checkpoint, photos, kind, way, out), said=out.parent / "said")
+            run("train", *settings(checkpoint, scene_photos, kind, way, out), said=out.parent / "said")
             made[kind, way] = out
         return made[kind, way]
 
@@ -152,10 +143,10 @@ def resuming(out: Path) -> list[str]:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_training_killed_again_and_again_ends_where_an_unbroken_one_does(
-    checkpoint, photos, straight, tmp_path, kind, way
+    checkpoint, scene_photos, straight, tmp_path, kind, way
 ):
     out, said = tmp_path / "out", tmp_path / "said"
-    common = settings(checkpoint, photos, kind, way, out)
+    common = settings(checkpoint, scene_photos, kind, way, out)
     chance = random.Random(f"{kind} {way}")
     killed = 0
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGKILL):
@@ -174,3 +165,30 @@ def test_a_training_killed_again_and_again_ends_where_an_unbroken_one_does(
     assert "broken" not in last
     assert killed >= 2
     assert_same(out, straight(kind, way))
+
+
+def two_processes(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "train.py"), *arguments, "trainer.devices=2", "trainer.strategy=ddp"]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def test_two_processes_are_stopped_and_end_where_unbroken_ones_do(checkpoint, scene_photos, tmp_path):
+    def common(out: Path) -> list[str]:
+        return [*settings(checkpoint, scene_photos, "full", "cached", out), "data.batch_size=1"]
+
+    out = tmp_path / "killed" / "out"
+    straight = two_processes(*common(tmp_path / "straight" / "out"))
+    for number, status in ((signal.SIGTERM, 143), (signal.SIGKILL, -9), (None, 0)):
+        before = newest_step(out)
+        one = two_processes(*common(out), *resuming(out))
+        while number and one.poll() is None and newest_step(out) <= before:
+            time.sleep(0.01)
+        if number:
+            os.killpg(one.pid, number)
+        words, _ = one.communicate(timeout=120)
+        assert one.returncode == status, words
+    words, _ = straight.communicate(timeout=120)
+    assert straight.returncode == 0, words
+    assert_same(out, tmp_path / "straight" / "out")
