@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.utils.torch_utils import randn_tensor
 from lightning import LightningModule
 from torch import Tensor
 from typing_extensions import override
 
+from sdmodule.checkpoint_files import check_weights
 from sdmodule.components import load_part, save_part
+from sdmodule.draws import Draws, generators_of_examples
 from sdmodule.errors import SettingsError
 from sdmodule.privacy import shortened
 from sdmodule.tuning.full import FullTuning
@@ -29,6 +32,7 @@ class AutoencoderModule(LightningModule):
         pretrained: ``tiny``, a diffusers folder or a hub id; its ``vae`` gives the architecture.
         scratch: names the parts that start from random weights (here: ``["vae"]`` or nothing).
         tuning: ``full`` is all that there is for an autoencoder.
+        seed: seed of the noise that latents are drawn with.
         l1_weight: weight of the absolute error.
         kl_weight: weight of the divergence from a standard normal distribution, per latent value.
         optimizer: takes the trainable parameters and returns the optimizer.
@@ -47,15 +51,18 @@ class AutoencoderModule(LightningModule):
         kl_weight: float = 1e-6,
         optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
         lr_scheduler: Callable[..., Any] | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if choose_tuning(tuning) != FullTuning():
             raise SettingsError(f"tuning={tuning} is for UNets, and model=autoencoder has none; leave it out.")
         pretrained = shortened(pretrained)
-        self.save_hyperparameters("pretrained", "l1_weight", "kl_weight")
+        self.save_hyperparameters("pretrained", "l1_weight", "kl_weight", "seed")
         self.vae = load_part("vae", pretrained, scratch="vae" in scratch)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self.seed = seed
+        self.latent_variance: float | None = None  # of the last validation
         self.validated = ""  # end of the names under which validation is logged; set where it is of other weights
 
     @property
@@ -63,11 +70,11 @@ class AutoencoderModule(LightningModule):
         """Side in pixels of the pictures that the checkpoint was made for."""
         return self.vae.config.sample_size
 
-    def losses(self, image: Tensor) -> dict[str, Tensor]:
+    def losses(self, image: Tensor, generators: Draws) -> dict[str, Tensor]:
         """Squared, absolute and KL error of the reconstruction of ``image`` ``[B, 3, H, W]``, each a mean."""
         posterior = self.vae.encode(image).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        latents = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
+        latents = mean + torch.exp(0.5 * logvar) * randn_tensor(mean.shape, generator=generators).to(mean)
         reconstruction = self.vae.decode(latents).sample.float()
         return {
             "mse": F.mse_loss(reconstruction, image),
@@ -77,7 +84,8 @@ class AutoencoderModule(LightningModule):
 
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        losses = self.losses(batch["image"])
+        generators = generators_of_examples(self.seed, len(batch["image"]), batch_idx, self._trainer)
+        losses = self.losses(batch["image"], generators)
         loss = losses["mse"] + self.hparams["l1_weight"] * losses["l1"] + self.hparams["kl_weight"] * losses["kl"]
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/psnr", _psnr(losses["mse"]), prog_bar=True)
@@ -93,6 +101,20 @@ class AutoencoderModule(LightningModule):
         self.log_dict(named, prog_bar=not self.validated, sync_dist=True, batch_size=len(errors))
 
     @override
+    def on_validation_epoch_end(self) -> None:
+        variance = self.trainer.callback_metrics.get("val/latent_variance")
+        self.latent_variance = None if variance is None else float(variance)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["latent_variance"] = self.latent_variance
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_weights(checkpoint["state_dict"], self)
+        self.latent_variance = checkpoint.get("latent_variance")
+
+    @override
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.parameters())
         if self.lr_scheduler is None:
@@ -101,9 +123,8 @@ class AutoencoderModule(LightningModule):
 
     def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
         """Write ``folder/vae``, its scaling factor set so that the latents seen in validation have unit variance."""
-        variance = self.trainer.callback_metrics.get("val/latent_variance") if self._trainer else None
-        if variance is not None:
-            self.vae.register_to_config(scaling_factor=float(variance) ** -0.5)
+        if self.latent_variance is not None:
+            self.vae.register_to_config(scaling_factor=self.latent_variance**-0.5)
         save_part("vae", self.vae, folder, dtype)
 
 

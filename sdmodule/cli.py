@@ -21,6 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from sdmodule.atomic import write_whole
 from sdmodule.command_line import quoted, verbatim, with_recipe
 from sdmodule.errors import SettingsError, unwritable
 from sdmodule.privacy import redacted
@@ -37,7 +38,8 @@ EXTRAS = ("bitsandbytes", "deepspeed", "mlflow", "tensorboard")
 def train(cfg: DictConfig) -> None:
     """Fine-tune a model: data, callbacks, loggers, trainer, model, fit."""
     from sdmodule.callbacks.cache import Cache
-    from sdmodule.resume import find_checkpoint
+    from sdmodule.callbacks.export import Export
+    from sdmodule.resume import Ending, find_checkpoint
 
     output_dir = choose_output(cfg)
     model = None
@@ -47,7 +49,11 @@ def train(cfg: DictConfig) -> None:
     data = instantiate(cfg.data)
     data.setup("fit")  # a folder that cannot be used is told of before anything is written
     trainer = build_trainer(cfg)
-    cfg.ckpt_path = find_checkpoint(cfg.ckpt_path, output_dir, trainer.max_steps)
+    exports = [callback for callback in trainer.callbacks if isinstance(callback, Export)]  # type: ignore[attr-defined]
+    ended = all(export.holds(trainer.max_steps) for export in exports)
+    cfg.ckpt_path = find_checkpoint(cfg.ckpt_path, output_dir, trainer.max_steps, ended)
+    if cfg.ckpt_path:
+        trainer.callbacks.insert(0, Ending(trainer.max_steps))  # type: ignore[attr-defined]
     model = model or build_model(cfg)
     model.setup("fit")  # as is a model that cannot be trained like this
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -61,7 +67,7 @@ def train(cfg: DictConfig) -> None:
     with finishing(trainer, output_dir), logging_to(trainer, config, output_dir):
         if cfg.validate_first and cfg.ckpt_path is None:
             trainer.validate(model, datamodule=data, verbose=False)
-        trainer.fit(model, datamodule=data, ckpt_path=cfg.ckpt_path)
+        trainer.fit(model, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
     say(f"Wrote {output_dir}")
 
 
@@ -80,7 +86,7 @@ def predict(cfg: DictConfig) -> None:
         say(effect)
     write_config(cfg, output_dir)
     config = redacted(OmegaConf.to_container(cfg, resolve=True))
-    with finishing(trainer, output_dir), stopping_at_once(), logging_to(trainer, config, output_dir):
+    with finishing(trainer, output_dir), logging_to(trainer, config, output_dir):
         trainer.predict(model, datamodule=data, return_predictions=False)
     say(f"Wrote {output_dir / 'grid.png'}")
 
@@ -95,19 +101,20 @@ def build_model(cfg: DictConfig) -> Any:
 
 def build_trainer(cfg: DictConfig) -> Trainer:
     """Build callbacks and loggers, and the trainer that has them."""
-    callbacks = build_chosen(cfg.callbacks, "callbacks")
+    callbacks = build_chosen(cfg, "callbacks")
     if cfg.get("cache"):
         callbacks.append(instantiate(cfg.cache))
-    return instantiate(cfg.trainer, callbacks=callbacks, logger=build_chosen(cfg.logger, "logger"))
+    return instantiate(cfg.trainer, callbacks=callbacks, logger=build_chosen(cfg, "logger"))
 
 
-def build_chosen(node: DictConfig, group: str) -> list[Any]:
-    """Build every entry of a group that has several; one that is null is left out.
+def build_chosen(cfg: DictConfig, group: str) -> list[Any]:
+    """Build every entry of a group that has several, or none; one that is null is left out.
 
     Raises:
         SettingsError: for settings of an entry that was not chosen, such as an experiment may have.
     """
-    built = {name: entry for name, entry in instantiate(node).items() if entry is not None}
+    node = cfg.get(group)
+    built = {name: entry for name, entry in instantiate(node).items() if entry is not None} if node else {}
     for name, entry in built.items():
         if isinstance(entry, dict):
             raise SettingsError(
@@ -151,7 +158,7 @@ def choose_output(cfg: DictConfig) -> Path:
     hydra_config = HydraConfig.get()
     folder = Path(str(cfg.output_dir)).expanduser()
     if hydra_config.mode == RunMode.MULTIRUN:
-        if "wandb" in cfg.logger and cfg.logger.wandb.group is None:
+        if "wandb" in (cfg.get("logger") or {}) and cfg.logger.wandb.group is None:
             cfg.logger.wandb.group = "/".join(folder.parts[-2:])  # the runs of a sweep belong together
         folder = folder / str(hydra_config.job.num)
     cfg.output_dir = str(folder)
@@ -181,10 +188,10 @@ def write_config(cfg: DictConfig, folder: Path) -> None:
         if (metrics := folder / "metrics.csv").exists():
             metrics.rename(folder / f"metrics-{len(list(folder.glob('metrics-*.csv'))) + 1}.csv")
         written = OmegaConf.create(redacted(OmegaConf.to_container(cfg, resolve=False)))
-        (folder / "config.yaml").write_text(OmegaConf.to_yaml(written), encoding="utf-8")
+        write_whole(folder / "config.yaml", OmegaConf.to_yaml(written))
         if (sweep := folder.parent / "multirun.yaml").is_file() and HydraConfig.get().mode == RunMode.MULTIRUN:
             written = OmegaConf.create(redacted(OmegaConf.to_container(OmegaConf.load(sweep), resolve=False)))
-            sweep.write_text(OmegaConf.to_yaml(written), encoding="utf-8")
+            write_whole(sweep, OmegaConf.to_yaml(written))
     except OSError as error:
         raise unwritable(folder, error.strerror) from error
 
@@ -210,13 +217,13 @@ def finishing(trainer: Trainer, output_dir: Path) -> Iterator[None]:
     """
     try:
         yield
-    except SystemExit:
+    except SystemExit as end:
         if not trainer.interrupted:
             raise
         last = getattr(trainer.checkpoint_callback, "last_model_path", "")
         go_on = f"; resume with ckpt_path={last}" if last else ""
         print(f"interrupted: what is done is in {output_dir}{go_on}", file=sys.stderr)
-        sys.exit(143 if trainer.received_sigterm else 130)
+        sys.exit(143 if end.code == 143 else 130)
 
 
 @contextmanager
@@ -254,7 +261,9 @@ def run(job: Callable[[DictConfig], None], config_name: str) -> None:
         sys.argv[1:] = arguments
         os.environ["HYDRA_FULL_ERROR"] = full_error
         quiet()
-        with one_sentence(config_name):
+        from sdmodule.exhausted import told_in_a_sentence
+
+        with one_sentence(config_name), told_in_a_sentence(cfg), stopping_at_once():
             job(cfg)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             finished_jobs.append((Path(cfg.output_dir), list(HydraConfig.get().overrides.task)))

@@ -21,6 +21,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sdmodule.base_model import BaseModel
+from sdmodule.checkpoint_files import check_weights
 from sdmodule.checkpointing import checkpoint_blocks
 from sdmodule.compiling import compile_blocks
 from sdmodule.components import load_components
@@ -567,3 +568,4 @@ class StableDiffusionModule(LightningModule):
         self.base_model.check(checkpoint)
         if self.holes.convert and not inpaints(self.unet):  # loaded without a trainer, which would have set it up
             convert_to_inpaint(self.unet)
+        check_weights(checkpoint["state_dict"], self)

@@ -9,7 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sdmodule.run_folder import RECORDS, TIMINGS, read_records, write_whole
+from sdmodule.atomic import write_whole
+from sdmodule.run_folder import RECORDS, TIMINGS, read_records
 
 
 @dataclass

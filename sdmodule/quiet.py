@@ -35,6 +35,7 @@ def quiet() -> None:
         "functools.lru_cache",
         "dirpath has changed",
         "infer the batch indices",
+        "across ranks is zero",
     ):
         warnings.filterwarnings("ignore", message=f".*{part}.*")
 

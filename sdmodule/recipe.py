@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +12,9 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from sdmodule.atomic import whole_file
 from sdmodule.errors import SettingsError, choices
+from sdmodule.picture_files import opened
 
 
 def _is_text(value: object) -> bool:
@@ -109,13 +110,12 @@ KEYS = {
 
 
 def save_png(image: Image.Image, path: Path, facts: Mapping[str, Any]) -> None:
-    """Write a picture with its facts as PNG text, aside first, so that no half-written picture is ever seen."""
+    """Write a picture with its facts as PNG text; no half-written picture is ever seen."""
     text = PngInfo()
     for name, value in facts.items():
         text.add_itxt(name, value if isinstance(value, str) else json.dumps(value))
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    image.save(aside, format="PNG", pnginfo=text)
-    os.replace(aside, path)
+    with whole_file(path) as aside:
+        image.save(aside, format="PNG", pnginfo=text)
 
 
 def read_facts(path: str | Path) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def read_facts(path: str | Path) -> dict[str, Any]:
         SettingsError: if the file is no whole PNG, or its text is not that of a picture made here.
     """
     try:
-        with Image.open(Path(path).expanduser(), formats=("PNG",)) as file:
+        with opened(Path(path).expanduser(), formats=("PNG",)) as file:
             file.load()
             text = dict(file.text)  # type: ignore[attr-defined]
     except FileNotFoundError as error:

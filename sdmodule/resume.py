@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
-import torch
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from typing_extensions import override
 
+from sdmodule.checkpoint_files import is_whole, read_head
 from sdmodule.errors import SettingsError
 
 
-def find_checkpoint(ckpt_path: str | None, output_dir: Path, max_steps: int) -> str | None:
+def find_checkpoint(ckpt_path: str | None, output_dir: Path, max_steps: int, ended: bool = True) -> str | None:
     """The checkpoint to go on from.
 
     Args:
@@ -19,20 +20,20 @@ def find_checkpoint(ckpt_path: str | None, output_dir: Path, max_steps: int) -> 
             None starts anew.
         output_dir: folder of the run.
         max_steps: step at which the training ends.
+        ended: whether all that a training leaves at its end is there, so that its last checkpoint is no use.
 
     Raises:
         SettingsError: if there is none, if it is broken, or if it leaves nothing to train.
     """
-    if ckpt_path is None or Path(ckpt_path).is_dir():  # in shards: a folder, which only its own strategy can read
-        return ckpt_path
+    if ckpt_path is None:
+        return None
     path = newest_whole(output_dir / "checkpoints") if ckpt_path == "last" else Path(ckpt_path).expanduser()
+    if path.is_dir():  # in shards: a folder, which only its own strategy can read
+        return str(path)
     if not path.is_file():
         raise SettingsError(f"ckpt_path={ckpt_path} was not found; give a .ckpt file of an earlier run.")
-    try:
-        step = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"]
-    except Exception as error:  # what is wrong with a file comes in many kinds: zip, pickle, key
-        raise SettingsError(f"ckpt_path={ckpt_path} is no checkpoint of a training run; give one that is.") from error
-    if step >= max_steps:
+    step = read_head(path)["global_step"]
+    if step > max_steps or (step == max_steps and ended):
         raise SettingsError(
             f"ckpt_path={path} is of step {step} and trainer.max_steps={max_steps}, which leaves nothing to train; "
             "give a larger trainer.max_steps."
@@ -48,7 +49,7 @@ def newest_whole(folder: Path) -> Path:
     """
     files = sorted(folder.glob("*.ckpt"), key=lambda file: (file.stat().st_mtime_ns, file.name), reverse=True)
     for file in files:
-        if is_whole(file):
+        if file.is_dir() or is_whole(file):
             return file
         rank_zero_warn(f"{file} is broken and is passed over.")
     broken = f"; the {len(files)} that are there are broken" if files else ""
@@ -57,10 +58,26 @@ def newest_whole(folder: Path) -> Path:
     )
 
 
-def is_whole(file: Path) -> bool:
-    """Whether a checkpoint is complete: a zip archive with an index, each of whose entries has its checksum."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            return archive.testzip() is None
-    except (zipfile.BadZipFile, OSError, EOFError):
-        return False
+class Ending(Callback):
+    """Lets a training that has made all its steps, and was stopped before its end, come to it.
+
+    Lightning leaves such a one alone: nothing is validated, sampled or exported. So it is allowed one step more, until
+    the last validation is made.
+    """
+
+    def __init__(self, max_steps: int) -> None:
+        self.max_steps = max_steps
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        trainer.fit_loop.epoch_loop.max_steps = self.max_steps + 1
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        validation = trainer.fit_loop.epoch_loop.val_loop
+        if validation.skip or not validation.restarted_mid_evaluation:
+            trainer.fit_loop.epoch_loop.max_steps = self.max_steps
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.fit_loop.epoch_loop.max_steps = self.max_steps

@@ -1,16 +1,16 @@
-"""The folder of a predict run: what lies where, what of it is done, and how it is written without a torn file."""
+"""The folder of a predict run: what lies where, and what of it is done."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from sdmodule.atomic import write_whole
 from sdmodule.errors import SettingsError
 from sdmodule.recipe import read_facts
 from sdmodule.requests import SampleRequest
@@ -64,13 +64,6 @@ def to_line(record: Mapping[str, Any]) -> str:
 def write_records(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write records in the order of their pictures."""
     write_whole(file, "".join(to_line(record) for record in sorted(records, key=lambda record: record["index"])))
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a file aside and move it into place, so that nobody ever sees half of it."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}.part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, file)
 
 
 def finished(folder: Path, requests: Sequence[SampleRequest], facts: Mapping[str, Any]) -> dict[int, dict[str, Any]]:

@@ -17,6 +17,7 @@ from sdmodule.conditioning.controlnet import prepare_control
 from sdmodule.conditioning.inpaint import inpaints
 from sdmodule.conditioning.repaint import Repainting, prepare
 from sdmodule.conditioning.text import count_chunks, encode_prompts
+from sdmodule.decoding import decode
 from sdmodule.denoiser import GuidedUNet
 from sdmodule.diffusion.sampler import denoise, draw_latents, generators
 from sdmodule.errors import SettingsError
@@ -67,6 +68,12 @@ def sampling_scheduler(parts: Components, settings: SamplingSettings) -> Any:
     if settings.steps > total:
         raise SettingsError(f"steps={settings.steps} is more than the schedule's {total} timesteps; give 1 to {total}.")
     scheduler.set_timesteps(settings.steps)
+    beyond = int(max(scheduler.timesteps)) - (total - 1)
+    if beyond > 0:  # by its steps_offset
+        raise SettingsError(
+            f"steps={settings.steps} reaches {beyond} beyond the schedule's {total} timesteps; "
+            f"give 1 to {total - beyond}."
+        )
     skipped = skipped_timesteps(scheduler, settings)
     if skipped >= len(scheduler.timesteps):
         raise SettingsError(
@@ -287,9 +294,3 @@ def sample_all(
         [places[k] for k in order],
         [step for samples in done for step in samples.step_seconds],
     )
-
-
-def decode(parts: Components, latents: Tensor) -> Tensor:
-    """Pictures ``[B, 3, H, W]`` in [0, 1], float32, of latents ``[B, 4, h, w]``."""
-    images = parts.vae.decode((latents / parts.vae.config.scaling_factor).to(parts.vae.dtype)).sample
-    return (images.float() / 2 + 0.5).clamp(0, 1)

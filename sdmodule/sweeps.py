@@ -11,10 +11,11 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from sdmodule.atomic import write_whole
 from sdmodule.page import Job, read_job, write_page
 from sdmodule.pictures import break_lines
 from sdmodule.privacy import redacted
-from sdmodule.run_folder import write_whole
+from sdmodule.recipe import save_png
 
 SHEET_ROWS = 24
 """Rows of the sheet; a larger sweep shows its first ones."""
@@ -38,7 +39,7 @@ def summarize(folder: Path, finished: Sequence[tuple[Path, Sequence[str]]]) -> N
     write_whole(folder / "summary.csv", table(jobs))
     write_whole(folder / "seconds.svg", plot(jobs))
     if any(job.records for job in jobs):
-        sheet(folder, jobs).save(folder / "sheet.png")
+        save_png(sheet(folder, jobs), folder / "sheet.png", {})
     write_page(folder, folder.absolute().name, jobs, "seconds.svg")
 
 

@@ -11,6 +11,8 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from sdmodule.callbacks.finite_loss import STOP, FiniteLoss
+from sdmodule.checkpoint_files import WholeCheckpoints
 from sdmodule.errors import SettingsError
 
 
@@ -21,6 +23,7 @@ def make_trainer(
     accumulate_grad_batches: int = 1,
     precision: str = "32-true",
     log_every_n_steps: int = 10,
+    nan_loss: str = STOP,
     callbacks: Sequence[Callback] = (),
     **settings: Any,
 ) -> Trainer:
@@ -35,6 +38,7 @@ def make_trainer(
         precision: one of Lightning's; or ``auto``: bf16-mixed where the device computes in bfloat16, else 32-true; or
             ``auto-true``, to sample: bf16-true there, 16-true on a GPU that does not, else 32-true.
         log_every_n_steps: optimizer steps between rows of the training's figures.
+        nan_loss: what becomes of a step whose loss is no number: ``stop`` or ``skip``.
         callbacks: what goes along; a progress bar and checkpoints are made by these alone.
         settings: any others of ``lightning.Trainer``.
 
@@ -61,6 +65,9 @@ def make_trainer(
             f"precision={precision}: this device emulates bfloat16, many times slower than float32; "
             "precision=32-true is faster here."
         )
+    plugins = list(settings.pop("plugins", None) or [])
+    if "deepspeed" not in str(settings.get("strategy")):  # which writes checkpoints of its own kind
+        plugins.append(WholeCheckpoints())
     try:
         return Trainer(
             accelerator=accelerator,
@@ -70,11 +77,12 @@ def make_trainer(
             accumulate_grad_batches=accumulate_grad_batches,
             precision=precision,  # type: ignore[arg-type]
             log_every_n_steps=min(log_every_n_steps, max_steps),
-            callbacks=list(callbacks),
+            callbacks=[*callbacks, FiniteLoss(nan_loss)],
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
             enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
             enable_model_summary=False,
             num_sanity_val_steps=0,
+            plugins=plugins,
             **settings,
         )
     except (MisconfigurationException, ValueError, TypeError, ImportError) as error:

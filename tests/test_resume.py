@@ -12,7 +12,8 @@ def run(tmp_path: Path) -> Path:
     """Folder of a run that left two checkpoints."""
     (tmp_path / "checkpoints").mkdir()
     for step in (10, 20):
-        torch.save({"global_step": step, "weights": torch.ones(1000)}, tmp_path / f"checkpoints/step={step}.ckpt")
+        content = {"global_step": step, "state_dict": {"weights": torch.ones(1000)}, "loops": {}, "callbacks": {}}
+        torch.save(content | {"optimizer_states": []}, tmp_path / f"checkpoints/step={step}.ckpt")
     return tmp_path
 
 
@@ -40,7 +41,7 @@ def test_last_without_any_is_an_error(tmp_path: Path) -> None:
     ("path", "steps", "message"),
     [
         ("none.ckpt", 100, "none.ckpt was not found"),
-        ("broken.ckpt", 100, "is no checkpoint of a training run"),
+        ("broken.ckpt", 100, "is no whole checkpoint of a training run"),
         ("checkpoints/step=20.ckpt", 20, "is of step 20 and trainer.max_steps=20"),
     ],
 )

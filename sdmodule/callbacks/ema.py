@@ -83,8 +83,8 @@ class EMA(Callback):
         self._raw = None
 
     @override
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._swap_in(pl_module)
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap_in(pl_module)  # not in ``on_validation_start``, in which a checkpoint may be written
 
     @override
     def on_validation_batch_end(

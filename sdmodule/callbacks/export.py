@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+from safetensors import SafetensorError
 from typing_extensions import override
 
+from sdmodule.atomic import whole_folder
 from sdmodule.callbacks.ema import EMA
 from sdmodule.errors import SettingsError
 
@@ -36,16 +39,33 @@ class Export(Callback):
         self.dtype = dtype
         self.weights = weights
 
+    def holds(self, step: int) -> bool:
+        """Whether the folder has the export of a step."""
+        try:
+            return json.loads((self.folder / "training.json").read_text())["steps"] == step
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
         averages = (c for c in trainer.callbacks if isinstance(c, EMA))  # type: ignore[attr-defined]
         ema = next(averages, None) if self.weights == "ema" else None
-        with ema.applied(pl_module) if ema else nullcontext():
-            pl_module.save_pretrained(self.folder, dtype=self.dtype)  # type: ignore[operator]
         facts = {"weights": "ema" if ema and ema.average else "raw", "steps": trainer.global_step, "dtype": self.dtype}
-        (self.folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+        with ema.applied(pl_module) if ema else nullcontext():
+            self._write(pl_module, facts)
         for logger in trainer.loggers:
             if log_folder := getattr(logger, "log_folder", None):  # W&B's
                 log_folder(self.folder, "export")
+
+    def _write(self, module: LightningModule, facts: dict[str, Any]) -> None:
+        try:
+            with whole_folder(self.folder) as folder:
+                module.save_pretrained(folder, dtype=self.dtype)  # type: ignore[operator]
+                (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+        except (OSError, SafetensorError) as error:
+            raise SettingsError(
+                f"callbacks.export.folder={self.folder} cannot be written ({error}); give a folder with room, and "
+                "ckpt_path=last to go on from where the training stopped."
+            ) from error

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
 from typing_extensions import override
 
+from sdmodule.atomic import remove_leftovers
 from sdmodule.errors import unwritable
 from sdmodule.pictures import captioned_sheet
 from sdmodule.recipe import save_png
@@ -66,7 +67,9 @@ class PredictionWriter(BasePredictionWriter):
         try:
             (self.output_dir / IMAGES).mkdir(parents=True, exist_ok=True)
             if trainer.is_global_zero:
-                for left in [*self.output_dir.glob("*/.*.part"), *self.output_dir.glob("predictions.*.jsonl")]:
+                for folder in (self.output_dir, self.output_dir / IMAGES, self.output_dir / INPUTS):
+                    remove_leftovers(folder)
+                for left in self.output_dir.glob("predictions.*.jsonl"):
                     left.unlink(missing_ok=True)
                 write_records(self._file(0), self._done(trainer).values())
             trainer.strategy.barrier("folder ready")
@@ -157,7 +160,7 @@ class PredictionWriter(BasePredictionWriter):
         images = [Image.open(self.output_dir / record["file"]) for record in records]
         captions = [f"{record['prompt']} · {record['seed']}" for record in records]
         if images:
-            captioned_sheet(images, captions).save(self.output_dir / "grid.png")
+            save_png(captioned_sheet(images, captions), self.output_dir / "grid.png", {})
 
     def _file(self, rank: int) -> Path:
         return self.output_dir / (RECORDS if rank == 0 else f"predictions.{rank}.jsonl")

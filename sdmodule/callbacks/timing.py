@@ -18,8 +18,9 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
+from sdmodule.atomic import write_whole
 from sdmodule.callbacks.prediction_writer import PredictionWriter
-from sdmodule.run_folder import TIMINGS, write_whole
+from sdmodule.run_folder import TIMINGS
 from sdmodule.samples import Samples
 
 WINDOW = 200

@@ -17,6 +17,7 @@ from sdmodule.conditioning.inpaint import masked
 from sdmodule.conditioning.random_masks import draw_masks
 from sdmodule.loggers.pictures import log_pictures
 from sdmodule.pictures import captioned_sheet, contact_sheet, to_images
+from sdmodule.recipe import save_png
 from sdmodule.requests import INPAINT
 
 TILE = 192
@@ -72,7 +73,9 @@ class ValidationSamples(Callback):
             images, across = pl_module.infer(prompts, seed=self.seed, show_progress=False)["samples"], 1  # type: ignore[operator]
         captions = [f"{prompt} · {self.seed + k}" for k, prompt in enumerate(prompts)]
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        captioned_sheet(images, captions, across * TILE).save(self.output_dir / f"{trainer.global_step:06d}.png")
+        save_png(
+            captioned_sheet(images, captions, across * TILE), self.output_dir / f"{trainer.global_step:06d}.png", {}
+        )
         log_pictures(trainer.loggers, "val/samples", images, captions, trainer.global_step)
 
     def _repainted(self, trainer: Trainer, pl_module: Any, prompts: Sequence[str]) -> list[Image.Image]:

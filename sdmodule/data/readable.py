@@ -10,7 +10,7 @@ from PIL import Image, UnidentifiedImageError
 
 from sdmodule.data.captions import Examples, some
 from sdmodule.errors import SettingsError, choices
-from sdmodule.picture_files import FORMATS, SUFFIXES, PictureFile, open_upright, readable_by_pil
+from sdmodule.picture_files import FORMATS, SUFFIXES, PictureFile, open_upright, opened
 
 
 class Place(Protocol):
@@ -74,7 +74,7 @@ def _problem(file: PictureFile) -> str | None:
     if isinstance(file, Path) and file.suffix.lower() not in SUFFIXES:
         return f"{file.suffix or 'no suffix'} is none of {choices(SUFFIXES)}"
     try:
-        with Image.open(readable_by_pil(file), formats=FORMATS) as image:
+        with opened(file) as image:
             if image.mode == "F":
                 return "floating-point pixels have no fixed range"
             image.verify()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import uuid
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sdmodule.atomic import remove_leftovers, whole_file
 from sdmodule.data.fingerprints import fingerprint
 from sdmodule.errors import SettingsError
 
 SHARD = 256
 """Tensors in a file."""
+
+DAY = 24 * 60 * 60
 
 
 class TensorStore:
@@ -39,9 +41,12 @@ class TensorStore:
 
     def refresh(self) -> None:
         """Look what is there now; a broken file is named and passed over."""
+        remove_leftovers(self.folder, older_than=DAY)
         for file in sorted(self.folder.glob("*.safetensors")):
             try:
                 with safe_open(file, framework="pt") as shard:
+                    if not set(shard.keys()) <= (shard.metadata() or {}).keys():
+                        raise SafetensorError("no checksums")
                     self._files.update(dict.fromkeys(shard.keys(), file))
             except (SafetensorError, OSError):
                 rank_zero_warn(f"{file} is broken and is passed over; what it held is made anew.")
@@ -50,10 +55,24 @@ class TensorStore:
         return key in self._files
 
     def __getitem__(self, key: str) -> Tensor:
+        """A tensor.
+
+        Raises:
+            SettingsError: if it is not what was written.
+        """
         file = self._files[key]
-        if file not in self._open:
-            self._open[file] = safe_open(file, framework="pt")
-        return self._open[file].get_tensor(key)
+        try:
+            if file not in self._open:
+                shard = safe_open(file, framework="pt")
+                self._open[file] = shard, shard.metadata() or {}
+            shard, checksums = self._open[file]
+            tensor = shard.get_tensor(key)
+            whole = checksum(tensor) == checksums.get(key)
+        except (SafetensorError, OSError):
+            whole = False
+        if not whole:
+            raise SettingsError(f"cache.folder: {file} is broken; remove it, and what it held is made anew.")
+        return tensor
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # a process that loads data opens the files itself
@@ -65,15 +84,12 @@ class TensorStore:
             SettingsError: if it cannot be written.
         """
         file = self.folder / f"{fingerprint(*sorted(tensors))}.safetensors"
-        aside = file.with_suffix(f".{uuid.uuid4().hex}")
+        own = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(
-                {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}, aside
-            )
-            os.replace(aside, file)
+            with whole_file(file) as aside:
+                save_file(own, aside, metadata={key: checksum(tensor) for key, tensor in own.items()})
         except (OSError, SafetensorError) as error:
-            aside.unlink(missing_ok=True)
             raise SettingsError(
                 f"cache.folder: {self.folder} cannot be written ({error}); give a folder with room, or cache=none."
             ) from error
@@ -92,3 +108,8 @@ class TensorStore:
         finally:
             if pending:
                 self.add(pending)
+
+
+def checksum(tensor: Tensor) -> str:
+    """Of a tensor's bytes, which safetensors does not check itself."""
+    return f"{zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()):08x}"

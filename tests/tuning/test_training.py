@@ -14,7 +14,7 @@ from lightning import Trainer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sdmodule.callbacks.checkpoint import PrivateCheckpoint
+from sdmodule.callbacks.checkpoint import TrainingCheckpoint
 from sdmodule.callbacks.ema import EMA
 from sdmodule.cli import predict_main, train_main
 from sdmodule.components import ASSETS
@@ -80,7 +80,7 @@ def test_what_is_trained_changes_alone_and_a_stopped_training_ends_as_an_unbroke
     straight, resumed = build(), build()
     before, frozen = trained(straight), dict(straight.named_parameters())
     frozen = {name: value.detach().clone() for name, value in frozen.items() if name not in before}
-    saved = PrivateCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    saved = TrainingCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     fit(straight, data(), 4, saved, EMA(start_step=1))
     torch.manual_seed(99)  # the global random numbers have no say
     fit(resumed, data(), 4, EMA(start_step=1), resume=tmp_path / "step=2.ckpt", accumulate_grad_batches=1)

@@ -1,0 +1,28 @@
+"""Pictures to train on."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from sdmodule.data.scenes import caption, render, sample_scene
+
+SHAPES = [(40, 40), (64, 32), (32, 64)]
+
+
+def scenes(folder: Path, count: int) -> Path:
+    """A folder of pictures of three shapes, with captions of three parts."""
+    folder.mkdir(exist_ok=True)
+    for k in range(count):
+        scene = sample_scene(random.Random(k))
+        render(scene, 64).resize(SHAPES[k % 3]).save(folder / f"{k:03}.png")
+        (folder / f"{k:03}.txt").write_text(caption(scene) + ", a picture, of shapes")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scene_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fifteen pictures of three shapes."""
+    return scenes(tmp_path_factory.mktemp("scenes"), 15)
