@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor
@@ -25,7 +24,7 @@ from sdmodule.checkpoint_files import check_weights
 from sdmodule.checkpointing import checkpoint_blocks
 from sdmodule.compiling import compile_blocks
 from sdmodule.components import load_components
-from sdmodule.conditioning.canvas import InpaintSettings
+from sdmodule.conditioning.canvas import InpaintSettings, check_inpaint
 from sdmodule.conditioning.controlnet import ControlGuide, load_controlnet
 from sdmodule.conditioning.inpaint import HoleTraining, convert_to_inpaint, inpaints, mask_channels, masked
 from sdmodule.conditioning.random_masks import draw_masks
@@ -34,13 +33,12 @@ from sdmodule.data.cached import CachedEmbeddings
 from sdmodule.diffusion.objective import add_noise, draw_timesteps, example_means, prior_preservation, target
 from sdmodule.draws import Draws, generator_at, generators_of_examples, generators_of_validation, seeded
 from sdmodule.errors import SettingsError, choices
+from sdmodule.inference import infer
 from sdmodule.interop.adapters import chosen_adapters, use_adapters
-from sdmodule.modes import evaluating
 from sdmodule.objective import SQUARED_ERROR, Objective
-from sdmodule.optimizers import build_optimizer
+from sdmodule.optimizers import build_optimizer, parameter_groups
 from sdmodule.privacy import shortened
-from sdmodule.progress import steps_bar
-from sdmodule.requests import INPAINT, TASKS, TEXT2IMAGE, SampleRequest, build_requests
+from sdmodule.requests import INPAINT, TASKS, TEXT2IMAGE, SampleRequest
 from sdmodule.samples import Samples
 from sdmodule.sampling import check_settings, describe, sample_all
 from sdmodule.schedulers import make_scheduler
@@ -50,8 +48,6 @@ from sdmodule.speed.prepare import prepared
 from sdmodule.speed.settings import choose_speed
 from sdmodule.tome.settings import choose_merging
 from sdmodule.tuning.settings import choose_tuning
-
-UNCHANGED = InpaintSettings()
 
 VALIDATION_RANGES = 4
 """Equal ranges of timesteps, in the middle of each of which every validation picture is tried."""
@@ -150,7 +146,7 @@ class StableDiffusionModule(LightningModule):
             control_scale=control_scale,
             speed=choose_speed(speed),
         )
-        self._check_inpaint(self.sampling.inpaint)
+        check_inpaint(self.sampling.inpaint, task)
         self.objective = Objective(**(objective or {}))
         self.tuning = choose_tuning(tuning)
         if untrained := set(scratch) - self.tuning.from_scratch:
@@ -387,22 +383,12 @@ class StableDiffusionModule(LightningModule):
     @override
     def configure_optimizers(self) -> Any:
         precision = str(self._trainer.precision) if self._trainer is not None else ""
-        optimizer = build_optimizer(self.optimizer, self.parameter_groups(), precision)
+        optimizer = build_optimizer(
+            self.optimizer, parameter_groups(self, self.text_encoder, self.tuning.text_encoder_lr), precision
+        )
         if self.lr_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
-
-    def parameter_groups(self) -> list[Any]:
-        """What is trained, for the optimizer; the text encoder apart where it has its own learning rate."""
-        rate = self.tuning.text_encoder_lr
-        if rate is None:
-            return [weight for weight in self.parameters() if weight.requires_grad]
-        apart = {id(weight) for weight in self.text_encoder.parameters()}
-        trained = [weight for weight in self.parameters() if weight.requires_grad]
-        return [
-            {"params": [weight for weight in trained if id(weight) not in apart]},
-            {"params": [weight for weight in trained if id(weight) in apart], "lr": rate},
-        ]
 
     @property
     def resolution(self) -> int:
@@ -416,112 +402,7 @@ class StableDiffusionModule(LightningModule):
 
     # ---------------------------------------------------------------------------------------------- sampling
 
-    def infer(
-        self,
-        prompt: str | Sequence[str],
-        image: Any = None,
-        mask: Any = None,
-        *,
-        control: Any = None,
-        control_scale: float | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        guidance_rescale: float | None = None,
-        negative_prompt: str | Sequence[str] | None = None,
-        num_images_per_prompt: int = 1,
-        eta: float | None = None,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        latents: Tensor | None = None,
-        seed: int = 0,
-        scheduler: str | Mapping[str, Any] | None = None,
-        inpaint: Mapping[str, Any] | None = None,
-        tome: Mapping[str, Any] | None = None,
-        speed: Mapping[str, Any] | None = None,
-        return_type: Literal["image", "numpy", "tensor"] = "image",
-        show_progress: bool = True,
-    ) -> dict[str, Any]:
-        """Sample pictures.
-
-        Settings left out are those of the module's ``sampling``; if nothing was said, 50 steps and the checkpoint's
-        own guidance: 2 for the embedded model, 7.5 for any that names none.
-
-        Args:
-            prompt: one prompt or several; of any length, with ``(words:1.3)`` to weigh words.
-            image: for ``task="inpaint"``, the picture to repaint: a path, a PIL image, an array or a tensor, or a list.
-            mask: where: white in a picture of the same size, a box ``[x0, y0, x1, y1]``, ``"alpha"``, or a list.
-            control: the picture that a ControlNet follows, in any form of ``image``; or one for each prompt.
-            control_scale: how much the ControlNet counts.
-            height: pixels, a multiple of the autoencoder's factor.
-            width: pixels, likewise.
-            num_inference_steps: denoising steps.
-            guidance_scale: strength of classifier-free guidance; 1 or less is none.
-            guidance_rescale: share of the correction of guidance's overexposure.
-            negative_prompt: what to keep away from: one for all prompts, or one for each.
-            num_images_per_prompt: pictures of each prompt.
-            eta: share of DDPM noise in DDIM, 0 to 1.
-            generator: source of all noise instead of ``seed``: one for all pictures, or one for each.
-            latents: initial noise instead of the seed's, ``[pictures, 4, height / factor, width / factor]``.
-            seed: picture k is drawn from ``seed + k``.
-            scheduler: name or settings of a scheduler.
-            inpaint: strength, mask_blur, only_masked and padding; see ``InpaintSettings``.
-            tome: token merging, ``{"ratio": 0}`` for none; see ``TokenMerging``.
-            speed: means of sampling faster, ``{}`` for none; see ``SpeedSettings``.
-            return_type: ``image`` for PIL, ``numpy`` for ``[B, H, W, 3]``, ``tensor`` for ``[B, 3, H, W]``; in [0, 1].
-            show_progress: show a bar of the steps, in a terminal.
-
-        Returns:
-            ``samples``, all pictures of the first prompt first; ``seeds`` and ``prompts`` beside them; ``seconds`` of
-            the stages text, denoise and decode; and ``facts``, the settings in plain types.
-
-        Raises:
-            SettingsError: for an input that cannot be used.
-        """
-        settings = self.sampling.updated(
-            height=height,
-            width=width,
-            steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-            eta=eta,
-            scheduler=scheduler,
-            inpaint=replace(self.sampling.inpaint, **(inpaint or {})),
-            control_scale=control_scale,
-            merging=None if tome is None else choose_merging(tome),
-            speed=None if speed is None else choose_speed(speed),
-        )
-        self._check_inpaint(settings.inpaint)
-        requests = build_requests(
-            prompt,
-            None,
-            negative_prompt,
-            num_images_per_prompt,
-            seed,
-            image=image,
-            mask=mask,
-            task=self.task,
-            control=control,
-        )
-        bar = steps_bar(settings.steps_taken, show_progress)
-        with evaluating(self), prepared(self.parts, settings.speed), bar as on_step:
-            samples = sample_all(self.parts, requests, settings, noise=latents, generator=generator, on_step=on_step)
-        return {
-            "samples": samples.converted(return_type),
-            "prompts": [r.prompt for r in requests],
-            "seeds": [r.seed for r in requests],
-            "seconds": samples.seconds,
-            "facts": samples.facts,
-        }
-
-    def _check_inpaint(self, settings: InpaintSettings) -> None:
-        """Settings of inpainting mean nothing to a model that makes pictures from text: refuse them."""
-        changed = [f"{name}={value}" for name, value in asdict(settings).items() if value != getattr(UNCHANGED, name)]
-        if changed and self.task == TEXT2IMAGE:
-            raise SettingsError(
-                f"{', '.join(changed)} was given and model=text2image repaints nothing; use model=inpaint, or leave "
-                "it out."
-            )
+    infer = infer  # a function of its own file, with its arguments and what they mean
 
     @override
     def on_predict_start(self) -> None:

@@ -29,3 +29,15 @@ def build_optimizer(
     if kind in FUSABLE and not given.keys() & {"fused", "foreach"} and precision != "16-mixed":
         options["fused"] = True
     return make(parameters, **options)
+
+
+def parameter_groups(module: nn.Module, text_encoder: nn.Module, text_encoder_lr: float | None) -> list[Any]:
+    """What is trained of a module, for its optimizer; the text encoder apart where it has its own learning rate."""
+    trained = [weight for weight in module.parameters() if weight.requires_grad]
+    if text_encoder_lr is None:
+        return trained
+    apart = {id(weight) for weight in text_encoder.parameters()}
+    return [
+        {"params": [weight for weight in trained if id(weight) not in apart]},
+        {"params": [weight for weight in trained if id(weight) in apart], "lr": text_encoder_lr},
+    ]

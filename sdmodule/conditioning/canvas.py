@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -107,3 +107,17 @@ def paste(canvas: Canvas, painted: Image.Image, picture: Image.Image) -> Image.I
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_inpaint(settings: InpaintSettings, task: str) -> None:
+    """Settings of inpainting mean nothing to a model that makes pictures from text: refuse them.
+
+    Raises:
+        SettingsError: for a ``task`` of ``text2image`` and settings that are not the usual ones.
+    """
+    usual = asdict(InpaintSettings())
+    changed = [f"{name}={value}" for name, value in asdict(settings).items() if value != usual[name]]
+    if changed and task == "text2image":
+        raise SettingsError(
+            f"{', '.join(changed)} was given and model=text2image repaints nothing; use model=inpaint, or leave it out."
+        )

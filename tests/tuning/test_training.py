@@ -95,7 +95,7 @@ def test_what_is_trained_changes_alone_and_a_stopped_training_ends_as_an_unbroke
 
 def test_the_text_encoder_has_its_own_rate_and_stops_at_its_step(checkpoint, photos):
     module = StableDiffusionModule(str(checkpoint), tuning=TUNINGS["full"], optimizer=fast)
-    assert [group.get("lr") for group in module.parameter_groups()] == [None, 1e-4]
+    assert [group.get("lr") for group in module.configure_optimizers().param_groups] == [1e-3, 1e-4]
     seen = []
 
     class Watch(EMA):
