@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,9 @@ PROMPTS = [
 def made(checkpoint, tmp_path_factory):
     """A function that makes the pictures with some settings, and returns them by prompt and seed."""
 
-    def make(*settings: str, order=range(len(PROMPTS)), processes: int = 1) -> dict[tuple[str, int], np.ndarray]:
+    def make(
+        *settings: str, order: Sequence[int] = (0, 1, 2, 3, 4), processes: int = 1
+    ) -> dict[tuple[str, int], np.ndarray]:
         folder = tmp_path_factory.mktemp("made")
         lines = [json.dumps(PROMPTS[k]) + "\n" for k in order]
         (folder / "prompts.jsonl").write_text("".join(lines))
