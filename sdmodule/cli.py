@@ -113,9 +113,16 @@ def build_chosen(cfg: DictConfig, group: str) -> list[Any]:
     Raises:
         SettingsError: for settings of an entry that was not chosen, such as an experiment may have.
     """
+    from lightning import Callback
+    from lightning.pytorch.loggers import Logger
+
     node = cfg.get(group)
     built = {name: entry for name, entry in instantiate(node).items() if entry is not None} if node else {}
     for name, entry in built.items():
+        if not isinstance(entry, (Callback, Logger, dict)):
+            raise SettingsError(
+                f"{group}.{name}={entry} is not allowed; give its settings, or take {name} out of {group}."
+            )
         if isinstance(entry, dict):
             raise SettingsError(
                 f"{group}.{name} has settings, {', '.join(entry)}, and {group} does not name it; add {name} to "
@@ -139,7 +146,7 @@ def instantiate(node: DictConfig, **extra: Any) -> Any:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, SettingsError):
             cause = cause.__cause__
-        if cause is None and isinstance(error.__cause__, (TypeError, ValueError, ImportError)):
+        if cause is None and isinstance(error.__cause__, Exception):
             name = node._get_full_key(None)
             for package in EXTRAS:
                 if package in str(error.__cause__) and isinstance(error.__cause__, ImportError):
@@ -147,6 +154,9 @@ def instantiate(node: DictConfig, **extra: Any) -> Any:
                     raise SettingsError(f"{name}={package} needs the package {package}; {install}.") from error
             cause = SettingsError(f"{name}: these settings cannot be used: {one_line(error.__cause__)}")
         raise (cause or error) from error
+    except (TypeError, ValueError, AttributeError) as error:  # Hydra's own, for what it cannot read
+        name = node._get_full_key(None) if isinstance(node, DictConfig) else "settings"
+        raise SettingsError(f"{name}: these settings cannot be used: {one_line(error)}") from error
 
 
 def choose_output(cfg: DictConfig) -> Path:
@@ -255,8 +265,10 @@ def run(job: Callable[[DictConfig], None], config_name: str) -> None:
     """Run a command: arguments from the command line, one sentence for a wrong one."""
     arguments, full_error = sys.argv[1:], os.environ.get("HYDRA_FULL_ERROR", "")
     finished_jobs: list[tuple[Path, list[str]]] = []
+    began: list[bool] = []
 
     def checked(cfg: DictConfig) -> None:
+        began.append(True)
         # as they were given: the processes of other devices are started with these again
         sys.argv[1:] = arguments
         os.environ["HYDRA_FULL_ERROR"] = full_error
@@ -274,19 +286,35 @@ def run(job: Callable[[DictConfig], None], config_name: str) -> None:
     try:
         with one_sentence(config_name, always=full_error != "1"):
             sys.argv[1:] = quoted(arguments) if job is train else with_recipe(arguments)
-            try:
+            with composing(lambda: not began):
                 hydra.main(config_path="pkg://sdmodule.conf", config_name=config_name, version_base="1.3")(checked)()
-            except (
-                FileExistsError,
-                NotADirectoryError,
-                PermissionError,
-            ) as error:  # Hydra makes a sweep's folder itself
-                raise unwritable(Path(str(error.filename)), error.strerror) from error
     finally:
         if finished_jobs and job is predict:
             summarize_sweep(finished_jobs)
         sys.argv[1:] = arguments
         os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+@contextmanager
+def composing(at_work: Callable[[], bool]) -> Iterator[None]:
+    """Tell in a sentence what Hydra has no error of its own for: a folder of a sweep, a group of no text.
+
+    Args:
+        at_work: whether Hydra is still putting the settings together.
+
+    Raises:
+        SettingsError: instead of an error of another kind.
+    """
+    try:
+        yield
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:  # Hydra makes a sweep's folder itself
+        raise unwritable(Path(str(error.filename)), error.strerror) from error
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        if not at_work() or isinstance(error, (SettingsError, OmegaConfBaseException)):
+            raise
+        raise SettingsError(
+            f"these settings cannot be put together: {one_line(error)}; --cfg job shows all."
+        ) from error
 
 
 def summarize_sweep(finished_jobs: list[tuple[Path, list[str]]]) -> None:
@@ -327,8 +355,12 @@ def explain(error: Exception, config_name: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message without line breaks, and without the traceback of a process that loaded data."""
-    return " ".join(str(error).rpartition("SettingsError: ")[2].split())
+    """An error's message without line breaks, and without the traceback of a process that loaded data.
+
+    What a file from elsewhere has in it may be named there, so nothing is left that a terminal takes for a command.
+    """
+    line = " ".join(str(error).rpartition("SettingsError: ")[2].split())
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line)
 
 
 def train_main() -> None:

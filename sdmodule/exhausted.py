@@ -49,11 +49,15 @@ def told_in_a_sentence(cfg: DictConfig) -> Iterator[None]:
             ) from error
         raise
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise SettingsError(
+                f"{error.filename or cfg.output_dir} cannot be written ({error.strerror}); make room, or give another "
+                "output_dir; what was written before is whole."
+            ) from error
+        if error.filename is None:
             raise
         raise SettingsError(
-            f"{error.filename or cfg.output_dir} cannot be written ({error.strerror}); make room, or give another "
-            "output_dir; what was written before is whole."
+            f"{error.filename} cannot be read or written ({error.strerror}); give another path, or see to its rights."
         ) from error
 
 

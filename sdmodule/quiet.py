@@ -14,8 +14,8 @@ def quiet() -> None:
     import transformers
     from lightning.fabric.utilities.warnings import PossibleUserWarning
 
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity(logging.CRITICAL)  # its errors are raised as well, and then told of once
     if not sys.stderr.isatty():
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,7 +169,7 @@ def _read_prompts(path: Path) -> list[dict]:
     """Read a file of prompts as rows with ``prompt`` and, optionally, ``negative_prompt`` and ``seed``."""
     if path.suffix not in {".txt", ".jsonl"}:
         raise SettingsError(f"prompts={path} is neither .txt (a prompt a line) nor .jsonl (an object a line).")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise SettingsError(f"prompts={path} is no file; give the path of a .txt or .jsonl file.")
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -186,7 +187,7 @@ def _parse_row(line: str, where: str) -> dict:
     types = {"prompt": "a string", "negative_prompt": "a string", "seed": "a whole number, 0 or more"}
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SettingsError(f"{where} is no JSON ({error}); write an object a line.") from error
     if not isinstance(row, dict) or "prompt" not in row:
         raise SettingsError(f'{where} is {line}; write an object with at least "prompt".')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
@@ -28,9 +29,9 @@ def find_checkpoint(ckpt_path: str | None, output_dir: Path, max_steps: int, end
     if ckpt_path is None:
         return None
     path = newest_whole(output_dir / "checkpoints") if ckpt_path == "last" else Path(ckpt_path).expanduser()
-    if path.is_dir():  # in shards: a folder, which only its own strategy can read
+    if os.path.isdir(path):  # in shards: a folder, which only its own strategy can read
         return str(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise SettingsError(f"ckpt_path={ckpt_path} was not found; give a .ckpt file of an earlier run.")
     step = read_head(path)["global_step"]
     if step > max_steps or (step == max_steps and ended):

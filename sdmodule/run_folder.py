@@ -58,7 +58,10 @@ def read_records(file: Path) -> list[dict[str, Any]]:
 
 def to_line(record: Mapping[str, Any]) -> str:
     """A record as a line of JSON; no letter in it ends the line early."""
-    return json.dumps(record, ensure_ascii=False).replace("\u2028", "\\u2028").replace("\u0085", "\\u0085") + "\n"
+    line = json.dumps(record, ensure_ascii=False)
+    for end in "\u0085\u2028\u2029":
+        line = line.replace(end, f"\\u{ord(end):04x}")
+    return line + "\n"
 
 
 def write_records(file: Path, records: Iterable[Mapping[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +139,7 @@ def read_picture(value: Any, name: str) -> Image.Image:
         return value.copy()
     if isinstance(value, (str, Path)):
         path = Path(value).expanduser()
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise SettingsError(f"{name}={value} was not found; give the path of a picture.")
         try:
             return open_upright(path)

@@ -107,7 +107,7 @@ def find_examples(root: str | Path, key: str = "data.root", prompt: str | None =
                 "it in all rows, or in none."
             )
     named = {path for example in examples for path in example.files if isinstance(path, Path)}
-    if absent := sorted(path for path in named if not path.is_file()):
+    if absent := sorted(path for path in named if not os.path.isfile(path)):
         raise SettingsError(
             f"{key}: {metadata} names pictures that do not exist: {some(_names(absent, folder))}; "
             "file_name is relative to the folder of that file: add the pictures or remove their rows."
@@ -188,7 +188,7 @@ def _jsonl_rows(path: Path, key: str) -> Iterator[tuple[int, dict[str, object]]]
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SettingsError(f"{key}: {path}, line {number} is no JSON ({error}); write objects.") from error
         if not isinstance(row, dict):
             raise SettingsError(f"{key}: {path}, line {number} is {line.strip()}; write an object with both columns.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,15 @@ PROMPTS = [
     {"prompt": "", "seed": 8},
     {"prompt": "a yellow square", "seed": 2**40},
 ]
-ORDER = range(len(PROMPTS))
 
 
 @pytest.fixture(scope="module")
 def made(checkpoint, tmp_path_factory):
     """A function that makes the pictures with some settings, and returns them by prompt and seed."""
 
-    def make(*settings: str, order=ORDER, processes: int = 1) -> dict[tuple[str, int], np.ndarray]:
+    def make(
+        *settings: str, order: Sequence[int] = (0, 1, 2, 3, 4), processes: int = 1
+    ) -> dict[tuple[str, int], np.ndarray]:
         folder = tmp_path_factory.mktemp("made")
         lines = [json.dumps(PROMPTS[k]) + "\n" for k in order]
         (folder / "prompts.jsonl").write_text("".join(lines))

@@ -1,0 +1,189 @@
+"""Whatever is given to predict, it ends in pictures or in one sentence that says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+
+from sdmodule.cli import predict_main
+from sdmodule.schedulers import SHORT_NAMES
+
+JUNK = [
+    "null",
+    "true",
+    "-1",
+    "0",
+    "1",
+    "2",
+    "7",
+    "0.5",
+    "abc",
+    "''",
+    "[]",
+    "{}",
+    "[1,2]",
+    "[a,b]",
+    "{a: b}",
+    "nan",
+    "inf",
+]
+JUNK += [
+    "-inf",
+    "1e400",
+    "1e-9",
+    "10000000000000000000000",
+    "???",
+    "'${x}'",
+    "'${oc.env:HOME}'",
+    "'{0.x}'",
+    "%s",
+    "../x",
+]
+JUNK += ["/", "\x00", "'é\u2028'", "x" * 300, "1_000", "0x10", "[null]", "[[1]]", "{_target_: os.getcwd}"]
+
+# values of keys that mean something, beside the above; what is valid is small, or it would take its time
+MEANINGFUL = {
+    "prompt": ["a red circle", "[a,b,c]", "(a:1.5)", "(a:99)", "((((a", "a\\", "[a, [b]]", "a " * 200],
+    "prompts": ["prompts.jsonl", "prompts.txt", "empty.jsonl", "nothing.jsonl"],
+    "negative_prompt": ["[a,b]", "red"],
+    "image": ["photo.png", "[photo.png,photo.png]", "prompts.txt", "nothing.png"],
+    "mask": ["mask.png", "alpha", "[0,0,8,8]", "[8,8,0,0]", "[0,0,999,9]", "[[0,0,8,8],[1,1,9,9]]"],
+    "model": ["text2image", "inpaint", "autoencoder"],
+    "strength": ["0.1", "0.6", "1.0001"],
+    "mask_blur": ["1.5", "1e6"],
+    "only_masked": ["true", "false", "yes"],
+    "padding": ["3", "100000"],
+    "revision": ["main"],
+    "steps": ["3", "1000", "1001"],
+    "guidance_scale": ["7.5", "1", "-3"],
+    "height": ["32", "40", "33", "4"],
+    "width": ["32", "40", "33", "4"],
+    "num_images_per_prompt": ["3"],
+    "batch_size": ["3", "1000"],
+    "precision": ["32-true", "bf16-mixed", "64-true", "16-true", "16-mixed"],
+    "sampler": [*SHORT_NAMES, "checkpoint", "ddim_sd15"],
+    "sampler.scheduler": [*SHORT_NAMES, "{name: ddim, clip_sample: true}", "{name: ddim, nothing: 1}", "{_target_: x}"],
+    "sampler.eta": ["1", "2"],
+    "sampler.guidance_rescale": ["0.7", "2"],
+    "tome": ["none", "exact", "window", "tomesd"],
+    "tome.ratio": ["0.25", "0.75", "0.99"],
+    "tomesd_cfg": ["{ratio: 0.5}", "{ratio: 2}"],
+    "trainer": ["cpu", "gpu", "nothing"],
+    "logger": ["csv", "none", "[csv,csv]", "nothing"],
+    "callbacks": ["[predictions]", "[predictions,page]", "[predictions,nothing]"],
+    "data.batch_row": ["0", "5"],
+    "from": ["photo.png", "prompts.txt", "nothing.png"],
+    "resume": ["true"],
+    "seed": ["18446744073709551616", "9223372036854775808", "4294967296"],
+    "experiment": ["sd15", "nothing"],
+    "components.vae": ["tiny", "nothing"],
+    "components.scheduler": ["tiny"],
+}
+LEFT_ALONE = {
+    "pretrained",  # given by the test
+    "output_dir",  # as well
+    "trainer.devices",  # starts processes, as these do
+    "trainer.strategy",
+    "trainer.default_root_dir",
+}
+
+
+def predict_keys() -> list[str]:
+    """Every key of predict's configuration, its groups among them."""
+
+    def leaves(node: DictConfig, name: str = "") -> list[str]:
+        keys = []
+        for key in node:
+            value = OmegaConf.to_container(node, resolve=False)[key]
+            keys.append(f"{name}{key}")
+            if isinstance(value, dict) and value:
+                keys += leaves(node._get_node(key), f"{name}{key}.")
+        return keys
+
+    GlobalHydra.instance().clear()
+    with initialize_config_module("sdmodule.conf", version_base="1.3"):
+        config = compose("predict")
+    return [key for key in leaves(config) if key not in LEFT_ALONE and not key.endswith("_target_")]
+
+
+KEYS = sorted({*predict_keys(), *MEANINGFUL})
+
+
+@st.composite
+def overrides(draw: st.DrawFn) -> list[str]:
+    most = draw(st.sampled_from([1, 1, 2, 3, 5]))  # with many settings most cases end at the first wrong one
+    keys = draw(st.lists(st.sampled_from(KEYS), max_size=most, unique=True))
+    given = []
+    for key in keys:
+        junk = st.sampled_from(JUNK)
+        value = draw(st.one_of(st.sampled_from(MEANINGFUL[key]), junk) if key in MEANINGFUL else junk)
+        given.append(f"{key}={value}")
+    if draw(st.integers(0, 9)) and not {"prompt", "prompts"} & set(keys):
+        given.append("prompt=" + draw(st.text(max_size=30)))
+    return draw(st.permutations(given))
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with some files, in which the commands are given."""
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "seed": 3}\n')
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    (tmp_path / "empty.jsonl").write_text("")
+    Image.new("RGBA", (40, 48), (9, 90, 200, 0)).save(tmp_path / "photo.png")
+    Image.new("L", (40, 48), 255).save(tmp_path / "mask.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def ends_well(call, checkpoint: Path, place: Path, given: list[str]) -> str:
+    """Run it; what it ended in."""
+    out = place / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    steps = [] if any(one.startswith("steps=") for one in given) else ["steps=2"]
+    status, printed, complaint = call(
+        predict_main, f"pretrained={checkpoint}", *steps, "progress=false", *given, f"output_dir={out}"
+    )
+    lines = [line for line in complaint.splitlines() if not line.startswith("warning: ")]
+    assert "Traceback" not in complaint + printed, complaint
+    assert not list(place.rglob("*.part"))
+    if status == 0:
+        records = [json.loads(line) for line in (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+        assert records
+        for record in records:
+            Image.open(out / record["file"]).load()
+        return "pictures"
+    assert status == 1 and len(lines) == 1 and lines[0].startswith("error: "), (status, complaint)
+    assert len(lines[0]) > 20
+    return "sentence"
+
+
+ENDS: list[str] = []
+
+
+@settings(
+    max_examples=320,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.explicit, Phase.generate],  # a case is short as it is; to make it shorter takes minutes
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(given=overrides())
+@example(given=["prompt=a", "steps=1000"])
+def test_any_settings_end_in_pictures_or_in_a_sentence(call, checkpoint, place, given):
+    ENDS.append(ends_well(call, checkpoint, place, given))
+
+
+def test_both_ends_were_reached():
+    if ENDS:
+        assert len(ENDS) >= 300 and ENDS.count("pictures") >= 30 and ENDS.count("sentence") >= 30
+    print(len(ENDS), "cases,", ENDS.count("pictures"), "in pictures")
