@@ -137,6 +137,30 @@ def presets(plain: Components, best: Components, compile: bool) -> list[Contende
     return found
 
 
+MEANS: dict[str, dict[str, Any]] = {
+    "keep_memory=false": {"keep_memory": False},
+    "channels_last": {"channels_last": True},
+    "pack": {"pack": True},
+    "channels_last and pack": {"channels_last": True, "pack": True},
+    "compile=blocks": {"compile": "blocks"},
+    "cache_every=2": {"cache_every": 2},
+    "guidance_interval": {"guidance_interval": [0.0, 0.75]},
+}
+"""Means by themselves, on top of ``speed=exact``."""
+
+
+def means(parts: Components, compile: bool) -> list[Contender]:
+    """Each means by itself; without ``compile`` the one that compiles is left out."""
+    chosen = preset("exact")
+    found = []
+    for name, change in MEANS.items():
+        if compile or "compile" not in change:
+            speed = choose_speed({**chosen["speed"], **change})
+            settings = SamplingSettings(**chosen["sampling"], merging=choose_merging(chosen["tome"]), speed=speed)
+            found.append(contender(f"exact, {name}", parts, settings))
+    return found
+
+
 def contender(name: str, parts: Components, settings: SamplingSettings) -> Contender:
     """This package, with some settings."""
     scheduler = make_scheduler(settings.scheduler, parts.scheduler.config)

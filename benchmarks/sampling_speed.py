@@ -29,7 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.report import print_table, report, write_json
-from benchmarks.sampling_peers import STEPS, Contender, Run, Work, peers, presets
+from benchmarks.sampling_peers import STEPS, Contender, Run, Work, means, peers, presets
 from benchmarks.tome_runs import load, psnr
 from sdmodule.components import MODELS, Components
 from sdmodule.errors import SettingsError
@@ -67,6 +67,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="how often each is measured")
     parser.add_argument("--pretrained", help="a model with weights; otherwise Stable Diffusion 1.5's, random")
     parser.add_argument("--guidance-scale", type=float, default=7.5)
+    parser.add_argument("--means", action="store_true", help="each of our means by itself too")
     parser.add_argument("--no-compile", action="store_true", help="compile nothing")
     parser.add_argument("--quick", action="store_true", help="two rounds, nothing compiled")
     parser.add_argument("--json", type=Path, help="file to write the results to")
@@ -144,7 +145,9 @@ def measure(plain: Components, best: Components, settings: argparse.Namespace, s
     correction = describe(plain, SamplingSettings(), inpainting=False)["guidance_rescale"]
     work = Work(size, batch, noise, settings.guidance_scale, correction)
     compile = not settings.no_compile
-    found = [Measured(one) for one in [*peers(plain, best, compile), *presets(plain, best, compile)]]
+    listed = [*peers(plain, best, compile), *presets(plain, best, compile)]
+    listed += means(plain, compile) if settings.means else []
+    found = [Measured(one) for one in listed]
     for turn in range(settings.rounds + 1):
         for one in found:
             start = time.perf_counter()

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_sampling_is_beside_its_alternatives(checkpoint, tmp_path):
     file = tmp_path / "speed.json"
-    result = sampling_speed.run(["--pretrained", str(checkpoint), "--quick", "--json", str(file)])
+    result = sampling_speed.run(["--pretrained", str(checkpoint), "--quick", "--means", "--json", str(file)])
     written = json.loads(file.read_text())
     assert {"command", "hardware", "versions", "rows", "protocol"} <= written.keys()
     assert "float32" in result["protocol"] or "bfloat16" in result["protocol"]
@@ -26,6 +26,7 @@ def test_sampling_is_beside_its_alternatives(checkpoint, tmp_path):
     rows = {row["variant"]: row for row in written["rows"]}
     assert rows["diffusers"]["pictures"] == rows["speed=exact"]["pictures"] == "equal to exact"
     assert rows["diffusers"]["step_over_diffusers"] == rows["diffusers, best recipe"]["step_over_best"] == 1.0
+    assert rows["exact, keep_memory=false"]["pictures"] == "equal to exact"
     assert rows["speed=turbo"]["steps"] < rows["speed=fast"]["steps"] < rows["speed=exact"]["steps"] == 50
     assert all(row["step_seconds"] > 0 and row["picture_seconds"] > 0 for row in rows.values())
 
