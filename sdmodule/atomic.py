@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import time
 import uuid
@@ -91,6 +92,8 @@ def remove_leftovers(folder: Path, older_than: float = 0.0) -> None:
         older_than: seconds; younger ones may be another process's that is at work.
     """
     for left in folder.glob(".*.part"):
+        if not re.fullmatch(r"\..+\.[0-9a-f]{32}\.part", left.name):  # another program's
+            continue
         with suppress(OSError):
             if time.time() - left.stat().st_mtime >= older_than:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()

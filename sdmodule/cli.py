@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from sdmodule.atomic import write_whole
+from sdmodule.atomic import remove_leftovers, write_whole
 from sdmodule.command_line import quoted, verbatim, with_recipe
 from sdmodule.errors import SettingsError, unwritable
 from sdmodule.privacy import redacted
@@ -195,6 +195,8 @@ def write_config(cfg: DictConfig, folder: Path) -> None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for place in (folder, *folder.glob("*/")):
+            remove_leftovers(place)
         if (metrics := folder / "metrics.csv").exists():
             metrics.rename(folder / f"metrics-{len(list(folder.glob('metrics-*.csv'))) + 1}.csv")
         written = OmegaConf.create(redacted(OmegaConf.to_container(cfg, resolve=False)))

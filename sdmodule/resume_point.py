@@ -42,10 +42,12 @@ class ResumePoint:
         batches, epochs, stepped = loops[PROGRESS], loops["epoch_progress"], loops["epoch_loop.state_dict"]
         for counts in (batches["total"], batches["current"]):
             counts["completed"] = counts["processed"]
-        if self.due:  # as if its first batch had been begun: it is made from the start
-            loops[VALIDATION]["total"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-            loops[VALIDATION]["current"] = dict.fromkeys(loops[VALIDATION]["current"], 0)
-            loops[VALIDATION]["is_last_batch"] = False
+        begun = int(self.due)  # one that is due is as if its first batch had been begun: it is made from the start
+        loops[VALIDATION] = {
+            "total": {"ready": begun, "started": begun, "processed": 0, "completed": 0},
+            "current": {"ready": 0, "started": 0, "processed": 0, "completed": 0},
+            "is_last_batch": False,
+        }
         if self.at_validation:  # Lightning goes on behind it, and counts the step there
             return loops
         stepped["_batches_that_stepped"] += 1

@@ -14,7 +14,6 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
-from sdmodule.atomic import remove_leftovers
 from sdmodule.privacy import redacted
 from sdmodule.resume_point import ResumePoint
 
@@ -43,12 +42,6 @@ class TrainingCheckpoint(ModelCheckpoint):
     _point: ResumePoint | None = None
     _busy = False
     _received: int | None = None
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if trainer.is_global_zero and self.dirpath is not None:
-            remove_leftovers(Path(self.dirpath))
 
     # ---------------------------------------------------------------------------------------------- steps
 

@@ -17,7 +17,6 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
 from typing_extensions import override
 
-from sdmodule.atomic import remove_leftovers
 from sdmodule.errors import unwritable
 from sdmodule.pictures import captioned_sheet
 from sdmodule.recipe import save_png
@@ -67,8 +66,6 @@ class PredictionWriter(BasePredictionWriter):
         try:
             (self.output_dir / IMAGES).mkdir(parents=True, exist_ok=True)
             if trainer.is_global_zero:
-                for folder in (self.output_dir, self.output_dir / IMAGES, self.output_dir / INPUTS):
-                    remove_leftovers(folder)
                 for left in self.output_dir.glob("predictions.*.jsonl"):
                     left.unlink(missing_ok=True)
                 write_records(self._file(0), self._done(trainer).values())

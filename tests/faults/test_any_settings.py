@@ -166,24 +166,22 @@ def ends_well(call, checkpoint: Path, place: Path, given: list[str]) -> str:
     return "sentence"
 
 
-ENDS: list[str] = []
+def test_any_settings_end_in_pictures_or_in_a_sentence(call, checkpoint, place):
+    ends: list[str] = []
 
+    @settings(
+        max_examples=320,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.explicit, Phase.generate],  # a case is short as it is; to make it shorter takes minutes
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    @given(given=overrides())
+    @example(given=["prompt=a", "steps=1000"])
+    def one(given: list[str]) -> None:
+        ends.append(ends_well(call, checkpoint, place, given))
 
-@settings(
-    max_examples=320,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=[Phase.explicit, Phase.generate],  # a case is short as it is; to make it shorter takes minutes
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-@given(given=overrides())
-@example(given=["prompt=a", "steps=1000"])
-def test_any_settings_end_in_pictures_or_in_a_sentence(call, checkpoint, place, given):
-    ENDS.append(ends_well(call, checkpoint, place, given))
-
-
-def test_both_ends_were_reached():
-    if ENDS:
-        assert len(ENDS) >= 300 and ENDS.count("pictures") >= 30 and ENDS.count("sentence") >= 30
-    print(len(ENDS), "cases,", ENDS.count("pictures"), "in pictures")
+    one()
+    print(len(ends), "cases,", ends.count("pictures"), "in pictures")
+    assert len(ends) >= 300 and ends.count("pictures") >= 30 and ends.count("sentence") >= 30

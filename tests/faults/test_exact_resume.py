@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.faults.processes import Command, run
+from benchmarks.forked import Command, run
 
 ROOT = Path(__file__).parents[2]
 STEPS = 13
@@ -197,3 +197,22 @@ def test_two_processes_are_stopped_and_end_where_unbroken_ones_do(checkpoint, sc
     words, _ = straight.communicate(timeout=120)
     assert straight.returncode == 0, words
     assert_same(out, tmp_path / "straight" / "out")
+
+
+def test_a_validation_that_was_made_again_is_not_taken_for_one_that_is_due(checkpoint, scene_photos, tmp_path):
+    """Stopped in the validation of step 3, and once more behind it."""
+    out, said = tmp_path / "out", tmp_path / "said"
+    common = [f"pretrained={checkpoint}", f"data.root={scene_photos}", "resolution=32", "data.batch_size=2"]
+    common += [f"output_dir={out}", "trainer.max_steps=5", "trainer.val_check_interval=3"]
+    common += ["callbacks=[checkpoint,samples,export]", "callbacks.checkpoint.every_n_train_steps=1"]
+    in_validation = Command("train", *common, "+steps=900", said=said)
+    while in_validation.process.is_alive() and newest_step(out) < 3:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    in_validation.send(signal.SIGTERM)
+    assert in_validation.ended()[0] == 143 and not list(out.glob("samples/*"))
+    behind = Command("train", *common, "+steps=1", "ckpt_path=last", said=said)
+    assert behind.killed(lambda: newest_step(out) == 4)
+    run("train", *common, "+steps=1", "ckpt_path=last", said=said)
+    files = out.glob("checkpoints/*.ckpt")
+    assert max(torch.load(file, weights_only=True)["global_step"] for file in files) == 5

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from benchmarks.forked import FORKED, finish_in_spite_of_kills, run
 from sdmodule.callbacks.export import Export
 from sdmodule.components import load_components
 from sdmodule.module import StableDiffusionModule
 from tests.faults.conftest import scenes
-from tests.faults.processes import FORKED, finish_in_spite_of_kills, run
 
 
 def cached(folder: Path) -> dict[str, torch.Tensor]:

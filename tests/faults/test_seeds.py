@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.faults.processes import run
+from benchmarks.forked import run
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = [

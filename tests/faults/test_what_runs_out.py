@@ -13,9 +13,9 @@ import psutil
 import pytest
 import torch
 
+from benchmarks.forked import Command, run
 from sdmodule.checkpoint_files import is_whole
 from tests.faults.conftest import scenes
-from tests.faults.processes import Command, run
 
 GRACE = 30
 """Seconds that a scheduler gives between SIGTERM and SIGKILL."""

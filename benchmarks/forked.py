@@ -38,7 +38,9 @@ def work(command: str, arguments: list[str], said: str, preparation: Callable[[]
 class Command:
     """A command at work; it begins when it is made."""
 
-    def __init__(self, command: str, *arguments: object, said: Path, preparation: Callable[[], None] | None = None):
+    def __init__(
+        self, command: str, *arguments: object, said: Path, preparation: Callable[[], None] | None = None
+    ) -> None:
         self.said = said
         said.write_text("")
         self.process = FORKED.Process(target=work, args=(command, list(map(str, arguments)), str(said), preparation))
@@ -54,6 +56,7 @@ class Command:
         return 128 - status if status < 0 else status, self.said.read_text()
 
     def send(self, number: int) -> None:
+        """Send it a signal."""
         os.kill(self.process.pid, number)
 
     def killed(self, moment: Callable[[], bool], after: float = 0.0) -> bool:

@@ -1,0 +1,318 @@
+"""Train and sample the embedded model for a time, while processes are killed, files damaged and disks filled.
+
+Every round is one of these, drawn at random: a training or a prediction that is killed again and again, whose newest
+checkpoint or picture is damaged in between, and whose disk may be full at first; or a damaged file that is offered to a
+command. What is left at the end is compared with what an undisturbed run has left, bit by bit. Meanwhile one training,
+which validates and samples too, goes on for the whole time, and its memory is watched.
+
+Disks are filled where file systems may be mounted, which is root's to do on most machines.
+
+Example::
+
+    python benchmarks/soak.py --minutes 20 --json soak.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import psutil
+import torch
+from PIL import Image
+from scipy.stats import theilslopes
+
+from benchmarks.forked import Command
+from benchmarks.report import ROOT, print_table, report, write_json
+
+EMOJI = ROOT / "sdmodule" / "assets" / "emoji"
+MOST_GROWTH = 2.0
+"""Percent an hour by which memory may grow."""
+
+TRAIN = [f"data.root={EMOJI}", "data.batch_size=2", "trainer.log_every_n_steps=1", "+steps=2", "sampler=ddim"]
+TRAIN += ["callbacks=[checkpoint,ema,samples,export]", "callbacks.samples.num_prompts=1", "callbacks.ema.start_step=2"]
+KILLED = ["trainer.max_steps=12", "trainer.val_check_interval=5", "callbacks.checkpoint.every_n_train_steps=2"]
+PREDICT = ['prompt=["a red circle on a blue background","a small green star"]', "num_images_per_prompt=8", "steps=4"]
+PREDICT += ["batch_size=3", "resume=true"]
+SMALL_DISK, LARGE_DISK = 8 * 2**20, 400 * 2**20
+
+
+class Soak:
+    """The rounds, and what came of them.
+
+    Args:
+        place: folder to work in.
+        chance: draws all that is random.
+    """
+
+    def __init__(self, place: Path, chance: random.Random) -> None:
+        self.place = place
+        self.chance = chance
+        self.counts: Counter[str] = Counter()
+        self.complaints: list[str] = []
+        self.can_mount = True
+        self.straight = {kind: self._undisturbed(kind) for kind in ("train", "predict")}
+
+    def _undisturbed(self, kind: str) -> dict[str, Any]:
+        out = self.place / f"straight-{kind}"
+        settings = [*TRAIN, *KILLED] if kind == "train" else PREDICT
+        status, words = Command(kind, *settings, f"output_dir={out}", said=self.place / "said").ended()
+        if status:
+            raise RuntimeError(words)
+        return left_by(kind, out)
+
+    def round(self) -> None:
+        """One of the things that may go wrong."""
+        kinds = ["train", "predict", "file", "file"] + (["train disk", "predict disk"] if self.can_mount else [])
+        kind = self.chance.choice(kinds)
+        if kind == "file":
+            self.offer_a_bad_file()
+            return
+        out = self.place / "out"
+        if not kind.endswith("disk"):
+            self.disturbed(kind, out)
+            shutil.rmtree(out)
+            return
+        with self.small_disk() as enlarged:
+            if enlarged is not None:
+                self.disturbed(kind.partition(" ")[0], self.place / "disk" / "out", enlarged)
+
+    def disturbed(self, kind: str, out: Path, enlarged: Any = None) -> None:
+        """A run that is killed and damaged, whose disk is full at first, and that ends as the undisturbed one did."""
+        for attempt in range(40):
+            resume = ["ckpt_path=last"] if kind == "train" and list(out.glob("checkpoints/*.ckpt")) else []
+            settings = [*TRAIN, *KILLED, *resume] if kind == "train" else PREDICT
+            one = Command(kind, *settings, f"output_dir={out}", said=self.place / "said")
+            self.counts["resumes"] += attempt > 0
+            number = self.chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+            one.process.join(self.chance.uniform(0.5, 6) if attempt < 6 and enlarged is None else 120)
+            if one.process.is_alive():
+                one.send(number)
+                self.counts["kills"] += 1
+            status, words = one.ended()
+            if status == 0:
+                break
+            if status == 1:
+                self.told(words, "cannot be written" if enlarged else "")
+                if enlarged is None:
+                    return
+                self.counts["full disks"] += 1
+                enlarged()
+                enlarged = None
+            elif status != 128 + number:
+                self.complain(f"{kind} ended with {status}: {words}")
+            if self.chance.random() < 0.3:
+                self.damage(kind, out)
+        self.compare(kind, out)
+
+    def damage(self, kind: str, out: Path) -> None:
+        """Damage the newest checkpoint, if it is not the only one, or a picture."""
+        files = sorted(out.glob("checkpoints/*.ckpt" if kind == "train" else "images/*.png"), key=newness)
+        if len(files) < 2:
+            return
+        files[-1].write_bytes(damaged(files[-1].read_bytes(), self.chance))
+        self.counts["bad files offered"] += 1
+        self.counts["bad files refused"] += 1  # if not, the comparison at the end tells
+
+    def compare(self, kind: str, out: Path) -> None:
+        """Count what differs from an undisturbed run."""
+        ours, theirs = left_by(kind, out), self.straight[kind]
+        what = "trainings" if kind == "train" else "pictures"
+        names = {"a training"} if kind == "train" else set(theirs)
+        wrong = [name for name in sorted({*ours, *theirs}) if not same(ours.get(name), theirs.get(name))]
+        self.counts[f"{what} compared"] += len(names)
+        self.counts[f"{what} differing"] += len(wrong) if kind == "predict" else bool(wrong)
+        self.counts["files lost"] += len(theirs.keys() - ours.keys())
+        if wrong or list(out.rglob("*.part")):
+            self.complain(f"{kind} differs in {wrong[:5]}, or has left something half-written")
+
+    def offer_a_bad_file(self) -> None:
+        """A damaged checkpoint, picture, file of prompts or of captions, each to the command that reads it."""
+        good = self.place / "straight-predict" / "images" / "00000-0.png"
+        checkpoint = next((self.place / "straight-train" / "checkpoints").glob("*.ckpt"))
+        photos = self.place / "photos"
+        shutil.copytree(EMOJI, photos, dirs_exist_ok=True)
+        bad = self.place / self.chance.choice(["bad.png", "bad.ckpt", "bad.jsonl", "photos/metadata.jsonl"])
+        lines = b'{"prompt": "a red circle"}\n{"prompt": "a star", "seed": 3}\n'
+        sources = {".png": good, ".ckpt": checkpoint, ".jsonl": photos / "metadata.jsonl"}
+        content = lines if bad.name == "bad.jsonl" else sources[bad.suffix].read_bytes()
+        bad.write_bytes(damaged(content, self.chance))
+        command = {
+            "bad.png": ["predict", f"from={bad}", "steps=2"],
+            "bad.ckpt": ["train", *TRAIN, "trainer.max_steps=13", "callbacks=[]", f"ckpt_path={bad}"],
+            "bad.jsonl": ["predict", f"prompts={bad}", "steps=2"],
+            "metadata.jsonl": ["train", *TRAIN, "trainer.max_steps=1", "callbacks=[]", f"data.root={photos}"],
+        }[bad.name]
+        command = [word for word in command if not ("callbacks=[]" in command and word.startswith("callbacks."))]
+        status, words = Command(*command, f"output_dir={self.place / 'bad'}", said=self.place / "said").ended()
+        self.counts["bad files offered"] += 1
+        self.counts["bad files refused" if status else "bad files read"] += 1
+        if status:
+            self.told(words)
+        shutil.rmtree(self.place / "bad", ignore_errors=True)
+
+    def told(self, words: str, part: str = "") -> None:
+        """Check that a command ended in one sentence."""
+        last = (words.splitlines() or [""])[-1]
+        if "Traceback" in words or not last.startswith("error: ") or part not in last:
+            self.complain(words)
+
+    def complain(self, words: str) -> None:
+        """Note something that must not be."""
+        self.counts["failures"] += 1
+        self.complaints.append(words)
+
+    @contextmanager
+    def small_disk(self) -> Iterator[Any]:
+        """A small disk, and a function that enlarges it; None where none can be mounted."""
+        disk = self.place / "disk"
+        disk.mkdir(exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK}", "none", str(disk)]
+        self.can_mount = (
+            shutil.which("mount") is not None and subprocess.run(command, capture_output=True).returncode == 0
+        )
+        if not self.can_mount:
+            yield None
+            return
+        larger = ["mount", "-o", f"remount,size={LARGE_DISK}", str(disk)]
+        try:
+            yield lambda: subprocess.run(larger, check=True)
+        finally:
+            subprocess.run(["umount", str(disk)], check=True)
+
+
+def newness(file: Path) -> int:
+    """When a file was written."""
+    return file.stat().st_mtime_ns
+
+
+def damaged(content: bytes, chance: random.Random) -> bytes:
+    """A file cut off, with a flipped bit, or with a hole of zeros."""
+    at = chance.randrange(1, len(content))
+    changed = bytearray(content)
+    kind = chance.randrange(3)
+    if kind == 0:
+        return content[:at]
+    if kind == 1:
+        changed[at] ^= 1 << chance.randrange(8)
+    else:
+        changed[at : at + 100] = bytes(min(100, len(content) - at))
+    return bytes(changed)
+
+
+def left_by(kind: str, out: Path) -> dict[str, Any]:
+    """What a run has left, by name: the pixels of pictures; or weights, moments and averages of a training."""
+    if kind == "predict":
+        return {file.name: Image.open(file).tobytes() for file in sorted((out / "images").glob("*.png"))}
+    newest = max((out / "checkpoints").glob("*.ckpt"), key=newness)
+    content = torch.load(newest, weights_only=True)
+    exported = {str(file.relative_to(out)): file.read_bytes() for file in (out / "export").rglob("*.safetensors")}
+    return {**{name: content[name] for name in ("global_step", "state_dict", "optimizer_states")}, **exported} | {
+        "average": content["callbacks"]["EMA"]
+    }
+
+
+def same(ours: Any, theirs: Any) -> bool:
+    """Whether two things are equal to the bit, tensors within them too."""
+    if isinstance(ours, torch.Tensor):
+        return isinstance(theirs, torch.Tensor) and torch.equal(ours, theirs)
+    if isinstance(ours, dict):
+        return isinstance(theirs, dict) and ours.keys() == theirs.keys() and all(same(ours[k], theirs[k]) for k in ours)
+    if isinstance(ours, (list, tuple)):
+        return len(ours) == len(theirs) and all(map(same, ours, theirs))
+    return bool(ours == theirs)
+
+
+@contextmanager
+def memory_of(pid: int) -> Iterator[list[tuple[float, int]]]:
+    """Note a process's resident memory once a second: pairs of seconds and bytes."""
+    samples: list[tuple[float, int]] = []
+    process, over, start = psutil.Process(pid), threading.Event(), time.monotonic()
+
+    def watch() -> None:
+        while not over.wait(1.0) and process.is_running():
+            samples.append((time.monotonic() - start, process.memory_info().rss))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        over.set()
+        thread.join()
+
+
+def growth(samples: Sequence[tuple[float, int]]) -> float | None:
+    """Percent an hour by which memory grows, behind the first quarter of the time; None for too few samples."""
+    times, sizes = zip(*samples[len(samples) // 4 :], strict=True) if len(samples) > 20 else ((), ())
+    if not times:
+        return None
+    slope = theilslopes(sizes, times).slope  # of all pairs the median: an allocator grows in steps
+    return float(slope) * 3600 / (sum(sizes) / len(sizes)) * 100
+
+
+def run(arguments: Sequence[str]) -> dict[str, Any]:
+    """Run the benchmark; what it found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--seed", type=int, default=0, help="names what is drawn; the moments of kills depend on speed")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--quick", action="store_true", help="half a minute")
+    chosen = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        soak = Soak(place, random.Random(chosen.seed))
+        steady = [*TRAIN, "trainer.max_steps=1000000000", "trainer.val_check_interval=50"]
+        steady += ["callbacks=[checkpoint,ema,samples,timing]", f"output_dir={place / 'steady'}"]
+        watched = Command("train", *steady, said=place / "steady-said")
+        start = time.monotonic()
+        with memory_of(watched.process.pid) as memory:
+            while (now := time.monotonic() - start) < (0.5 if chosen.quick else chosen.minutes) * 60:
+                soak.round()
+        watched.send(signal.SIGTERM)
+        status, words = watched.ended()
+        if status != 143:
+            soak.complain(words)
+        steps = [torch.load(file, weights_only=True)["global_step"] for file in place.glob("steady/checkpoints/*.ckpt")]
+    row = {"minutes": round(now / 60, 1), "kills": 0, "resumes": 0, "full disks": 0}
+    row |= {"bad files offered": 0, "bad files refused": 0, "bad files read": 0, "pictures compared": 0}
+    row |= {"pictures differing": 0, "trainings compared": 0, "trainings differing": 0, "files lost": 0, "failures": 0}
+    row |= soak.counts
+    slope = growth(memory)
+    row |= {
+        "steps of the steady training": max(steps, default=0),
+        "memory growth, % an hour": slope and round(slope, 2),
+    }
+    print_table([{"what": name, "": value} for name, value in row.items()])
+    for words in soak.complaints:
+        print(f"\n{words}", file=sys.stderr)
+    result = report(["benchmarks/soak.py", *arguments], [row])
+    if chosen.json:
+        write_json(chosen.json, result)
+    return result
+
+
+def main() -> None:
+    """End with status 1 if anything was lost, differed, failed or grew."""
+    [row] = run(sys.argv[1:])["rows"]
+    grew = (row["memory growth, % an hour"] or 0.0) > MOST_GROWTH
+    bad = ("pictures differing", "trainings differing", "files lost", "failures")
+    sys.exit(int(grew or any(row[name] for name in bad)))
+
+
+if __name__ == "__main__":
+    main()
