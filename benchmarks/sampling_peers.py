@@ -140,8 +140,6 @@ def presets(plain: Components, best: Components, compile: bool) -> list[Contende
 MEANS: dict[str, dict[str, Any]] = {
     "keep_memory=false": {"keep_memory": False},
     "channels_last": {"channels_last": True},
-    "pack": {"pack": True},
-    "channels_last and pack": {"channels_last": True, "pack": True},
     "compile=blocks": {"compile": "blocks"},
     "cache_every=2": {"cache_every": 2},
     "guidance_interval": {"guidance_interval": [0.0, 0.75]},

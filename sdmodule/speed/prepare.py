@@ -11,7 +11,6 @@ from sdmodule.speed.compiled import compiled
 from sdmodule.speed.decoding import decoding
 from sdmodule.speed.layout import channels_last
 from sdmodule.speed.memory import memory_kept
-from sdmodule.speed.packed import weights_packed
 
 if TYPE_CHECKING:
     from sdmodule.components import Components
@@ -30,8 +29,6 @@ def prepared(parts: Components, settings: SpeedSettings) -> Iterator[None]:
             stack.enter_context(memory_kept())
         if settings.channels_last:
             stack.enter_context(channels_last(parts.unet, parts.vae))
-        if settings.pack:
-            stack.enter_context(weights_packed(parts.unet, parts.vae))
         stack.enter_context(decoding(parts.vae, settings.decode))
         stack.enter_context(attention_by(parts.unet, settings.attention))
         compile = settings.compile_on(parts.unet.device.type)

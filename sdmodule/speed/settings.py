@@ -24,7 +24,6 @@ class SpeedSettings:
             gave last is used again (Ma et al. 2024, "DeepCache"). 1 runs all of it always.
         cache_layers: layers of full resolution, counted from the input and from the output, that run at every step.
         channels_last: keep the UNet and the autoencoder in the layout that convolutions are fastest in.
-        pack: on CPU, keep a second copy of weights in the order in which they are read fastest.
         compile: ``none``; ``blocks``, the UNet's, each by itself; ``whole``; or ``auto``: blocks on a GPU, and none on
             CPU, where compiling takes longer than most runs.
         attention: what computes the UNet's attention: ``sdpa`` leaves the choice to torch, ``flash``, ``efficient``,
@@ -42,7 +41,6 @@ class SpeedSettings:
     cache_every: int = 1
     cache_layers: int = 1
     channels_last: bool = False
-    pack: bool = False
     compile: str = "none"
     attention: str = "sdpa"
     decode: str = "whole"
@@ -66,7 +64,7 @@ class SpeedSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise SettingsError(f"speed.{name}={value} is not allowed; give a whole number of at least 1.")
-        for name in ("channels_last", "pack", "keep_memory"):
+        for name in ("channels_last", "keep_memory"):
             if not isinstance(getattr(self, name), bool):
                 raise SettingsError(f"speed.{name}={getattr(self, name)} is not allowed; give true or false.")
         for name, allowed in (("compile", COMPILE), ("attention", ATTENTION), ("decode", DECODE)):

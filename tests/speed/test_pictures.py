@@ -28,7 +28,6 @@ def test_means_that_change_nothing(sd, same):
 
 CLOSE = [
     {"channels_last": True},
-    {"pack": True},
     {"decode": "sliced"},
     {"attention": "plain"},
     {"attention": "math"},
@@ -75,7 +74,7 @@ def test_repainted_pictures(checkpoint):
 def test_afterwards_the_model_is_as_it_was(sd):
     before = pictures(sd)
     strides = {name: weight.stride() for name, weight in sd.named_parameters()}
-    everything = {"channels_last": True, "pack": True, "attention": "plain", "keep_memory": True, "cache_every": 2}
+    everything = {"channels_last": True, "attention": "plain", "keep_memory": True, "cache_every": 2}
     everything |= {"decode": "tiled"}
     pictures(sd, speed=everything)
     with pytest.raises(RuntimeError, match="stop"):

@@ -14,7 +14,6 @@ WRONG = {
     "cache_every": (0, -1, 1.5, True, "often"),
     "cache_layers": (0, None),
     "channels_last": (1, "yes"),
-    "pack": (None,),
     "keep_memory": ("no",),
     "decode": ("half",),
     "compile": ("all", True),
