@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -84,27 +85,30 @@ def finish_in_spite_of_kills(
     kills: int,
     longest: float,
     chance: random.Random,
+    made: Path,
     progress: Callable[[], int] = int,
-) -> int:
+) -> None:
     """Kill a command at random moments, and then let it come to its end.
+
+    Where it has come to its end before the kill, what it made is removed, and it begins anew.
 
     Args:
         command: ``train`` or ``predict``.
         arguments: with which each process starts.
         said: file of its words.
-        kills: processes that are killed.
+        kills: processes that are killed at their work.
         longest: seconds within which the kill comes, after some progress.
         chance: draws the moments.
+        made: folder of what it makes.
         progress: grows as the work goes on; without it the seconds are those since the start.
-
-    Returns:
-        Processes that were killed, and had not ended by themselves.
     """
     done = 0
-    for _ in range(kills):
+    while done < kills:
         before = progress()
         one = Command(command, *arguments, said=said)
         begun = (lambda: True) if progress is int else (lambda before=before: progress() > before)
-        done += one.killed(begun, chance.random() * longest)
+        if one.killed(begun, chance.random() * longest):
+            done += 1
+        else:
+            shutil.rmtree(made, ignore_errors=True)
     run(command, *arguments, said=said)
-    return done

@@ -36,7 +36,7 @@ def test_a_cache_killed_twelve_times_is_the_same(checkpoint, tmp_path):
     start = time.perf_counter()
     run("train", *common, f"cache.folder={tmp_path / 'straight'}", said=tmp_path / "said")
     seconds = time.perf_counter() - start
-    kills = finish_in_spite_of_kills(
+    finish_in_spite_of_kills(
         "train",
         *common,
         f"cache.folder={tmp_path / 'killed'}",
@@ -44,8 +44,8 @@ def test_a_cache_killed_twelve_times_is_the_same(checkpoint, tmp_path):
         kills=12,
         longest=seconds * 0.9,
         chance=random.Random(1),
+        made=tmp_path / "killed",
     )
-    assert kills >= 8
     ours, theirs = cached(tmp_path / "killed"), cached(tmp_path / "straight")
     assert len(theirs) > 640 and ours.keys() == theirs.keys()
     assert all(torch.equal(value, ours[name]) for name, value in theirs.items())
@@ -65,7 +65,7 @@ def test_a_prediction_killed_ten_times_makes_the_same_pictures(checkpoint, tmp_p
     def made() -> int:
         return len(list((out / "images").glob("*.png")))
 
-    kills = finish_in_spite_of_kills(
+    finish_in_spite_of_kills(
         "predict",
         *common,
         f"output_dir={out}",
@@ -75,8 +75,8 @@ def test_a_prediction_killed_ten_times_makes_the_same_pictures(checkpoint, tmp_p
         progress=made,
         longest=0.1,
         chance=random.Random(task),
+        made=out,
     )
-    assert kills >= 3
     (out / "timings.json").touch()  # not there where the last run had nothing left to do
     files = sorted(path.relative_to(straight) for path in straight.rglob("*") if path.is_file())
     assert files == sorted(path.relative_to(out) for path in out.rglob("*") if path.is_file())
