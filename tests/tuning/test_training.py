@@ -40,7 +40,7 @@ def fit(module: StableDiffusionModule, data, steps: int, *callbacks, resume: Pat
         callbacks=list(callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
-        enable_checkpointing=bool(callbacks),
+        enable_checkpointing=any(isinstance(callback, TrainingCheckpoint) for callback in callbacks),
         **settings,
     )
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
