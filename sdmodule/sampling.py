@@ -34,6 +34,9 @@ from sdmodule.stopwatch import Stopwatch
 if TYPE_CHECKING:
     from sdmodule.components import Components
 
+LARGEST_SIDE = 65536
+"""Pixels of a picture's side; attention over one of such a size would need petabytes."""
+
 ZERO_SNR_RESCALE = 0.7
 """Guidance rescale for models of zero terminal SNR (Lin et al. 2023, section 3.4)."""
 
@@ -53,6 +56,8 @@ def latent_shape(parts: Components, settings: SamplingSettings) -> tuple[int, in
             raise SettingsError(
                 f"{name}={pixels} is not allowed; give a multiple of {factor} such as {below} or {below + factor}."
             )
+        if pixels > LARGEST_SIDE:
+            raise SettingsError(f"{name}={pixels} is more than any device can hold; give at most {LARGEST_SIDE}.")
         sides.append(pixels // factor)
     return parts.vae.config.latent_channels, sides[0], sides[1]
 

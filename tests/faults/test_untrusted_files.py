@@ -28,7 +28,8 @@ from sdmodule.components import load_components
 from sdmodule.conditioning.masked_picture import read_masked
 from sdmodule.data.captions import find_examples
 from sdmodule.data.fingerprints import fingerprint
-from sdmodule.data.readable import keep_readable, load_mask, load_rgb
+from sdmodule.data.readable import load_beside, load_rgb, readable
+from sdmodule.data.sources import Folder
 from sdmodule.data.store import TensorStore
 from sdmodule.errors import SettingsError
 from sdmodule.interop.single_file import load_single_file
@@ -83,8 +84,9 @@ def cases(checkpoint, tmp_path_factory) -> dict[str, Case]:
         for other in folder.glob("metadata.*"):
             other.unlink()
         shutil.copy(file, folder / name)
-        examples = keep_readable(find_examples(folder), folder, skip_bad=False)
-        assert all(example.path.is_relative_to(folder) for example in examples)
+        examples = find_examples(folder)
+        assert readable(examples, Folder(str(folder)), skip_bad=False) == list(range(len(examples)))
+        assert all(Path(str(example.path)).is_relative_to(folder) for example in examples)
         return examples
 
     def read_part(file: Path) -> object:
@@ -107,7 +109,7 @@ def cases(checkpoint, tmp_path_factory) -> dict[str, Case]:
         "PNG text": (place / "made.png", read_facts),
         "JPEG": (place / "photo.jpg", load_rgb),
         "mask of a request": (place / "mask.png", lambda file: read_masked(Image.new("RGB", (32, 24)), str(file))),
-        "mask of data": (place / "mask.gif", lambda file: load_mask(file, file, (32, 24))),
+        "mask of data": (place / "mask.gif", lambda file: load_beside(file, file, (32, 24), "mask")),
         "metadata.jsonl": (photos / "metadata.jsonl", lambda file: read_folder(file, "metadata.jsonl")),
         "metadata.csv": (photos / "metadata.csv", lambda file: read_folder(file, "metadata.csv")),
         "prompts.jsonl": (place / "prompts.jsonl", lambda file: build_requests(prompts=str(file))),
