@@ -21,13 +21,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.report import ROOT, print_table, report, write_json
+from benchmarks.report import ROOT, Parser, print_table, report, write_json
 from sdmodule.errors import SettingsError
 
 STEP = """
@@ -63,20 +63,13 @@ predict_main()
 """The command, up to its first step."""
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose complaint is one sentence rather than a usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        raise SettingsError(f"{message[0].upper()}{message[1:]}.")
-
-
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the options.
 
     Raises:
         SettingsError: an option is unknown or a value out of range.
     """
-    parser = _Parser(description="Measure how cost grows.", allow_abbrev=False)
+    parser = Parser(description="Measure how cost grows.", allow_abbrev=False)
     parser.add_argument("--sizes", type=int, nargs="*", default=[256, 512, 768, 1024], help="pixels, at batch 1")
     parser.add_argument("--batches", type=int, nargs="*", default=[2, 4, 8, 16], help="pictures at once, at 512 pixels")
     parser.add_argument("--prompts", type=int, nargs="*", default=[10, 100, 1000, 10000], help="prompts of a run")

@@ -23,14 +23,14 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.repainted_scenes import Repaint, draw_repaint, judge_repaint
-from benchmarks.report import print_table, report, write_json
+from benchmarks.report import Parser, print_table, report, write_json
 from benchmarks.scene_reader import ATTRIBUTES, judge, read_scene
 from sdmodule.data.scenes import IMAGE_SIZE, Scene, caption, render, sample_double, sample_single
 from sdmodule.errors import SettingsError, choices
@@ -67,20 +67,13 @@ SHEET_SIDE = 8
 Verdict = dict[str, bool]
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose complaint is one sentence rather than a usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        raise SettingsError(f"{message[0].upper()}{message[1:]}.")
-
-
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read options and ``key=value`` overrides; the latter win.
 
     Raises:
         SettingsError: a key is unknown or a value is out of range.
     """
-    parser = _Parser(description="Measure how often a picture shows what its prompt says.", allow_abbrev=False)
+    parser = Parser(description="Measure how often a picture shows what its prompt says.", allow_abbrev=False)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"any of: {', '.join(KEYS)}")
     parser.add_argument("--task", default="text2image", choices=MODELS, help="what is measured")
     parser.add_argument("--pretrained", help="name or folder of the model; the embedded one of the task if not given")

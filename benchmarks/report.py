@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -10,14 +11,25 @@ import shlex
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from typing_extensions import override
+
+from sdmodule.errors import SettingsError
 
 PACKAGES = ("torch", "diffusers", "transformers", "lightning", "sdmodule")
 """Packages whose versions are recorded."""
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaint is one sentence rather than a usage text."""
+
+    @override
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message[0].upper()}{message[1:]}.")
 
 
 def report(command: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -22,13 +22,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.report import print_table, report, write_json
+from benchmarks.report import Parser, print_table, report, write_json
 from benchmarks.sampling_peers import STEPS, Contender, Run, Work, means, peers, presets
 from benchmarks.tome_runs import load, psnr
 from sdmodule.components import MODELS, Components
@@ -47,13 +47,6 @@ BARS = (
 """Which figure of which preset is to be at least what, at 512 pixels on two cores that compute in bfloat16."""
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose complaint is one sentence rather than a usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        raise SettingsError(f"{message[0].upper()}{message[1:]}.")
-
-
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the options.
 
@@ -61,7 +54,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         SettingsError: an option is unknown or a value out of range.
     """
     gpu = torch.cuda.is_available()
-    parser = _Parser(description="Measure sampling beside its alternatives.", allow_abbrev=False)
+    parser = Parser(description="Measure sampling beside its alternatives.", allow_abbrev=False)
     parser.add_argument("--size", type=int, nargs="+", default=[512, 768, 1024] if gpu else [512], help="pixels")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 5, 16] if gpu else [1], help="pictures at once")
     parser.add_argument("--rounds", type=int, default=5, help="how often each is measured")

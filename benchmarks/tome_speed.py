@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.line_plot import Line, Panel, draw_panels
-from benchmarks.report import print_table, report, write_json
+from benchmarks.report import Parser, print_table, report, write_json
 from benchmarks.tome_runs import (
     ENGINES,
     IMAGES_PER_CALL,
@@ -51,20 +51,13 @@ PUBLISHED = {0.5: 542.20 / 427.65, 0.75: 542.20 / 393.05}
 """Speed-up by tomesd, with seconds on an RTX 3090 in float32, of tomesd's README."""
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose complaint is one sentence rather than a usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        raise SettingsError(f"{message[0].upper()}{message[1:]}.")
-
-
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the options.
 
     Raises:
         SettingsError: an option is unknown or a value out of range.
     """
-    parser = _Parser(description="Measure token merging: speed beside error.", allow_abbrev=False)
+    parser = Parser(description="Measure token merging: speed beside error.", allow_abbrev=False)
     parser.add_argument("--size", type=int, nargs="+", default=[512], help="pixels: 512, 768, 1024")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.75], help="shares of the tokens to merge")
     parser.add_argument("--forward-only", action="store_true", help="time calls of the UNet, not whole pictures")

@@ -21,13 +21,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.report import print_table, report, write_json
+from benchmarks.report import Parser, print_table, report, write_json
 from benchmarks.tome_runs import load
 from benchmarks.training_peers import Task, module_of, ours, script, with_adapter, write_pictures
 from sdmodule.checkpointing import CHECKPOINTING, checkpoint_blocks
@@ -38,13 +38,6 @@ from sdmodule.trainer import computes_bfloat16
 CAPTIONS = ("a red circle on a blue background", "a small green star at the top on a white background")
 WARMUP = 2
 """First steps of a turn, which are not counted."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose complaint is one sentence rather than a usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        raise SettingsError(f"{message[0].upper()}{message[1:]}.")
 
 
 @dataclass
@@ -68,7 +61,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         SettingsError: an option is unknown or a value out of range.
     """
     gpu = torch.cuda.is_available()
-    parser = _Parser(description="Measure training beside the loop of diffusers' scripts.", allow_abbrev=False)
+    parser = Parser(description="Measure training beside the loop of diffusers' scripts.", allow_abbrev=False)
     parser.add_argument("--size", type=int, default=512 if gpu else 256, help="pixels, of the large model")
     parser.add_argument("--batch", type=int, default=8 if gpu else 1, help="pictures a step, of the large model")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each")

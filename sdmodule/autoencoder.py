@@ -17,6 +17,7 @@ from sdmodule.checkpoint_files import check_weights
 from sdmodule.components import load_part, save_part
 from sdmodule.draws import Draws, generators_of_examples
 from sdmodule.errors import SettingsError
+from sdmodule.optimizers import check_optimizer
 from sdmodule.privacy import shortened
 from sdmodule.tuning.full import FullTuning
 from sdmodule.tuning.settings import choose_tuning
@@ -113,6 +114,11 @@ class AutoencoderModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_weights(checkpoint["state_dict"], self)
         self.latent_variance = checkpoint.get("latent_variance")
+
+    @override
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            check_optimizer(self.optimizer, self.lr_scheduler)
 
     @override
     def configure_optimizers(self) -> Any:

@@ -36,7 +36,7 @@ from sdmodule.errors import SettingsError, choices
 from sdmodule.inference import infer
 from sdmodule.interop.adapters import chosen_adapters, use_adapters
 from sdmodule.objective import SQUARED_ERROR, Objective
-from sdmodule.optimizers import build_optimizer, parameter_groups
+from sdmodule.optimizers import build_optimizer, check_optimizer, parameter_groups
 from sdmodule.privacy import shortened
 from sdmodule.requests import INPAINT, TASKS, TEXT2IMAGE, SampleRequest
 from sdmodule.samples import Samples
@@ -139,6 +139,8 @@ class StableDiffusionModule(LightningModule):
             raise SettingsError(
                 f"{self.holes} was given and model={task} has no holes; use model=inpaint, or leave it out."
             )
+        if isinstance(prior_weight, bool) or not isinstance(prior_weight, (int, float)) or not 0 <= prior_weight < 1e6:
+            raise SettingsError(f"model.prior_weight={prior_weight} is not allowed; give a number, 0 or more.")
         self.sampling = SamplingSettings(
             **(sampling or {}),
             merging=choose_merging(tome, tomesd_cfg),
@@ -170,8 +172,6 @@ class StableDiffusionModule(LightningModule):
         self.vae: Any = parts.vae.eval().requires_grad_(False)
         self.text_encoder: Any = parts.text_encoder
         self.controlnet: Any = parts.controlnet
-        if isinstance(prior_weight, bool) or not isinstance(prior_weight, (int, float)) or not 0 <= prior_weight < 1e6:
-            raise SettingsError(f"model.prior_weight={prior_weight} is not allowed; give a number, 0 or more.")
         self.prior_weight = prior_weight
         self.caption_dropout = caption_dropout
         self.timestep_shift = timestep_shift
@@ -199,6 +199,7 @@ class StableDiffusionModule(LightningModule):
         if stage == "fit" and (self.adapters or self.hparams["controlnet"]):
             raise SettingsError("adapters and controlnet are for sampling; train on the checkpoint alone.")
         if stage == "fit":
+            check_optimizer(self.optimizer, self.lr_scheduler)
             self.base_model.identify()
         if stage != "fit" or self.task != INPAINT or inpaints(self.unet):
             return

@@ -9,8 +9,29 @@ from typing import Any
 import torch
 from torch import nn
 
+from sdmodule.errors import SettingsError
+
 FUSABLE = (torch.optim.Adam, torch.optim.AdamW)
 """Those of torch that update all weights in one pass where ``fused`` says so."""
+
+
+def check_optimizer(make: Callable[..., torch.optim.Optimizer], schedule: Callable[..., Any] | None) -> None:
+    """Try an optimizer's settings, and its schedule's, on a single weight, long before the first step.
+
+    Raises:
+        SettingsError: if one of them does not take them.
+    """
+    name = "model.optimizer"
+    try:
+        optimizer = make([nn.Parameter(torch.zeros(1))])
+        if schedule is not None:
+            name = "model.lr_scheduler"
+            schedule(optimizer)
+    except (TypeError, ValueError, AssertionError) as error:
+        reason = " ".join(str(error).split())
+        raise SettingsError(
+            f"{name}: these settings cannot be used: {reason}; give those that its _target_ takes."
+        ) from error
 
 
 def build_optimizer(

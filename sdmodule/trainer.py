@@ -85,6 +85,8 @@ def make_trainer(
             plugins=plugins,
             **settings,
         )
+    except SettingsError:
+        raise
     except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
         raise SettingsError(f"trainer: Lightning refuses these settings: {' '.join(str(error).split())}") from error
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch import Tensor
 from sdmodule.data.image_folder import ImageFolderDataModule
 from sdmodule.data.scenes import caption, render, sample_scene
 from sdmodule.module import StableDiffusionModule
+from tests.fitting import fit
 
 ROOT = Path(__file__).parents[1]
 SHAPES = [(40, 40), (64, 32), (32, 64)]
@@ -82,27 +82,18 @@ def test_two_processes_train_as_one_does(checkpoint, photos, alone, tmp_path, ca
         assert len(list((tmp_path / "cache").glob("moments-*/*"))) == 2, "each process made a share"
 
 
-def fit(
+def train_here(
     checkpoint: Path, photos: Path, steps: int, *callbacks: Any, resume: Path | None = None, accumulate: int = 1, **data
 ) -> dict[str, Tensor]:
     module = StableDiffusionModule(str(checkpoint), optimizer=lambda weights: torch.optim.AdamW(weights, lr=1e-3))
-    trainer = Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        callbacks=list(callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=bool(callbacks),
-        accumulate_grad_batches=accumulate,
-    )
     settings = {"batch_size": 2, "val_fraction": 0, "center_crop": False, "random_flip": True, **data}
-    trainer.fit(module, ImageFolderDataModule(str(photos), 32, **settings), ckpt_path=resume, weights_only=True)
+    pictures = ImageFolderDataModule(str(photos), 32, **settings)
+    fit(module, pictures, steps, *callbacks, resume=resume, accumulate_grad_batches=accumulate)
     return module.unet.state_dict()
 
 
 def test_accumulated_batches_train_as_one_large_one_does(checkpoint, photos):
-    large, small = (fit(checkpoint, photos, 3, batch_size=4 // n, accumulate=n) for n in (1, 2))
+    large, small = (train_here(checkpoint, photos, 3, batch_size=4 // n, accumulate=n) for n in (1, 2))
     assert apart(small, large) <= 1e-5
 
 
@@ -110,6 +101,6 @@ def test_accumulated_batches_train_as_one_large_one_does(checkpoint, photos):
 def test_with_buckets_a_stopped_training_ends_where_an_unbroken_one_does(checkpoint, photos, tmp_path, stop):
     """An epoch is of eight batches: three of squares, three of wide and two of tall pictures."""
     every_step = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    straight = fit(checkpoint, photos, 12, every_step, buckets=True)
-    resumed = fit(checkpoint, photos, 12, resume=tmp_path / f"step={stop}.ckpt", buckets=True)
+    straight = train_here(checkpoint, photos, 12, every_step, buckets=True)
+    resumed = train_here(checkpoint, photos, 12, resume=tmp_path / f"step={stop}.ckpt", buckets=True)
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)

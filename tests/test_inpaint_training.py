@@ -22,6 +22,7 @@ from sdmodule.conditioning.inpaint import convert_to_inpaint
 from sdmodule.data.shapes import ShapesDataModule
 from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
+from tests.fitting import fit
 
 PROMPT = "a blue star on a white background"
 
@@ -40,20 +41,9 @@ def build(checkpoint: Path):
     return make
 
 
-def fit(module: StableDiffusionModule, steps: int, *callbacks, resume: Path | None = None) -> Trainer:
-    trainer = Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        callbacks=list(callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        limit_val_batches=0,
-    )
+def train_on_scenes(module: StableDiffusionModule, steps: int, *callbacks, resume: Path | None = None) -> Trainer:
     data = ShapesDataModule(batch_size=2, train_length=6, val_length=2, size=32)
-    trainer.fit(module, data, ckpt_path=resume, weights_only=True)
-    return trainer
+    return fit(module, data, steps, *callbacks, resume=resume, limit_val_batches=0)
 
 
 def test_the_loss_is_that_of_the_paper_on_nine_channels(build):
@@ -80,7 +70,7 @@ def test_the_loss_is_that_of_the_paper_on_nine_channels(build):
 
 def test_training_begins_as_the_ordinary_model_and_learns_of_the_mask(build):
     module = build()
-    fit(module, 3)
+    train_on_scenes(module, 3)
     new = module.unet.conv_in.weight[:, 4:]
     assert module.unet.config.in_channels == 9 and new.abs().max() > 0
 
@@ -88,15 +78,15 @@ def test_training_begins_as_the_ordinary_model_and_learns_of_the_mask(build):
 def test_the_hole_can_count_for_more(build):
     def loss(hole_weight: float) -> float:
         module = build(hole_weight=hole_weight, whole_masks=0.0)
-        return fit(module, 1).callback_metrics["train/loss"].item()
+        return train_on_scenes(module, 1).callback_metrics["train/loss"].item()
 
     assert loss(1.0) == loss(1.0) != loss(5.0)
 
 
 def test_a_stopped_training_ends_where_an_unbroken_one_does(build, tmp_path):
     unbroken, resumed = build(), build()
-    fit(unbroken, 5, ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1))
-    fit(resumed, 5, resume=tmp_path / "step=2.ckpt")
+    train_on_scenes(unbroken, 5, ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1))
+    train_on_scenes(resumed, 5, resume=tmp_path / "step=2.ckpt")
     for name, value in unbroken.unet.state_dict().items():
         assert torch.equal(resumed.unet.state_dict()[name], value)
     again = StableDiffusionModule.load_from_checkpoint(tmp_path / "step=5.ckpt", weights_only=True)
@@ -104,14 +94,14 @@ def test_a_stopped_training_ends_where_an_unbroken_one_does(build, tmp_path):
 
 
 def test_cached_pictures_can_be_masked_anew_at_every_step(build, tmp_path):
-    plain = fit(build(), 3).callback_metrics["train/loss"]
-    cached = fit(build(), 3, Cache(tmp_path)).callback_metrics["train/loss"]
+    plain = train_on_scenes(build(), 3).callback_metrics["train/loss"]
+    cached = train_on_scenes(build(), 3, Cache(tmp_path)).callback_metrics["train/loss"]
     torch.testing.assert_close(cached, plain, rtol=1e-5, atol=0)
 
 
 def test_an_ordinary_unet_is_not_trained_to_inpaint_without_a_word(build, checkpoint):
     with pytest.raises(SettingsError, match=r"4 channels .* model\.convert=true"):
-        fit(build(convert=False), 1)
+        train_on_scenes(build(convert=False), 1)
     with pytest.raises(SettingsError, match="use model=inpaint"):
         StableDiffusionModule(str(checkpoint), convert=True)
 

@@ -19,6 +19,7 @@ from sdmodule.data.shapes import ShapesDataModule
 from sdmodule.errors import SettingsError
 from sdmodule.modes import evaluating
 from sdmodule.module import StableDiffusionModule
+from tests.fitting import fit
 
 VELOCITY = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
 
@@ -31,23 +32,12 @@ class Losses(Callback):
         self.values.append(outputs["loss"].item())
 
 
-def fit(
+def train(
     module: StableDiffusionModule, steps: int, *callbacks: Callback, resume: Path | None = None, **settings
 ) -> Trainer:
     """Train on six pictures an epoch, two a step, so that a few steps cross the end of an epoch."""
-    settings = {"limit_val_batches": 0, "enable_checkpointing": False, **settings}
-    trainer = Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        callbacks=list(callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **settings,
-    )
     data = ShapesDataModule(batch_size=2, train_length=6, val_length=2, size=32)
-    trainer.fit(module, data, ckpt_path=resume, weights_only=True)
-    return trainer
+    return fit(module, data, steps, *callbacks, resume=resume, **{"limit_val_batches": 0, **settings})
 
 
 def weights(part: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -83,7 +73,7 @@ def fast(parameters) -> torch.optim.Optimizer:
 def test_only_what_should_be_trained_changes(build, train_text_encoder):
     module, losses = build(tuning={"text_encoder": train_text_encoder}), Losses()
     before = {name: weights(getattr(module, name)) for name in ("unet", "vae", "text_encoder")}
-    fit(module, 2, losses)
+    train(module, 2, losses)
     assert len(losses.values) == 2 and np.isfinite(losses.values).all()
     changed = {name for name in before if not equal(before[name], weights(getattr(module, name)))}
     assert changed == ({"unet", "text_encoder"} if train_text_encoder else {"unet"})
@@ -92,14 +82,14 @@ def test_only_what_should_be_trained_changes(build, train_text_encoder):
 @pytest.mark.parametrize("objective", [None, VELOCITY], ids=["epsilon", "v_prediction"])
 def test_the_loss_falls(build, objective):
     module, losses = build(objective=objective), Losses()
-    fit(module, 40, losses)
+    train(module, 40, losses)
     assert np.mean(losses.values[-15:]) < 0.9 * np.mean(losses.values[:15])
 
 
 def test_the_two_prediction_types_are_two_trainings(build):
     epsilon, velocity = Losses(), Losses()
-    fit(build(), 1, epsilon)
-    fit(build(objective=VELOCITY), 1, velocity)
+    train(build(), 1, epsilon)
+    train(build(objective=VELOCITY), 1, velocity)
     assert epsilon.values != velocity.values
 
 
@@ -118,7 +108,7 @@ def test_a_schedule_of_the_learning_rate_is_stepped_every_step(checkpoint):
     module = StableDiffusionModule(
         str(checkpoint), optimizer=fast, lr_scheduler=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.5)
     )
-    trainer = fit(module, 3)
+    trainer = train(module, 3)
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-3 / 8)
 
 
@@ -130,7 +120,7 @@ def test_training_twice_gives_the_same_weights_and_another_seed_gives_others(bui
     for seed in (0, 0, 1):
         torch.manual_seed(len(results))  # the global random numbers have no say
         module = build(seed=seed)
-        fit(module, 2)
+        train(module, 2)
         results.append(weights(module.unet))
     assert equal(results[0], results[1]) and not equal(results[0], results[2])
 
@@ -139,17 +129,17 @@ def test_training_twice_gives_the_same_weights_and_another_seed_gives_others(bui
 def test_a_training_that_was_stopped_ends_where_an_unbroken_one_does(build, tmp_path, stop):
     straight, resumed = build(tuning=WITH_WORDS), build(tuning=WITH_WORDS)
     every_step = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    fit(straight, 7, every_step, enable_checkpointing=True)
-    fit(resumed, 7, resume=tmp_path / f"step={stop}.ckpt")
+    train(straight, 7, every_step)
+    train(resumed, 7, resume=tmp_path / f"step={stop}.ckpt")
     assert equal(weights(resumed), weights(straight))
 
 
 def test_validation_and_its_pictures_change_no_training(build, tmp_path):
     without, with_validation = build(), build()
-    fit(without, 4)
+    train(without, 4)
     samples = ValidationSamples(tmp_path)
     settings = {"limit_val_batches": 1, "val_check_interval": 1, "num_sanity_val_steps": 1}
-    trainer = fit(with_validation, 4, EMA(start_step=2), samples, **settings)
+    trainer = train(with_validation, 4, EMA(start_step=2), samples, **settings)
     assert equal(weights(with_validation), weights(without))
     ranges = [f"val/loss_{start}_{start + 249}" for start in (0, 250, 500, 750)]
     parts = [trainer.callback_metrics[name] for name in ranges]
@@ -176,7 +166,7 @@ def test_sampling_in_the_middle_of_training_leaves_it_as_it_was(build):
 def saved(build, tmp_path: Path) -> tuple[StableDiffusionModule, Path]:
     """A module after two steps, and its checkpoint."""
     module = build(tuning=WITH_WORDS)
-    fit(module, 2).save_checkpoint(tmp_path / "two.ckpt")
+    train(module, 2).save_checkpoint(tmp_path / "two.ckpt")
     return module, tmp_path / "two.ckpt"
 
 
@@ -203,7 +193,7 @@ def test_a_copy_of_the_base_model_is_the_same(saved, checkpoint, tmp_path):
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
     resumed, straight = (StableDiffusionModule(str(base), tuning=WITH_WORDS) for base in (copy, checkpoint))
     for module in (resumed, straight):
-        fit(module, 3, resume=file)
+        train(module, 3, resume=file)
     assert equal(weights(resumed), weights(straight))
 
 
@@ -215,21 +205,21 @@ def test_another_base_model_is_refused_whatever_it_is_called(saved, checkpoint, 
         next(getattr(other, part).parameters()).flatten()[0] += 1e-3
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(SettingsError, match=rf"on pretrained={checkpoint}, and pretrained=.*other .* in {part}; give"):
-        fit(StableDiffusionModule(str(tmp_path / "other"), tuning=WITH_WORDS), 3, resume=file)
+        train(StableDiffusionModule(str(tmp_path / "other"), tuning=WITH_WORDS), 3, resume=file)
 
     mine = shutil.copytree(checkpoint, tmp_path / "mine")
-    fit(StableDiffusionModule(str(mine)), 1).save_checkpoint(tmp_path / "mine.ckpt")
+    train(StableDiffusionModule(str(mine)), 1).save_checkpoint(tmp_path / "mine.ckpt")
     shutil.rmtree(mine)
     (tmp_path / "other").rename(mine)
     with pytest.raises(SettingsError, match=rf"has other weights in {part}; give"):
-        fit(StableDiffusionModule(str(mine)), 2, resume=tmp_path / "mine.ckpt")
+        train(StableDiffusionModule(str(mine)), 2, resume=tmp_path / "mine.ckpt")
     with pytest.raises(SettingsError, match=rf"has other weights in {part}; give"):
         StableDiffusionModule.load_from_checkpoint(tmp_path / "mine.ckpt", weights_only=True)
 
 
 def test_parts_that_started_from_random_weights_have_no_base(build, tmp_path):
-    fit(build(scratch=["unet"]), 2).save_checkpoint(tmp_path / "two.ckpt")
-    fit(build(scratch=["unet"]), 3, resume=tmp_path / "two.ckpt")
+    train(build(scratch=["unet"]), 2).save_checkpoint(tmp_path / "two.ckpt")
+    train(build(scratch=["unet"]), 3, resume=tmp_path / "two.ckpt")
     StableDiffusionModule.load_from_checkpoint(tmp_path / "two.ckpt", weights_only=True)
 
 
@@ -238,11 +228,11 @@ def test_a_checkpoint_that_does_not_say_what_it_was_trained_on_is_refused(saved,
     content = torch.load(file, weights_only=True)
     torch.save(content | {"base_model": "tiny"}, file)
     with pytest.raises(SettingsError, match="does not say which base model"):
-        fit(build(tuning=WITH_WORDS), 3, resume=file)
+        train(build(tuning=WITH_WORDS), 3, resume=file)
 
 
 def test_the_checkpoints_of_a_training_are_the_small_ones(build, tmp_path):
-    fit(build(), 2, ModelCheckpoint(tmp_path, save_last=True), enable_checkpointing=True)
+    train(build(), 2, ModelCheckpoint(tmp_path, save_last=True))
     content = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert {name.split(".")[0] for name in content["state_dict"]} == {"unet"}
 

@@ -60,3 +60,19 @@ def test_wrong_values_are_told(call, checkpoint, photos, tmp_path):
     settings = [f"data.root={photos}", f"pretrained={checkpoint}", f"output_dir={tmp_path / 'out'}"]
     status, _, complaint = call(train_main, *settings, "model.optimizer._target_=bitsandbytes.optim.AdamW8bit")
     assert status == 1 and "pip install 'sdmodule[bitsandbytes]'" in complaint and "Traceback" not in complaint
+
+
+SCHEDULE = "model.lr_scheduler={_target_: torch.optim.lr_scheduler.StepLR, _partial_: true, steps: 3}"
+
+
+@pytest.mark.parametrize("model", ["text2image", "autoencoder"])
+@pytest.mark.parametrize(
+    "wrong", ["model.optimizer.lr=fast", "model.optimizer.lr=-1", "+model.optimizer.speed=1", SCHEDULE]
+)
+def test_settings_that_an_optimizer_does_not_take_are_told_of_before_anything_is_written(
+    checkpoint, photos, tmp_path, call, model, wrong
+):
+    out = tmp_path / "out"
+    settings = [f"model={model}", f"pretrained={checkpoint}", f"data.root={photos}", f"output_dir={out}"]
+    status, _, error = call(train_main, *settings, wrong)
+    assert status == 1 and "these settings cannot be used" in error and "Traceback" not in error and not out.exists()

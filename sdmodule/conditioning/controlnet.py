@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,10 @@ def load_controlnet(place: str, parts: Components) -> ControlNetModel:
         SettingsError: if it cannot be read, or was made for another architecture.
     """
     folder = Path(place).expanduser()
+    if not folder.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", place):
+        raise SettingsError(
+            f"controlnet={place} was not found; give a folder of a ControlNet, or a hub id such as owner/name."
+        )
     try:
         found = ControlNetModel.from_pretrained(folder if folder.is_dir() else place, use_safetensors=True)
     except Exception as error:  # a broken file ends in many kinds

@@ -12,7 +12,8 @@ from typing_extensions import override
 
 from sdmodule.data.captions import CaptionStyle, Example
 from sdmodule.data.fingerprints import fingerprint
-from sdmodule.data.image_folder import ImageFolderDataset, PicturesDataModule
+from sdmodule.data.image_folder import PicturesDataModule
+from sdmodule.data.picture_set import ImageFolderDataset
 from sdmodule.data.shuffle import training_loader
 from sdmodule.data.sources import Folder, Picked, Source
 from sdmodule.errors import SettingsError
@@ -68,7 +69,7 @@ class DreamBoothDataModule(PicturesDataModule):
         template: a text that ``prompt`` is put into, in the place of ``{}``; of several one is drawn each time.
         shuffle_tags: put the parts of ``prompt`` between commas in another order each time.
         keep_tags: how many of the first parts stay where they are.
-        settings: those of `PicturesDataModule`, without ``buckets``.
+        settings: those of `PicturesDataModule`, without ``buckets`` and ``conditioning``.
 
     Raises:
         SettingsError: for a setting out of range; in `setup`, for a folder that cannot be used.
@@ -95,11 +96,16 @@ class DreamBoothDataModule(PicturesDataModule):
             raise SettingsError(f"data.class_images={class_images} is not allowed; give a whole number of at least 1.")
         if self.buckets and class_prompt is not None:
             raise SettingsError("data.buckets=true parts pictures by shape, and pairs are of one; leave it out.")
+        if self.conditioning is not None:
+            raise SettingsError(
+                f"data.conditioning={self.conditioning} is for a ControlNet, and data=dreambooth has no control "
+                "pictures; use data=image_folder, or another tuning."
+            )
         if class_root is not None and class_prompt is None:
             raise SettingsError(f"data.class_root={class_root} needs data.class_prompt, the caption of its pictures.")
         self.class_prompt = class_prompt
         self.class_images = class_images
-        made = Path(made_in) / fingerprint(class_prompt, pretrained, self.size)
+        made = Path(made_in).expanduser() / fingerprint(class_prompt, pretrained, self.size)
         self.class_root = made if class_root is None else Path(class_root).expanduser()
         self.priors: list[Path] = []
         self.instances = 0

@@ -6,7 +6,6 @@ Adapters come from strangers: they are read as safetensors alone, and each key m
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -99,17 +98,18 @@ def is_adapter(keys: Iterable[str]) -> bool:
     )
 
 
-def read_adapter(path: str | Path, parts: Components) -> Adapter:
-    """Read an adapter of either layout.
+def to_adapter(tensors: dict[str, Tensor], header: dict[str, str], path: str | Path, parts: Components) -> Adapter:
+    """The adapter that a file of either layout holds.
 
     Args:
-        path: the file.
+        tensors: of the file, as `read_tensors` gives them.
+        header: of the file.
+        path: the file, for messages.
         parts: the model that it is for, whose layers' names tell what kohya's names mean.
 
     Raises:
-        SettingsError: if the file cannot be read, or holds anything that is not known.
+        SettingsError: if the file holds anything that is not known.
     """
-    tensors, header = read_tensors(path)
     kohya = any(key.startswith(tuple(f"{prefix}_" for prefix in PREFIXES.values())) for key in tensors)
     adapter = Adapter(LORA, {}, {}, str(path))
     if kohya:
@@ -157,12 +157,13 @@ def _alphas(header: dict[str, str], part: str, adapter: Adapter) -> dict[str, fl
     try:
         settings = json.loads(header[METADATA])
         common = float(settings[f"{part}.lora_alpha"])
-        own = {re.compile(rf"(.*\.)?({name})"): float(a) for name, a in settings[f"{part}.alpha_pattern"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, re.error) as error:
+        # peft takes these names for patterns; a stranger's is not run, and those that are written are plain names
+        own = {name.replace("\\", ""): float(a) for name, a in settings[f"{part}.alpha_pattern"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SettingsError(f"adapters: {adapter.source} has a header that cannot be read ({error}).") from error
     alphas = {}
     for layer in adapter.layers(part):
-        alphas[layer] = next((alpha for name, alpha in own.items() if name.fullmatch(layer)), common)
+        alphas[layer] = next((alpha for name, alpha in own.items() if f".{layer}".endswith(f".{name}")), common)
     return alphas
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from sdmodule.components import Components
 from sdmodule.conditioning.words import add_word
 from sdmodule.errors import SettingsError, choices
-from sdmodule.interop.adapter_file import DIFFUSERS_FILE, KOHYA_FILE, is_adapter, read_adapter, read_tensors
+from sdmodule.interop.adapter_file import DIFFUSERS_FILE, KOHYA_FILE, is_adapter, read_tensors, to_adapter
 from sdmodule.tuning.adapter import LOHA, LOKR, Adapter, make_active, merge, put_on
 from sdmodule.tuning.textual_inversion import EMBEDDING_FILE
 
@@ -85,11 +85,11 @@ def use_adapters(parts: Components, chosen: Sequence[ChosenAdapter], merged: boo
     """
     beside: list[tuple[str, Adapter]] = []
     for number, one in enumerate(chosen):
-        tensors, _ = read_tensors(one.file)
+        tensors, header = read_tensors(one.file)
         if not is_adapter(tensors):
             _add_word(parts, one, tensors)
             continue
-        adapter = read_adapter(one.file, parts)
+        adapter = to_adapter(tensors, header, one.file, parts)
         if not merged and beside and (kinds := {adapter.method, beside[0][1].method}) & {LOHA, LOKR} and len(kinds) > 1:
             raise SettingsError(
                 f"adapters: {choices(kinds)} cannot stand beside the same weights; set merge_adapters=true."

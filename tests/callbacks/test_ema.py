@@ -16,6 +16,7 @@ from sdmodule.callbacks.ema import EMA, trainable, use_average
 from sdmodule.data.shapes import ShapesDataModule
 from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
+from tests.fitting import fit
 
 
 class Recorder(Callback):
@@ -40,28 +41,19 @@ def assert_equal(weights: dict[str, Tensor], others: dict[str, Tensor], **tolera
     torch.testing.assert_close(weights, others, **(tolerance or {"rtol": 0, "atol": 0}))
 
 
-def fit(checkpoint: Path, steps: int, *callbacks: Callback, resume: Path | None = None, **settings):
+def train(checkpoint: Path, steps: int, *callbacks: Callback, resume: Path | None = None, **settings):
     module = StableDiffusionModule(
         str(checkpoint), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), sampling={"steps": 1}
     )
-    settings = {"limit_val_batches": 0, "num_sanity_val_steps": 0, "enable_checkpointing": False, **settings}
-    trainer = Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        callbacks=list(callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **settings,
-    )
+    settings = {"limit_val_batches": 0, "num_sanity_val_steps": 0, **settings}
     data = ShapesDataModule(batch_size=2, train_length=4, val_length=4, size=32)
-    trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+    trainer = fit(module, data, steps, *callbacks, resume=resume, **settings)
     return module, trainer
 
 
 def test_the_average_of_three_steps(checkpoint):
     recorder, ema = Recorder(), EMA(decay=0.2, start_step=1)
-    module, _ = fit(checkpoint, 3, recorder, ema)
+    module, _ = train(checkpoint, 3, recorder, ema)
     first, second, third = recorder.trained
     expected = {}
     for name in first:
@@ -74,19 +66,19 @@ def test_the_average_of_three_steps(checkpoint):
 
 def test_before_its_first_step_the_raw_weights_are_used(checkpoint):
     recorder, ema = Recorder(), EMA(start_step=3)
-    fit(checkpoint, 2, recorder, ema, limit_val_batches=1, val_check_interval=1)
+    train(checkpoint, 2, recorder, ema, limit_val_batches=1, val_check_interval=1)
     assert not ema.average
     assert_equal(recorder.validated[-1], recorder.trained[-1])
 
 
 def test_validation_sees_the_average_and_training_goes_on_with_its_own_weights(checkpoint):
     recorder, ema, undisturbed = Recorder(), EMA(start_step=1), Recorder()
-    module, _ = fit(checkpoint, 3, recorder, ema, limit_val_batches=1, val_check_interval=1)
+    module, _ = train(checkpoint, 3, recorder, ema, limit_val_batches=1, val_check_interval=1)
     assert len(recorder.validated) == 3
     assert_equal(recorder.validated[-1], ema.average)
     assert_equal(copied(module), recorder.trained[-1])
     assert not torch.equal(ema.average["unet.conv_in.weight"], module.unet.conv_in.weight)
-    fit(checkpoint, 3, undisturbed)
+    train(checkpoint, 3, undisturbed)
     assert_equal(recorder.trained[-1], undisturbed.trained[-1])
 
 
@@ -96,7 +88,7 @@ NAMES = ["val/loss", *(f"val/loss_{start}_{start + 249}" for start in (0, 250, 5
 @pytest.mark.parametrize("start", [1, 9], ids=["averaged", "not yet averaged"])
 def test_validation_reports_the_loss_of_the_average_and_of_the_raw_weights(checkpoint, start):
     ema = EMA(start_step=start)
-    module, trainer = fit(checkpoint, 3, ema, limit_val_batches=2, val_check_interval=3, check_val_every_n_epoch=None)
+    module, trainer = train(checkpoint, 3, ema, limit_val_batches=2, val_check_interval=3, check_val_every_n_epoch=None)
     reported = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     raw = validated(module)
     if start == 9:
@@ -118,7 +110,7 @@ def validated(module: StableDiffusionModule, ema: EMA | None = None) -> dict[str
 
 def test_the_average_is_taken_from_a_checkpoint_later(checkpoint, tmp_path):
     ema = EMA(start_step=1)
-    module, trainer = fit(checkpoint, 3, ema)
+    module, trainer = train(checkpoint, 3, ema)
     trainer.save_checkpoint(tmp_path / "three.ckpt")
     again = StableDiffusionModule.load_from_checkpoint(tmp_path / "three.ckpt", weights_only=True)
     assert_equal(copied(again), copied(module))
@@ -128,7 +120,7 @@ def test_the_average_is_taken_from_a_checkpoint_later(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("callbacks", [[], [EMA(start_step=9)]], ids=["no average", "not yet averaged"])
 def test_a_checkpoint_without_an_average_is_told_of(checkpoint, tmp_path, callbacks):
-    module, trainer = fit(checkpoint, 1, *callbacks)
+    module, trainer = train(checkpoint, 1, *callbacks)
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     with pytest.raises(SettingsError, match=r"one\.ckpt holds no average"):
         use_average(module, tmp_path / "one.ckpt")
@@ -136,7 +128,7 @@ def test_a_checkpoint_without_an_average_is_told_of(checkpoint, tmp_path, callba
 
 def test_the_average_can_be_used_for_a_while(checkpoint):
     ema = EMA(start_step=1)
-    module, _ = fit(checkpoint, 2, ema)
+    module, _ = train(checkpoint, 2, ema)
     raw = copied(module)
     with pytest.raises(KeyError), ema.applied(module):
         assert_equal(copied(module), ema.average)
@@ -146,16 +138,16 @@ def test_the_average_can_be_used_for_a_while(checkpoint):
 
 def test_steps_that_only_gather_gradients_are_not_averaged(checkpoint):
     ema = EMA(start_step=1)
-    fit(checkpoint, 3, ema, accumulate_grad_batches=2)
+    train(checkpoint, 3, ema, accumulate_grad_batches=2)
     assert ema.updates == 2  # the first of three steps starts the average
 
 
 @pytest.mark.parametrize("gather", [1, 2])
 def test_a_stopped_training_goes_on_with_its_average(checkpoint, tmp_path, gather):
     straight, resumed = EMA(start_step=1), EMA(start_step=1)
-    settings = {"accumulate_grad_batches": gather, "enable_checkpointing": True}
-    fit(checkpoint, 6, straight, checkpoints(tmp_path), **settings)
-    fit(checkpoint, 6, resumed, checkpoints(tmp_path / "again"), resume=tmp_path / "step=4.ckpt", **settings)
+    train(checkpoint, 6, straight, checkpoints(tmp_path), accumulate_grad_batches=gather)
+    saved, again = tmp_path / "step=4.ckpt", checkpoints(tmp_path / "again")
+    train(checkpoint, 6, resumed, again, resume=saved, accumulate_grad_batches=gather)
     assert resumed.updates == straight.updates == 5
     assert_equal(resumed.average, straight.average)
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sdmodule.errors import SettingsError
-from sdmodule.interop.adapter_file import read_adapter
+from sdmodule.interop.adapter_file import read_tensors, to_adapter
 from sdmodule.module import StableDiffusionModule
 from sdmodule.tuning.adapter import METHODS, taken_from
 
@@ -76,7 +76,8 @@ def test_the_layout_of_kohya_is_read_back_with_equal_weights(checkpoint, tmp_pat
     module = adapted(checkpoint, method, alpha=None)
     module.save_pretrained(tmp_path)
     ours = taken_from(module.parts, method)
-    theirs = read_adapter(tmp_path / KOHYA, StableDiffusionModule(str(checkpoint)).parts)
+    file = tmp_path / KOHYA
+    theirs = to_adapter(*read_tensors(file), file, StableDiffusionModule(str(checkpoint)).parts)
     assert theirs.method == method and theirs.weights.keys() == ours.weights.keys() == {"unet", "text_encoder"}
     for part, weights in ours.weights.items():
         assert theirs.weights[part].keys() == weights.keys()

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionPipeline, UNet2DConditionModel
-from lightning import Trainer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -24,27 +23,13 @@ from sdmodule.diffusion.objective import prior_preservation
 from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
 from sdmodule.tuning.lora import LoraTuning
+from tests.fitting import fit
 
 WORD = "<my-cat>"
 
 
 def fast(groups) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=1e-3)
-
-
-def fit(module: StableDiffusionModule, data, steps: int, *callbacks, resume: Path | None = None, **settings) -> Trainer:
-    trainer = Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        callbacks=list(callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=any(isinstance(callback, TrainingCheckpoint) for callback in callbacks),
-        **settings,
-    )
-    trainer.fit(module, data, ckpt_path=resume, weights_only=True)
-    return trainer
 
 
 def pictures(photos: Path, **settings) -> ImageFolderDataModule:
