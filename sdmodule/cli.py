@@ -24,6 +24,7 @@ from sdmodule.errors import SettingsError, unwritable
 from sdmodule.privacy import redacted
 from sdmodule.quiet import quiet
 from sdmodule.sentences import composing, one_line, one_sentence
+from sdmodule.startup import imported, importing
 
 if TYPE_CHECKING:
     from lightning import Trainer
@@ -275,6 +276,8 @@ def run(job: Callable[[DictConfig], None], config_name: str) -> None:
         quiet()
         from sdmodule.exhausted import told_in_a_sentence
 
+        imported()
+
         with one_sentence(config_name), told_in_a_sentence(cfg), stopping_at_once():
             job(cfg)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -286,7 +289,7 @@ def run(job: Callable[[DictConfig], None], config_name: str) -> None:
     try:
         with one_sentence(config_name, always=full_error != "1"):
             sys.argv[1:] = quoted(arguments) if job is train else with_recipe(arguments)
-            with composing(lambda: not began):
+            with importing(), composing(lambda: not began):
                 hydra.main(config_path="pkg://sdmodule.conf", config_name=config_name, version_base="1.3")(checked)()
     finally:
         if finished_jobs and job is predict:

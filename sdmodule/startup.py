@@ -1,0 +1,29 @@
+"""A command starts faster while nobody looks for garbage."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Collect no garbage inside a ``with`` block, or until `imported` is called.
+
+    Importing makes a million objects and no garbage: looking for it among them took a fifth of a command's start.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def imported() -> None:
+    """Collect garbage from here on, without ever looking at what is there by now.
+
+    A full collection in the middle of a training would go through every imported module.
+    """
+    gc.freeze()
+    gc.enable()
