@@ -49,6 +49,18 @@ def write_whole(file: Path, text: str) -> None:
         aside.write_text(text, encoding="utf-8")
 
 
+def settle(file: Path, text: str) -> str:
+    """Write a text as `whole_file` does, unless another process was first; give what the file holds."""
+    aside = _beside(file)
+    try:
+        aside.write_text(text, encoding="utf-8")
+        with suppress(FileExistsError):
+            os.link(aside, file)
+        return file.read_text(encoding="utf-8")
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 @contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
     """Write a folder aside; it takes the place of the one that is there, at once, when the block ends.

@@ -23,10 +23,11 @@ from sdmodule.module import StableDiffusionModule  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reaches the network, and none leaves its own mode of W&B to the next."""
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test reaches the network or writes into the user's cache, nor leaves its own mode of W&B to the next."""
     for name, value in OFFLINE.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from sdmodule.speed.attention import attention_by
 from sdmodule.speed.compiled import compiled
 from sdmodule.speed.decoding import decoding
+from sdmodule.speed.kernels import fastest_kernels
 from sdmodule.speed.layout import channels_last
 from sdmodule.speed.memory import memory_kept
 
@@ -32,6 +33,8 @@ def prepared(parts: Components, settings: SpeedSettings) -> Iterator[None]:
         stack.enter_context(decoding(parts.vae, settings.decode))
         stack.enter_context(attention_by(parts.unet, settings.attention))
         compile = settings.compile_on(parts.unet.device.type)
+        if settings.kernels == "fastest" and parts.unet.device.type == "cpu" and compile == "none":
+            stack.enter_context(fastest_kernels(parts.unet))
         if compile != "none":
             stack.enter_context(compiled(parts.unet, whole=compile == "whole"))
         yield

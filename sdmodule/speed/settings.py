@@ -9,6 +9,7 @@ from typing import Any
 from sdmodule.errors import SettingsError, choices
 
 COMPILE = ("none", "blocks", "whole", "auto")
+KERNELS = ("torch", "fastest")
 DECODE = ("whole", "sliced", "tiled")
 ATTENTION = ("sdpa", "flash", "efficient", "cudnn", "math", "plain", "xformers")
 
@@ -28,6 +29,8 @@ class SpeedSettings:
             CPU, where compiling takes longer than most runs.
         attention: what computes the UNet's attention: ``sdpa`` leaves the choice to torch, ``flash``, ``efficient``,
             ``cudnn`` and ``math`` are torch's own by name, ``plain`` is two products, ``xformers`` needs that package.
+        kernels: ``torch``, or on CPU, where nothing is compiled, ``fastest``: of several ways to compute attention and
+            linear layers the one that was fastest when it was measured on this machine.
         decode: what the autoencoder decodes at once: the ``whole`` batch, a picture of it (``sliced``), or a tile of a
             picture (``tiled``, whose seams are blended), each in less memory than the one before.
         keep_memory: on CPU, do not give freed memory back to the system between layers.
@@ -43,6 +46,7 @@ class SpeedSettings:
     channels_last: bool = False
     compile: str = "none"
     attention: str = "sdpa"
+    kernels: str = "torch"
     decode: str = "whole"
     keep_memory: bool = False
     effect: str = ""
@@ -67,7 +71,7 @@ class SpeedSettings:
         for name in ("channels_last", "keep_memory"):
             if not isinstance(getattr(self, name), bool):
                 raise SettingsError(f"speed.{name}={getattr(self, name)} is not allowed; give true or false.")
-        for name, allowed in (("compile", COMPILE), ("attention", ATTENTION), ("decode", DECODE)):
+        for name, allowed in (("compile", COMPILE), ("attention", ATTENTION), ("kernels", KERNELS), ("decode", DECODE)):
             if getattr(self, name) not in allowed:
                 raise SettingsError(f"speed.{name}={getattr(self, name)} is not known; give one of {choices(allowed)}.")
 

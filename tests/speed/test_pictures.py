@@ -31,6 +31,7 @@ CLOSE = [
     {"decode": "sliced"},
     {"attention": "plain"},
     {"attention": "math"},
+    {"kernels": "fastest"},
 ]
 
 
@@ -75,12 +76,13 @@ def test_afterwards_the_model_is_as_it_was(sd):
     before = pictures(sd)
     strides = {name: weight.stride() for name, weight in sd.named_parameters()}
     everything = {"channels_last": True, "attention": "plain", "keep_memory": True, "cache_every": 2}
-    everything |= {"decode": "tiled"}
+    everything |= {"decode": "tiled", "kernels": "fastest"}
     pictures(sd, speed=everything)
     with pytest.raises(RuntimeError, match="stop"):
         sd.infer(PROMPT, speed=everything, generator=Stop())
     assert {name: weight.stride() for name, weight in sd.named_parameters()} == strides
     assert {type(part).__module__.partition(".")[0] for part in sd.unet.modules()} <= {"torch", "diffusers"}
+    assert not any("forward" in vars(part) for part in sd.unet.modules())
     assert not sd.vae.use_tiling and not sd.vae.use_slicing
     assert np.array_equal(pictures(sd), before)
 

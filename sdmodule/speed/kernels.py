@@ -1,0 +1,178 @@
+"""On CPU, which of several equal computations is the fastest: measured once for each shape, and remembered."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch import Tensor, nn
+
+from sdmodule.atomic import settle
+from sdmodule.data.fingerprints import fingerprint
+from sdmodule.tome.blocks import transformer_blocks
+
+TORCH = "torch"
+"""What torch itself runs; anything else must be faster by some margin."""
+
+MARGIN = 1.1
+"""How many times faster: a choice for good should not hang on a busy moment of the machine."""
+
+TRIALS = 5
+TILE = 256
+"""Queries that are compared with all keys at once: their scores stay in the processor's cache."""
+
+
+def tiled_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention as two plain products and a softmax, some queries at a time.
+
+    Processors with matrix units for bfloat16 run plain products several times faster than torch's fused attention.
+
+    Args:
+        query: ``[B, H, L, D]``.
+        key: ``[B, H, M, D]``.
+        value: of the same shape.
+    """
+    result = torch.empty_like(query)
+    turned = key.transpose(-1, -2)
+    scaled = query * query.shape[-1] ** -0.5
+    for start in range(0, query.shape[2], TILE):
+        scores = scaled[:, :, start : start + TILE] @ turned
+        result[:, :, start : start + TILE] = scores.softmax(dim=-1) @ value
+    return result
+
+
+def convolved(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer as a convolution of 1x1 over tokens ``[B, L, C]``, which lie as channels_last wants them.
+
+    Some builds of torch multiply float32 matrices slower than they convolve.
+    """
+    picture = tokens.unsqueeze(2).permute(0, 3, 1, 2)
+    return F.conv2d(picture, weight[:, :, None, None], bias).permute(0, 2, 3, 1).squeeze(2)
+
+
+ATTENTIONS: Mapping[str, Callable[..., Tensor]] = {TORCH: F.scaled_dot_product_attention, "tiles": tiled_attention}
+LINEARS: Mapping[str, Callable[..., Tensor]] = {TORCH: F.linear, "convolution": convolved}
+
+
+@contextmanager
+def fastest_kernels(unet: Any) -> Iterator[None]:
+    """Run a UNet's attention and linear layers the way that is the fastest here, inside a ``with`` block.
+
+    Pictures differ by rounding. What a layer's shape is, not how many pictures there are, decides, so that a picture is
+    the same whatever its batch.
+
+    Args:
+        unet: a ``UNet2DConditionModel`` on CPU, not compiled.
+    """
+    before = unet.attn_processors
+    with ExitStack() as stack:
+        if all(type(one) is AttnProcessor2_0 for one in before.values()):  # none was asked for by name
+            stack.callback(unet.set_attn_processor, before)
+            unet.set_attn_processor(FastestAttention())
+        for block, _ in transformer_blocks(unet):
+            for layer in block.modules():
+                if type(layer) is nn.Linear:
+                    layer.forward = partial(fastest_linear, layer)  # type: ignore[method-assign]
+                    stack.callback(layer.__dict__.pop, "forward")
+        yield
+
+
+class FastestAttention(AttnProcessor2_0):
+    """A processor of diffusers whose attention is the fastest of this machine."""
+
+    def __call__(  # noqa: D102
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        unusual = (attn.spatial_norm, attn.group_norm, attn.norm_cross, attn.norm_q, attn.norm_k, attention_mask)
+        if attn.residual_connection or any(part is not None and part is not False for part in unusual):
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, **options)
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = (
+            tokens.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for tokens in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
+        )
+        shape = ("attention", query.shape[1:], key.shape[2], query.dtype)
+        seen = fastest(ATTENTIONS, shape, query, key, value)
+        joined = seen.transpose(1, 2).flatten(2)
+        return attn.to_out[1](attn.to_out[0](joined)) / attn.rescale_output_factor
+
+
+def fastest_linear(layer: nn.Linear, tokens: Tensor) -> Tensor:
+    """What a linear layer gives for tokens ``[B, L, C]``, the way that is the fastest here."""
+    if tokens.ndim != 3:
+        return F.linear(tokens, layer.weight, layer.bias)
+    shape = ("linear", tokens.shape[1:], layer.out_features, tokens.dtype)
+    return fastest(LINEARS, shape, tokens, layer.weight, layer.bias)
+
+
+CHOSEN: dict[Any, str] = {}
+"""What this process knows of shapes."""
+
+
+def fastest(ways: Mapping[str, Callable[..., Tensor]], shape: tuple[Any, ...], *arguments: Any) -> Tensor:
+    """Compute something the way that is the fastest for its shape on this machine.
+
+    Args:
+        ways: functions that take the arguments and give the same but for rounding, `TORCH` one of them.
+        shape: what the choice depends on.
+        arguments: what is computed; measured with, where nothing is known of the shape.
+    """
+    name = CHOSEN.get(shape)
+    if name is None:
+        name = CHOSEN[shape] = remembered(ways, shape, arguments)
+    return ways[name](*arguments)
+
+
+def remembered(ways: Mapping[str, Callable[..., Tensor]], shape: tuple[Any, ...], arguments: tuple[Any, ...]) -> str:
+    """The name of the fastest way: what was found here earlier, or else what is found now and written down.
+
+    Choices lie in ``~/.cache/sdmodule/kernels``. Where that cannot be written, each process measures by itself.
+    """
+    file = choices_folder() / fingerprint(*shape)
+    with suppress(OSError, UnicodeDecodeError):
+        if (name := file.read_text(encoding="utf-8")) in ways:
+            return name
+    name = measured(ways, arguments)
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        settled = settle(file, name)  # the processes of a run choose alike: the first one's choice holds
+        return settled if settled in ways else name
+    return name
+
+
+def measured(ways: Mapping[str, Callable[..., Tensor]], arguments: tuple[Any, ...]) -> str:
+    """The name of the fastest way; they run in turn, and the best of their times are compared."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(1 + TRIALS):  # the first warms up
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way(*arguments)
+            seconds[name].append(time.perf_counter() - start)
+    best = {name: min(taken[1:]) for name, taken in seconds.items()}
+    fast = min(best, key=lambda name: best[name])
+    return fast if best[fast] * MARGIN < best[TORCH] else TORCH
+
+
+@cache
+def choices_folder() -> Path:
+    """Where this machine's choices are kept: those of a processor, a version of torch and a number of threads."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    processor = next((line for line in lines if line.startswith("model name")), platform.processor())
+    home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    machine = (processor, torch.backends.cpu.get_cpu_capability(), torch.__version__, torch.get_num_threads())
+    return home / "sdmodule" / "kernels" / fingerprint(*machine)

@@ -1,0 +1,73 @@
+"""Several ways to compute a layer: they give the same, and the fastest is found once for a machine."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sdmodule.speed import kernels
+from sdmodule.speed.kernels import TORCH, convolved, fastest, measured, tiled_attention
+
+
+@pytest.fixture(autouse=True)
+def a_new_machine(monkeypatch, tmp_path):
+    """Nothing is known of it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels, "CHOSEN", {})
+    kernels.choices_folder.cache_clear()
+    yield
+    kernels.choices_folder.cache_clear()
+
+
+@pytest.mark.parametrize(("tokens", "keys"), [(300, 300), (256, 77), (16, 77)])
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_attention_by_tiles_is_attention(tokens, keys, dtype, close):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 3, tokens, 40, generator=generator).to(dtype)
+    key, value = torch.randn(2, 2, 3, keys, 40, generator=generator).to(dtype)
+    wanted = F.scaled_dot_product_attention(query.float(), key.float(), value.float())
+    assert (tiled_attention(query, key, value).float() - wanted).abs().max() < close
+
+
+@pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 24)])
+def test_a_convolution_of_one_pixel_is_a_linear_layer(bias):
+    tokens, weight = torch.randn(2, 30, 16), torch.randn(24, 16)
+    torch.testing.assert_close(convolved(tokens, weight, bias), F.linear(tokens, weight, bias))
+
+
+def slow(values):
+    time.sleep(0.02)
+    return values + 1
+
+
+def quick(values):
+    return values + 1
+
+
+def test_the_fastest_is_found_and_what_is_hardly_faster_is_left():
+    assert measured({TORCH: slow, "quick": quick}, (torch.zeros(1),)) == "quick"
+    assert measured({TORCH: quick, "slow": slow}, (torch.zeros(1),)) == TORCH
+    assert measured({TORCH: slow, "alike": slow}, (torch.zeros(1),)) == TORCH
+
+
+def test_what_was_found_holds_for_later_processes(monkeypatch):
+    assert fastest({TORCH: slow, "quick": quick}, ("addition", 1), torch.zeros(1)) == 1
+    monkeypatch.setattr(kernels, "CHOSEN", {})  # as in another process, where another would be faster now
+    fastest({TORCH: quick, "quick": slow}, ("addition", 1), torch.zeros(1))
+    assert {"addition": "quick"} == {shape[0]: name for shape, name in kernels.CHOSEN.items()}
+
+
+def test_what_was_written_by_another_version_is_measured_anew():
+    fastest({TORCH: slow, "quick": quick}, ("addition", 1), torch.zeros(1))
+    kernels.CHOSEN.clear()
+    fastest({TORCH: slow, "brisk": quick}, ("addition", 1), torch.zeros(1))
+    assert list(kernels.CHOSEN.values()) == ["brisk"]
+
+
+def test_a_home_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
+    (tmp_path / "sdmodule").write_text("a file")
+    assert fastest({TORCH: slow, "quick": quick}, ("addition", 1), torch.zeros(1)) == 1
+    assert list(kernels.CHOSEN.values()) == ["quick"]
