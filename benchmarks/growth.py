@@ -27,6 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.line_plot import Line, Panel, draw_panels
 from benchmarks.report import ROOT, Parser, print_table, report, write_json
 from sdmodule.errors import SettingsError
 
@@ -76,6 +77,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--starts", type=int, default=5, help="how often the start is measured")
     parser.add_argument("--quick", action="store_true", help="two numbers of prompts and two starts alone")
     parser.add_argument("--json", type=Path, help="file to write the results to")
+    parser.add_argument("--plot", type=Path, help="PNG to draw them in")
     settings = parser.parse_args(arguments)
     if settings.quick:
         settings.sizes, settings.batches, settings.prompts, settings.starts = [], [], [10, 50], 2
@@ -131,6 +133,29 @@ def prompts_row(count: int, work: Path) -> dict[str, Any]:
     }
 
 
+def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw time and memory over side, batch and number of prompts, each as a share of its largest."""
+    steps = [line for line in lines if line["what"] == "step" and "seconds" in line]
+    groups = {
+        "side in pixels": ("size", [line for line in steps if line["batch"] == 1]),
+        "pictures at once": ("batch", [line for line in steps if line["size"] == 512]),
+        "prompts of a run": ("prompts", [line for line in lines if line["what"] == "prompts" and "seconds" in line]),
+    }
+    panels = []
+    for x, (key, found) in groups.items():
+        if not found:
+            continue
+        most = {name: max(line[name] for line in found) for name in ("seconds", "peak_memory_gib")}
+        shown = {"seconds": f"seconds, at most {most['seconds']:.3g}"}
+        shown["peak_memory_gib"] = f"peak memory, at most {most['peak_memory_gib']:.3g} GiB"
+        curves = [
+            Line(title, [(line[key], line[name] / most[name]) for line in sorted(found, key=lambda one: one[key])])
+            for name, title in shown.items()
+        ]
+        panels.append(Panel(f"over {x}", x, "share of the most", curves))
+    draw_panels(panels).save(path)
+
+
 def run(arguments: Sequence[str]) -> dict[str, Any]:
     """Measure, print, write.
 
@@ -157,6 +182,8 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
             add(prompts_row(count, work))
         for size, batch in [*((s, 1) for s in settings.sizes), *((512, b) for b in settings.batches)]:
             add(step_row(size, batch))
+    if settings.plot:
+        draw(lines, settings.plot)
     print_table(lines)
     return result
 

@@ -2,8 +2,8 @@
 
 ``sampling``: steps and whole pictures on Stable Diffusion 1.5's architecture and on the embedded model, and how often
 the lossy presets obey. ``training``: LoRA on the large architecture, full fine-tuning of the embedded model.
-``growth``: how time and memory grow, and how long a start takes. Each writes ``benchmarks/results/*.json``, or the
-folder of ``--results``; with ``--quick`` in minutes, with fewer rounds and nothing large.
+``growth``: how time and memory grow, and how long a start takes. Each writes JSON, and a plot where one helps, into
+``benchmarks/results`` or the folder of ``--results``; ``--quick`` takes minutes, with fewer rounds and nothing large.
 
 Example::
 
@@ -37,6 +37,9 @@ RUNS: dict[str, list[tuple[str, list[str]]]] = {
 
 SCRIPTS = ("sampling_speed", "prompt_following", "training_speed", "growth")
 
+DRAWN = ("sampling_speed", "training_speed", "growth")
+"""Those that draw a plot too."""
+
 ONLY_WITHOUT_QUICK = ("sampling_speed",)
 """What takes longer than a quick look."""
 
@@ -50,6 +53,8 @@ def commands(kinds: Sequence[str], quick: bool, results: Path) -> list[list[str]
                 continue
             script = next(script for script in SCRIPTS if name.startswith(script))
             more = [*arguments, *(["--quick"] if quick else []), "--json", str(results / f"{name}.json")]
+            if script in DRAWN:
+                more += ["--plot", str(results / f"{name}.png")]
             found.append([sys.executable, str(FOLDER / f"{script}.py"), *more])
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -64,7 +64,7 @@ class Contender:
         parts: its model.
         sample: samples some work in a number of steps.
         steps: how many a whole picture takes.
-        kinds: of each of those, which of the others takes as long.
+        plan: for a number of steps, the kind of each; those of a kind take as long as one another.
         ready: what is switched while it is measured.
         compiled: whether its first steps compile.
     """
@@ -73,9 +73,20 @@ class Contender:
     parts: Components
     sample: Callable[[Work, int], Run]
     steps: int = STEPS
-    kinds: list[Any] = field(default_factory=lambda: [True] * STEPS)
+    plan: Callable[[int], list[Any]] = lambda steps: [True] * steps
     ready: Callable[[], AbstractContextManager[Any]] = nullcontext
     compiled: bool = False
+
+    @property
+    def kinds(self) -> list[Any]:
+        """The kinds of a whole picture's steps."""
+        return self.plan(self.steps)
+
+    @property
+    def enough(self) -> int:
+        """The fewest steps that show each kind after the first one, which begins cold."""
+        every = set(self.kinds)
+        return next((n for n in range(3, self.steps) if every <= set(self.plan(n)[1:])), self.steps)
 
 
 def peers(plain: Components, best: Components, compile: bool) -> list[Contender]:
@@ -140,6 +151,7 @@ def presets(plain: Components, best: Components, compile: bool) -> list[Contende
 MEANS: dict[str, dict[str, Any]] = {
     "keep_memory=false": {"keep_memory": False},
     "channels_last": {"channels_last": True},
+    "kernels=fastest": {"kernels": "fastest"},
     "compile=blocks": {"compile": "blocks"},
     "cache_every=2": {"cache_every": 2},
     "guidance_interval": {"guidance_interval": [0.0, 0.75]},
@@ -161,9 +173,11 @@ def means(parts: Components, compile: bool) -> list[Contender]:
 
 def contender(name: str, parts: Components, settings: SamplingSettings) -> Contender:
     """This package, with some settings."""
-    scheduler = make_scheduler(settings.scheduler, parts.scheduler.config)
-    scheduler.set_timesteps(settings.steps)
-    plans = plan_steps(scheduler.timesteps, scheduler.config.num_train_timesteps, settings.speed, guided=True)
+
+    def plan(steps: int) -> list[Any]:
+        scheduler = make_scheduler(settings.scheduler, parts.scheduler.config)
+        scheduler.set_timesteps(steps)
+        return list(plan_steps(scheduler.timesteps, len(scheduler.alphas_cumprod), settings.speed, guided=True))
 
     def sample(work: Work, steps: int) -> Run:
         size = {"height": work.size, "width": work.size}
@@ -177,7 +191,7 @@ def contender(name: str, parts: Components, settings: SamplingSettings) -> Conte
         parts,
         sample,
         steps=settings.steps,
-        kinds=list(plans),
+        plan=plan,
         ready=lambda: prepared(parts, settings.speed),
         compiled=settings.speed.compile_on(parts.unet.device.type) != "none",
     )

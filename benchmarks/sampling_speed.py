@@ -28,8 +28,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.bar_plot import Bar, draw_bars
 from benchmarks.report import Parser, print_table, report, write_json
-from benchmarks.sampling_peers import STEPS, Contender, Run, Work, means, peers, presets
+from benchmarks.sampling_peers import Contender, Run, Work, means, peers, presets
 from benchmarks.tome_runs import load, psnr
 from sdmodule.components import MODELS, Components
 from sdmodule.errors import SettingsError
@@ -64,6 +65,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--no-compile", action="store_true", help="compile nothing")
     parser.add_argument("--quick", action="store_true", help="two rounds, nothing compiled")
     parser.add_argument("--json", type=Path, help="file to write the results to")
+    parser.add_argument("--plot", type=Path, help="PNG to draw them in")
     settings = parser.parse_args(arguments)
     if settings.quick:
         settings.rounds, settings.no_compile = 2, True
@@ -99,18 +101,18 @@ class Measured:
     def run(self, work: Work, whole: bool) -> None:
         """Measure once; the first time is the warm-up."""
         one = self.contender
-        kinds = one.kinds if whole or len(set(one.kinds)) > 1 else one.kinds[:3]
+        steps = one.steps if whole else one.enough
         with one.ready():
             start = time.perf_counter()
             if not self.runs and one.compiled:
-                one.sample(work, len(kinds))
-            made = one.sample(work, len(kinds))
+                one.sample(work, steps)
+            made = one.sample(work, steps)
         if not self.runs:
             self.warmup = time.perf_counter() - start
         self.runs.append(made)
         if len(self.runs) > 1:
             first = 0 if whole else 1  # a step that begins cold
-            for kind, seconds in list(zip(kinds, made.steps, strict=True))[first:]:
+            for kind, seconds in list(zip(one.plan(steps), made.steps, strict=True))[first:]:
                 self.steps.setdefault(kind, []).append(seconds)
 
     @property
@@ -174,7 +176,7 @@ def rows(found: Sequence[Measured], settings: argparse.Namespace, size: int, bat
         pictures = one.runs[-1].pictures
         if torch.equal(pictures, exact):
             row["pictures"] = "equal to exact"
-        elif settings.pretrained or one.contender.steps == STEPS:
+        elif settings.pretrained or one.contender.enough == found[0].contender.enough:
             row["psnr_db"] = round(psnr(pictures, exact), 1)
         lines.append(row)
     return lines
@@ -189,6 +191,18 @@ def bars(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         found.append({"variant": variant, "figure": figure, "at_least": wanted, "measured": measured,
                       "met": measured >= wanted, "dtype": row["dtype"]})  # fmt: skip
     return found
+
+
+def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw how many times as fast as diffusers each is: its steps, and its whole pictures."""
+    charts = []
+    for size, batch in dict.fromkeys((line["size"], line["batch"]) for line in lines):
+        here = [line for line in lines if (line["size"], line["batch"]) == (size, batch)]
+        for what in ("step", "picture"):
+            title = f"{size} pixels, batch {batch}: {what}, times as fast as diffusers by its README"
+            bars = [Bar(x["variant"], x[f"{what}_over_diffusers"], "speed=" in x["variant"]) for x in here]
+            charts.append((title, bars))
+    draw_bars(charts).save(path)
 
 
 def protocol(plain: Components, best: Components, settings: argparse.Namespace) -> str:
@@ -226,6 +240,8 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
                 result["bars"] = bars(lines)
             if settings.json:  # after each, since the next may take long
                 write_json(settings.json, result)
+    if settings.plot:
+        draw(lines, settings.plot)
     print_table(lines)
     if "bars" in result:
         print_table(result["bars"])

@@ -27,6 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.bar_plot import Bar, draw_bars
 from benchmarks.report import Parser, print_table, report, write_json
 from benchmarks.tome_runs import load
 from benchmarks.training_peers import Task, module_of, ours, script, with_adapter, write_pictures
@@ -70,6 +71,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", choices=["all", "sd15", "tiny"], default="all")
     parser.add_argument("--quick", action="store_true", help="the embedded model alone, one turn of two steps")
     parser.add_argument("--json", type=Path, help="file to write the results to")
+    parser.add_argument("--plot", type=Path, help="PNG to draw them in")
     settings = parser.parse_args(arguments)
     if settings.quick:
         settings.model, settings.rounds, settings.steps = "tiny", 1, 2
@@ -185,6 +187,16 @@ def rows(found: Sequence[Variant]) -> list[dict[str, Any]]:
     return lines
 
 
+def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw how many times as fast as the script each is."""
+    charts = []
+    for model in dict.fromkeys(line["model"] for line in lines):
+        here = [line for line in lines if line["model"] == model]
+        title = f"{model}, {here[0]['size']} pixels, batch {here[0]['batch']}: times as fast as diffusers' script"
+        charts.append((title, [Bar(line["variant"], line["over_script"], "cache" in line["variant"]) for line in here]))
+    draw_bars(charts).save(path)
+
+
 def run(arguments: Sequence[str]) -> dict[str, Any]:
     """Measure, print, write.
 
@@ -206,6 +218,8 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
     print_table(result["rows"])
     if settings.json:
         write_json(settings.json, result)
+    if settings.plot:
+        draw(result["rows"], settings.plot)
     return result
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from benchmarks import growth, run, sampling_speed, training_speed
 from sdmodule.components import Components, load_components
@@ -17,8 +18,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_sampling_is_beside_its_alternatives(checkpoint, tmp_path):
-    file = tmp_path / "speed.json"
-    result = sampling_speed.run(["--pretrained", str(checkpoint), "--quick", "--means", "--json", str(file)])
+    file, plot = tmp_path / "speed.json", tmp_path / "speed.png"
+    arguments = ["--pretrained", str(checkpoint), "--quick", "--means", "--json", str(file), "--plot", str(plot)]
+    result = sampling_speed.run(arguments)
     written = json.loads(file.read_text())
     assert {"command", "hardware", "versions", "rows", "protocol"} <= written.keys()
     assert "float32" in result["protocol"] or "bfloat16" in result["protocol"]
@@ -29,6 +31,7 @@ def test_sampling_is_beside_its_alternatives(checkpoint, tmp_path):
     assert rows["exact, keep_memory=false"]["pictures"] == "equal to exact"
     assert rows["speed=turbo"]["steps"] < rows["speed=fast"]["steps"] < rows["speed=exact"]["steps"] == 50
     assert all(row["step_seconds"] > 0 and row["picture_seconds"] > 0 for row in rows.values())
+    assert Image.open(plot).height > 2 * 20 * len(rows)
 
 
 def test_training_is_beside_its_alternative(checkpoint, tmp_path, monkeypatch):
@@ -39,9 +42,8 @@ def test_training_is_beside_its_alternative(checkpoint, tmp_path, monkeypatch):
         return parts
 
     monkeypatch.setattr(training_speed, "load", small)
-    rows = training_speed.run(["--rounds", "1", "--steps", "1", "--size", "32", "--json", str(tmp_path / "t.json")])[
-        "rows"
-    ]
+    files = ["--json", str(tmp_path / "t.json"), "--plot", str(tmp_path / "t.png")]
+    rows = training_speed.run(["--rounds", "1", "--steps", "1", "--size", "32", *files])["rows"]
     assert json.loads((tmp_path / "t.json").read_text())["rows"] == rows
     assert [row["variant"] for row in rows] == [
         "diffusers' script",
@@ -51,6 +53,7 @@ def test_training_is_beside_its_alternative(checkpoint, tmp_path, monkeypatch):
         "diffusers' script",
         "cache=all",
     ]
+    assert Image.open(tmp_path / "t.png").height > 20 * len(rows)
     assert rows[0]["over_script"] == rows[4]["over_script"] == 1.0 and all(row["peak_memory_gib"] > 0 for row in rows)
 
 
@@ -90,3 +93,11 @@ def test_a_process_that_fails_is_told_of():
     with pytest.raises(SettingsError, match="no such thing"):
         growth.process("raise SystemExit('no such thing')")
     assert growth.process("print(1 + 1)") == "2"
+
+
+def test_growth_is_drawn(tmp_path):
+    steps = [{"what": "step", "size": 512, "batch": k, "seconds": 2.0 * k, "peak_memory_gib": 1 + k} for k in (1, 2)]
+    prompts = [{"what": "prompts", "prompts": k, "seconds": 3.0, "peak_memory_gib": 0.5} for k in (10, 100)]
+    failed = {"what": "step", "size": 512, "batch": 16, "failed": "out of memory"}
+    growth.draw([*steps, *prompts, failed], tmp_path / "growth.png")
+    assert Image.open(tmp_path / "growth.png").width > 1500
