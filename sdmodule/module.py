@@ -30,8 +30,15 @@ from sdmodule.conditioning.inpaint import HoleTraining, convert_to_inpaint, inpa
 from sdmodule.conditioning.random_masks import draw_masks
 from sdmodule.conditioning.text import encode_prompts
 from sdmodule.data.cached import CachedEmbeddings
-from sdmodule.diffusion.objective import add_noise, draw_timesteps, example_means, prior_preservation, target
-from sdmodule.draws import Draws, generator_at, generators_of_examples, generators_of_validation, seeded
+from sdmodule.diffusion.objective import (
+    add_noise,
+    check_prior_weight,
+    draw_timesteps,
+    example_means,
+    prior_preservation,
+    target,
+)
+from sdmodule.draws import Draws, generator_at, generators_of_examples, seeded
 from sdmodule.errors import SettingsError, choices
 from sdmodule.inference import infer
 from sdmodule.interop.adapters import chosen_adapters, use_adapters
@@ -47,10 +54,8 @@ from sdmodule.speed.memory import memory_kept
 from sdmodule.speed.prepare import prepared
 from sdmodule.speed.settings import choose_speed
 from sdmodule.tome.settings import choose_merging
-from sdmodule.tuning.settings import choose_tuning
-
-VALIDATION_RANGES = 4
-"""Equal ranges of timesteps, in the middle of each of which every validation picture is tried."""
+from sdmodule.tuning.settings import check_scratch, choose_tuning
+from sdmodule.validation import validation_losses
 
 
 class StableDiffusionModule(LightningModule):
@@ -139,8 +144,7 @@ class StableDiffusionModule(LightningModule):
             raise SettingsError(
                 f"{self.holes} was given and model={task} has no holes; use model=inpaint, or leave it out."
             )
-        if isinstance(prior_weight, bool) or not isinstance(prior_weight, (int, float)) or not 0 <= prior_weight < 1e6:
-            raise SettingsError(f"model.prior_weight={prior_weight} is not allowed; give a number, 0 or more.")
+        check_prior_weight(prior_weight)
         self.sampling = SamplingSettings(
             **(sampling or {}),
             merging=choose_merging(tome, tomesd_cfg),
@@ -151,11 +155,7 @@ class StableDiffusionModule(LightningModule):
         check_inpaint(self.sampling.inpaint, task)
         self.objective = Objective(**(objective or {}))
         self.tuning = choose_tuning(tuning)
-        if untrained := set(scratch) - self.tuning.from_scratch:
-            raise SettingsError(
-                f"scratch={choices(untrained)} would stay random: tuning={self.tuning.kind} does not train all of it; "
-                "leave it out, or set tuning=full, with tuning.text_encoder=true for the text encoder."
-            )
+        check_scratch(self.tuning, scratch)
         parts = load_components(pretrained, revision=revision, variant=variant, components=components, scratch=scratch)
         self.base_model = BaseModel(parts, scratch)
         if changes := self.objective.schedule(parts.scheduler.config):
@@ -196,24 +196,16 @@ class StableDiffusionModule(LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        if stage == "fit" and (self.adapters or self.hparams["controlnet"]):
-            raise SettingsError("adapters and controlnet are for sampling; train on the checkpoint alone.")
-        if stage == "fit":
-            check_optimizer(self.optimizer, self.lr_scheduler)
-            self.base_model.identify()
-        if stage != "fit" or self.task != INPAINT or inpaints(self.unet):
+        if stage != "fit":
             return
-        if not self.holes.convert:
-            raise SettingsError(
-                f"the UNet of pretrained={self.parts.source} takes {self.unet.config.in_channels} channels and not the "
-                "mask's, which training to inpaint needs; set model.convert=true to widen it, or give an inpainting "
-                "checkpoint."
-            )
-        if "unet" not in self.tuning.from_scratch:
-            raise SettingsError(
-                f"model.convert=true adds channels that tuning={self.tuning.kind} would not train; use tuning=full."
-            )
-        convert_to_inpaint(self.unet)
+        if self.adapters or self.hparams["controlnet"]:
+            raise SettingsError("adapters and controlnet are for sampling; train on the checkpoint alone.")
+        check_optimizer(self.optimizer, self.lr_scheduler)
+        self.base_model.identify()
+        if self.task == INPAINT and not inpaints(self.unet):
+            trained = "unet" in self.tuning.from_scratch
+            self.holes.check(self.unet, self.parts.source, trained, self.tuning.kind)
+            convert_to_inpaint(self.unet)
 
     @override
     def on_fit_start(self) -> None:
@@ -346,28 +338,12 @@ class StableDiffusionModule(LightningModule):
 
     @override
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        generators = generators_of_validation(self.seed, len(batch["caption"]), batch_idx, self._trainer)
-        latents = self.encode_images(batch, generators)
-        channels = self.mask_channels(batch, generators, whole=0.0) if self.task == INPAINT else None
-        width = len(self.alphas_cumprod) // VALIDATION_RANGES
-        levels, losses = [], {}
-        for start in range(0, width * VALIDATION_RANGES, width):
-            timesteps = torch.full((len(latents),), start + width // 2, device=self.device)
-            noise = SQUARED_ERROR.draw_noise(latents, generators)
-            errors = self.denoising_errors(
-                latents, noise, timesteps, batch["caption"], channels, control=self.control(batch)
-            )
-            levels.append(errors)
-            losses[f"val/loss_{start}_{start + width - 1}"] = levels[-1].mean()
-        errors = torch.stack(levels).mean(dim=0)
-        show = not self.validated
-        self.log(f"val/loss{self.validated}", errors.mean(), prog_bar=show, sync_dist=True, batch_size=len(latents))
-        if channels is not None:
-            hole = channels[:, :1]
-            losses["val/loss_hole"] = (errors * hole).sum() / hole.sum().clamp(min=1)
-            losses["val/loss_kept"] = (errors * (1 - hole)).sum() / (1 - hole).sum().clamp(min=1)
-        named = {f"{name}{self.validated}": loss for name, loss in losses.items()}
-        self.log_dict(named, sync_dist=True, batch_size=len(latents))
+        losses = validation_losses(self, batch, batch_idx)
+        named = {f"val/{name}{self.validated}": loss for name, loss in losses.items()}
+        whole = f"val/loss{self.validated}"
+        size = len(batch["caption"])
+        self.log(whole, named.pop(whole), prog_bar=not self.validated, sync_dist=True, batch_size=size)
+        self.log_dict(named, sync_dist=True, batch_size=size)
 
     @property
     def text_encoder_learns(self) -> bool:

@@ -44,6 +44,28 @@ class HoleTraining:
         if not isinstance(self.hole_weight, (int, float)) or not 0 < self.hole_weight < math.inf:
             raise SettingsError(f"model.hole_weight={self.hole_weight} is not allowed; give a number over 0.")
 
+    def check(self, unet: UNet2DConditionModel, source: str, trained: bool, tuning: str) -> None:
+        """Check that an ordinary UNet may be widened, which training is about to do.
+
+        Args:
+            unet: an ordinary UNet.
+            source: where it is from.
+            trained: whether all of it is trained.
+            tuning: what is trained, by name.
+
+        Raises:
+            SettingsError: if not.
+        """
+        if not self.convert:
+            raise SettingsError(
+                f"the UNet of pretrained={source} takes {unet.config.in_channels} channels and not the mask's, which "
+                "training to inpaint needs; set model.convert=true to widen it, or give an inpainting checkpoint."
+            )
+        if not trained:
+            raise SettingsError(
+                f"model.convert=true adds channels that tuning={tuning} would not train; use tuning=full."
+            )
+
     def __str__(self) -> str:
         return ", ".join(f"model.{name}={value}" for name, value in asdict(self).items())
 

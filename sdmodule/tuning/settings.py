@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING
 from typing import Any
 
@@ -37,3 +37,16 @@ def choose_tuning(settings: Mapping[str, Any] | None) -> Tuning:
     if missing:
         raise SettingsError(f"tuning={kind} needs tuning.{missing[0]}; give it.")
     return KINDS[kind](**own)
+
+
+def check_scratch(tuning: Tuning, scratch: Iterable[str]) -> None:
+    """Check that what starts from random weights is trained.
+
+    Raises:
+        SettingsError: if not.
+    """
+    if untrained := set(scratch) - tuning.from_scratch:
+        raise SettingsError(
+            f"scratch={choices(untrained)} would stay random: tuning={tuning.kind} does not train all of it; "
+            "leave it out, or set tuning=full, with tuning.text_encoder=true for the text encoder."
+        )
