@@ -20,6 +20,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 FOLDER = Path(__file__).resolve().parent
 
 RUNS: dict[str, list[tuple[str, list[str]]]] = {
@@ -67,6 +69,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=FOLDER / "results", help="folder of the JSON files")
     settings = parser.parse_args()
     kinds = list(RUNS) if settings.kind == "all" else [settings.kind]
+    if not torch.cuda.is_available():
+        print("There is no CUDA GPU here: all is measured on CPU.")
     failed = []
     for command in commands(kinds, settings.quick, settings.results):
         shown = " ".join(["python", Path(command[1]).name, *command[2:]])

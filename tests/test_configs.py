@@ -134,7 +134,8 @@ def test_speed(name, checkpoint):
     assert options("speed") == ["exact", "fast", "rounding", "turbo"]
     cfg = configuration("predict", f"speed={name}", f"pretrained={checkpoint}")
     sampling = instantiate(cfg.model).sampling
-    assert sampling.speed.channels_last == bool(sampling.speed.effect) == (name != "exact")
+    assert (sampling.speed.channels_last == "auto") == bool(sampling.speed.effect) == (name != "exact")
+    assert (sampling.speed.kernels == "fastest") == (name != "exact")
     assert (sampling.speed.cache_every > 1) == (not sampling.speed.always_guided) == (name == "turbo")
     lossy = name in ("fast", "turbo")
     assert (sampling.steps < 50) == (sampling.scheduler == "dpmpp_2m") == bool(sampling.merging.ratio) == lossy

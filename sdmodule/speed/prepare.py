@@ -28,7 +28,7 @@ def prepared(parts: Components, settings: SpeedSettings) -> Iterator[None]:
     with ExitStack() as stack:
         if settings.keep_memory and parts.unet.device.type == "cpu":
             stack.enter_context(memory_kept())
-        if settings.channels_last:
+        if settings.channels_last_in(parts.unet.dtype):
             stack.enter_context(channels_last(parts.unet, parts.vae))
         stack.enter_context(decoding(parts.vae, settings.decode))
         stack.enter_context(attention_by(parts.unet, settings.attention))

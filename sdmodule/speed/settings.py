@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import torch
+
 from sdmodule.errors import SettingsError, choices
 
 COMPILE = ("none", "blocks", "whole", "auto")
@@ -24,7 +26,8 @@ class SpeedSettings:
         cache_every: run the whole UNet at every so many steps; in between its deep layers are not run and what they
             gave last is used again (Ma et al. 2024, "DeepCache"). 1 runs all of it always.
         cache_layers: layers of full resolution, counted from the input and from the output, that run at every step.
-        channels_last: keep the UNet and the autoencoder in the layout that convolutions are fastest in.
+        channels_last: keep the UNet and the autoencoder with their channels innermost, which convolutions in 16 bits
+            are fastest in; ``auto`` does so for these, and not in float32.
         compile: ``none``; ``blocks``, the UNet's, each by itself; ``whole``; or ``auto``: blocks on a GPU, and none on
             CPU, where compiling takes longer than most runs.
         attention: what computes the UNet's attention: ``sdpa`` leaves the choice to torch, ``flash``, ``efficient``,
@@ -43,7 +46,7 @@ class SpeedSettings:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     cache_every: int = 1
     cache_layers: int = 1
-    channels_last: bool = False
+    channels_last: bool | str = False
     compile: str = "none"
     attention: str = "sdpa"
     kernels: str = "torch"
@@ -68,9 +71,10 @@ class SpeedSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise SettingsError(f"speed.{name}={value} is not allowed; give a whole number of at least 1.")
-        for name in ("channels_last", "keep_memory"):
-            if not isinstance(getattr(self, name), bool):
-                raise SettingsError(f"speed.{name}={getattr(self, name)} is not allowed; give true or false.")
+        if not isinstance(self.keep_memory, bool):
+            raise SettingsError(f"speed.keep_memory={self.keep_memory} is not allowed; give true or false.")
+        if not isinstance(self.channels_last, bool) and self.channels_last != "auto":
+            raise SettingsError(f"speed.channels_last={self.channels_last} is not allowed; give true, false or auto.")
         for name, allowed in (("compile", COMPILE), ("attention", ATTENTION), ("kernels", KERNELS), ("decode", DECODE)):
             if getattr(self, name) not in allowed:
                 raise SettingsError(f"speed.{name}={getattr(self, name)} is not known; give one of {choices(allowed)}.")
@@ -85,6 +89,10 @@ class SpeedSettings:
         if self.compile == "auto":
             return "blocks" if device == "cuda" else "none"
         return self.compile
+
+    def channels_last_in(self, dtype: torch.dtype) -> bool:
+        """Whether weights of a type are kept with their channels innermost."""
+        return dtype.itemsize == 2 if isinstance(self.channels_last, str) else self.channels_last
 
     def facts(self) -> dict[str, Any]:
         """What a picture depends on, in plain types; nothing if it is made as plain diffusers makes it."""

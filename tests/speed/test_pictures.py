@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from sdmodule.module import StableDiffusionModule
+from sdmodule.speed.settings import choose_speed
 
 PROMPT = "a red circle on a blue background"
 
@@ -38,6 +39,12 @@ CLOSE = [
 @pytest.mark.parametrize("close", CLOSE, ids=str)
 def test_means_that_round_otherwise(sd, close):
     assert np.abs(pictures(sd, speed=close) - pictures(sd)).max() < 2 / 255
+
+
+def test_channels_go_innermost_by_themselves_in_16_bits_alone(sd):
+    settings = choose_speed({"channels_last": "auto"})
+    assert settings.channels_last_in(torch.bfloat16) and settings.channels_last_in(torch.float16)
+    assert np.array_equal(pictures(sd, speed={"channels_last": "auto"}), pictures(sd))
 
 
 LOSSY = [
