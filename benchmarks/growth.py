@@ -52,14 +52,17 @@ print(json.dumps(used | {"loaded": loaded, "peak": peak_memory(best.unet.device)
 
 START = """
 import os, sys, time
-from sdmodule.cli import predict_main
-import sdmodule.denoiser
+from sdmodule import cli
 def stop(*_):
     print(time.time() - float(os.environ["STARTED"]), flush=True)
     os._exit(0)
-sdmodule.denoiser.GuidedUNet.__call__ = stop
+def until_the_first_step(cfg):
+    from sdmodule.denoiser import GuidedUNet
+    GuidedUNet.__call__ = stop
+    return build(cfg)
+build, cli.build_trainer = cli.build_trainer, until_the_first_step
 sys.argv = ["predict.py", "prompt=a red circle", "output_dir=" + sys.argv[1]]
-predict_main()
+cli.predict_main()
 """
 """The command, up to its first step."""
 
