@@ -17,7 +17,8 @@ from torch import Tensor
 
 import sdmodule
 from sdmodule.data.captions import find_examples
-from sdmodule.data.image_folder import ImageFolderDataModule, load_rgb
+from sdmodule.data.image_folder import ImageFolderDataModule
+from sdmodule.data.readable import load_rgb
 from sdmodule.data.shapes import CaptionedImage
 from sdmodule.errors import SettingsError
 
