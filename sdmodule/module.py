@@ -212,8 +212,8 @@ class StableDiffusionModule(LightningModule):
         if self.device.type == "cpu":
             self._prepared.enter_context(memory_kept())
         if self.device.type == "cpu" and "bf16" in str(self.trainer.precision):
-            # In bfloat16 the backward pass of torch's fused attention takes four times as long on CPU as plain products
-            # do; in float32 it is the faster one, and keeps less.
+            # The backward pass of torch's fused attention was once seen to take four times as long on CPU as plain
+            # products; in float32 it was measured since to be the faster one, and it keeps less.
             for network in (self.unet, self.controlnet):
                 if network is not None:
                     network.set_attn_processor(AttnProcessor())

@@ -21,9 +21,10 @@ def importing() -> Iterator[None]:
 
 
 def imported() -> None:
-    """Collect garbage from here on, without ever looking at what is there by now.
+    """Collect garbage from here on, without looking through all that was imported.
 
-    A full collection in the middle of a training would go through every imported module.
+    That is done once in a process: what a sweep's earlier jobs have left behind must remain to be found.
     """
-    gc.freeze()
+    if not gc.get_freeze_count():
+        gc.freeze()
     gc.enable()

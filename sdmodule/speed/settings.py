@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from sdmodule.errors import SettingsError, choices
+
+if TYPE_CHECKING:
+    import torch
 
 COMPILE = ("none", "blocks", "whole", "auto")
 KERNELS = ("torch", "fastest")

@@ -9,28 +9,19 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from lightning import Callback, Trainer
+from lightning import Callback
 
 from sdmodule.callbacks.ema import EMA
 from sdmodule.callbacks.export import Export
 from sdmodule.data.shapes import ShapesDataModule
 from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
+from tests import fitting
 
 
 def fit(checkpoint: Path, *callbacks: Callback) -> StableDiffusionModule:
     module = StableDiffusionModule(str(checkpoint), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
-    trainer = Trainer(
-        max_steps=2,
-        accelerator="cpu",
-        logger=False,
-        callbacks=list(callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        limit_val_batches=0,
-    )
-    trainer.fit(module, ShapesDataModule(batch_size=2, train_length=4, size=32))
+    fitting.fit(module, ShapesDataModule(batch_size=2, train_length=4, size=32), 2, *callbacks, limit_val_batches=0)
     return module
 
 
