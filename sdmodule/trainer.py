@@ -8,12 +8,16 @@ from typing import Any
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
 
 from sdmodule.callbacks.finite_loss import STOP, FiniteLoss
 from sdmodule.checkpoint_files import WholeCheckpoints
 from sdmodule.errors import SettingsError
+
+BF16_MIXED = "bf16-mixed"
 
 
 def make_trainer(
@@ -57,17 +61,26 @@ def make_trainer(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise SettingsError(f"trainer.{name}={value} is not allowed; give a whole number of at least 1.")
     if precision == "auto":
-        precision = "bf16-mixed" if computes_bfloat16(accelerator) else "32-true"
+        precision = BF16_MIXED if computes_bfloat16(accelerator) else "32-true"
     elif precision == "auto-true":
         precision = "bf16-true" if computes_bfloat16(accelerator) else "16-true" if accelerator == "gpu" else "32-true"
-    elif "bf16" in str(precision) and not computes_bfloat16(accelerator):
+    elif str(precision) in ("16", "bf16"):  # as older releases of Lightning named them
+        precision = f"{precision}-mixed"
+    if precision == "16-mixed" and accelerator == "cpu":
+        rank_zero_warn(f"precision=16-mixed: a processor has none; {BF16_MIXED} is taken.")
+        precision = BF16_MIXED
+    if "bf16" in str(precision) and not computes_bfloat16(accelerator):
         rank_zero_warn(
             f"precision={precision}: this device emulates bfloat16, many times slower than float32; "
             "precision=32-true is faster here."
         )
     plugins = list(settings.pop("plugins", None) or [])
-    if "deepspeed" not in str(settings.get("strategy")):  # which writes checkpoints of its own kind
+    strategy = str(settings.get("strategy"))
+    if "deepspeed" not in strategy:  # which writes checkpoints of its own kind
         plugins.append(WholeCheckpoints())
+    own = "deepspeed" in strategy or "fsdp" in strategy  # these bring a precision of their own kind
+    if precision == BF16_MIXED and not own:
+        plugins.append(Unscaled("cpu" if accelerator == "cpu" else "cuda"))
     try:
         return Trainer(
             accelerator=accelerator,
@@ -75,7 +88,7 @@ def make_trainer(
             val_check_interval=min(val_check_interval, max_steps) * accumulate_grad_batches,  # Lightning counts batches
             check_val_every_n_epoch=None,
             accumulate_grad_batches=accumulate_grad_batches,
-            precision=precision,  # type: ignore[arg-type]
+            precision=None if any(isinstance(one, Precision) for one in plugins) else precision,  # type: ignore[arg-type]
             log_every_n_steps=min(log_every_n_steps, max_steps),
             callbacks=[*callbacks, FiniteLoss(nan_loss)],
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
@@ -89,6 +102,24 @@ def make_trainer(
         raise
     except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
         raise SettingsError(f"trainer: Lightning refuses these settings: {' '.join(str(error).split())}") from error
+
+
+class Unscaled(MixedPrecision):
+    """``bf16-mixed``, with gradients that can be clipped whatever the optimizer.
+
+    Lightning refuses to clip those of a fused optimizer in any mixed precision, since it would scale float16's back
+    itself. Those of bfloat16 are never scaled.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__(BF16_MIXED, device)
+
+    @override
+    def clip_gradients(self, *arguments: Any, **options: Any) -> None:
+        Precision.clip_gradients(self, *arguments, **options)
 
 
 def computes_bfloat16(accelerator: str) -> bool:

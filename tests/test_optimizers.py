@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sdmodule.cli import train_main
+from sdmodule.components import load_components
 from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
 from sdmodule.optimizers import build_optimizer
@@ -32,6 +33,23 @@ def test_adam_is_fused_where_nothing_else_is_said(make, precision, fused):
     weight.grad = torch.ones(3)
     optimizer.step()
     assert (weight < 1).all()
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16", "16-mixed"])
+def test_gradients_of_a_fused_optimizer_are_clipped_in_mixed_precision(call, checkpoint, photos, tmp_path, precision):
+    """With a limit of almost nothing, AdamW's first step is one of its epsilon: the weights stay where they are."""
+    settings = [f"data.root={photos}", f"pretrained={checkpoint}", "trainer.max_steps=1", "callbacks=[export]"]
+    settings += [f"trainer.precision={precision}", "model.optimizer.lr=0.1", "model.optimizer.weight_decay=0"]
+
+    def trained(limit):
+        folder = tmp_path / str(limit)
+        call(train_main, *settings, f"trainer.gradient_clip_val={limit}", f"output_dir={folder}")
+        return load_components(str(folder / "export")).unet.state_dict()
+
+    before = load_components(str(checkpoint)).unet.state_dict()
+    moved = {limit: [float((new - before[k]).abs().max()) for k, new in trained(limit).items()] for limit in (1, 1e-12)}
+    assert max(moved[1]) > 0.09
+    assert max(moved[1e-12]) < 1e-3
 
 
 def test_other_optimizers_are_as_they_are():
