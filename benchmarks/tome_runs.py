@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from sdmodule.requests import build_requests
 from sdmodule.sampling import check_settings, sample_all
 from sdmodule.schedulers import make_scheduler
 from sdmodule.settings import SamplingSettings
+from sdmodule.speed.kernels import fastest_kernels
 from sdmodule.tome.settings import OFF, TokenMerging
 
 BACKEND = "inductor"
@@ -34,13 +36,22 @@ ENGINES: dict[str, dict[str, Any]] = {
 """What is compared; the first is the reference."""
 
 
+EAGER, COMPILED, KERNELS = MODES = ("eager", "compiled", "kernels")
+
+
 @dataclass(frozen=True)
 class Variant:
-    """One line of the table: what merges, how much, and whether the transformer blocks are compiled."""
+    """One line of the table: what merges, how much, and how layers are computed.
+
+    Attributes:
+        name: of the engine.
+        merging: its settings.
+        mode: ``eager``; ``compiled``, the transformer blocks; or ``kernels``, as ``speed.kernels=fastest`` has them.
+    """
 
     name: str
     merging: TokenMerging
-    compiled: bool = False
+    mode: str = EAGER
 
 
 def load(pretrained: str | None, precision: str) -> Components:
@@ -73,19 +84,24 @@ def variants(ratios: Sequence[float], max_downsample: int, compiled: bool) -> li
         for name, options in ENGINES.items():
             merging = TokenMerging(ratio=ratio, max_downsample=max_downsample, **options)
             listed.append(Variant(name, merging))
-    if compiled:
-        listed += [Variant(v.name, v.merging, compiled=True) for v in listed]
-    return listed
+    modes = [COMPILED] * compiled + [KERNELS] * (not torch.cuda.is_available())
+    return listed + [Variant(v.name, v.merging, mode) for mode in modes for v in listed]
 
 
-def compiled_blocks(unet: Any, compiled: bool) -> None:
-    """Compile the transformer blocks, or run them as they are; what was compiled is kept for the next turn."""
-    torch._dynamo.config.recompile_limit = 256
-    blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)] if compiled else []
-    for block in blocks:
-        if getattr(block, "_compiled_call_impl", None) is None:
-            block.compile(dynamic=False, backend=BACKEND)
-    torch.compiler.set_stance("default" if compiled else "force_eager")
+@contextmanager
+def in_mode(unet: Any, mode: str) -> Iterator[None]:
+    """Compute a UNet's layers in a mode, inside a ``with`` block; what was compiled is kept for the next turn."""
+    if mode == COMPILED:
+        torch._dynamo.config.recompile_limit = 256
+        for block in unet.modules():
+            if isinstance(block, BasicTransformerBlock) and getattr(block, "_compiled_call_impl", None) is None:
+                block.compile(dynamic=False, backend=BACKEND)
+    torch.compiler.set_stance("default" if mode == COMPILED else "force_eager")
+    try:
+        with fastest_kernels(unet) if mode == KERNELS else nullcontext():
+            yield
+    finally:
+        torch.compiler.set_stance("default")
 
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -110,7 +126,7 @@ def forward(parts: Components, variant: Variant, size: int, clock: str = "wall")
     text = torch.randn(2, 77, unet.config.cross_attention_dim, generator=generator)
     latents, text = (x.to(unet.device, unet.dtype) for x in (latents, text))
     latents = latents.contiguous(memory_format=torch.channels_last)
-    with variant.merging.applied(unet, [0], (side, side)):
+    with in_mode(unet, variant.mode), variant.merging.applied(unet, [0], (side, side)):
         return seconds_of(lambda: unet(latents, 500, encoder_hidden_states=text).sample, unet.device, clock)
 
 
@@ -122,7 +138,8 @@ def pictures(parts: Components, variant: Variant, size: int, images: int, steps:
     for first in range(0, images, IMAGES_PER_CALL):
         prompt = caption(sample_single(rng))
         requests = build_requests(prompt, num_images_per_prompt=min(IMAGES_PER_CALL, images - first), seed=first)
-        samples = sample_all(parts, requests, settings)
+        with in_mode(parts.unet, variant.mode):
+            samples = sample_all(parts, requests, settings)
         seconds += sum(samples.seconds.values())
         made.append(samples.pictures)
     return seconds, torch.cat(made)

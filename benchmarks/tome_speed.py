@@ -28,10 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.line_plot import Line, Panel, draw_panels
 from benchmarks.report import Parser, print_table, report, write_json
 from benchmarks.tome_runs import (
+    EAGER,
     ENGINES,
     IMAGES_PER_CALL,
+    MODES,
     Variant,
-    compiled_blocks,
     forward,
     forward_error,
     load,
@@ -42,6 +43,7 @@ from benchmarks.tome_runs import (
 )
 from sdmodule.components import Components
 from sdmodule.errors import SettingsError
+from sdmodule.tome.settings import OFF
 from sdmodule.trainer import computes_bfloat16
 
 PROTOCOL = {"size": 512, "images": 100, "steps": 50}
@@ -100,12 +102,12 @@ def measure(parts: Components, settings: argparse.Namespace, size: int) -> list[
         run = partial(pictures, parts, size=size, images=settings.images, steps=settings.steps)
         rounds = 1
     listed = variants(settings.ratios, settings.max_downsample, settings.compile)
+    # errors are those of merging: against the same mode unmerged, and the mode's own against eager
+    unmerged = {v: Variant("none", OFF, v.mode if v.merging.ratio else EAGER) for v in listed}
     times: dict[Variant, list[float]] = {variant: [] for variant in listed}
     results: dict[Variant, Tensor] = {}
-    errors: dict[Variant, float] = {}
     for turn in range(rounds + 1):
         for variant in listed:
-            compiled_blocks(parts.unet, variant.compiled)
             if turn == 0 and not settings.forward_only:  # two steps of one picture are warm-up enough
                 pictures(parts, variant, size, images=1, steps=2)
                 continue
@@ -113,13 +115,14 @@ def measure(parts: Components, settings: argparse.Namespace, size: int) -> list[
             if turn:
                 times[variant].append(seconds)
             results[variant] = result.float().cpu()
-            errors[variant] = forward_error(parts, variant, size, listed[0]) if not settings.forward_only else 0.0
-            print(f"{size} {variant.name} {variant.merging.ratio} {seconds:.2f} s", file=sys.stderr, flush=True)
-    torch.compiler.set_stance("default")
-    plain = results[listed[0]]
+            told = f"{size} {variant.mode} {variant.name} {variant.merging.ratio} {seconds:.2f} s"
+            print(told, file=sys.stderr, flush=True)
+    plain = {variant: results[unmerged[variant]] for variant in listed}
     if settings.forward_only:
-        errors = {variant: relative_error(result, plain) for variant, result in results.items()}
-    return [row(settings, size, v, times, errors[v], results[v], plain) for v in listed]
+        errors = {variant: relative_error(results[variant], plain[variant]) for variant in listed}
+    else:
+        errors = {variant: forward_error(parts, variant, size, unmerged[variant]) for variant in listed}
+    return [row(settings, size, v, times, errors[v], results[v], plain[v]) for v in listed]
 
 
 def row(
@@ -131,20 +134,21 @@ def row(
     result: Tensor,
     plain: Tensor,
 ) -> dict[str, Any]:
-    """One line of the table; speed-ups are over the same mode, eager or compiled."""
+    """One line of the table; speed-ups are over the same mode, and over tomesd as it is released too."""
     medians = {v: statistics.median(t) for v, t in times.items()}
-    own = [v for v in medians if v.compiled == variant.compiled]
-    peers = [v for v in own if v.name == "tomesd" and v.merging.ratio == variant.merging.ratio]
+    own = [v for v in medians if v.mode == variant.mode]
+    peers = {v.mode: v for v in medians if v.name == "tomesd" and v.merging.ratio == variant.merging.ratio}
     found: dict[str, Any] = {
         "size": size,
-        "mode": "compiled" if variant.compiled else "eager",
+        "mode": variant.mode,
         "engine": variant.name,
         "ratio": variant.merging.ratio,
         "seconds": round(medians[variant], 3),
         "speed_up": round(medians[own[0]] / medians[variant], 3),
     }
     if peers:
-        found["over_tomesd"] = round(medians[peers[0]] / medians[variant], 3)
+        found["over_tomesd"] = round(medians[peers[variant.mode]] / medians[variant], 3)
+        found["over_tomesd_eager"] = round(medians[peers[EAGER]] / medians[variant], 3)
     found |= {"error": float(f"{error:.3g}"), "label": label(variant, error)}
     if not settings.forward_only:
         found["psnr_db"] = None if torch.equal(result, plain) else round(psnr(result, plain), 1)
@@ -172,12 +176,12 @@ def protocol(parts: Components, settings: argparse.Namespace) -> str:
 def draw(rows: Sequence[dict[str, Any]], size: int, path: Path) -> None:
     """Draw speed-up over ratio and error over speed-up at one size, a line an engine and mode."""
     over_ratio, over_speed = [], []
-    for mode in ("eager", "compiled"):
+    for mode in MODES:
         for name in ENGINES:
             of_name = [r for r in rows if (r["size"], r["mode"], r["engine"]) == (size, mode, name)]
             if not of_name:
                 continue
-            title = name if mode == "eager" else f"{name}, compiled"
+            title = name if mode == EAGER else f"{name}, {mode}"
             over_ratio.append(Line(title, [(0.0, 1.0)] + [(r["ratio"], r["speed_up"]) for r in of_name]))
             over_speed.append(Line(title, [(1.0, 0.0)] + [(r["speed_up"], r["error"]) for r in of_name]))
     panels = [

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sdmodule.atomic import settle
 from sdmodule.data.fingerprints import fingerprint
+from sdmodule.speed.tiled_attention import tiled_attention
 from sdmodule.tome.blocks import transformer_blocks
 
 TORCH = "torch"
@@ -27,27 +28,6 @@ MARGIN = 1.1
 """How many times faster: a choice for good should not hang on a busy moment of the machine."""
 
 TRIALS = 5
-TILE = 256
-"""Queries that are compared with all keys at once: their scores stay in the processor's cache."""
-
-
-def tiled_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention as two plain products and a softmax, some queries at a time.
-
-    Processors with matrix units for bfloat16 run plain products several times faster than torch's fused attention.
-
-    Args:
-        query: ``[B, H, L, D]``.
-        key: ``[B, H, M, D]``.
-        value: of the same shape.
-    """
-    result = torch.empty_like(query)
-    turned = key.transpose(-1, -2)
-    scaled = query * query.shape[-1] ** -0.5
-    for start in range(0, query.shape[2], TILE):
-        scores = scaled[:, :, start : start + TILE] @ turned
-        result[:, :, start : start + TILE] = scores.softmax(dim=-1) @ value
-    return result
 
 
 def convolved(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from sdmodule.speed import kernels
-from sdmodule.speed.kernels import TORCH, convolved, fastest, measured, tiled_attention
+from sdmodule.speed.kernels import TORCH, convolved, fastest, measured
 
 
 @pytest.fixture(autouse=True)
@@ -20,16 +20,6 @@ def a_new_machine(monkeypatch, tmp_path):
     kernels.choices_folder.cache_clear()
     yield
     kernels.choices_folder.cache_clear()
-
-
-@pytest.mark.parametrize(("tokens", "keys"), [(300, 300), (256, 77), (16, 77)])
-@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_attention_by_tiles_is_attention(tokens, keys, dtype, close):
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(2, 3, tokens, 40, generator=generator).to(dtype)
-    key, value = torch.randn(2, 2, 3, keys, 40, generator=generator).to(dtype)
-    wanted = F.scaled_dot_product_attention(query.float(), key.float(), value.float())
-    assert (tiled_attention(query, key, value).float() - wanted).abs().max() < close
 
 
 @pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 24)])
