@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from sdmodule.sampling import check_settings, sample_all
 from sdmodule.schedulers import make_scheduler
 from sdmodule.settings import SamplingSettings
 from sdmodule.speed.kernels import fastest_kernels
+from sdmodule.speed.layout import channels_last
 from sdmodule.tome.settings import OFF, TokenMerging
 
 BACKEND = "inductor"
@@ -36,7 +37,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 """What is compared; the first is the reference."""
 
 
-EAGER, COMPILED, KERNELS = MODES = ("eager", "compiled", "kernels")
+EAGER, COMPILED, ROUNDING = MODES = ("eager", "compiled", "rounding")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Variant:
     Attributes:
         name: of the engine.
         merging: its settings.
-        mode: ``eager``; ``compiled``, the transformer blocks; or ``kernels``, as ``speed.kernels=fastest`` has them.
+        mode: ``eager``; ``compiled``, the transformer blocks; or ``rounding``, by the layout and the kernels of
+            ``speed=rounding`` on CPU.
     """
 
     name: str
@@ -84,7 +86,7 @@ def variants(ratios: Sequence[float], max_downsample: int, compiled: bool) -> li
         for name, options in ENGINES.items():
             merging = TokenMerging(ratio=ratio, max_downsample=max_downsample, **options)
             listed.append(Variant(name, merging))
-    modes = [COMPILED] * compiled + [KERNELS] * (not torch.cuda.is_available())
+    modes = [COMPILED] * compiled + [ROUNDING] * (not torch.cuda.is_available())
     return listed + [Variant(v.name, v.merging, mode) for mode in modes for v in listed]
 
 
@@ -98,7 +100,10 @@ def in_mode(unet: Any, mode: str) -> Iterator[None]:
                 block.compile(dynamic=False, backend=BACKEND)
     torch.compiler.set_stance("default" if mode == COMPILED else "force_eager")
     try:
-        with fastest_kernels(unet) if mode == KERNELS else nullcontext():
+        with ExitStack() as stack:
+            if mode == ROUNDING:
+                stack.enter_context(channels_last(unet))
+                stack.enter_context(fastest_kernels(unet))
             yield
     finally:
         torch.compiler.set_stance("default")

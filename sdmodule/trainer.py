@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from lightning import Callback, Trainer
@@ -17,7 +17,7 @@ from sdmodule.callbacks.finite_loss import STOP, FiniteLoss
 from sdmodule.checkpoint_files import WholeCheckpoints
 from sdmodule.errors import SettingsError
 
-BF16_MIXED = "bf16-mixed"
+BF16_MIXED: Final = "bf16-mixed"
 
 
 def make_trainer(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from diffusers.models.transformers.transformer_2d import Transformer2DModel, Transformer2DModelOutput
+from torch import Tensor, nn
+from typing_extensions import override
 
 
 @contextmanager
@@ -17,11 +20,64 @@ def channels_last(*modules: nn.Module) -> Iterator[None]:
     """
     weights = [weight for module in modules for weight in module.parameters() if weight.ndim == 4]
     before = [weight.is_contiguous() for weight in weights]
+    transformers = [part for module in modules for part in module.modules() if type(part) is Transformer2DModel]
     try:
         for weight in weights:
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        for transformer in transformers:
+            transformer.__class__ = TokensInPlace
         yield
     finally:
+        for transformer in transformers:
+            transformer.__class__ = Transformer2DModel
         for weight, contiguous in zip(weights, before, strict=True):
             if contiguous:
                 weight.data = weight.data.contiguous()
+
+
+class TokensInPlace(Transformer2DModel):
+    """A ``Transformer2DModel`` that leaves its result as its tokens lie; one becomes it, and ceases, by ``__class__``.
+
+    Tokens have their channels innermost. That of diffusers turns them outermost at its end, and what is added to its
+    result stays so: from the first transformer on no layer would find the layout that it is fastest in.
+    """
+
+    @override
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        timestep: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+        **options: Any,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Run the blocks on a picture ``[B, C, h, w]``; ``options`` are the blocks' own."""
+        height = hidden_states.shape[2]
+        tokens = self.norm(hidden_states)
+        tokens = self.proj_in(_tokens(tokens)) if self.use_linear_projection else _tokens(self.proj_in(tokens))
+        for block in self.transformer_blocks:
+            tokens = block(
+                tokens,
+                encoder_hidden_states=encoder_hidden_states,
+                timestep=timestep,
+                class_labels=class_labels,
+                **options,
+            )
+        if self.use_linear_projection:
+            picture = _picture(self.proj_out(tokens), height)
+        else:
+            picture = self.proj_out(_picture(tokens, height))
+        picture = picture + hidden_states
+        return Transformer2DModelOutput(sample=picture) if return_dict else (picture,)
+
+
+def _tokens(picture: Tensor) -> Tensor:
+    """``[B, C, h, w]`` to ``[B, h * w, C]``, of the same memory where channels are innermost."""
+    return picture.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _picture(tokens: Tensor, height: int) -> Tensor:
+    """``[B, h * w, C]`` to ``[B, C, h, w]``, of the same memory."""
+    return tokens.unflatten(1, (height, -1)).permute(0, 3, 1, 2)

@@ -34,35 +34,35 @@ def tiled_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """
     batch, heads, length, width = query.shape
     count = key.shape[2]
-    queries = query * width**-0.5
-    keys = key.transpose(-1, -2)
-    values = value.new_ones(batch, heads, count, width + ONES)
-    values[..., :width] = value
-    small = scores_are_small(queries, key)
-    result = torch.empty_like(query, memory_format=torch.contiguous_format)
+    queries = (query * width**-0.5).flatten(0, 1)
+    keys = key.flatten(0, 1).transpose(1, 2)
+    values = value.new_ones(batch * heads, count, width + ONES)
+    values[..., :width] = value.flatten(0, 1)
+    small = scores_are_small(queries, keys)
+    result = query.new_empty(batch * heads, length, width)
     together, rows = max(1, SCORES // (length * count)), max(1, SCORES // count)
-    for picture in range(batch):
-        for first in range(0, heads, together):
-            some = slice(first, first + together)
-            exponentials = bool(small[picture, some].all())
+    for picture in range(0, batch * heads, heads):
+        for first in range(picture, picture + heads, together):
+            some = slice(first, min(first + together, picture + heads))
+            exponentials = bool(small[some].all())
             for start in range(0, length, rows):
                 these = slice(start, start + rows)
-                scores = queries[picture, some, these] @ keys[picture, some]
+                scores = queries[some, these].bmm(keys[some])
                 weights = scores.exp_() if exponentials else scores.softmax(dim=-1)
-                seen = weights @ values[picture, some]
-                torch.div(seen[..., :width], seen[..., width, None], out=result[picture, some, these])
-    return result
+                seen = weights.bmm(values[some])
+                torch.div(seen[..., :width], seen[..., width:][..., :1], out=result[some, these])
+    return result.unflatten(0, (batch, heads))
 
 
-def scores_are_small(queries: Tensor, key: Tensor) -> Tensor:
+def scores_are_small(queries: Tensor, keys: Tensor) -> Tensor:
     """Of which heads no score's exponential overflows or vanishes: no product exceeds that of the lengths.
 
     Args:
-        queries: scaled, ``[B, H, L, D]``.
-        key: ``[B, H, M, D]``.
+        queries: scaled, ``[H, L, D]``.
+        keys: ``[H, D, M]``.
 
     Returns:
-        ``[B, H]``, boolean. A head with what is no number is none of them.
+        ``[H]``, boolean. A head with what is no number is none of them.
     """
-    bound = queries.norm(dim=-1).amax(dim=-1) * key.norm(dim=-1).amax(dim=-1)
+    bound = queries.norm(dim=2).amax(dim=1) * keys.norm(dim=1).amax(dim=1)
     return bound < math.log(torch.finfo(queries.dtype).max) / 2  # the rest is left to the sum, and to the values

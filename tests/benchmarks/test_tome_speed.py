@@ -22,11 +22,11 @@ def test_forward_passes_are_rows_with_speed_error_and_label(checkpoint, tmp_path
     assert {"command", "hardware", "versions", "rows", "protocol"} <= written.keys()
     assert "one call of the UNet" in written["protocol"] and str(tmp_path) not in file.read_text()
     rows = written["rows"]
-    modes = ("eager", "kernels")
+    modes = ("eager", "rounding")
     assert len(rows) == 2 * len(modes) * (1 + 2 * len(tome_speed.ENGINES))
     for size, mode in itertools.product((32, 64), modes):
         of = {(r["engine"], r["ratio"]): r for r in rows if (r["size"], r["mode"]) == (size, mode)}
-        assert of["none", 0.0]["error"] < (1e-5 if mode == "kernels" else 1e-30)
+        assert of["none", 0.0]["error"] < (1e-5 if mode == "rounding" else 1e-30)
         for ratio in (0.5, 0.75):
             assert of["tomesd", ratio]["label"] == of["exact", ratio]["label"] == "lossy"
             assert of["exact", ratio]["error"] == pytest.approx(of["tomesd", ratio]["error"], rel=1e-2)

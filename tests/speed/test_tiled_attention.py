@@ -17,13 +17,17 @@ def qkv(tokens=300, keys=300, dtype=torch.float32, larger=1.0):
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
+def scaled(query, key):
+    return (query * 40**-0.5).flatten(0, 1), key.flatten(0, 1).transpose(1, 2)
+
+
 @pytest.mark.parametrize("scores", [2**21, 200_000, 1000, 1])
 @pytest.mark.parametrize(("tokens", "keys"), [(300, 300), (256, 77), (16, 77), (1, 1)])
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_attention_by_tiles_is_attention(monkeypatch, tokens, keys, dtype, close, scores):
     monkeypatch.setattr(tiles, "SCORES", scores)
     query, key, value = qkv(tokens, keys, dtype)
-    assert scores_are_small(query * 40**-0.5, key).all()
+    assert scores_are_small(*scaled(query, key)).all()
     wanted = F.scaled_dot_product_attention(query.float(), key.float(), value.float())
     assert (tiled_attention(query, key, value).float() - wanted).abs().max() < close
 
@@ -32,7 +36,7 @@ def test_attention_by_tiles_is_attention(monkeypatch, tokens, keys, dtype, close
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scores_whose_exponentials_overflow_are_no_harm(dtype, larger):
     query, key, value = qkv(64, 64, dtype, larger)
-    assert not scores_are_small(query * 40**-0.5, key).any()
+    assert not scores_are_small(*scaled(query, key)).any()
     wanted = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
     seen = tiled_attention(query, key, value)
     assert torch.isfinite(seen).all()
