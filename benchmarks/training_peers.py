@@ -70,8 +70,22 @@ def script(parts: Components, task: Task, steps: int) -> list[float]:
     """Seconds of each step of the loop of diffusers' ``train_text_to_image.py`` and its LoRA sibling.
 
     Pictures and captions are encoded at every step, the loss is gathered at every step, gradients are clipped at 1,
-    AdamW is torch's own with weight decay 0.01, the learning rate constant. ``parts.unet`` has what is to be trained.
+    AdamW is torch's own with weight decay 0.01, the learning rate constant. In mixed precision what is not trained is
+    in 16 bits. ``parts.unet`` has what is to be trained, and is as it was afterwards.
     """
+    frozen = [weight for weight in parts.unet.parameters() if not weight.requires_grad]
+    whole = [weight.data for weight in frozen]
+    try:
+        if task.precision == "bf16-mixed":
+            for weight in frozen:
+                weight.data = weight.data.to(torch.bfloat16)
+        return _script(parts, task, steps)
+    finally:
+        for weight, data in zip(frozen, whole, strict=True):
+            weight.data = data
+
+
+def _script(parts: Components, task: Task, steps: int) -> list[float]:
     parts.unet.set_attn_processor(AttnProcessor2_0())  # as they are when a checkpoint is loaded
     parts.text_encoder.set_attn_implementation("sdpa")
     mixed = "bf16" if task.precision == "bf16-mixed" else "no"

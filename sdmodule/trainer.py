@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from sdmodule.callbacks.finite_loss import STOP, FiniteLoss
+from sdmodule.callbacks.frozen_weights import FrozenWeights
 from sdmodule.checkpoint_files import WholeCheckpoints
 from sdmodule.errors import SettingsError
 
@@ -90,7 +91,11 @@ def make_trainer(
             accumulate_grad_batches=accumulate_grad_batches,
             precision=None if any(isinstance(one, Precision) for one in plugins) else precision,  # type: ignore[arg-type]
             log_every_n_steps=min(log_every_n_steps, max_steps),
-            callbacks=[*callbacks, FiniteLoss(nan_loss)],
+            callbacks=[
+                FrozenWeights(),
+                *callbacks,
+                FiniteLoss(nan_loss),
+            ],  # the first, so that all others see them whole
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
             enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
             enable_model_summary=False,

@@ -20,19 +20,28 @@ def channels_last(*modules: nn.Module) -> Iterator[None]:
     """
     weights = [weight for module in modules for weight in module.parameters() if weight.ndim == 4]
     before = [weight.is_contiguous() for weight in weights]
-    transformers = [part for module in modules for part in module.modules() if type(part) is Transformer2DModel]
     try:
         for weight in weights:
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        with tokens_in_place(*modules):
+            yield
+    finally:
+        for weight, contiguous in zip(weights, before, strict=True):
+            if contiguous:
+                weight.data = weight.data.contiguous()
+
+
+@contextmanager
+def tokens_in_place(*modules: nn.Module) -> Iterator[None]:
+    """Let the transformers of modules leave their results as their tokens lie, inside a ``with`` block."""
+    transformers = [part for module in modules for part in module.modules() if type(part) is Transformer2DModel]
+    try:
         for transformer in transformers:
             transformer.__class__ = TokensInPlace
         yield
     finally:
         for transformer in transformers:
             transformer.__class__ = Transformer2DModel
-        for weight, contiguous in zip(weights, before, strict=True):
-            if contiguous:
-                weight.data = weight.data.contiguous()
 
 
 class TokensInPlace(Transformer2DModel):
@@ -54,6 +63,9 @@ class TokensInPlace(Transformer2DModel):
         **options: Any,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Run the blocks on a picture ``[B, C, h, w]``; ``options`` are the blocks' own."""
+        if torch.is_grad_enabled() and self.gradient_checkpointing:  # which needs more than the blocks
+            given = (encoder_hidden_states, timestep, added_cond_kwargs, class_labels)
+            return super().forward(hidden_states, *given, return_dict=return_dict, **options)
         height = hidden_states.shape[2]
         tokens = self.norm(hidden_states)
         tokens = self.proj_in(_tokens(tokens)) if self.use_linear_projection else _tokens(self.proj_in(tokens))

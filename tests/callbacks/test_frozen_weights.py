@@ -1,0 +1,94 @@
+"""Frozen weights in 16 bits: during steps alone, the same training, and whole again whatever happens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning import Callback
+
+from sdmodule.callbacks.frozen_weights import FrozenWeights
+from sdmodule.callbacks.validation_samples import ValidationSamples
+from sdmodule.data.shapes import ShapesDataModule
+from sdmodule.module import StableDiffusionModule
+from tests.fitting import fit
+
+LORA = {"kind": "lora", "rank": 2}
+WORD = {"kind": "textual_inversion", "placeholder": "<x>", "initializer": "star"}
+
+
+class Recorder(Callback):
+    """The types of the UNet's weights, by what is done with them; the losses; an end after some steps."""
+
+    def __init__(self, stop: int | None = None) -> None:
+        self.types: dict[str, dict[str, torch.dtype]] = {}
+        self.innermost: list[bool] = []
+        self.losses: list[float] = []
+        self.stop = stop
+
+    def on_before_backward(self, trainer, pl_module, loss) -> None:
+        self.types["step"] = {name: weight.dtype for name, weight in pl_module.named_parameters()}
+        self.values = {name: weight.detach().clone() for name, weight in pl_module.named_parameters()}
+        frozen = [weight for weight in pl_module.unet.parameters() if weight.ndim == 4]
+        self.innermost = [weight.is_contiguous(memory_format=torch.channels_last) for weight in frozen]
+        self.losses.append(float(loss))
+        if len(self.losses) == self.stop:
+            raise RuntimeError("stop")
+
+    def on_validation_epoch_end(self, trainer, pl_module) -> None:
+        self.types["validation"] = {name: weight.dtype for name, weight in pl_module.named_parameters()}
+
+
+def train(checkpoint, *callbacks, tuning=LORA, precision="bf16-mixed", **settings):
+    torch.manual_seed(0)
+    module = StableDiffusionModule(
+        str(checkpoint), tuning=tuning, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-4), sampling={"steps": 1}
+    )
+    before = {name: weight.detach().clone() for name, weight in module.named_parameters() if not weight.requires_grad}
+    recorder = Recorder(**settings)
+    data = ShapesDataModule(batch_size=2, train_length=8, val_length=2, size=32)
+    try:
+        fit(module, data, 4, *callbacks, recorder, precision=precision, val_check_interval=2, num_sanity_val_steps=0)
+    finally:
+        after = dict(module.named_parameters())
+        assert all(torch.equal(after[name], weight) and after[name].is_contiguous() for name, weight in before.items())
+        assert {type(part).__module__.partition(".")[0] for part in module.unet.modules()} <= {
+            "torch",
+            "diffusers",
+            "peft",
+        }
+    return module, recorder
+
+
+def test_they_are_in_16_bits_at_a_step_and_whole_in_validation(checkpoint, tmp_path):
+    module, seen = train(checkpoint, FrozenWeights(), ValidationSamples(tmp_path, num_prompts=1))
+    step = seen.types["step"]
+    for name, dtype in step.items():
+        small = "norm" not in name and "lora" not in name and "embedding." not in name.replace("time_embedding.", "")
+        assert dtype == (torch.bfloat16 if small else torch.float32), name
+        if small:
+            assert torch.equal(seen.values[name], dict(module.named_parameters())[name].to(dtype)), name
+    assert all(seen.innermost)
+    assert set(seen.types["validation"].values()) == {torch.float32}
+    assert len(list(tmp_path.glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize("tuning", [LORA, {"kind": "full"}, WORD], ids=str)
+def test_the_training_is_the_same(checkpoint, tuning):
+    """But for the order in which convolutions sum, which their layout may change."""
+    one, converted = train(checkpoint, FrozenWeights(), tuning=tuning)
+    other, plain = train(checkpoint, tuning=tuning)
+    assert converted.losses == pytest.approx(plain.losses, rel=2e-3)
+    trained = {name for name, weight in other.named_parameters() if weight.requires_grad}
+    ours, theirs = dict(one.named_parameters()), dict(other.named_parameters())
+    assert max(float((ours[name] - theirs[name]).abs().mean()) for name in trained) < 1e-4
+
+
+@pytest.mark.parametrize(("tuning", "precision"), [(LORA, "32-true"), ({**LORA, "method": "dora"}, "bf16-mixed")])
+def test_where_they_stay_as_they_are(checkpoint, tuning, precision):
+    _, seen = train(checkpoint, FrozenWeights(), tuning=tuning, precision=precision)
+    assert {dtype for name, dtype in seen.types["step"].items() if "unet" in name} == {torch.float32}
+
+
+def test_an_error_leaves_them_whole(checkpoint):
+    with pytest.raises(RuntimeError, match="stop"):
+        train(checkpoint, FrozenWeights(), stop=3)
