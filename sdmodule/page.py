@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sdmodule.atomic import write_whole
-from sdmodule.run_folder import RECORDS, TIMINGS, read_records
+from sdmodule.atomic import whole_file
+from sdmodule.run_folder import RECORDS, TIMINGS, each_record
 
 
 @dataclass
@@ -18,34 +19,31 @@ class Job:
     """One run, as the page shows it.
 
     Attributes:
+        root: its folder.
         name: what tells it from the others of its sweep.
         folder: where its pictures are, seen from the page; empty if beside it.
         swept: the settings that differ between the jobs of a sweep.
-        records: what ``predictions.jsonl`` holds.
-        timings: what ``timings.json`` holds.
     """
 
-    name: str
-    folder: str
-    swept: dict[str, str] = field(default_factory=dict)
-    records: list[dict[str, Any]] = field(default_factory=list)
-    timings: dict[str, Any] = field(default_factory=dict)
+    root: Path
+    name: str = ""
+    folder: str = ""
+    swept: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def records(self) -> Iterator[dict[str, Any]]:
+        """What ``predictions.jsonl`` holds, a picture at a time."""
+        return each_record(self.root / RECORDS)
 
-def read_job(folder: Path, name: str = "", place: str = "", swept: Mapping[str, str] | None = None) -> Job:
-    """What a finished run has left in its folder."""
-    timings = folder / TIMINGS
-    return Job(
-        name,
-        place,
-        dict(swept or {}),
-        read_records(folder / RECORDS),
-        json.loads(timings.read_text(encoding="utf-8")) if timings.is_file() else {},
-    )
+    @cached_property
+    def timings(self) -> dict[str, Any]:
+        """What ``timings.json`` holds."""
+        timings = self.root / TIMINGS
+        return json.loads(timings.read_text(encoding="utf-8")) if timings.is_file() else {}
 
 
 def write_page(folder: Path, title: str, jobs: Sequence[Job], plot: str | None = None) -> None:
-    """Write ``index.html``.
+    """Write ``index.html``, without more than a picture's facts in memory.
 
     Prompts are anybody's text: they stand in the page as data alone, with nothing in them that ends the data.
 
@@ -55,6 +53,25 @@ def write_page(folder: Path, title: str, jobs: Sequence[Job], plot: str | None =
         jobs: the runs to show.
         plot: a picture of the seconds, in the same folder.
     """
-    data = json.dumps({"title": title, "jobs": [asdict(job) for job in jobs], "plot": plot}, ensure_ascii=False)
     template = (resources.files("sdmodule.assets") / "index.html").read_text(encoding="utf-8")
-    write_whole(folder / "index.html", template.replace("@DATA@", data.replace("<", "\\u003c")))
+    head, tail = template.split("@DATA@")
+    with whole_file(folder / "index.html") as aside, aside.open("w", encoding="utf-8") as page:
+        page.write(head)
+        page.writelines(piece.replace("<", "\\u003c") for piece in _pieces(title, jobs, plot))
+        page.write(tail)
+
+
+def _pieces(title: str, jobs: Sequence[Job], plot: str | None) -> Iterator[str]:
+    """The page's data as JSON, a picture at a time."""
+    yield f'{{"title": {_json(title)}, "plot": {_json(plot)}, "jobs": ['
+    for number, job in enumerate(jobs):
+        told = {"name": job.name, "folder": job.folder, "swept": job.swept, "timings": job.timings}
+        yield f'{", " if number else ""}{_json(told)[:-1]}, "records": ['
+        for place, record in enumerate(job.records):
+            yield f"{', ' if place else ''}{_json(record)}"
+        yield "]}"
+    yield "]}"
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

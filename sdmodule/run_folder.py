@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from sdmodule.atomic import write_whole
+from sdmodule.atomic import whole_file, write_whole
 from sdmodule.errors import SettingsError
 from sdmodule.recipe import read_facts
 from sdmodule.requests import SampleRequest
@@ -43,17 +44,45 @@ def input_name(image: Image.Image) -> str:
     return f"{INPUTS}/{digest.hexdigest()}.png"
 
 
-def read_records(file: Path) -> list[dict[str, Any]]:
-    """The lines of a file of records; one that a killed run left half-written is passed over."""
-    records = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
+def each_record(file: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file of records, one at a time; one that a killed run left half-written is passed over."""
+    if not file.is_file():
+        return
+    with file.open("rb") as lines:
+        for line in lines:
+            if (record := _parsed(line)) is not None:
+                yield record
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line.decode(errors="replace"))
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def gather_records(files: Sequence[Path]) -> None:
+    """Put the lines of several files into the first, in the order of their pictures; of a picture's the last one.
+
+    Of the lines only their places are in memory: a run may have any number of pictures.
+    """
+    places: dict[int, tuple[Path, int]] = {}
+    for file in filter(Path.is_file, files):
+        start = 0
+        with file.open("rb") as lines:
+            for line in lines:
+                if (record := _parsed(line)) is not None:
+                    places[record["index"]] = file, start
+                start += len(line)
+    with ExitStack() as stack:
+        aside = stack.enter_context(whole_file(files[0]))
+        gathered = stack.enter_context(aside.open("wb"))
+        opened = {file: stack.enter_context(file.open("rb")) for file in {file for file, _ in places.values()}}
+        for index in sorted(places):
+            file, start = places[index]
+            opened[file].seek(start)
+            gathered.write(opened[file].readline().rstrip(b"\n") + b"\n")
 
 
 def to_line(record: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from sdmodule.atomic import write_whole
-from sdmodule.page import Job, read_job, write_page
+from sdmodule.page import Job, write_page
 from sdmodule.pictures import break_lines
 from sdmodule.privacy import redacted
 from sdmodule.recipe import save_png
@@ -35,10 +35,10 @@ def summarize(folder: Path, finished: Sequence[tuple[Path, Sequence[str]]]) -> N
     for (place, _), overrides in zip(finished, given, strict=True):
         values = {key: str(redacted(overrides.get(key, ""), key)).strip("'\"") for key in swept}
         name = ", ".join(f"{key}={value}" for key, value in values.items()) or place.name
-        jobs.append(read_job(place, name, place.relative_to(folder).as_posix(), values))
+        jobs.append(Job(place, name, place.relative_to(folder).as_posix(), values))
     write_whole(folder / "summary.csv", table(jobs))
     write_whole(folder / "seconds.svg", plot(jobs))
-    if any(job.records for job in jobs):
+    if any(True for job in jobs for _ in job.records):
         save_png(sheet(folder, jobs), folder / "sheet.png", {})
     write_page(folder, folder.absolute().name, jobs, "seconds.svg")
 
@@ -48,7 +48,7 @@ def table(jobs: Sequence[Job]) -> str:
     rows = []
     for job in jobs:
         timings = job.timings
-        row = {"job": job.folder, **job.swept, "images": len(job.records)}
+        row = {"job": job.folder, **job.swept, "images": sum(1 for _ in job.records)}
         row |= {"seconds_per_image": seconds_per_image(job), "images_per_second": timings.get("images_per_second")}
         row |= {f"seconds_{stage}": value for stage, value in timings.get("seconds", {}).items()}
         row |= {f"step_seconds_{name}": value for name, value in timings.get("step_seconds", {}).items()}

@@ -6,8 +6,9 @@ import platform
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +26,9 @@ from sdmodule.run_folder import (
     IMAGES,
     INPUTS,
     RECORDS,
+    each_record,
+    gather_records,
     picture_name,
-    read_records,
     request_facts,
     to_line,
     write_records,
@@ -56,10 +58,14 @@ class PredictionWriter(BasePredictionWriter):
         self.output_dir = Path(output_dir)
         self.workers = workers
         self.seconds = 0.0
-        self.records: list[dict[str, Any]] = []
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
         self._pending: deque[Future[None]] = deque()
+
+    @property
+    def records(self) -> Iterator[dict[str, Any]]:
+        """What ``predictions.jsonl`` holds, a picture at a time."""
+        return each_record(self._file(0))
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -138,12 +144,10 @@ class PredictionWriter(BasePredictionWriter):
         if not trainer.is_global_zero:
             return
         files = [self._file(rank) for rank in range(trainer.world_size)]
-        records = {record["index"]: record for file in files for record in read_records(file)}
-        self.records = [records[index] for index in sorted(records)]
-        write_records(files[0], self.records)
+        gather_records(files)
         for file in files[1:]:
             file.unlink(missing_ok=True)
-        self._write_sheet(self.records[:SHEET_LIMIT])
+        self._write_sheet(list(islice(self.records, SHEET_LIMIT)))
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

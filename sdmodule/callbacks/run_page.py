@@ -7,7 +7,7 @@ from pathlib import Path
 from lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from sdmodule.page import read_job, write_page
+from sdmodule.page import Job, write_page
 
 
 class RunPage(Callback):
@@ -23,4 +23,4 @@ class RunPage(Callback):
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            write_page(self.output_dir, self.output_dir.absolute().name, [read_job(self.output_dir)])
+            write_page(self.output_dir, self.output_dir.absolute().name, [Job(self.output_dir)])

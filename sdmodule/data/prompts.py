@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,14 +16,21 @@ from sdmodule.requests import TEXT2IMAGE, SampleRequest, build_requests
 
 
 class Batches(IterableDataset[list[SampleRequest]]):
-    """Batches in their order; Lightning, which would cut a list anew for every device, takes them as they are."""
+    """Batches in their order; Lightning, which would cut a list anew for every device, takes them as they are.
 
-    def __init__(self, batches: Sequence[list[SampleRequest]]) -> None:
+    Args:
+        batches: of requests.
+        done: indices of the pictures that are there already, and are made for company alone.
+    """
+
+    def __init__(self, batches: Sequence[list[SampleRequest]], done: Container[int]) -> None:
         self.batches = batches
+        self.done = done
 
     @override
     def __iter__(self) -> Iterator[list[SampleRequest]]:
-        return iter(self.batches)
+        for batch in self.batches:
+            yield [replace(request, kept=request.kept and request.index not in self.done) for request in batch]
 
 
 class PromptDataModule(LightningDataModule):
@@ -99,10 +106,9 @@ class PromptDataModule(LightningDataModule):
         else:
             size = min(self.batch_size, -(-len(self.requests) // devices))  # every device has something to do
             whole = [self.requests[k : k + size] for k in range(0, len(self.requests), size)]
-        marked = [[replace(r, kept=r.kept and r.index not in self.done) for r in batch] for batch in whole]
-        return [batch for batch in marked if any(request.kept for request in batch)]
+        return [batch for batch in whole if any(r.kept and r.index not in self.done for r in batch)]
 
     @override
     def predict_dataloader(self) -> DataLoader:
         rank, devices = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return DataLoader(Batches(self.batches(devices)[rank::devices]), batch_size=None, collate_fn=list)
+        return DataLoader(Batches(self.batches(devices)[rank::devices], self.done), batch_size=None, collate_fn=list)

@@ -68,7 +68,7 @@ def sheet(images: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image
     return captioned_sheet(images, captions, tile=min(max(max(max(image.size) for image in images), 128), 512))
 
 
-def log_table(loggers: Iterable[Logger], records: Sequence[Mapping[str, Any]], folder: Path) -> None:
+def log_table(loggers: Iterable[Logger], records: Iterable[Mapping[str, Any]], folder: Path) -> None:
     """Log the table ``predictions``, a row a picture, to W&B, the one that has tables.
 
     Args:
@@ -77,12 +77,12 @@ def log_table(loggers: Iterable[Logger], records: Sequence[Mapping[str, Any]], f
         folder: of the run.
     """
     for logger in loggers:
-        if isinstance(logger, WandbLogger) and records:
+        if isinstance(logger, WandbLogger) and (told := list(records)):
             import wandb
 
-            repainted = any("inpaint" in record for record in records)
+            repainted = any("inpaint" in record for record in told)
             columns = [*COLUMNS, *(INPAINT_COLUMNS if repainted else ())]
-            rows = [_row(record, folder, repainted) for record in records]
+            rows = [_row(record, folder, repainted) for record in told]
             logger.experiment.log({"predictions": wandb.Table(columns=columns, data=rows)})
 
 

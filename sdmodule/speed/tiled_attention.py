@@ -39,7 +39,7 @@ def tiled_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     values = value.new_ones(batch * heads, count, width + ONES)
     values[..., :width] = value.flatten(0, 1)
     small = scores_are_small(queries, keys)
-    result = query.new_empty(batch * heads, length, width)
+    sums = query.new_empty(batch * heads, length, width + ONES)
     together, rows = max(1, SCORES // (length * count)), max(1, SCORES // count)
     for picture in range(0, batch * heads, heads):
         for first in range(picture, picture + heads, together):
@@ -49,9 +49,8 @@ def tiled_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
                 these = slice(start, start + rows)
                 scores = queries[some, these].bmm(keys[some])
                 weights = scores.exp_() if exponentials else scores.softmax(dim=-1)
-                seen = weights.bmm(values[some])
-                torch.div(seen[..., :width], seen[..., width:][..., :1], out=result[some, these])
-    return result.unflatten(0, (batch, heads))
+                torch.bmm(weights, values[some], out=sums[some, these])
+    return (sums[..., :width] / sums[..., width : width + 1]).unflatten(0, (batch, heads))
 
 
 def scores_are_small(queries: Tensor, keys: Tensor) -> Tensor:
