@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from PIL import Image, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -212,7 +213,7 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
     """
     settings = parse(arguments)
     # Imported here, so that a wrong argument is told at once.
-    from benchmarks.presets import preset
+    from benchmarks.presets import dtype, preset
     from sdmodule import StableDiffusionModule
 
     share = 10 if settings.quick else 1
@@ -220,6 +221,9 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
     if settings.speed == "exact":
         chosen.pop("sampling")  # the checkpoint's own scheduler
     module = StableDiffusionModule.from_pretrained(settings.pretrained, task=settings.task, **chosen)
+    weights = dtype(settings.speed)
+    if weights != torch.float32:
+        module.to(weights)
     repaints: list[Repaint] = []
     if settings.task == "inpaint":
         rng = random.Random(settings.seed)
@@ -242,7 +246,8 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
     rows = tally(scenes, verdicts)
     show(f"The model, on {len(scenes)} sampled pictures", rows)
 
-    result = report([__file__, *arguments], rows) | {"reader": reader}
+    told = {"reader": reader, "dtype": str(weights).removeprefix("torch.")}
+    result = report([__file__, *arguments], rows) | told
     if settings.json:
         write_json(settings.json, result)
     if settings.sheet:

@@ -61,15 +61,7 @@ def make_trainer(
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise SettingsError(f"trainer.{name}={value} is not allowed; give a whole number of at least 1.")
-    if precision == "auto":
-        precision = BF16_MIXED if computes_bfloat16(accelerator) else "32-true"
-    elif precision == "auto-true":
-        precision = "bf16-true" if computes_bfloat16(accelerator) else "16-true" if accelerator == "gpu" else "32-true"
-    elif str(precision) in ("16", "bf16"):  # as older releases of Lightning named them
-        precision = f"{precision}-mixed"
-    if precision == "16-mixed" and accelerator == "cpu":
-        rank_zero_warn(f"precision=16-mixed: a processor has none; {BF16_MIXED} is taken.")
-        precision = BF16_MIXED
+    precision = resolved(precision, accelerator)
     if "bf16" in str(precision) and not computes_bfloat16(accelerator):
         rank_zero_warn(
             f"precision={precision}: this device emulates bfloat16, many times slower than float32; "
@@ -107,6 +99,20 @@ def make_trainer(
         raise
     except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
         raise SettingsError(f"trainer: Lightning refuses these settings: {' '.join(str(error).split())}") from error
+
+
+def resolved(precision: str, accelerator: str) -> str:
+    """A precision under the name that Lightning has for it; what ``auto`` and ``auto-true`` are on a device."""
+    if precision == "auto":
+        return BF16_MIXED if computes_bfloat16(accelerator) else "32-true"
+    if precision == "auto-true":
+        return "bf16-true" if computes_bfloat16(accelerator) else "16-true" if accelerator == "gpu" else "32-true"
+    if str(precision) in ("16", "bf16"):  # as older releases of Lightning named them
+        precision = f"{precision}-mixed"
+    if precision == "16-mixed" and accelerator == "cpu":
+        rank_zero_warn(f"precision=16-mixed: a processor has none; {BF16_MIXED} is taken.")
+        return BF16_MIXED
+    return precision
 
 
 class Unscaled(MixedPrecision):
