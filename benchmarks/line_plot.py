@@ -31,13 +31,14 @@ class Panel:
     lines: Sequence[Line]
 
 
-def draw_panels(panels: Sequence[Panel]) -> Image.Image:
-    """Draw panels side by side."""
-    image = Image.new("RGB", (WIDTH * len(panels), HEIGHT), "white")
+def draw_panels(panels: Sequence[Panel], columns: int | None = None) -> Image.Image:
+    """Draw panels side by side, or in rows of some columns."""
+    columns = columns or len(panels)
+    image = Image.new("RGB", (WIDTH * columns, HEIGHT * -(-len(panels) // columns)), "white")
     for k, panel in enumerate(panels):
         tile = Image.new("RGB", (WIDTH, HEIGHT), "white")
         _draw(panel, tile)
-        image.paste(tile, (k * WIDTH, 0))
+        image.paste(tile, (k % columns * WIDTH, k // columns * HEIGHT))
     return image
 
 

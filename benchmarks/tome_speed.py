@@ -192,22 +192,21 @@ def protocol(parts: Components, settings: argparse.Namespace) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], size: int, path: Path) -> None:
-    """Draw speed-up over ratio and error over speed-up at one size, a line an engine and mode."""
-    over_ratio, over_speed = [], []
+    """Draw speed-up over ratio and error over speed-up at one size, a line an engine, a row of panels a mode."""
+    panels = []
     for mode in MODES:
+        over_ratio, over_speed = [], []
         for name in ENGINES:
             of_name = [r for r in rows if (r["size"], r["mode"], r["engine"]) == (size, mode, name)]
-            if not of_name:
-                continue
-            title = name if mode == EAGER else f"{name}, {mode}"
-            over_ratio.append(Line(title, [(0.0, 1.0)] + [(r["ratio"], r["speed_up"]) for r in of_name]))
-            over_speed.append(Line(title, [(1.0, 0.0)] + [(r["speed_up"], r["error"]) for r in of_name]))
-    panels = [
-        Panel(f"Speed-up over ratio, {size} pixels", "ratio", "speed-up", over_ratio),
-        Panel(f"Error over speed-up, {size} pixels", "speed-up", "relative error of the UNet's output", over_speed),
-    ]
+            over_ratio.append(Line(name, [(0.0, 1.0)] + [(r["ratio"], r["speed_up"]) for r in of_name]))
+            over_speed.append(Line(name, [(1.0, 0.0)] + [(r["speed_up"], r["error"]) for r in of_name]))
+        if any(row["mode"] == mode for row in rows):
+            panels += [
+                Panel(f"Speed-up over ratio, {size} pixels, {mode}", "ratio", "speed-up", over_ratio),
+                Panel(f"Error over speed-up, {mode}", "speed-up", "relative error of the UNet's output", over_speed),
+            ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw_panels(panels).save(path)
+    draw_panels(panels, columns=2).save(path)
 
 
 def run(arguments: Sequence[str]) -> dict[str, Any]:

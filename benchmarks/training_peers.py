@@ -74,7 +74,7 @@ def script(parts: Components, task: Task, steps: int) -> list[float]:
     in 16 bits. ``parts.unet`` has what is to be trained, and is as it was afterwards.
     """
     frozen = [weight for weight in parts.unet.parameters() if not weight.requires_grad]
-    whole = [weight.data for weight in frozen]
+    whole = [weight.data.cpu() for weight in frozen]
     try:
         if task.precision == "bf16-mixed":
             for weight in frozen:
@@ -82,7 +82,7 @@ def script(parts: Components, task: Task, steps: int) -> list[float]:
         return _script(parts, task, steps)
     finally:
         for weight, data in zip(frozen, whole, strict=True):
-            weight.data = data
+            weight.data = data.to(weight.device)
 
 
 def _script(parts: Components, task: Task, steps: int) -> list[float]:

@@ -111,7 +111,7 @@ def infer(
         control=control,
     )
     bar = steps_bar(settings.steps_taken, show_progress)
-    with evaluating(module), prepared(module.parts, settings.speed), bar as on_step:
+    with module.whole_weights(), evaluating(module), prepared(module.parts, settings.speed), bar as on_step:
         samples = sample_all(module.parts, requests, settings, noise=latents, generator=generator, on_step=on_step)
     return {
         "samples": samples.converted(return_type),

@@ -8,7 +8,7 @@ noisy latents; sampling starts from noise alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -180,6 +180,7 @@ class StableDiffusionModule(LightningModule):
         self.seed = seed
         self.on_step: Callable[[int, Tensor], None] | None = None  # told of every denoising step of ``predict_step``
         self._prepared = ExitStack()  # what is switched for a whole run of the trainer
+        self.whole_weights: Callable[[], AbstractContextManager[None]] = nullcontext  # set while some are in 16 bits
         self.cached_embeddings: CachedEmbeddings | None = None  # set by the cache while a training goes on
         self.validated = ""  # end of the names under which validation is logged; set where it is of other weights
         self.strict_loading = False  # checkpoints hold the trained weights alone
@@ -414,7 +415,8 @@ class StableDiffusionModule(LightningModule):
         """Write what is trained, its weights as ``dtype``: a folder that diffusers' pipeline loads, or an adapter."""
         if self.adapters and not self.hparams["merge_adapters"]:
             raise SettingsError("adapters stand beside the weights; set merge_adapters=true to write them together.")
-        self.tuning.export(self.parts, folder, dtype)
+        with self.whole_weights():
+            self.tuning.export(self.parts, folder, dtype)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -72,8 +72,8 @@ def make_trainer(
     if "deepspeed" not in strategy:  # which writes checkpoints of its own kind
         plugins.append(WholeCheckpoints())
     own = "deepspeed" in strategy or "fsdp" in strategy  # these bring a precision of their own kind
-    if precision == BF16_MIXED and not own:
-        plugins.append(Unscaled("cpu" if accelerator == "cpu" else "cuda"))
+    if precision == BF16_MIXED and accelerator in ("cpu", "gpu") and not own:
+        plugins.append(Unscaled("cpu" if accelerator == "cpu" else "cuda" if torch.cuda.is_available() else "mps"))
     try:
         return Trainer(
             accelerator=accelerator,
@@ -122,7 +122,7 @@ class Unscaled(MixedPrecision):
     itself. Those of bfloat16 are never scaled.
 
     Args:
-        device: ``cpu`` or ``cuda``.
+        device: ``cpu``, ``cuda`` or ``mps``.
     """
 
     def __init__(self, device: str) -> None:

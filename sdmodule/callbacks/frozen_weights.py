@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -20,16 +20,19 @@ TYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 LAYERS = (nn.Linear, nn.Conv2d)
 """Layers whose weights autocast converts."""
 
+STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
+"""Those under which a weight is whole on every device; what is made of them may cut it up."""
+
 
 class FrozenWeights(Callback):
     """In mixed precision, keep frozen linear layers and convolutions in 16 bits while steps are taken.
 
     Autocast converts the weights of these at every step, and what it made of them is kept for the backward pass beside
     the weights themselves. Here they are converted once, to the same numbers; the whole ones wait in the processor's
-    memory and are back for validation, pictures, and what is written. A network whose convolutions are all frozen has
-    their channels innermost meanwhile, in which they are fastest.
+    memory and are back for validation, at the end, and for ``infer`` and ``save_pretrained`` whenever these are called.
+    A network whose convolutions are all frozen has their channels innermost meanwhile, in which they are fastest.
 
-    Not for DoRA, which computes with the weights themselves, nor for strategies that shard them.
+    Not for DoRA, which computes with the weights themselves.
     """
 
     def __init__(self) -> None:
@@ -37,30 +40,25 @@ class FrozenWeights(Callback):
         self._switched = ExitStack()
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._convert(trainer, pl_module)
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        dtype = TYPES.get(str(trainer.precision))
+        if dtype is not None and type(trainer.strategy) in STRATEGIES and not self._whole:
+            self._convert(pl_module, dtype)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restore()
-
-    @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._convert(trainer, pl_module)
+        self._restore(pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restore()
+        self._restore(pl_module)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._restore()
+        # a device that is out of memory has no room for them, and the module leaves it next
+        self._restore(pl_module, torch.device("cpu"))
 
-    def _convert(self, trainer: Trainer, module: Any) -> None:
-        dtype = TYPES.get(str(trainer.precision))
-        if dtype is None or not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
-            return
+    def _convert(self, module: Any, dtype: torch.dtype) -> None:
         for name in ("unet", "controlnet", "vae", "text_encoder"):
             network = getattr(module, name, None)
             if network is None or any("lora_magnitude_vector" in key for key, _ in network.named_parameters()):
@@ -76,8 +74,19 @@ class FrozenWeights(Callback):
             if pictures:
                 self._switched.enter_context(tokens_in_place(network))
 
-    def _restore(self) -> None:
+        @contextmanager
+        def whole() -> Iterator[None]:
+            self._restore(module)
+            try:
+                yield
+            finally:
+                self._convert(module, dtype)
+
+        module.whole_weights = whole
+
+    def _restore(self, module: Any, device: torch.device | None = None) -> None:
         self._switched.close()
         for weight, whole in self._whole:
-            weight.data = whole.to(weight.device)
+            weight.data = whole.to(device or weight.device)
         self._whole = []
+        module.whole_weights = nullcontext

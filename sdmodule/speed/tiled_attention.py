@@ -63,5 +63,7 @@ def scores_are_small(queries: Tensor, keys: Tensor) -> Tensor:
     Returns:
         ``[H]``, boolean. A head with what is no number is none of them.
     """
+    if queries.dtype == torch.float16:  # whose largest number leaves no room for a sum of exponentials
+        return torch.zeros(len(queries), dtype=torch.bool)
     bound = queries.norm(dim=2).amax(dim=1) * keys.norm(dim=1).amax(dim=1)
     return bound < math.log(torch.finfo(queries.dtype).max) / 2  # the rest is left to the sum, and to the values

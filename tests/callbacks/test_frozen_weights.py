@@ -8,6 +8,7 @@ from lightning import Callback
 
 from sdmodule.callbacks.frozen_weights import FrozenWeights
 from sdmodule.callbacks.validation_samples import ValidationSamples
+from sdmodule.components import load_components
 from sdmodule.data.shapes import ShapesDataModule
 from sdmodule.module import StableDiffusionModule
 from tests.fitting import fit
@@ -38,7 +39,7 @@ class Recorder(Callback):
         self.types["validation"] = {name: weight.dtype for name, weight in pl_module.named_parameters()}
 
 
-def train(checkpoint, *callbacks, tuning=LORA, precision="bf16-mixed", **settings):
+def train(checkpoint, *callbacks, tuning=LORA, precision="bf16-mixed", sanity=0, **settings):
     torch.manual_seed(0)
     module = StableDiffusionModule(
         str(checkpoint), tuning=tuning, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-4), sampling={"steps": 1}
@@ -47,7 +48,16 @@ def train(checkpoint, *callbacks, tuning=LORA, precision="bf16-mixed", **setting
     recorder = Recorder(**settings)
     data = ShapesDataModule(batch_size=2, train_length=8, val_length=2, size=32)
     try:
-        fit(module, data, 4, *callbacks, recorder, precision=precision, val_check_interval=2, num_sanity_val_steps=0)
+        fit(
+            module,
+            data,
+            4,
+            *callbacks,
+            recorder,
+            precision=precision,
+            val_check_interval=2,
+            num_sanity_val_steps=sanity,
+        )
     finally:
         after = dict(module.named_parameters())
         assert all(torch.equal(after[name], weight) and after[name].is_contiguous() for name, weight in before.items())
@@ -87,6 +97,26 @@ def test_the_training_is_the_same(checkpoint, tuning):
 def test_where_they_stay_as_they_are(checkpoint, tuning, precision):
     _, seen = train(checkpoint, FrozenWeights(), tuning=tuning, precision=precision)
     assert {dtype for name, dtype in seen.types["step"].items() if "unet" in name} == {torch.float32}
+
+
+def test_pictures_and_files_are_of_whole_weights_at_any_time(checkpoint, tmp_path):
+    class Curious(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+            assert pl_module.vae.dtype == torch.bfloat16
+            self.picture = pl_module.infer("a star", return_type="tensor", show_progress=False)["samples"]
+            pl_module.save_pretrained(tmp_path)
+            assert pl_module.vae.dtype == torch.bfloat16
+
+    curious = Curious()
+    module, _ = train(checkpoint, FrozenWeights(), curious, tuning={"kind": "full"})
+    assert torch.equal(curious.picture, module.infer("a star", return_type="tensor", show_progress=False)["samples"])
+    written = load_components(str(tmp_path)).vae.state_dict()
+    assert all(torch.equal(weight, written[name]) for name, weight in module.vae.state_dict().items())
+
+
+def test_what_is_converted_is_not_taken_for_whole(checkpoint):
+    """Lightning validates before the first step too, unless it is told not to."""
+    train(checkpoint, FrozenWeights(), sanity=1)
 
 
 def test_an_error_leaves_them_whole(checkpoint):

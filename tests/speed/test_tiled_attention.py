@@ -44,6 +44,12 @@ def test_scores_whose_exponentials_overflow_are_no_harm(dtype, larger):
         assert (seen.double() - wanted).norm() / wanted.norm() < (0.05 if dtype == torch.bfloat16 else 1e-5)
 
 
+def test_float16_has_no_room_for_sums_of_exponentials():
+    query, key, value = qkv(4096, 4096, torch.float16)
+    query, key = query.fill_(1), key.fill_(0.8)  # scores of 5, whose 4,096 exponentials are 608,000 in all
+    torch.testing.assert_close(tiled_attention(query, key, value)[0, 0, 0], value[0, 0].mean(dim=0), atol=2e-3, rtol=0)
+
+
 @pytest.mark.parametrize("scores", [2**21, 300 * 300])
 def test_a_picture_does_not_depend_on_its_neighbour(monkeypatch, scores):
     monkeypatch.setattr(tiles, "SCORES", scores)
