@@ -32,7 +32,10 @@ RUNS: dict[str, list[tuple[str, list[str]]]] = {
         ("prompt_following_speed_fast", ["speed=fast"]),
         ("prompt_following_speed_turbo", ["speed=turbo"]),
     ],
-    "training": [("training_speed", [])],
+    "training": [
+        ("training_speed", []),
+        ("training_speed_tiny", ["--model", "tiny", "--compile", "--steps", "8"]),
+    ],
     "growth": [("growth", [])],
 }
 """For each kind, the file of each result and the arguments that make it; its name begins with the script's."""

@@ -65,7 +65,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(description="Measure training beside the loop of diffusers' scripts.", allow_abbrev=False)
     parser.add_argument("--size", type=int, default=512 if gpu else 256, help="pixels, of the large model")
     parser.add_argument("--batch", type=int, default=8 if gpu else 1, help="pictures a step, of the large model")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each")
     parser.add_argument("--steps", type=int, default=3, help="counted steps of a turn")
     parser.add_argument("--compile", action="store_true", help="ours a second time, its blocks compiled")
     parser.add_argument("--model", choices=["all", "sd15", "tiny"], default="all")
