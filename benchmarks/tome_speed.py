@@ -231,7 +231,10 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
     print(protocol(parts, settings))
     for size in settings.size:
         rows += measure(parts, settings, size)
-        result = report([__file__, *arguments], rows) | {"protocol": protocol(parts, settings), "bars": bars(rows)}
+        result = report([__file__, *arguments], rows) | {
+            "protocol": protocol(parts, settings),
+            "bars": bars(rows) if settings.forward_only else [],
+        }
         if settings.json:  # after every size, since the next may take hours
             write_json(settings.json, result)
     print_table(rows)
