@@ -83,11 +83,8 @@ def make_trainer(
             accumulate_grad_batches=accumulate_grad_batches,
             precision=None if any(isinstance(one, Precision) for one in plugins) else precision,  # type: ignore[arg-type]
             log_every_n_steps=min(log_every_n_steps, max_steps),
-            callbacks=[
-                FrozenWeights(),
-                *callbacks,
-                FiniteLoss(nan_loss),
-            ],  # the first, so that all others see them whole
+            # weights are whole again before any other callback validates or exports them
+            callbacks=[FrozenWeights(), *callbacks, FiniteLoss(nan_loss)],
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
             enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
             enable_model_summary=False,

@@ -36,13 +36,14 @@ class FrozenWeights(Callback):
     """
 
     def __init__(self) -> None:
+        self._converted = False
         self._whole: list[tuple[nn.Parameter, Tensor]] = []
         self._switched = ExitStack()
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         dtype = TYPES.get(str(trainer.precision))
-        if dtype is not None and type(trainer.strategy) in STRATEGIES and not self._whole:
+        if dtype is not None and type(trainer.strategy) in STRATEGIES and not self._converted:
             self._convert(pl_module, dtype)
 
     @override
@@ -59,6 +60,7 @@ class FrozenWeights(Callback):
         self._restore(pl_module, torch.device("cpu"))
 
     def _convert(self, module: Any, dtype: torch.dtype) -> None:
+        self._converted = True
         for name in ("unet", "controlnet", "vae", "text_encoder"):
             network = getattr(module, name, None)
             if network is None or any("lora_magnitude_vector" in key for key, _ in network.named_parameters()):
@@ -88,5 +90,5 @@ class FrozenWeights(Callback):
         self._switched.close()
         for weight, whole in self._whole:
             weight.data = whole.to(device or weight.device)
-        self._whole = []
+        self._whole, self._converted = [], False
         module.whole_weights = nullcontext
