@@ -14,18 +14,23 @@ from torch import Tensor
 SCORES = 2**21
 """Scores between the two products: of so many, what two cores work on stays close to them (4 MiB in bfloat16)."""
 
-ONES = 8
-"""Columns of ones beside the values, which sum the weights up on the way; so many that rows stay aligned."""
+ROUNDED = 1 / 32
+"""By how much a score may be rounded: its exponential then is by 3% at most."""
+
+SUMS = 8
+"""Columns beside the values in which the weights are summed up, each those of every eighth key: what rounding takes
+from the one it gives to the other. Of 8, rows stay aligned."""
 
 
 def tiled_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention whose weights are divided by their sum at the end, when there are few numbers left to divide.
 
-    Weights are plain exponentials where no score can be so large that they overflow or vanish; elsewhere they are a
-    softmax's. What is chosen for a picture depends on it alone, not on the others of its batch.
+    Weights are the exponentials of the scores where all of these are small. Elsewhere the largest score of each query
+    is taken from the others as they are computed again: nothing overflows, and rounding is small where a weight is
+    large. What is done for a picture depends on it alone, not on the others of its batch.
 
     Args:
-        query: ``[B, H, L, D]``.
+        query: ``[B, H, L, D]``, not of float16, whose largest number leaves no room for a sum of weights.
         key: ``[B, H, M, D]``.
         value: of the same shape.
 
@@ -34,36 +39,47 @@ def tiled_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """
     batch, heads, length, width = query.shape
     count = key.shape[2]
-    queries = (query * width**-0.5).flatten(0, 1)
-    keys = key.flatten(0, 1).transpose(1, 2)
-    values = value.new_ones(batch * heads, count, width + ONES)
+    scale = width**-0.5
+    queries, keys = query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2)
+    values = value.new_empty(batch * heads, count, width + SUMS)
     values[..., :width] = value.flatten(0, 1)
-    small = scores_are_small(queries, keys)
-    sums = query.new_empty(batch * heads, length, width + ONES)
+    values[..., width:] = torch.arange(count)[:, None] % SUMS == torch.arange(SUMS)
+    bounds = largest_scores(queries, keys) * scale
+    result = query.new_empty(batch * heads, length, width + SUMS)
     together, rows = max(1, SCORES // (length * count)), max(1, SCORES // count)
     for picture in range(0, batch * heads, heads):
         for first in range(picture, picture + heads, together):
             some = slice(first, min(first + together, picture + heads))
-            exponentials = bool(small[some].all())
+            bound = float(bounds[some].max())
             for start in range(0, length, rows):
                 these = slice(start, start + rows)
-                scores = queries[some, these].bmm(keys[some])
-                weights = scores.exp_() if exponentials else scores.softmax(dim=-1)
-                torch.bmm(weights, values[some], out=sums[some, these])
-    return (sums[..., :width] / sums[..., width : width + 1]).unflatten(0, (batch, heads))
+                weights = exponentials(queries[some, these], keys[some], scale, bound)
+                torch.bmm(weights, values[some], out=result[some, these])
+    total = result[..., width:].sum(dim=-1, keepdim=True, dtype=torch.float32)
+    return (result[..., :width] / total).to(query.dtype).unflatten(0, (batch, heads))
 
 
-def scores_are_small(queries: Tensor, keys: Tensor) -> Tensor:
-    """Of which heads no score's exponential overflows or vanishes: no product exceeds that of the lengths.
+def exponentials(queries: Tensor, keys: Tensor, scale: float, bound: float) -> Tensor:
+    """Weights of keys ``[H, D, M]`` for queries ``[H, L, D]``, up to a factor for each query: ``[H, L, M]``.
 
     Args:
-        queries: scaled, ``[H, L, D]``.
-        keys: ``[H, D, M]``.
-
-    Returns:
-        ``[H]``, boolean. A head with what is no number is none of them.
+        queries: some of a picture's.
+        keys: all of its.
+        scale: of their products, the scores.
+        bound: which no score exceeds.
     """
-    if queries.dtype == torch.float16:  # whose largest number leaves no room for a sum of exponentials
-        return torch.zeros(len(queries), dtype=torch.bool)
-    bound = queries.norm(dim=2).amax(dim=1) * keys.norm(dim=1).amax(dim=1)
-    return bound < math.log(torch.finfo(queries.dtype).max) / 2  # the rest is left to the sum, and to the values
+    numbers = torch.finfo(queries.dtype)
+    room = math.log(numbers.max) / 2  # half of it is left to the sum, and to the values
+    rounding = bound * numbers.eps / 2
+    scores = torch.baddbmm(queries.new_empty(1, 1, 1), queries, keys, beta=0, alpha=scale)
+    if bound < room and rounding < ROUNDED:
+        return scores.exp_()
+    if rounding < room:  # so that none exceeds by much the largest, as that was rounded
+        largest = scores.amax(dim=-1, keepdim=True)
+        return torch.baddbmm(largest, queries, keys, beta=-1, alpha=scale, out=scores).exp_()
+    return scores.softmax(dim=-1)
+
+
+def largest_scores(queries: Tensor, keys: Tensor) -> Tensor:
+    """What no product of a head's queries ``[H, L, D]`` and keys ``[H, D, M]`` exceeds, that of lengths: ``[H]``."""
+    return queries.norm(dim=2).amax(dim=1) * keys.norm(dim=1).amax(dim=1)
