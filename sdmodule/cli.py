@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +72,7 @@ def train(cfg: DictConfig) -> None:
 
 def predict(cfg: DictConfig) -> None:
     """Sample pictures: requests, callbacks, loggers, trainer, model, predict."""
-    from sdmodule.run_folder import finished
+    from sdmodule.run_folder import finished, set_aside
 
     output_dir = choose_output(cfg)
     data = instantiate(cfg.data)
@@ -82,12 +82,24 @@ def predict(cfg: DictConfig) -> None:
         data.done = finished(output_dir, data.requests, model.describe() | {"precision": str(trainer.precision)})
         say(f"Resuming: {len(data.done)} of {len(data.requests)} pictures are there")
     if effect := model.sampling.speed.effect:
-        say(effect)
+        say(effect if preset_alone(HydraConfig.get().overrides.task) else effect.partition(";")[0])
     write_config(cfg, output_dir)
+    if not cfg.resume and is_first_device() and (earlier := set_aside(output_dir)):
+        say(f"The pictures of an earlier run are in {earlier} now")
     config = redacted(OmegaConf.to_container(cfg, resolve=True))
     with finishing(trainer, output_dir), logging_to(trainer, config, output_dir):
         trainer.predict(model, datamodule=data, return_predictions=False)
     say(f"Wrote {output_dir / 'grid.png'}")
+
+
+def preset_alone(overrides: Sequence[str]) -> bool:
+    """Whether nothing was set beside a preset that its measured figures hang on."""
+    groups = (
+        *("pretrained", "components", "adapters", "controlnet", "model", "experiment"),
+        *("steps", "sampler", "guidance_scale", "height", "width", "tome", "tomesd_cfg", "precision"),
+    )
+    keys = [override.partition("=")[0].lstrip("+~") for override in overrides if override != "pretrained=tiny"]
+    return not any(key.partition(".")[0] in groups or key.startswith("speed.") for key in keys)
 
 
 def build_model(cfg: DictConfig) -> Any:

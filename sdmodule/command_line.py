@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdmodule.errors import SettingsError
@@ -29,7 +29,13 @@ def quoted(arguments: Sequence[str]) -> list[str]:
         >>> quoted(["prompt=a cat, (fluffy:1.2)", "steps=20"])
         ["prompt='a cat, (fluffy:1.2)'", 'steps=20']
     """
-    return [_quoted(argument) for argument in arguments]
+    return [_quoted(argument) for argument in _options_first(arguments)]
+
+
+def _options_first(arguments: Sequence[str]) -> list[str]:
+    """Options such as ``-m`` before all settings: Hydra's parser takes settings in one place alone."""
+    settings = [argument for argument in arguments if re.match(r"[^-=][^=]*=|~", argument)]
+    return [argument for argument in arguments if argument not in settings] + settings
 
 
 def _quoted(argument: str) -> str:
@@ -69,8 +75,10 @@ def with_recipe(arguments: Sequence[str]) -> list[str]:
         given |= {"batch_size", "data.batch_row"}
     if "prompts" in given:
         given.add("prompt")
-    if "speed" in given:  # a preset is more than its own group
-        given |= {"steps", "sampler.scheduler", "tome", "precision"}
+    if "tomesd_cfg" in given:
+        given.add("tome")
+    if "speed" in given:
+        given |= _keys_of_preset(arguments, settings)
     needed = {"image", "mask"} if settings.get("model") == "inpaint" else set()
     needed |= {"control"} if "controlnet" in settings else set()
     if missing := needed - given - set(settings):
@@ -79,7 +87,16 @@ def with_recipe(arguments: Sequence[str]) -> list[str]:
             f"give {' and '.join(f'{name}=…' for name in sorted(missing))} too."
         )
     taken = {k: v for k, v in settings.items() if not given & {k, k.partition(".")[0], f"sampler.{k}"}}
-    return [*(f"{key}={_expression(value)}" for key, value in taken.items()), *quoted(arguments)]
+    return _options_first([*(f"{key}={_expression(value)}" for key, value in taken.items()), *quoted(arguments)])
+
+
+def _keys_of_preset(arguments: Sequence[str], settings: Mapping[str, Any]) -> set[str]:
+    """What the preset that is given replaces beside its own group, or the one of the picture had replaced."""
+    every = {"steps", "sampler.scheduler", "tome", "precision"}
+    preset = [a.partition("=")[2] for a in arguments if a.startswith("speed=")][-1:]
+    if any(key.startswith("speed.") for key in settings):
+        return every
+    return {"exact": set[str](), "rounding": {"precision"}}.get("".join(preset), every)
 
 
 def _without_option(arguments: Sequence[str]) -> list[str]:

@@ -136,11 +136,11 @@ def _folder(pretrained: str) -> Path:
 def load_part(name: str, pretrained: str, scratch: bool = False) -> Any:
     """Read one part from its own folder or from a checkpoint; ``scratch`` keeps only its architecture."""
     if Path(pretrained).suffix in SINGLE_FILE_SUFFIXES:
-        return _load_file(pretrained)[name]
+        return _load_file(pretrained, f"components.{name}")[name]
     own = Path(pretrained).expanduser()
     if own.is_dir() and not (own / "model_index.json").is_file() and not (own / name).is_dir():
         return _load(name, Source(str(own.parent)), scratch, subfolder=own.name)
-    return _load(name, _find(pretrained, checkpoint=False), scratch)
+    return _load(name, _find(pretrained, checkpoint=False, key=f"components.{name}"), scratch)
 
 
 def save_components(parts: Components, folder: str | Path, dtype: str = "float32") -> None:
@@ -190,34 +190,40 @@ def _library_and_class(part: Any) -> list[str]:
     return [type(part).__module__.split(".")[0], type(part).__name__]
 
 
-def _find(pretrained: str, revision: str | None = None, variant: str | None = None, checkpoint: bool = True) -> Source:
+def _find(
+    pretrained: str,
+    revision: str | None = None,
+    variant: str | None = None,
+    checkpoint: bool = True,
+    key: str = "pretrained",
+) -> Source:
     """Tell an embedded checkpoint, a folder and a hub id apart, and check that it is a checkpoint."""
     folder = _folder(pretrained)
     if folder.is_dir():
         if checkpoint and not (folder / "model_index.json").is_file():
             raise SettingsError(
-                f"pretrained={pretrained} is a folder without model_index.json; "
+                f"{key}={pretrained} is a folder without model_index.json; "
                 "give the folder of a whole diffusers checkpoint."
             )
         return Source(str(folder), None, variant)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", pretrained) or pretrained.startswith("."):
         raise SettingsError(
-            f"pretrained={pretrained} was not found; give {choices(EMBEDDED)}, a diffusers folder, a hub id "
+            f"{key}={pretrained} was not found; give {choices(EMBEDDED)}, a diffusers folder, a hub id "
             "such as owner/name, or a .safetensors or .ckpt file."
         )
     if not isinstance(try_to_load_from_cache(pretrained, "model_index.json", revision=revision), str):
-        _ask_hub(pretrained, revision)
+        _ask_hub(pretrained, revision, key)
     return Source(pretrained, revision, variant)
 
 
-def _ask_hub(pretrained: str, revision: str | None) -> None:
+def _ask_hub(pretrained: str, revision: str | None, key: str) -> None:
     """Ask once whether the hub has a checkpoint: a download would ask for half a minute where there is no network."""
     try:
         get_hf_file_metadata(hf_hub_url(pretrained, "model_index.json", revision=revision))
     except Exception as error:  # the hub's, the system's or those of the HTTP client that the hub's package has today
         raise SettingsError(
-            f"pretrained={pretrained} is neither a local folder nor to be had from the hub ({type(error).__name__}); "
-            "with the weights already on disk give their folder: pretrained=/path/to/folder."
+            f"{key}={pretrained} is neither a local folder nor to be had from the hub ({type(error).__name__}); "
+            f"with the weights already on disk give their folder: {key}=/path/to/folder."
         ) from error
 
 
@@ -283,10 +289,10 @@ def _part_words(encoder: CLIPTextModel) -> None:
             module.position_embedding.weight.normal_(std=0.2)
 
 
-def _load_file(path: str) -> dict[str, Any]:
+def _load_file(path: str, key: str = "pretrained") -> dict[str, Any]:
     file = Path(path).expanduser()
     if not file.is_file():
-        raise SettingsError(f"pretrained={path} was not found; give the path of a .safetensors or .ckpt file.")
+        raise SettingsError(f"{key}={path} was not found; give the path of a .safetensors or .ckpt file.")
     from sdmodule.interop.single_file import load_single_file
 
     return load_single_file(file)

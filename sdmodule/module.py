@@ -191,7 +191,7 @@ class StableDiffusionModule(LightningModule):
     @classmethod
     def from_pretrained(cls, pretrained: str = "tiny", **settings: Any) -> Self:
         """Load a checkpoint for sampling or training; ``settings`` are those of the constructor."""
-        return cls(pretrained, **settings).eval()
+        return cls(pretrained, **settings)  # modes are set by what it is used for
 
     # ---------------------------------------------------------------------------------------------- training
 

@@ -36,6 +36,7 @@ def quiet() -> None:
         "dirpath has changed",
         "infer the batch indices",
         "across ranks is zero",
+        "Already found a `peft_config`",  # of the adapter before, beside which another one is put
     ):
         warnings.filterwarnings("ignore", message=f".*{part}.*")
 

@@ -16,6 +16,9 @@ from sdmodule.conditioning.masked_picture import MaskedPicture, count_pictures, 
 from sdmodule.conditioning.text import parse_weights
 from sdmodule.errors import SettingsError, choices
 
+LARGEST_SEED = 2**64 - 1
+"""Of torch's generators."""
+
 TEXT2IMAGE, INPAINT = TASKS = ("text2image", "inpaint")
 """What a model is asked to do."""
 
@@ -112,11 +115,14 @@ def build_requests(
     pictures = _pictures(image, mask, len(rows), task)
     controls = _controls(control, control_edges, len(rows))
     for text in {*negatives, *(text for row in rows for text in row.values() if isinstance(text, str))}:
+        check_text(text)
         parse_weights(text)  # a wrong weight is told of before anything is sampled
     requests: list[SampleRequest] = []
     for row, negative, masked, followed in zip(rows, negatives, pictures, controls, strict=True):
         first = len(requests)
         first_seed = row.get("seed", seed + first)
+        if (last := first_seed + num_images_per_prompt - 1) > LARGEST_SEED:
+            raise SettingsError(f"seed={last} of a picture is more than {LARGEST_SEED}; give a smaller seed.")
         requests += [
             SampleRequest(
                 first + i, row["prompt"], row.get("negative_prompt", negative), first_seed + i, masked, followed
@@ -124,6 +130,18 @@ def build_requests(
             for i in range(num_images_per_prompt)
         ]
     return requests
+
+
+def check_text(text: str) -> None:
+    """Check that a prompt is text.
+
+    Raises:
+        SettingsError: for half of a character, as is left where text was cut between the two.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise SettingsError(f"prompt {text!r} has half of a character ({error.reason}); write it anew.") from error
 
 
 def _pictures(image: Any, mask: Any, count: int, task: str) -> Sequence[MaskedPicture | None]:

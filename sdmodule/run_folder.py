@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -12,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from sdmodule.atomic import whole_file, write_whole
-from sdmodule.errors import SettingsError
+from sdmodule.errors import SettingsError, unwritable
 from sdmodule.recipe import read_facts
 from sdmodule.requests import SampleRequest
 
@@ -42,6 +43,24 @@ def input_name(image: Image.Image) -> str:
     """Where a picture or a mask that was given lies in the folder of a run: under the hash of its pixels."""
     digest = hashlib.blake2b(f"{image.mode} {image.size}".encode() + image.tobytes(), digest_size=8)
     return f"{INPUTS}/{digest.hexdigest()}.png"
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Put the pictures and records of an earlier run aside, under the next number that is free, and say where.
+
+    Raises:
+        SettingsError: if the folder cannot be written.
+    """
+    images = folder / IMAGES
+    if not any(images.glob("*.png")):
+        return None
+    number = next(k for k in itertools.count(1) if not (folder / f"{IMAGES}-{k}").exists())
+    try:
+        if (records := folder / RECORDS).exists():
+            records.rename(folder / f"{records.stem}-{number}{records.suffix}")
+        return images.rename(folder / f"{IMAGES}-{number}")
+    except OSError as error:
+        raise unwritable(folder, error.strerror) from error
 
 
 def each_record(file: Path) -> Iterator[dict[str, Any]]:

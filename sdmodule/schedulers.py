@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import diffusers
@@ -24,8 +25,11 @@ SHORT_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Names that people type, with the class and the settings they stand for."""
 
-CLASSES = sorted({member.name for member in KarrasDiffusionSchedulers} & set(dir(diffusers)))
+KNOWN = {member.name for member in KarrasDiffusionSchedulers} & set(dir(diffusers))
 """diffusers' classes that work with Stable Diffusion's noise schedule."""
+
+CLASSES = sorted(name for name in KNOWN if issubclass(getattr(diffusers, name), SchedulerMixin))
+"""Those of them that are there: diffusers has an empty one in the place of what needs a package that is not."""
 
 
 def resolve(wanted: str | Mapping[str, Any] | None, base: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -39,6 +43,12 @@ def resolve(wanted: str | Mapping[str, Any] | None, base: Mapping[str, Any]) -> 
     settings = dict(wanted) if isinstance(wanted, Mapping) else {"name": wanted}
     name = settings.pop("name", None) or base.get("_class_name", "DDIMScheduler")
     class_name, preset = SHORT_NAMES.get(name, (name, {}))
+    if class_name in KNOWN and class_name not in CLASSES:
+        missing = [package for package in getattr(diffusers, class_name)._backends if find_spec(package) is None]
+        raise SettingsError(
+            f"scheduler={name} needs {choices(missing)}, which is not installed; install it, or give "
+            f"{choices(SHORT_NAMES)}."
+        )
     if class_name not in CLASSES:
         raise SettingsError(
             f"scheduler={name} is not known; give {choices(SHORT_NAMES)}, or a class: {choices(CLASSES)}."

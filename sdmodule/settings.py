@@ -48,7 +48,7 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise SettingsError(f"steps={self.steps} is not allowed; give a whole number of at least 1.")
+            raise SettingsError(f"steps={self.steps!r} is not allowed; give a whole number of at least 1.")
         for name in ("eta", "control_scale", "guidance_scale", "guidance_rescale"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) and not (value is None and "guidance" in name):

@@ -16,7 +16,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from sdmodule.cli import predict_main, train_main
+from sdmodule.cli import predict_main, preset_alone, train_main
 from sdmodule.schedulers import SHORT_NAMES
 
 ROOT = Path(__file__).parents[1]
@@ -203,7 +203,11 @@ WRONG_PREDICT = {
     "no steps": (["steps=0"], ["steps=0", "at least 1"]),
     "negative steps": (["steps=-1"], ["steps=-1", "at least 1"]),
     "too many steps": (["steps=2000"], ["steps=2000", "1000"]),
-    "steps in words": (["steps=abc"], ["steps=abc", "whole number"]),
+    "steps in words": (["steps=abc"], ["steps='abc'", "whole number"]),
+    "seed beyond torch's": (["seed=18446744073709551615", "num_images_per_prompt=2"], ["18446744073709551616"]),
+    "package of a scheduler": (["sampler.scheduler=DPMSolverSDEScheduler"], ["torchsde", "ddim"]),
+    "part not there": (["components.vae=nope"], ["components.vae=nope", "not found"]),
+    "adapters as a text": (["adapters=my_lora"], ["adapters=my_lora", "[{path: my_lora}]"]),
     "guidance in words": (["guidance_scale=abc"], ["guidance_scale=abc", "number"]),
     "batch in words": (["batch_size=abc"], ["batch_size=abc", "whole number"]),
     "scheduler": (["sampler.scheduler=foo"], ["foo", *SHORT_NAMES]),
@@ -227,6 +231,22 @@ def test_predict_says_in_one_sentence_what_is_wrong(call, checkpoint, tmp_path, 
     out = tmp_path / "out"
     told(call(predict_main, "prompt=a", f"pretrained={checkpoint}", f"output_dir={out}", *overrides), *words)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "alone"),
+    [
+        (["prompt=a", "speed=turbo", "output_dir=x"], True),
+        (["speed=turbo", "pretrained=tiny", "seed=3", "num_images_per_prompt=2"], True),
+        (["speed=turbo", "pretrained=other"], False),
+        (["speed=turbo", "steps=16"], False),
+        (["speed=turbo", "speed.cache_every=3"], False),
+        (["speed=turbo", "sampler.eta=1"], False),
+        (["speed=turbo", "~tome"], False),
+    ],
+)
+def test_a_presets_figures_are_told_only_where_they_hold(overrides, alone):
+    assert preset_alone(overrides) == alone
 
 
 @pytest.mark.parametrize("damage", [missing_part, truncated_weights, no_weights, no_index])

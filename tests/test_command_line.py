@@ -97,4 +97,10 @@ def test_null_is_no_text():
 
 def test_other_arguments_are_left_alone():
     arguments = ["steps=20", "-m", "sampler=ddim,euler", "prompts=a.txt", "+x='a b'", "~logger", "prompt"]
-    assert quoted(arguments) == arguments
+    assert sorted(quoted(arguments)) == sorted(arguments)
+
+
+def test_options_stand_before_settings():
+    assert quoted(["steps=3", "-m", "prompt=a -m", "~logger", "--cfg", "job"]) == [
+        *("-m", "--cfg", "job", "steps=3", "prompt='a -m'", "~logger")
+    ]

@@ -249,3 +249,11 @@ def test_a_training_step_draws_from_no_global_randomness(module):
     before = torch.get_rng_state(), random.getstate()
     module.training_step({"image": torch.zeros(2, 3, 32, 32), "caption": ["a red star"] * 2}, 0)
     assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
+
+
+def test_what_was_made_to_sample_trains_as_well(checkpoint):
+    module = StableDiffusionModule.from_pretrained(str(checkpoint), tuning={"kind": "lora", "dropout": 0.5})
+    dropouts = [part for part in module.unet.modules() if isinstance(part, torch.nn.Dropout) and part.p == 0.5]
+    assert dropouts and all(part.training for part in dropouts)
+    pictures = [module.infer("a", num_inference_steps=1, return_type="tensor")["samples"] for _ in range(2)]
+    assert torch.equal(*pictures) and all(part.training for part in dropouts)

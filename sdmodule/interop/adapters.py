@@ -64,6 +64,8 @@ def chosen_adapters(adapters: Sequence[Mapping[str, Any]] | None) -> list[Chosen
     Raises:
         SettingsError: for anything else than a list of mappings with ``path`` and ``scale``.
     """
+    if isinstance(adapters, str):
+        raise SettingsError(f"adapters={adapters} is no list; give adapters=[{{path: {adapters}}}].")
     chosen = []
     for one in adapters or []:
         if not isinstance(one, Mapping) or "path" not in one or one.keys() - {"path", "scale"}:

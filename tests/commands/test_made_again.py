@@ -182,6 +182,48 @@ def test_a_preset_beside_a_picture_is_the_whole_preset(call, picture, tmp_path):
     assert record["tome"]["ratio"] == 0.5 and record["speed"]["channels_last"]
 
 
+@pytest.mark.parametrize(("preset", "kept"), [("exact", True), ("rounding", True), ("fast", False)])
+def test_a_preset_replaces_of_a_picture_what_it_sets_itself(call, checkpoint, tmp_path, preset, kept):
+    own = ["sampler=euler", "steps=4", "tome.ratio=0.25", f"pretrained={checkpoint}"]
+    assert call(predict_main, "prompt=a", *own, f"output_dir={tmp_path / 'first'}")[0] == 0
+    changed = [f"speed={preset}", "speed.compile=none", "precision=32-true"]
+    picture = tmp_path / "first" / "images" / "00000-0.png"
+    assert call(predict_main, "--from", picture, *changed, f"output_dir={tmp_path / 'out'}")[0] == 0
+    [record] = records(tmp_path / "out")
+    found = (record["scheduler"], record["steps"], record["tome"]["ratio"])
+    assert (found == ("EulerDiscreteScheduler", 4, 0.25)) == kept
+
+
+def test_token_merging_by_its_other_name_replaces_a_pictures_own(call, checkpoint, tmp_path):
+    common = ["prompt=a", "steps=1", f"pretrained={checkpoint}"]
+    assert call(predict_main, *common, "tome.ratio=0.5", f"output_dir={tmp_path / 'first'}")[0] == 0
+    picture = tmp_path / "first" / "images" / "00000-0.png"
+    changed = ["tomesd_cfg={ratio: 0.25}", f"output_dir={tmp_path / 'out'}"]
+    assert call(predict_main, f"from={picture}", *changed)[0] == 0
+    assert records(tmp_path / "out")[0]["tome"]["ratio"] == 0.25
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_sweep_over_a_picture(call, picture, tmp_path, first):
+    line = ["--from", picture, "steps=1,2", f"output_dir={tmp_path / 'out'}"]
+    status, _, complaint = call(predict_main, *(["-m", *line] if first else [*line[:2], "-m", *line[2:]]))
+    assert (status, complaint) == (0, "")
+    assert [records(tmp_path / "out" / str(job))[0]["steps"] for job in (0, 1)] == [1, 2]
+
+
+def test_pictures_of_an_earlier_run_are_set_aside(call, checkpoint, tmp_path):
+    out = tmp_path / "out"
+    common = ["steps=1", f"pretrained={checkpoint}", f"output_dir={out}"]
+    assert call(predict_main, "prompt=[a,b]", *common)[0] == 0
+    first, lines = made(out), (out / "predictions.jsonl").read_text()
+    for k in (1, 2):
+        status, printed, _ = call(predict_main, f"prompt={'c' * k}", "seed=5", *common)
+        assert status == 0 and f"images-{k}" in printed
+        assert sorted(made(out)) == ["00000-5.png"] and len(records(out)) == 1
+    assert sorted(file.name for file in (out / "images-1").iterdir()) == sorted(first)
+    assert (out / "predictions-1.jsonl").read_text() == lines
+
+
 def altered(picture, path, **changes):
     """The same pixels with another text, as anybody may write it."""
     image, text = Image.open(picture), PngInfo()
