@@ -34,7 +34,7 @@ def quoted(arguments: Sequence[str]) -> list[str]:
 
 def _options_first(arguments: Sequence[str]) -> list[str]:
     """Options such as ``-m`` before all settings: Hydra's parser takes settings in one place alone."""
-    settings = [argument for argument in arguments if re.match(r"[^-=][^=]*=|~", argument)]
+    settings = [argument for argument in arguments if re.match(r"[\w+~][^=]*=|~", argument)]
     return [argument for argument in arguments if argument not in settings] + settings
 
 
