@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from sdmodule.callbacks.finite_loss import STOP, FiniteLoss
 from sdmodule.callbacks.frozen_weights import FrozenWeights
+from sdmodule.callbacks.validation_interval import ValidationInterval
 from sdmodule.checkpoint_files import WholeCheckpoints
 from sdmodule.errors import SettingsError
 
@@ -74,17 +75,19 @@ def make_trainer(
     own = "deepspeed" in strategy or "fsdp" in strategy  # these bring a precision of their own kind
     if precision == BF16_MIXED and accelerator in ("cpu", "gpu") and not own:
         plugins.append(Unscaled("cpu" if accelerator == "cpu" else "cuda" if torch.cuda.is_available() else "mps"))
+    most = min(max_steps, int(settings.get("fast_dev_run") or max_steps))
+    interval = ValidationInterval(min(val_check_interval, most))
     try:
         return Trainer(
             accelerator=accelerator,
             max_steps=max_steps,
-            val_check_interval=min(val_check_interval, max_steps) * accumulate_grad_batches,  # Lightning counts batches
+            val_check_interval=val_check_interval,  # of batches, until `ValidationInterval` says when
             check_val_every_n_epoch=None,
             accumulate_grad_batches=accumulate_grad_batches,
             precision=None if any(isinstance(one, Precision) for one in plugins) else precision,  # type: ignore[arg-type]
             log_every_n_steps=min(log_every_n_steps, max_steps),
             # weights are whole again before any other callback validates or exports them
-            callbacks=[FrozenWeights(), *callbacks, FiniteLoss(nan_loss)],
+            callbacks=[FrozenWeights(), *callbacks, interval, FiniteLoss(nan_loss)],
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
             enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
             enable_model_summary=False,

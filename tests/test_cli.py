@@ -147,6 +147,24 @@ def test_a_training_goes_on_from_its_checkpoint(call, checkpoint, photos, tmp_pa
     assert (tmp_path / "out" / "metrics-1.csv").is_file()  # those of the first part
 
 
+def test_validations_are_counted_in_steps_whatever_the_batches_of_an_epoch(call, checkpoint, photos, tmp_path):
+    """An epoch of five batches, the last of which makes a step by itself."""
+    out = tmp_path / "out"
+    settings = [f"data.root={photos}", f"pretrained={checkpoint}", f"output_dir={out}", "callbacks=[checkpoint]"]
+    settings += ["resolution=32", "data.batch_size=1", "trainer.accumulate_grad_batches=2"]
+    settings += ["trainer.log_every_n_steps=1"]
+
+    def steps_with(figure: str) -> list[int]:
+        return [int(row["step"]) + 1 for row in csv.DictReader((out / "metrics.csv").open()) if row[figure]]
+
+    assert call(train_main, *settings, "trainer.max_steps=5")[0] == 0
+    assert steps_with("val/loss") == [5]
+    going_on = ["trainer.max_steps=10", "trainer.val_check_interval=4", "ckpt_path=last"]
+    assert call(train_main, *settings, *going_on)[0] == 0
+    assert steps_with("train/loss") == [6, 7, 8, 9, 10]
+    assert steps_with("val/loss") == [5, 8]  # the first again, since the checkpoint was written before it
+
+
 def test_a_sweep_writes_a_folder_a_job(call, checkpoint, tmp_path):
     settings = ["prompt=a, b ${x}", f"pretrained={checkpoint}", f"output_dir={tmp_path / 'out'}"]
     status, _, complaint = call(predict_main, "-m", "steps=2,3", *settings)
