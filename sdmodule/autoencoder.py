@@ -19,6 +19,7 @@ from sdmodule.draws import Draws, generators_of_examples
 from sdmodule.errors import SettingsError
 from sdmodule.optimizers import check_optimizer
 from sdmodule.privacy import shortened
+from sdmodule.ranges import check_whole
 from sdmodule.tuning.full import FullTuning
 from sdmodule.tuning.settings import choose_tuning
 
@@ -40,7 +41,7 @@ class AutoencoderModule(LightningModule):
         lr_scheduler: takes the optimizer and returns the schedule of its learning rate.
 
     Raises:
-        SettingsError: for another tuning.
+        SettingsError: for another tuning, and for a seed out of range.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class AutoencoderModule(LightningModule):
         super().__init__()
         if choose_tuning(tuning) != FullTuning():
             raise SettingsError(f"tuning={tuning} is for UNets, and model=autoencoder has none; leave it out.")
+        check_whole("model.seed", seed, least=0)
         pretrained = shortened(pretrained)
         self.save_hyperparameters("pretrained", "l1_weight", "kl_weight", "seed")
         self.vae = load_part("vae", pretrained, scratch="vae" in scratch)

@@ -18,6 +18,7 @@ from sdmodule.callbacks.frozen_weights import FrozenWeights
 from sdmodule.callbacks.validation_interval import ValidationInterval
 from sdmodule.checkpoint_files import WholeCheckpoints
 from sdmodule.errors import SettingsError
+from sdmodule.ranges import check_whole
 
 BF16_MIXED: Final = "bf16-mixed"
 
@@ -53,15 +54,10 @@ def make_trainer(
     """
     if accelerator == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         raise SettingsError("trainer=gpu needs a GPU and torch sees none on this machine; use trainer=cpu.")
-    counts = {
-        "max_steps": max_steps,
-        "val_check_interval": val_check_interval,
-        "accumulate_grad_batches": accumulate_grad_batches,
-        "log_every_n_steps": log_every_n_steps,
-    }
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise SettingsError(f"trainer.{name}={value} is not allowed; give a whole number of at least 1.")
+    check_whole("trainer.max_steps", max_steps)
+    check_whole("trainer.val_check_interval", val_check_interval)
+    check_whole("trainer.accumulate_grad_batches", accumulate_grad_batches)
+    check_whole("trainer.log_every_n_steps", log_every_n_steps)
     precision = resolved(precision, accelerator)
     if "bf16" in str(precision) and not computes_bfloat16(accelerator):
         rank_zero_warn(
