@@ -120,7 +120,7 @@ class AutoencoderModule(LightningModule):
     @override
     def setup(self, stage: str) -> None:
         if stage == "fit":
-            check_optimizer(self.optimizer, self.lr_scheduler)
+            check_optimizer(self.optimizer, self.lr_scheduler, self.parameters())
 
     @override
     def configure_optimizers(self) -> Any:

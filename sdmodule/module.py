@@ -207,7 +207,7 @@ class StableDiffusionModule(LightningModule):
             return
         if self.adapters or self.hparams["controlnet"]:
             raise SettingsError("adapters and controlnet are for sampling; train on the checkpoint alone.")
-        check_optimizer(self.optimizer, self.lr_scheduler)
+        check_optimizer(self.optimizer, self.lr_scheduler, self.parameter_groups)
         self.base_model.identify()
         if self.task == INPAINT and not inpaints(self.unet):
             trained = "unet" in self.tuning.from_scratch
@@ -366,12 +366,15 @@ class StableDiffusionModule(LightningModule):
             for weight in self.text_encoder.parameters():
                 weight.grad = None
 
+    @property
+    def parameter_groups(self) -> list[Any]:
+        """What is trained, for the optimizer."""
+        return parameter_groups(self, self.text_encoder, self.tuning.text_encoder_lr)
+
     @override
     def configure_optimizers(self) -> Any:
         precision = str(self._trainer.precision) if self._trainer is not None else ""
-        optimizer = build_optimizer(
-            self.optimizer, parameter_groups(self, self.text_encoder, self.tuning.text_encoder_lr), precision
-        )
+        optimizer = build_optimizer(self.optimizer, self.parameter_groups, precision)
         if self.lr_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}

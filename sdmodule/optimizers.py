@@ -15,15 +15,22 @@ FUSABLE = (torch.optim.Adam, torch.optim.AdamW)
 """Those of torch that update all weights in one pass where ``fused`` says so."""
 
 
-def check_optimizer(make: Callable[..., torch.optim.Optimizer], schedule: Callable[..., Any] | None) -> None:
-    """Try an optimizer's settings, and its schedule's, on a single weight, long before the first step.
+def check_optimizer(
+    make: Callable[..., torch.optim.Optimizer], schedule: Callable[..., Any] | None, parameters: Iterable[Any]
+) -> None:
+    """Try an optimizer's settings, and its schedule's, on what is trained, long before the first step.
+
+    Args:
+        make: takes parameters and returns the optimizer.
+        schedule: takes the optimizer and returns the schedule of its learning rate.
+        parameters: what is trained, or groups of it; it is left as it is.
 
     Raises:
         SettingsError: if one of them does not take them.
     """
     name = "model.optimizer"
     try:
-        optimizer = make([nn.Parameter(torch.zeros(1))])
+        optimizer = make(parameters)
         if schedule is not None:
             name = "model.lr_scheduler"
             schedule(optimizer)

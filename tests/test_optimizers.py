@@ -94,3 +94,19 @@ def test_settings_that_an_optimizer_does_not_take_are_told_of_before_anything_is
     settings = [f"model={model}", f"pretrained={checkpoint}", f"data.root={photos}", f"output_dir={out}"]
     status, _, error = call(train_main, *settings, wrong)
     assert status == 1 and "these settings cannot be used" in error and "Traceback" not in error and not out.exists()
+
+
+SCHEDULERS = "torch.optim.lr_scheduler"
+TWO_RATES = f"{{_target_: {SCHEDULERS}.OneCycleLR, _partial_: true, max_lr: [1e-4, 1e-5], total_steps: 2}}"
+
+
+OF_MATRICES = ["tuning=lora", "~model.optimizer.betas", "model.optimizer._target_=torch.optim.Muon"]
+IN_GROUPS = ["tuning.text_encoder=true", "tuning.text_encoder_lr=1e-5", f"model.lr_scheduler={TWO_RATES}"]
+NO_MUON = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has none")
+
+
+@pytest.mark.parametrize("settings", [pytest.param(OF_MATRICES, marks=NO_MUON), IN_GROUPS], ids=["matrices", "groups"])
+def test_settings_that_suit_what_is_trained_are_taken(checkpoint, photos, tmp_path, call, settings):
+    common = [f"pretrained={checkpoint}", f"data.root={photos}", f"output_dir={tmp_path / 'out'}", "callbacks=[]"]
+    status, _, error = call(train_main, *common, "resolution=32", "trainer.max_steps=2", *settings)
+    assert (status, error) == (0, "")
