@@ -120,7 +120,8 @@ class AutoencoderModule(LightningModule):
     @override
     def setup(self, stage: str) -> None:
         if stage == "fit":
-            check_optimizer(self.optimizer, self.lr_scheduler, self.parameters())
+            steps = self._trainer.max_steps if self._trainer is not None else None
+            check_optimizer(self.optimizer, self.lr_scheduler, self.parameters(), steps)
 
     @override
     def configure_optimizers(self) -> Any:

@@ -56,6 +56,7 @@ def train(cfg: DictConfig) -> None:
     if cfg.ckpt_path:
         trainer.callbacks.insert(0, Ending(trainer.max_steps))  # type: ignore[attr-defined]
     model = model or build_model(cfg)
+    model.trainer = trainer
     model.setup("fit")  # as is a model that cannot be trained like this
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Cache):

@@ -207,7 +207,8 @@ class StableDiffusionModule(LightningModule):
             return
         if self.adapters or self.hparams["controlnet"]:
             raise SettingsError("adapters and controlnet are for sampling; train on the checkpoint alone.")
-        check_optimizer(self.optimizer, self.lr_scheduler, self.parameter_groups)
+        steps = self._trainer.max_steps if self._trainer is not None else None
+        check_optimizer(self.optimizer, self.lr_scheduler, self.parameter_groups, steps)
         self.base_model.identify()
         if self.task == INPAINT and not inpaints(self.unet):
             trained = "unet" in self.tuning.from_scratch

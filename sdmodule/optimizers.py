@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from sdmodule.errors import SettingsError
 
@@ -16,7 +17,10 @@ FUSABLE = (torch.optim.Adam, torch.optim.AdamW)
 
 
 def check_optimizer(
-    make: Callable[..., torch.optim.Optimizer], schedule: Callable[..., Any] | None, parameters: Iterable[Any]
+    make: Callable[..., torch.optim.Optimizer],
+    schedule: Callable[..., Any] | None,
+    parameters: Iterable[Any],
+    steps: int | None = None,
 ) -> None:
     """Try an optimizer's settings, and its schedule's, on what is trained, long before the first step.
 
@@ -24,21 +28,33 @@ def check_optimizer(
         make: takes parameters and returns the optimizer.
         schedule: takes the optimizer and returns the schedule of its learning rate.
         parameters: what is trained, or groups of it; it is left as it is.
+        steps: of the training, where that is known.
 
     Raises:
-        SettingsError: if one of them does not take them.
+        SettingsError: if one of them does not take them, and for a schedule that cannot be stepped at every step.
     """
     name = "model.optimizer"
+    scheduler = None
     try:
         optimizer = make(parameters)
         if schedule is not None:
             name = "model.lr_scheduler"
-            schedule(optimizer)
+            scheduler = schedule(optimizer)
     except (TypeError, ValueError, AssertionError) as error:
         reason = " ".join(str(error).split())
         raise SettingsError(
             f"{name}: these settings cannot be used: {reason}; give those that its _target_ takes."
         ) from error
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise SettingsError(
+            "model.lr_scheduler: ReduceLROnPlateau follows a figure and is not stepped every step; give another "
+            "schedule, such as torch.optim.lr_scheduler.CosineAnnealingLR."
+        )
+    if steps is not None and isinstance(scheduler, OneCycleLR) and scheduler.total_steps < steps:
+        raise SettingsError(
+            f"model.lr_scheduler: OneCycleLR ends after {scheduler.total_steps} steps and trainer.max_steps={steps}; "
+            f"give it total_steps={steps}, or fewer trainer.max_steps."
+        )
 
 
 def build_optimizer(
