@@ -20,6 +20,7 @@ from sdmodule.errors import SettingsError
 from sdmodule.optimizers import check_optimizer
 from sdmodule.privacy import shortened
 from sdmodule.ranges import check_whole
+from sdmodule.trainer import check_training_precision
 from sdmodule.tuning.full import FullTuning
 from sdmodule.tuning.settings import choose_tuning
 
@@ -120,6 +121,7 @@ class AutoencoderModule(LightningModule):
     @override
     def setup(self, stage: str) -> None:
         if stage == "fit":
+            check_training_precision(self._trainer)
             steps = self._trainer.max_steps if self._trainer is not None else None
             check_optimizer(self.optimizer, self.lr_scheduler, self.parameters(), steps)
 

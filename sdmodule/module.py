@@ -55,6 +55,7 @@ from sdmodule.speed.memory import memory_kept
 from sdmodule.speed.prepare import prepared
 from sdmodule.speed.settings import choose_speed
 from sdmodule.tome.settings import choose_merging
+from sdmodule.trainer import check_training_precision
 from sdmodule.tuning.settings import check_scratch, choose_tuning
 from sdmodule.validation import validation_losses
 
@@ -207,6 +208,7 @@ class StableDiffusionModule(LightningModule):
             return
         if self.adapters or self.hparams["controlnet"]:
             raise SettingsError("adapters and controlnet are for sampling; train on the checkpoint alone.")
+        check_training_precision(self._trainer)
         steps = self._trainer.max_steps if self._trainer is not None else None
         check_optimizer(self.optimizer, self.lr_scheduler, self.parameter_groups, steps)
         self.base_model.identify()

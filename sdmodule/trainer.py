@@ -97,6 +97,19 @@ def make_trainer(
         raise SettingsError(f"trainer: Lightning refuses these settings: {' '.join(str(error).split())}") from error
 
 
+def check_training_precision(trainer: Trainer | None) -> None:
+    """Check that a trainer leaves the weights that it trains, and the pictures, in float32.
+
+    Raises:
+        SettingsError: if not.
+    """
+    precision = "" if trainer is None else str(trainer.precision)
+    if precision.endswith("-true") and precision != "32-true":
+        raise SettingsError(
+            f"trainer.precision={precision} is for sampling; train with 32-true, bf16-mixed, 16-mixed or auto."
+        )
+
+
 def resolved(precision: str, accelerator: str) -> str:
     """A precision under the name that Lightning has for it; what ``auto`` and ``auto-true`` are on a device."""
     if precision == "auto":

@@ -313,6 +313,12 @@ WRONG_TRAIN = {
     "an average of nothing new": (["data.root=PHOTOS", "callbacks.ema.decay=1"], ["ema.decay=1", "under 1"]),
     "an average of words": (["data.root=PHOTOS", "callbacks.ema.decay=abc"], ["ema.decay=abc", "under 1"]),
     "half a start": (["data.root=PHOTOS", "callbacks.ema.start_step=1.5"], ["ema.start_step=1.5", "whole number"]),
+    "weights in 16 bits": (["data.root=PHOTOS", "trainer.precision=16-true"], ["precision=16-true", "bf16-mixed"]),
+    "weights in 64 bits": (["data.root=PHOTOS", "trainer.precision=64-true"], ["precision=64-true", "32-true"]),
+    "an autoencoder in 16 bits": (
+        ["data.root=PHOTOS", "trainer.precision=16-true", "model=autoencoder", "callbacks=[export]"],
+        ["precision=16-true", "bf16-mixed"],
+    ),
     "callback not chosen": (
         ["data.root=PHOTOS", "callbacks=[checkpoint]", "+callbacks.samples.num_prompts=2"],
         ["callbacks.samples", "num_prompts", "~callbacks.samples"],
