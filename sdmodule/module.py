@@ -56,6 +56,7 @@ from sdmodule.speed.prepare import prepared
 from sdmodule.speed.settings import choose_speed
 from sdmodule.tome.settings import choose_merging
 from sdmodule.trainer import check_training_precision
+from sdmodule.tuning.lora import LoraTuning
 from sdmodule.tuning.settings import check_scratch, choose_tuning
 from sdmodule.validation import validation_losses
 
@@ -209,6 +210,8 @@ class StableDiffusionModule(LightningModule):
         if self.adapters or self.hparams["controlnet"]:
             raise SettingsError("adapters and controlnet are for sampling; train on the checkpoint alone.")
         check_training_precision(self._trainer)
+        if self._trainer is not None and isinstance(self.tuning, LoraTuning):
+            self.tuning.check_strategy(self._trainer.strategy)
         steps = self._trainer.max_steps if self._trainer is not None else None
         check_optimizer(self.optimizer, self.lr_scheduler, self.parameter_groups, steps)
         self.base_model.identify()

@@ -319,6 +319,10 @@ WRONG_TRAIN = {
         ["data.root=PHOTOS", "trainer.precision=16-true", "model=autoencoder", "callbacks=[export]"],
         ["precision=16-true", "bf16-mixed"],
     ),
+    "adapters that other devices wait for": (
+        ["data.root=PHOTOS", "trainer.strategy=ddp", "tuning=lora", "tuning.method=lokr", "tuning.dropout=0.5"],
+        ["tuning.dropout=0.5", "ddp_find_unused_parameters_true"],
+    ),
     "callback not chosen": (
         ["data.root=PHOTOS", "callbacks=[checkpoint]", "+callbacks.samples.num_prompts=2"],
         ["callbacks.samples", "num_prompts", "~callbacks.samples"],
