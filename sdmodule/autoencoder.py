@@ -17,7 +17,7 @@ from sdmodule.checkpoint_files import check_weights
 from sdmodule.components import load_part, save_part
 from sdmodule.draws import Draws, generators_of_examples
 from sdmodule.errors import SettingsError
-from sdmodule.optimizers import check_optimizer
+from sdmodule.optimizers import check_optimizer, check_state
 from sdmodule.privacy import shortened
 from sdmodule.ranges import check_whole
 from sdmodule.trainer import check_training_precision
@@ -116,6 +116,7 @@ class AutoencoderModule(LightningModule):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_weights(checkpoint["state_dict"], self)
+        check_state(checkpoint, self.optimizer, self.lr_scheduler, self.parameters(), self._trainer)
         self.latent_variance = checkpoint.get("latent_variance")
 
     @override

@@ -43,7 +43,7 @@ from sdmodule.errors import SettingsError, choices
 from sdmodule.inference import infer
 from sdmodule.interop.adapters import chosen_adapters, use_adapters
 from sdmodule.objective import SQUARED_ERROR, Objective
-from sdmodule.optimizers import build_optimizer, check_optimizer, parameter_groups
+from sdmodule.optimizers import build_optimizer, check_optimizer, check_state, parameter_groups
 from sdmodule.privacy import shortened
 from sdmodule.ranges import check_whole, is_number
 from sdmodule.requests import INPAINT, TASKS, TEXT2IMAGE, SampleRequest
@@ -446,3 +446,4 @@ class StableDiffusionModule(LightningModule):
         if self.holes.convert and not inpaints(self.unet):  # loaded without a trainer, which would have set it up
             convert_to_inpaint(self.unet)
         check_weights(checkpoint["state_dict"], self)
+        check_state(checkpoint, self.optimizer, self.lr_scheduler, self.parameter_groups, self._trainer)

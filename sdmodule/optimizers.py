@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
+from lightning import Trainer
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
@@ -54,6 +55,48 @@ def check_optimizer(
         raise SettingsError(
             f"model.lr_scheduler: OneCycleLR ends after {scheduler.total_steps} steps and trainer.max_steps={steps}; "
             f"give it total_steps={steps}, or fewer trainer.max_steps."
+        )
+
+
+def check_state(
+    held: Mapping[str, Any],
+    make: Callable[..., torch.optim.Optimizer],
+    schedule: Callable[..., Any] | None,
+    parameters: Iterable[Any],
+    trainer: Trainer | None,
+) -> None:
+    """Check, before they are used, that a checkpoint's optimizer and schedule are such as those of a training.
+
+    Args:
+        held: the checkpoint.
+        make: takes parameters and returns the optimizer.
+        schedule: takes the optimizer and returns the schedule of its learning rate.
+        parameters: what is trained, or groups of it; it is left as it is.
+        trainer: what goes on from the checkpoint; if it is for no training, nothing is checked.
+
+    Raises:
+        SettingsError: if not.
+    """
+    if trainer is None or not trainer.training:
+        return
+    if trainer.strategy.restore_checkpoint_after_setup or not held.get("optimizer_states"):  # these are cut up
+        return
+    optimizer, groups = make(parameters), held["optimizer_states"][0].get("param_groups", [])
+    sizes, found = ([len(group["params"]) for group in some] for some in (optimizer.param_groups, groups))
+    # switches are left out, of which releases of torch add some
+    named = {name for name, value in optimizer.defaults.items() if not isinstance(value, bool | None)}
+    if sizes != found or not all(named <= group.keys() for group in groups):
+        raise SettingsError(
+            f"the checkpoint's optimizer is not {type(optimizer).__name__} of {' + '.join(map(str, sizes))} weights, "
+            "which it is here; give the model.optimizer and tuning that it was trained with."
+        )
+    steps = trainer.max_steps
+    if schedule is None or not isinstance(schedule(optimizer), OneCycleLR):
+        return
+    for ends in (one["total_steps"] for one in held.get("lr_schedulers", []) if one.get("total_steps", steps) < steps):
+        raise SettingsError(
+            f"the checkpoint's OneCycleLR ends after {ends} steps and trainer.max_steps={steps}; give "
+            f"trainer.max_steps={ends}, or another model.lr_scheduler."
         )
 
 

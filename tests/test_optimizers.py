@@ -122,3 +122,27 @@ def test_settings_that_suit_what_is_trained_are_taken(checkpoint, photos, tmp_pa
     common = [f"pretrained={checkpoint}", f"data.root={photos}", f"output_dir={tmp_path / 'out'}", "callbacks=[]"]
     status, _, error = call(train_main, *common, "resolution=32", "trainer.max_steps=2", *settings)
     assert (status, error) == (0, "")
+
+
+def one_cycle(steps: int) -> str:
+    return SHORT.replace("999", str(steps))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (["tuning.text_encoder=true", "tuning.text_encoder_lr=1e-5"], ["tuning.text_encoder=true"], "is not AdamW"),
+        ([], ["model.optimizer._target_=torch.optim.Adagrad", "~model.optimizer.betas"], "is not Adagrad"),
+        ([one_cycle(2)], [one_cycle(4)], "OneCycleLR ends after 2 steps and trainer.max_steps=4"),
+    ],
+    ids=["groups", "optimizer", "schedule"],
+)
+def test_a_checkpoint_of_another_optimizer_is_told_of(checkpoint, photos, tmp_path, call, before, after, words):
+    common = [f"pretrained={checkpoint}", f"data.root={photos}", f"output_dir={tmp_path / 'out'}", "resolution=32"]
+    common += ["callbacks=[checkpoint]"]
+    assert call(train_main, *common, "trainer.max_steps=2", *before)[0] == 0
+    same = [*common, "trainer.max_steps=4", "ckpt_path=last"]
+    status, _, error = call(train_main, *same, *after)
+    assert status == 1 and words in error and error.count("\n") == 1 and "Traceback" not in error
+    if before != [one_cycle(2)]:
+        assert call(train_main, *same, *before)[0] == 0
