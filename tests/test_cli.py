@@ -130,7 +130,7 @@ def test_train_takes_fewer_pictures_than_a_batch_and_none_to_validate_on(call, c
     assert (tmp_path / "out" / "export" / "model_index.json").is_file()
 
 
-def test_a_training_goes_on_from_its_checkpoint(call, checkpoint, photos, tmp_path):
+def test_a_training_goes_on_from_its_checkpoint(call, checkpoint, photos, tmp_path, recwarn):
     settings = [
         f"data.root={photos}",
         f"pretrained={checkpoint}",
@@ -141,8 +141,10 @@ def test_a_training_goes_on_from_its_checkpoint(call, checkpoint, photos, tmp_pa
     assert call(train_main, *settings, "resolution=32", "trainer.max_steps=2")[0] == 0
     status, _, complaint = call(train_main, *settings, "trainer.max_steps=2", f"ckpt_path={last}")
     assert status == 1 and "nothing to train" in complaint
-    status, _, complaint = call(train_main, *settings, "resolution=32", "trainer.max_steps=5", f"ckpt_path={last}")
+    settings += ["resolution=32", "callbacks.checkpoint.every_n_train_steps=4"]
+    status, _, complaint = call(train_main, *settings, "trainer.max_steps=5", f"ckpt_path={last}")
     assert (status, complaint) == (0, "")
+    assert [one for one in recwarn if "callbacks used to create the checkpoint" in str(one.message)] == []
     assert max(torch.load(path, weights_only=True)["global_step"] for path in last.parent.iterdir()) == 5
     assert (tmp_path / "out" / "metrics-1.csv").is_file()  # those of the first part
 
