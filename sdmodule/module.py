@@ -441,6 +441,14 @@ class StableDiffusionModule(LightningModule):
         self.base_model.save(checkpoint)
 
     @override
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Lightning tells of all that a checkpoint misses: frozen weights are no part of one."""
+        found = super().load_state_dict(state_dict, strict, assign)
+        trained = {name for name, value in self.named_parameters() if value.requires_grad}
+        found.missing_keys[:] = [name for name in found.missing_keys if name in trained]
+        return found
+
+    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.base_model.check(checkpoint)
         if self.holes.convert and not inpaints(self.unet):  # loaded without a trainer, which would have set it up
