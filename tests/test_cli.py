@@ -325,6 +325,7 @@ WRONG_TRAIN = {
         ["data.root=PHOTOS", "trainer.strategy=ddp", "tuning=lora", "tuning.method=lokr", "tuning.dropout=0.5"],
         ["tuning.dropout=0.5", "ddp_find_unused_parameters_true"],
     ),
+    "an export in bytes": (["data.root=PHOTOS", "callbacks.export.dtype=int8"], ["export.dtype=int8", "float16"]),
     "callback not chosen": (
         ["data.root=PHOTOS", "callbacks=[checkpoint]", "+callbacks.samples.num_prompts=2"],
         ["callbacks.samples", "num_prompts", "~callbacks.samples"],
