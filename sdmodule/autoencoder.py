@@ -17,8 +17,10 @@ from sdmodule.checkpoint_files import check_weights
 from sdmodule.components import load_part, save_part
 from sdmodule.draws import Draws, generators_of_examples
 from sdmodule.errors import SettingsError
-from sdmodule.optimizers import check_optimizer
+from sdmodule.optimizers import check_optimizer, check_state
 from sdmodule.privacy import shortened
+from sdmodule.ranges import check_whole
+from sdmodule.trainer import check_training_precision
 from sdmodule.tuning.full import FullTuning
 from sdmodule.tuning.settings import choose_tuning
 
@@ -40,7 +42,7 @@ class AutoencoderModule(LightningModule):
         lr_scheduler: takes the optimizer and returns the schedule of its learning rate.
 
     Raises:
-        SettingsError: for another tuning.
+        SettingsError: for another tuning, and for a seed out of range.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class AutoencoderModule(LightningModule):
         super().__init__()
         if choose_tuning(tuning) != FullTuning():
             raise SettingsError(f"tuning={tuning} is for UNets, and model=autoencoder has none; leave it out.")
+        check_whole("model.seed", seed, least=0)
         pretrained = shortened(pretrained)
         self.save_hyperparameters("pretrained", "l1_weight", "kl_weight", "seed")
         self.vae = load_part("vae", pretrained, scratch="vae" in scratch)
@@ -113,12 +116,15 @@ class AutoencoderModule(LightningModule):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_weights(checkpoint["state_dict"], self)
+        check_state(checkpoint, self.optimizer, self.lr_scheduler, self.parameters(), self._trainer)
         self.latent_variance = checkpoint.get("latent_variance")
 
     @override
     def setup(self, stage: str) -> None:
         if stage == "fit":
-            check_optimizer(self.optimizer, self.lr_scheduler)
+            check_training_precision(self._trainer)
+            steps = self._trainer.max_steps if self._trainer is not None else None
+            check_optimizer(self.optimizer, self.lr_scheduler, self.parameters(), steps)
 
     @override
     def configure_optimizers(self) -> Any:

@@ -23,6 +23,7 @@ from sdmodule.command_line import quoted, verbatim, with_recipe
 from sdmodule.errors import SettingsError, unwritable
 from sdmodule.privacy import redacted
 from sdmodule.quiet import quiet
+from sdmodule.ranges import check_seed
 from sdmodule.sentences import composing, one_line, one_sentence
 from sdmodule.startup import imported, importing
 
@@ -40,6 +41,7 @@ def train(cfg: DictConfig) -> None:
     from sdmodule.callbacks.export import Export
     from sdmodule.resume import Ending, find_checkpoint
 
+    check_seed("seed", cfg.seed)
     output_dir = choose_output(cfg)
     model = None
     if cfg.resolution is None and cfg.data.get("resolution", 0) is None:
@@ -54,6 +56,7 @@ def train(cfg: DictConfig) -> None:
     if cfg.ckpt_path:
         trainer.callbacks.insert(0, Ending(trainer.max_steps))  # type: ignore[attr-defined]
     model = model or build_model(cfg)
+    model.trainer = trainer
     model.setup("fit")  # as is a model that cannot be trained like this
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Cache):

@@ -7,6 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
 from sdmodule.errors import SettingsError
 
 FREE_TEXT = (
@@ -16,6 +19,13 @@ FREE_TEXT = (
 )
 """Keys whose values are what people write, not expressions of Hydra's."""
 
+PATHS = (
+    *("pretrained", "controlnet", "prompts", "ckpt_path", "output_dir", "cache.folder"),
+    *("components.unet", "components.vae", "components.text_encoder", "components.tokenizer", "components.scheduler"),
+    *("data.root", "data.val_root", "data.class_root", "data.made_in", "callbacks.export.folder"),
+)
+"""Keys whose values are files and folders, which Hydra may read where it can: a sweep may be over several of them."""
+
 MISSING = "???"
 """What OmegaConf takes for a value that is not given."""
 
@@ -23,7 +33,7 @@ MISSING = "???"
 def quoted(arguments: Sequence[str]) -> list[str]:
     """Quote the values of free-text keys, so that they reach the configuration letter for letter.
 
-    A list in brackets stays a list, and ``null`` stays null.
+    A list in brackets stays a list, and ``null`` stays null. Paths that Hydra cannot read are quoted as well.
 
     Example:
         >>> quoted(["prompt=a cat, (fluffy:1.2)", "steps=20"])
@@ -40,17 +50,35 @@ def _options_first(arguments: Sequence[str]) -> list[str]:
 
 def _quoted(argument: str) -> str:
     key, equals, value = argument.partition("=")
-    if not equals or key.lstrip("+") not in FREE_TEXT or value == "null" or _is_list(value):
+    if not equals:
+        return argument
+    if key.lstrip("+") in PATHS and not _is_readable(argument):
+        return f"{key}={_in_quotes(value)}"
+    if key.lstrip("+") not in FREE_TEXT or value == "null" or _is_list(value):
         return argument
     return f"{key}={_literal(value)}"
+
+
+def _is_readable(argument: str) -> bool:
+    """Whether Hydra's grammar has a meaning for an argument; it has none for ``ckpt_path=step=500.ckpt``."""
+    try:
+        OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return False
+    return True
 
 
 def _literal(text: str) -> str:
     """A text in Hydra's grammar, letter for letter whatever it is."""
     if text == MISSING:
         return f"""'${{oc.select:_,"{MISSING}"}}'"""
-    # In Hydra's grammar a backslash is itself unless it stands before a quote; in OmegaConf's, before "${".
-    text = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
+    # In OmegaConf's grammar a backslash is itself unless it stands before "${".
+    return _in_quotes(re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text))
+
+
+def _in_quotes(text: str) -> str:
+    """A text in Hydra's grammar, in which OmegaConf still finds what ``${`` means to it."""
+    # In Hydra's grammar a backslash is itself unless it stands before a quote.
     text = re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + (r"\'" if match[2] else ""), text)
     return f"'{text}'"
 

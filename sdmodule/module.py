@@ -43,8 +43,9 @@ from sdmodule.errors import SettingsError, choices
 from sdmodule.inference import infer
 from sdmodule.interop.adapters import chosen_adapters, use_adapters
 from sdmodule.objective import SQUARED_ERROR, Objective
-from sdmodule.optimizers import build_optimizer, check_optimizer, parameter_groups
+from sdmodule.optimizers import build_optimizer, check_optimizer, check_state, parameter_groups
 from sdmodule.privacy import shortened
+from sdmodule.ranges import check_whole, is_number
 from sdmodule.requests import INPAINT, TASKS, TEXT2IMAGE, SampleRequest
 from sdmodule.samples import Samples
 from sdmodule.sampling import check_settings, describe, sample_all
@@ -54,6 +55,8 @@ from sdmodule.speed.memory import memory_kept
 from sdmodule.speed.prepare import prepared
 from sdmodule.speed.settings import choose_speed
 from sdmodule.tome.settings import choose_merging
+from sdmodule.trainer import check_training_precision
+from sdmodule.tuning.lora import LoraTuning
 from sdmodule.tuning.settings import check_scratch, choose_tuning
 from sdmodule.validation import validation_losses
 
@@ -145,6 +148,11 @@ class StableDiffusionModule(LightningModule):
                 f"{self.holes} was given and model={task} has no holes; use model=inpaint, or leave it out."
             )
         check_prior_weight(prior_weight)
+        check_whole("model.seed", seed, least=0)
+        if not is_number(caption_dropout) or not 0 <= caption_dropout <= 1:
+            raise SettingsError(f"model.caption_dropout={caption_dropout} is not allowed; give a share from 0 to 1.")
+        if not is_number(timestep_shift) or timestep_shift <= 0:
+            raise SettingsError(f"model.timestep_shift={timestep_shift} is not allowed; give a number over 0.")
         self.sampling = SamplingSettings(
             **(sampling or {}),
             merging=choose_merging(tome, tomesd_cfg),
@@ -201,7 +209,11 @@ class StableDiffusionModule(LightningModule):
             return
         if self.adapters or self.hparams["controlnet"]:
             raise SettingsError("adapters and controlnet are for sampling; train on the checkpoint alone.")
-        check_optimizer(self.optimizer, self.lr_scheduler)
+        check_training_precision(self._trainer)
+        if self._trainer is not None and isinstance(self.tuning, LoraTuning):
+            self.tuning.check_strategy(self._trainer.strategy)
+        steps = self._trainer.max_steps if self._trainer is not None else None
+        check_optimizer(self.optimizer, self.lr_scheduler, self.parameter_groups, steps)
         self.base_model.identify()
         if self.task == INPAINT and not inpaints(self.unet):
             trained = "unet" in self.tuning.from_scratch
@@ -360,12 +372,15 @@ class StableDiffusionModule(LightningModule):
             for weight in self.text_encoder.parameters():
                 weight.grad = None
 
+    @property
+    def parameter_groups(self) -> list[Any]:
+        """What is trained, for the optimizer."""
+        return parameter_groups(self, self.text_encoder, self.tuning.text_encoder_lr)
+
     @override
     def configure_optimizers(self) -> Any:
         precision = str(self._trainer.precision) if self._trainer is not None else ""
-        optimizer = build_optimizer(
-            self.optimizer, parameter_groups(self, self.text_encoder, self.tuning.text_encoder_lr), precision
-        )
+        optimizer = build_optimizer(self.optimizer, self.parameter_groups, precision)
         if self.lr_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
@@ -426,8 +441,17 @@ class StableDiffusionModule(LightningModule):
         self.base_model.save(checkpoint)
 
     @override
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Lightning tells of all that a checkpoint misses: frozen weights are no part of one."""
+        found = super().load_state_dict(state_dict, strict, assign)
+        trained = {name for name, value in self.named_parameters() if value.requires_grad}
+        found.missing_keys[:] = [name for name in found.missing_keys if name in trained]
+        return found
+
+    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.base_model.check(checkpoint)
         if self.holes.convert and not inpaints(self.unet):  # loaded without a trainer, which would have set it up
             convert_to_inpaint(self.unet)
         check_weights(checkpoint["state_dict"], self)
+        check_state(checkpoint, self.optimizer, self.lr_scheduler, self.parameter_groups, self._trainer)

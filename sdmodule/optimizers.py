@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
+from lightning import Trainer
 from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from sdmodule.errors import SettingsError
 
@@ -15,23 +17,87 @@ FUSABLE = (torch.optim.Adam, torch.optim.AdamW)
 """Those of torch that update all weights in one pass where ``fused`` says so."""
 
 
-def check_optimizer(make: Callable[..., torch.optim.Optimizer], schedule: Callable[..., Any] | None) -> None:
-    """Try an optimizer's settings, and its schedule's, on a single weight, long before the first step.
+def check_optimizer(
+    make: Callable[..., torch.optim.Optimizer],
+    schedule: Callable[..., Any] | None,
+    parameters: Iterable[Any],
+    steps: int | None = None,
+) -> None:
+    """Try an optimizer's settings, and its schedule's, on what is trained, long before the first step.
+
+    Args:
+        make: takes parameters and returns the optimizer.
+        schedule: takes the optimizer and returns the schedule of its learning rate.
+        parameters: what is trained, or groups of it; it is left as it is.
+        steps: of the training, where that is known.
 
     Raises:
-        SettingsError: if one of them does not take them.
+        SettingsError: if one of them does not take them, and for a schedule that cannot be stepped at every step.
     """
     name = "model.optimizer"
+    scheduler = None
     try:
-        optimizer = make([nn.Parameter(torch.zeros(1))])
+        optimizer = make(parameters)
         if schedule is not None:
             name = "model.lr_scheduler"
-            schedule(optimizer)
+            scheduler = schedule(optimizer)
     except (TypeError, ValueError, AssertionError) as error:
         reason = " ".join(str(error).split())
         raise SettingsError(
             f"{name}: these settings cannot be used: {reason}; give those that its _target_ takes."
         ) from error
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise SettingsError(
+            "model.lr_scheduler: ReduceLROnPlateau follows a figure and is not stepped every step; give another "
+            "schedule, such as torch.optim.lr_scheduler.CosineAnnealingLR."
+        )
+    if steps is not None and isinstance(scheduler, OneCycleLR) and scheduler.total_steps < steps:
+        raise SettingsError(
+            f"model.lr_scheduler: OneCycleLR ends after {scheduler.total_steps} steps and trainer.max_steps={steps}; "
+            f"give it total_steps={steps}, or fewer trainer.max_steps."
+        )
+
+
+def check_state(
+    held: Mapping[str, Any],
+    make: Callable[..., torch.optim.Optimizer],
+    schedule: Callable[..., Any] | None,
+    parameters: Iterable[Any],
+    trainer: Trainer | None,
+) -> None:
+    """Check, before they are used, that a checkpoint's optimizer and schedule are such as those of a training.
+
+    Args:
+        held: the checkpoint.
+        make: takes parameters and returns the optimizer.
+        schedule: takes the optimizer and returns the schedule of its learning rate.
+        parameters: what is trained, or groups of it; it is left as it is.
+        trainer: what goes on from the checkpoint; if it is for no training, nothing is checked.
+
+    Raises:
+        SettingsError: if not.
+    """
+    if trainer is None or not trainer.training:
+        return
+    if trainer.strategy.restore_checkpoint_after_setup or not held.get("optimizer_states"):  # these are cut up
+        return
+    optimizer, groups = make(parameters), held["optimizer_states"][0].get("param_groups", [])
+    sizes, found = ([len(group["params"]) for group in some] for some in (optimizer.param_groups, groups))
+    # switches are left out, of which releases of torch add some
+    named = {name for name, value in optimizer.defaults.items() if not isinstance(value, bool | None)}
+    if sizes != found or not all(named <= group.keys() for group in groups):
+        raise SettingsError(
+            f"the checkpoint's optimizer is not {type(optimizer).__name__} of {' + '.join(map(str, sizes))} weights, "
+            "which it is here; give the model.optimizer and tuning that it was trained with."
+        )
+    steps = trainer.max_steps
+    if schedule is None or not isinstance(schedule(optimizer), OneCycleLR):
+        return
+    for ends in (one["total_steps"] for one in held.get("lr_schedulers", []) if one.get("total_steps", steps) < steps):
+        raise SettingsError(
+            f"the checkpoint's OneCycleLR ends after {ends} steps and trainer.max_steps={steps}; give "
+            f"trainer.max_steps={ends}, or another model.lr_scheduler."
+        )
 
 
 def build_optimizer(

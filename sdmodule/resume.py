@@ -70,7 +70,7 @@ class Ending(Callback):
         self.max_steps = max_steps
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.fit_loop.epoch_loop.max_steps = self.max_steps + 1
 
     @override

@@ -15,8 +15,10 @@ from typing_extensions import override
 
 from sdmodule.callbacks.finite_loss import STOP, FiniteLoss
 from sdmodule.callbacks.frozen_weights import FrozenWeights
+from sdmodule.callbacks.validation_interval import ValidationInterval
 from sdmodule.checkpoint_files import WholeCheckpoints
 from sdmodule.errors import SettingsError
+from sdmodule.ranges import check_whole
 
 BF16_MIXED: Final = "bf16-mixed"
 
@@ -52,15 +54,10 @@ def make_trainer(
     """
     if accelerator == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         raise SettingsError("trainer=gpu needs a GPU and torch sees none on this machine; use trainer=cpu.")
-    counts = {
-        "max_steps": max_steps,
-        "val_check_interval": val_check_interval,
-        "accumulate_grad_batches": accumulate_grad_batches,
-        "log_every_n_steps": log_every_n_steps,
-    }
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise SettingsError(f"trainer.{name}={value} is not allowed; give a whole number of at least 1.")
+    check_whole("trainer.max_steps", max_steps)
+    check_whole("trainer.val_check_interval", val_check_interval)
+    check_whole("trainer.accumulate_grad_batches", accumulate_grad_batches)
+    check_whole("trainer.log_every_n_steps", log_every_n_steps)
     precision = resolved(precision, accelerator)
     if "bf16" in str(precision) and not computes_bfloat16(accelerator):
         rank_zero_warn(
@@ -74,17 +71,19 @@ def make_trainer(
     own = "deepspeed" in strategy or "fsdp" in strategy  # these bring a precision of their own kind
     if precision == BF16_MIXED and accelerator in ("cpu", "gpu") and not own:
         plugins.append(Unscaled("cpu" if accelerator == "cpu" else "cuda" if torch.cuda.is_available() else "mps"))
+    most = min(max_steps, int(settings.get("fast_dev_run") or max_steps))
+    interval = ValidationInterval(min(val_check_interval, most))
     try:
         return Trainer(
             accelerator=accelerator,
             max_steps=max_steps,
-            val_check_interval=min(val_check_interval, max_steps) * accumulate_grad_batches,  # Lightning counts batches
+            val_check_interval=val_check_interval,  # of batches, until `ValidationInterval` says when
             check_val_every_n_epoch=None,
             accumulate_grad_batches=accumulate_grad_batches,
             precision=None if any(isinstance(one, Precision) for one in plugins) else precision,  # type: ignore[arg-type]
             log_every_n_steps=min(log_every_n_steps, max_steps),
             # weights are whole again before any other callback validates or exports them
-            callbacks=[FrozenWeights(), *callbacks, FiniteLoss(nan_loss)],
+            callbacks=[FrozenWeights(), *callbacks, interval, FiniteLoss(nan_loss)],
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
             enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
             enable_model_summary=False,
@@ -96,6 +95,19 @@ def make_trainer(
         raise
     except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
         raise SettingsError(f"trainer: Lightning refuses these settings: {' '.join(str(error).split())}") from error
+
+
+def check_training_precision(trainer: Trainer | None) -> None:
+    """Check that a trainer leaves the weights that it trains, and the pictures, in float32.
+
+    Raises:
+        SettingsError: if not.
+    """
+    precision = "" if trainer is None else str(trainer.precision)
+    if precision.endswith("-true") and precision != "32-true":
+        raise SettingsError(
+            f"trainer.precision={precision} is for sampling; train with 32-true, bf16-mixed, 16-mixed or auto."
+        )
 
 
 def resolved(precision: str, accelerator: str) -> str:

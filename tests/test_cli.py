@@ -130,7 +130,7 @@ def test_train_takes_fewer_pictures_than_a_batch_and_none_to_validate_on(call, c
     assert (tmp_path / "out" / "export" / "model_index.json").is_file()
 
 
-def test_a_training_goes_on_from_its_checkpoint(call, checkpoint, photos, tmp_path):
+def test_a_training_goes_on_from_its_checkpoint(call, checkpoint, photos, tmp_path, recwarn):
     settings = [
         f"data.root={photos}",
         f"pretrained={checkpoint}",
@@ -141,10 +141,30 @@ def test_a_training_goes_on_from_its_checkpoint(call, checkpoint, photos, tmp_pa
     assert call(train_main, *settings, "resolution=32", "trainer.max_steps=2")[0] == 0
     status, _, complaint = call(train_main, *settings, "trainer.max_steps=2", f"ckpt_path={last}")
     assert status == 1 and "nothing to train" in complaint
-    status, _, complaint = call(train_main, *settings, "resolution=32", "trainer.max_steps=5", f"ckpt_path={last}")
+    settings += ["resolution=32", "callbacks.checkpoint.every_n_train_steps=4"]
+    status, _, complaint = call(train_main, *settings, "trainer.max_steps=5", f"ckpt_path={last}")
     assert (status, complaint) == (0, "")
+    assert [one for one in recwarn if "callbacks used to create the checkpoint" in str(one.message)] == []
     assert max(torch.load(path, weights_only=True)["global_step"] for path in last.parent.iterdir()) == 5
     assert (tmp_path / "out" / "metrics-1.csv").is_file()  # those of the first part
+
+
+def test_validations_are_counted_in_steps_whatever_the_batches_of_an_epoch(call, checkpoint, photos, tmp_path):
+    """An epoch of five batches, the last of which makes a step by itself."""
+    out = tmp_path / "out"
+    settings = [f"data.root={photos}", f"pretrained={checkpoint}", f"output_dir={out}", "callbacks=[checkpoint]"]
+    settings += ["resolution=32", "data.batch_size=1", "trainer.accumulate_grad_batches=2"]
+    settings += ["trainer.log_every_n_steps=1"]
+
+    def steps_with(figure: str) -> list[int]:
+        return [int(row["step"]) + 1 for row in csv.DictReader((out / "metrics.csv").open()) if row[figure]]
+
+    assert call(train_main, *settings, "trainer.max_steps=5")[0] == 0
+    assert steps_with("val/loss") == [5]
+    going_on = ["trainer.max_steps=10", "trainer.val_check_interval=4", "ckpt_path=last"]
+    assert call(train_main, *settings, *going_on)[0] == 0
+    assert steps_with("train/loss") == [6, 7, 8, 9, 10]
+    assert steps_with("val/loss") == [5, 8]  # the first again, since the checkpoint was written before it
 
 
 def test_a_sweep_writes_a_folder_a_job(call, checkpoint, tmp_path):
@@ -304,6 +324,28 @@ WRONG_TRAIN = {
     "broken checkpoint": (["data.root=PHOTOS", "ckpt_path=PHOTOS/0.png"], ["ckpt_path=", "0.png"]),
     "unknown setting": (["data.root=PHOTOS", "+data.foo=1"], ["data", "foo"]),
     "unknown data": (["data=foo"], ["data/foo", "image_folder"]),
+    "a seed below 0": (["data.root=PHOTOS", "seed=-1"], ["seed=-1", "4294967295"]),
+    "a seed of words": (["data.root=PHOTOS", "seed=abc"], ["seed=abc", "4294967295"]),
+    "half a seed": (["data.root=PHOTOS", "model.seed=1.5"], ["model.seed=1.5", "whole number"]),
+    "half a picture": (["data.root=PHOTOS", "data.batch_size=2.5"], ["data.batch_size=2.5", "at least 1"]),
+    "half a process": (["data.root=PHOTOS", "data.num_workers=1.5"], ["data.num_workers=1.5", "at least 0"]),
+    "more than all captions": (["data.root=PHOTOS", "model.caption_dropout=1.5"], ["caption_dropout=1.5", "0 to 1"]),
+    "captions of words": (["data.root=PHOTOS", "model.caption_dropout=abc"], ["caption_dropout=abc", "0 to 1"]),
+    "a shift of nothing": (["data.root=PHOTOS", "model.timestep_shift=0"], ["timestep_shift=0", "over 0"]),
+    "an average of nothing new": (["data.root=PHOTOS", "callbacks.ema.decay=1"], ["ema.decay=1", "under 1"]),
+    "an average of words": (["data.root=PHOTOS", "callbacks.ema.decay=abc"], ["ema.decay=abc", "under 1"]),
+    "half a start": (["data.root=PHOTOS", "callbacks.ema.start_step=1.5"], ["ema.start_step=1.5", "whole number"]),
+    "weights in 16 bits": (["data.root=PHOTOS", "trainer.precision=16-true"], ["precision=16-true", "bf16-mixed"]),
+    "weights in 64 bits": (["data.root=PHOTOS", "trainer.precision=64-true"], ["precision=64-true", "32-true"]),
+    "an autoencoder in 16 bits": (
+        ["data.root=PHOTOS", "trainer.precision=16-true", "model=autoencoder", "callbacks=[export]"],
+        ["precision=16-true", "bf16-mixed"],
+    ),
+    "adapters that other devices wait for": (
+        ["data.root=PHOTOS", "trainer.strategy=ddp", "tuning=lora", "tuning.method=lokr", "tuning.dropout=0.5"],
+        ["tuning.dropout=0.5", "ddp_find_unused_parameters_true"],
+    ),
+    "an export in bytes": (["data.root=PHOTOS", "callbacks.export.dtype=int8"], ["export.dtype=int8", "float16"]),
     "callback not chosen": (
         ["data.root=PHOTOS", "callbacks=[checkpoint]", "+callbacks.samples.num_prompts=2"],
         ["callbacks.samples", "num_prompts", "~callbacks.samples"],

@@ -104,3 +104,22 @@ def test_options_stand_before_settings():
     assert quoted(["steps=3", "-m", "prompt=a -m", "~logger", "--cfg", "job"]) == [
         *("-m", "--cfg", "job", "steps=3", "prompt='a -m'", "~logger")
     ]
+
+
+@pytest.mark.parametrize("key", ["ckpt_path", "pretrained", "data.root", "output_dir", "prompts", "+cache.folder"])
+@pytest.mark.parametrize(
+    "path", ["runs/checkpoints/step=7.ckpt", "my photos (2)/a", "it's {here}", "C:\\photos\\", "a = b, c"]
+)
+def test_a_path_arrives_letter_for_letter(key, path):
+    [override] = OverridesParser.create().parse_overrides(quoted([f"{key}={path}"]))
+    assert OmegaConf.create({"value": override.value()}).value == path
+
+
+def test_a_path_may_name_other_settings():
+    [override] = OverridesParser.create().parse_overrides(quoted(["output_dir=runs/seed=${seed}"]))
+    assert OmegaConf.create({"output_dir": override.value(), "seed": 3}).output_dir == "runs/seed=3"
+
+
+def test_a_path_that_hydra_reads_is_left_to_it():
+    arguments = ["pretrained=a,b", "output_dir=runs/${seed}", "ckpt_path=null"]
+    assert quoted(arguments) == arguments

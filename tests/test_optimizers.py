@@ -83,14 +83,66 @@ def test_wrong_values_are_told(call, checkpoint, photos, tmp_path):
 SCHEDULE = "model.lr_scheduler={_target_: torch.optim.lr_scheduler.StepLR, _partial_: true, steps: 3}"
 
 
+SCHEDULERS = "torch.optim.lr_scheduler"
+PLATEAU = f"model.lr_scheduler={{_target_: {SCHEDULERS}.ReduceLROnPlateau, _partial_: true}}"
+SHORT = f"model.lr_scheduler={{_target_: {SCHEDULERS}.OneCycleLR, _partial_: true, max_lr: 1e-4, total_steps: 999}}"
+
+
 @pytest.mark.parametrize("model", ["text2image", "autoencoder"])
 @pytest.mark.parametrize(
-    "wrong", ["model.optimizer.lr=fast", "model.optimizer.lr=-1", "+model.optimizer.speed=1", SCHEDULE]
+    ("wrong", "words"),
+    [
+        ("model.optimizer.lr=fast", "these settings cannot be used"),
+        ("model.optimizer.lr=-1", "these settings cannot be used"),
+        ("+model.optimizer.speed=1", "these settings cannot be used"),
+        (SCHEDULE, "these settings cannot be used"),
+        (PLATEAU, "ReduceLROnPlateau follows a figure"),
+        (SHORT, "OneCycleLR ends after 999 steps and trainer.max_steps=1000"),
+    ],
 )
 def test_settings_that_an_optimizer_does_not_take_are_told_of_before_anything_is_written(
-    checkpoint, photos, tmp_path, call, model, wrong
+    checkpoint, photos, tmp_path, call, model, wrong, words
 ):
     out = tmp_path / "out"
     settings = [f"model={model}", f"pretrained={checkpoint}", f"data.root={photos}", f"output_dir={out}"]
     status, _, error = call(train_main, *settings, wrong)
-    assert status == 1 and "these settings cannot be used" in error and "Traceback" not in error and not out.exists()
+    assert status == 1 and words in error and error.count("\n") == 1 and not out.exists()
+
+
+TWO_RATES = f"{{_target_: {SCHEDULERS}.OneCycleLR, _partial_: true, max_lr: [1e-4, 1e-5], total_steps: 2}}"
+
+
+OF_MATRICES = ["tuning=lora", "~model.optimizer.betas", "model.optimizer._target_=torch.optim.Muon"]
+IN_GROUPS = ["tuning.text_encoder=true", "tuning.text_encoder_lr=1e-5", f"model.lr_scheduler={TWO_RATES}"]
+NO_MUON = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has none")
+
+
+@pytest.mark.parametrize("settings", [pytest.param(OF_MATRICES, marks=NO_MUON), IN_GROUPS], ids=["matrices", "groups"])
+def test_settings_that_suit_what_is_trained_are_taken(checkpoint, photos, tmp_path, call, settings):
+    common = [f"pretrained={checkpoint}", f"data.root={photos}", f"output_dir={tmp_path / 'out'}", "callbacks=[]"]
+    status, _, error = call(train_main, *common, "resolution=32", "trainer.max_steps=2", *settings)
+    assert (status, error) == (0, "")
+
+
+def one_cycle(steps: int) -> str:
+    return SHORT.replace("999", str(steps))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (["tuning.text_encoder=true", "tuning.text_encoder_lr=1e-5"], ["tuning.text_encoder=true"], "is not AdamW"),
+        ([], ["model.optimizer._target_=torch.optim.Adagrad", "~model.optimizer.betas"], "is not Adagrad"),
+        ([one_cycle(2)], [one_cycle(4)], "OneCycleLR ends after 2 steps and trainer.max_steps=4"),
+    ],
+    ids=["groups", "optimizer", "schedule"],
+)
+def test_a_checkpoint_of_another_optimizer_is_told_of(checkpoint, photos, tmp_path, call, before, after, words):
+    common = [f"pretrained={checkpoint}", f"data.root={photos}", f"output_dir={tmp_path / 'out'}", "resolution=32"]
+    common += ["callbacks=[checkpoint]"]
+    assert call(train_main, *common, "trainer.max_steps=2", *before)[0] == 0
+    same = [*common, "trainer.max_steps=4", "ckpt_path=last"]
+    status, _, error = call(train_main, *same, *after)
+    assert status == 1 and words in error and error.count("\n") == 1 and "Traceback" not in error
+    if before != [one_cycle(2)]:
+        assert call(train_main, *same, *before)[0] == 0

@@ -126,6 +126,12 @@ class TrainingCheckpoint(ModelCheckpoint):
         with self._undisturbed():
             super().on_exception(trainer, pl_module, exception)
 
+    @property
+    @override
+    def state_key(self) -> str:
+        """Lightning's has ``every_n_train_steps`` too, and would not know its own state if that is changed."""
+        return self._generate_state_key(monitor=self.monitor, mode=self.mode)
+
     @override
     def state_dict(self) -> dict[str, Any]:
         return _with_paths(super().state_dict(), redacted)

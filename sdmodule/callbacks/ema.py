@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sdmodule.errors import SettingsError
+from sdmodule.ranges import check_whole, is_number
 
 
 class EMA(Callback):
@@ -27,9 +28,15 @@ class EMA(Callback):
     Args:
         decay: share of the old average that a step keeps.
         start_step: first optimizer step that is averaged; until then the raw weights are used everywhere.
+
+    Raises:
+        SettingsError: for a value out of range.
     """
 
     def __init__(self, decay: float = 0.999, start_step: int = 100) -> None:
+        if not is_number(decay) or not 0 <= decay < 1:
+            raise SettingsError(f"callbacks.ema.decay={decay} is not allowed; give a share from 0 to under 1.")
+        check_whole("callbacks.ema.start_step", start_step, least=0)
         self.decay = decay
         self.start_step = start_step
         self.updates = 0

@@ -32,9 +32,9 @@ class Export(Callback):
 
     def __init__(self, folder: str | Path, dtype: str = "float32", weights: str = "ema") -> None:
         if weights not in ("ema", "raw"):
-            raise SettingsError(f"export.weights={weights} is not known; give ema or raw.")
+            raise SettingsError(f"callbacks.export.weights={weights} is not known; give ema or raw.")
         if dtype not in ("float32", "float16"):
-            raise SettingsError(f"export.dtype={dtype} is not allowed; give float32 or float16.")
+            raise SettingsError(f"callbacks.export.dtype={dtype} is not allowed; give float32 or float16.")
         self.folder = Path(folder)
         self.dtype = dtype
         self.weights = weights

@@ -18,6 +18,7 @@ from sdmodule.data.shards import Shards
 from sdmodule.data.shuffle import training_loader
 from sdmodule.data.sources import Folder, Source, mixed
 from sdmodule.errors import SettingsError, choices
+from sdmodule.ranges import check_seed, check_whole, is_number
 
 
 class PicturesDataModule(LightningDataModule):
@@ -70,11 +71,10 @@ class PicturesDataModule(LightningDataModule):
         size = tuple(resolution) if isinstance(resolution, Sequence) else (resolution, resolution)
         if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
             raise SettingsError(f"data.resolution={resolution} is no size; give a whole number or [height, width].")
-        if batch_size < 1:
-            raise SettingsError(f"data.batch_size={batch_size} is too small; give 1 or more.")
-        if num_workers < 0:
-            raise SettingsError(f"data.num_workers={num_workers} is negative; give 0 or more.")
-        if not 0 <= val_fraction < 1:
+        check_whole("data.batch_size", batch_size)
+        check_whole("data.num_workers", num_workers, least=0)
+        check_seed("data.seed", seed)
+        if not is_number(val_fraction) or not 0 <= val_fraction < 1:
             raise SettingsError(f"data.val_fraction={val_fraction} is out of range; give 0 or more and less than 1.")
         self.size = (size[0], size[1])
         self.batch_size = batch_size

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, inject_adapter_in_model
 from torch import nn
 
@@ -32,7 +33,8 @@ class LoraTuning(TextEncoderTraining):
             two of low rank (Hyeon-Woo et al. 2022); ``lokr``, a Kronecker product (Yeh et al. 2024).
         rank: of the adapter's matrices.
         alpha: the adapter counts ``alpha / rank`` times; the rank if None, which is once.
-        dropout: share of an adapter's inputs that are left out at each step.
+        dropout: share of an adapter's inputs that are left out at each step; of whole adapters for ``loha`` and
+            ``lokr``.
         target_modules: layers of the UNet that get an adapter, by the end of their name.
         text_target_modules: those of the text encoder, where it is trained.
 
@@ -78,6 +80,20 @@ class LoraTuning(TextEncoderTraining):
             self._adapt(parts.unet.requires_grad_(False), "target_modules")
             if self.text_encoder:
                 self._adapt(parts.text_encoder, "text_target_modules")
+
+    def check_strategy(self, strategy: Strategy) -> None:
+        """Check that devices which leave out different adapters do not wait for each other's gradients.
+
+        Raises:
+            SettingsError: if they would.
+        """
+        if self.method in (LORA, DORA) or not self.dropout or not isinstance(strategy, DDPStrategy):
+            return
+        if not strategy._ddp_kwargs.get("find_unused_parameters"):
+            raise SettingsError(
+                f"tuning.dropout={self.dropout} leaves out whole adapters of tuning.method={self.method}, which ddp "
+                "waits for; set trainer.strategy=ddp_find_unused_parameters_true, or tuning.dropout=0."
+            )
 
     def _adapt(self, model: nn.Module, setting: str) -> None:
         targets = list(getattr(self, setting))

@@ -30,7 +30,7 @@ KINDS = {
     "inpainting": ["model=inpaint", "model.convert=true"],
     "autoencoder": ["model=autoencoder", "callbacks=[checkpoint,export]"],
 }
-# how: an epoch is of 14 pictures
+# how: an epoch is of 14 pictures, so that its last step has fewer batches than the others
 WAYS = {
     "read": [
         "data.center_crop=false",
@@ -38,7 +38,7 @@ WAYS = {
         "data.shuffle_tags=true",
         "data.num_workers=1",
         "trainer.accumulate_grad_batches=2",
-        "trainer.val_check_interval=4",
+        "trainer.val_check_interval=5",
     ],
     "cached": [
         "cache=all",
