@@ -141,7 +141,8 @@ class Cache(Callback):
                 yield {key: moments[k] for k, key in enumerate(batch["key"])}
 
         self._fill(trainer, store, list(sights.values()), make, "Encoding pictures")
-        beside = module.task == INPAINT or module.controlnet is not None  # masks and edges are of the picture itself
+        # masks and edges are of the picture itself
+        beside = module.task == INPAINT or module.controlnet is not None or module.objective.masked
         return CachedPictures(pictures, store, keys, with_pictures=beside)
 
     def _cached_embeddings(self, trainer: Trainer, module: Any, pictures: Pictures) -> CachedEmbeddings:

@@ -61,7 +61,7 @@ class CaptionedMoments(TypedDict, total=False):
     """One training example: ``moments`` is mean and standard deviation of the latents, ``[8, h, w]``.
 
     For inpainting the picture stands beside them, since each step masks and encodes it in another way; for a ControlNet
-    its control picture does.
+    its control picture does, and for a masked loss its mask.
     """
 
     moments: Required[Tensor]

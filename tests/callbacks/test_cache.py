@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, Trainer
+from PIL import Image
 from safetensors import safe_open
 
 from sdmodule.callbacks.cache import Cache
@@ -89,6 +91,18 @@ def test_the_losses_are_those_of_training_on_pictures(checkpoint, folder, tmp_pa
         assert fit(checkpoint, data, Cache(tmp_path / "cache", what), 8, **settings) == pytest.approx(plain, rel=1e-5)
     assert len(held(tmp_path / "cache")) == (10 if flip else 5)
     assert len(held(tmp_path / "cache", "embeddings")) == (6 if what == "all" else 0)
+
+
+@pytest.mark.parametrize("what", ["latents", "all"])
+def test_the_loss_counts_under_masks_as_it_does_on_pictures(checkpoint, folder, tmp_path, what):
+    Image.linear_gradient("L").resize((32, 32)).save(folder / "mask.png")
+    rows = [{"file_name": f"{k}.png", "text": "a", "mask_file_name": "mask.png"} for k in range(5)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plain, cached = (
+        fit(checkpoint, pictures_of(folder, random_flip=True), cache, objective={"masked": True})
+        for cache in (None, Cache(tmp_path / "cache", what))
+    )
+    assert cached == pytest.approx(plain, rel=1e-5)
 
 
 def test_painted_pictures_are_cached_too(checkpoint, module, tmp_path):
