@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import shorten
 from typing import Any
 
 from lightning import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 
 from sdmodule.callbacks.cache import Cache
 from sdmodule.errors import SettingsError
 from sdmodule.requests import INPAINT
+from sdmodule.tuning.textual_inversion import TextualInversion
 
 
 def check_together(model: Any, data: Any, callbacks: Sequence[Callback]) -> None:
@@ -24,6 +27,7 @@ def check_together(model: Any, data: Any, callbacks: Sequence[Callback]) -> None
         SettingsError: if they cannot.
     """
     _check_masks(model, data)
+    _check_word(model, data)
     for callback in callbacks:
         if isinstance(callback, Cache):
             callback.check(data, model)
@@ -41,4 +45,28 @@ def _check_masks(model: Any, data: Any) -> None:
         raise SettingsError(
             f"model=inpaint and {bare[0].place} has no masks, which other sources have; {cure}, or give none, and "
             "masks are drawn."
+        )
+
+
+def _check_word(model: Any, data: Any) -> None:
+    """Whether captions name the word that is to be learned; without it nothing is."""
+    tuning = getattr(model, "tuning", None)
+    pictures: Any = getattr(data, "train_set", None)
+    if not isinstance(tuning, TextualInversion) or not hasattr(pictures, "caption"):
+        return
+    tokenizer = model.parts.tokenizer
+    word = tokenizer.convert_tokens_to_ids(tuning.placeholder)
+    of_the_thing = getattr(data, "instances", 0) or len(pictures)  # of DreamBooth's others none should name it
+    captions = list(dict.fromkeys(pictures.caption(index) for index in range(of_the_thing)))
+    tokens = tokenizer(captions, add_special_tokens=False, verbose=False).input_ids
+    bare = [caption for caption, own in zip(captions, tokens, strict=True) if word not in own]
+    if len(bare) == len(captions):
+        raise SettingsError(
+            f"tuning.placeholder={tuning.placeholder} is in no caption, such as {shorten(bare[0], 60)!r}, and would "
+            f'not be learned; set data.prompt="a photo of {tuning.placeholder}", or name it in the captions.'
+        )
+    if bare:
+        rank_zero_warn(
+            f"tuning.placeholder={tuning.placeholder} is not in {len(bare)} of {len(captions)} captions, such as "
+            f"{shorten(bare[0], 60)!r}; their pictures do not teach it."
         )

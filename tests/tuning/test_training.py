@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -203,6 +204,22 @@ def test_a_batch_of_dreambooth_is_half_of_the_thing_and_half_of_its_kind(photos,
 def test_a_word_that_cannot_be_learned_is_told_of(checkpoint, settings, message):
     with pytest.raises(SettingsError, match=message):
         StableDiffusionModule(str(checkpoint), tuning={"kind": "textual_inversion", **settings})
+
+
+def test_a_word_that_no_caption_names_is_told_of_before_anything_is_written(checkpoint, photos, tmp_path, call):
+    out, batch = tmp_path / "out", ["callbacks=[]", "data.val_fraction=0", "trainer.max_steps=1", "resolution=32"]
+    command = [f"pretrained={checkpoint}", f"data.root={photos}", f"output_dir={out}", "tuning=textual_inversion"]
+    command += [f"tuning.placeholder={WORD}", "tuning.initializer=star", *batch]
+    status, _, complaint = call(train_main, *command)
+    assert status == 1 and f'set data.prompt="a photo of {WORD}"' in complaint and len(complaint.splitlines()) == 1
+    assert not out.exists()
+    metadata = photos / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace("picture 3", f"a red {WORD}."))
+    with pytest.warns(UserWarning, match=f"{WORD} is not in 5 of 6 captions, such as 'picture 0'"):
+        assert call(train_main, *command)[0] == 0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*is not in .* captions")
+        assert call(train_main, *command, f"data.template='{WORD}, {{}}'")[0] == 0
 
 
 def test_a_new_word_starts_as_its_initializer_and_leaves_other_prompts_alone(checkpoint):
