@@ -15,6 +15,7 @@ from typing_extensions import override
 from sdmodule.callbacks.ema import EMA
 from sdmodule.conditioning.inpaint import masked
 from sdmodule.conditioning.random_masks import draw_masks
+from sdmodule.conditioning.text import literal
 from sdmodule.loggers.pictures import log_pictures
 from sdmodule.pictures import captioned_sheet, contact_sheet, to_images
 from sdmodule.recipe import save_png
@@ -109,7 +110,7 @@ class ValidationSamples(Callback):
     def _captions(self, trainer: Trainer) -> list[str]:
         self.prompts = []
         for batch in trainer.val_dataloaders or trainer.train_dataloader:  # type: ignore[union-attr]
-            self.prompts += batch["caption"]
+            self.prompts += map(literal, batch["caption"])
             if len(self.prompts) >= self.num_prompts:
                 break
         self.prompts = self.prompts[: self.num_prompts]
