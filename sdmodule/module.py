@@ -226,7 +226,10 @@ class StableDiffusionModule(LightningModule):
 
     @override
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        generators = generators_of_examples(self.seed, len(batch["caption"]), batch_idx, self._trainer)
+        prior = batch.get("prior")  # of DreamBooth's pairs
+        generators = generators_of_examples(
+            self.seed, len(batch["caption"]), batch_idx, self._trainer, pairs=prior is not None
+        )
         latents = self.encode_images(batch, generators)
         total = len(self.alphas_cumprod)
         timesteps = torch.cat([draw_timesteps(1, total, each, self.timestep_shift) for each in generators])
@@ -241,7 +244,6 @@ class StableDiffusionModule(LightningModule):
                 latents, noise, timesteps.to(self.device), captions, channels, self.objective, self.control(batch)
             )
         losses = example_means(errors, self.weights_of_places(batch, errors, channels))
-        prior = batch.get("prior")
         loss = losses.mean() if prior is None else prior_preservation(losses, prior, self.prior_weight)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(latents))
         return loss
