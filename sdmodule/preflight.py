@@ -10,6 +10,7 @@ from lightning import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
 from sdmodule.callbacks.cache import Cache
+from sdmodule.callbacks.prior_pictures import PriorPictures
 from sdmodule.errors import SettingsError
 from sdmodule.requests import INPAINT
 from sdmodule.tuning.textual_inversion import TextualInversion
@@ -28,6 +29,7 @@ def check_together(model: Any, data: Any, callbacks: Sequence[Callback]) -> None
     """
     _check_masks(model, data)
     _check_word(model, data)
+    _check_priors(data, callbacks)
     for callback in callbacks:
         if isinstance(callback, Cache):
             callback.check(data, model)
@@ -69,4 +71,14 @@ def _check_word(model: Any, data: Any) -> None:
         rank_zero_warn(
             f"tuning.placeholder={tuning.placeholder} is not in {len(bare)} of {len(captions)} captions, such as "
             f"{shorten(bare[0], 60)!r}; their pictures do not teach it."
+        )
+
+
+def _check_priors(data: Any, callbacks: Sequence[Callback]) -> None:
+    """Whether somebody makes the pictures of DreamBooth's kind that are not there."""
+    missing = sum(not file.is_file() for file in getattr(data, "priors", []))
+    if missing and not any(isinstance(callback, PriorPictures) for callback in callbacks):
+        raise SettingsError(
+            f"data.class_prompt={data.class_prompt} needs {missing} pictures that are not in {data.class_root}; add "
+            "prior to callbacks=[…], which makes them, or put them there."
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, default_collate
 from typing_extensions import override
 
-from sdmodule.data.captions import CaptionStyle, Example
+from sdmodule.data.captions import CaptionStyle, Example, absolute, picture_files
 from sdmodule.data.fingerprints import fingerprint
 from sdmodule.data.image_folder import PicturesDataModule
 from sdmodule.data.picture_set import ImageFolderDataset
@@ -130,15 +131,15 @@ class DreamBoothDataModule(PicturesDataModule):
 
     def _prior_files(self) -> list[Path]:
         """The pictures of the kind: those that are there, and names of those that are to be made."""
-        found = Folder(str(self.class_root), "data.class_root", self.class_prompt)
-        examples = found.find() if self._has_pictures() else []
-        have = [Path(str(examples[k].path)) for k in range(len(examples))]
-        own = [file for file in have if not file.name.startswith("prior-")]
-        made = [self.class_root / f"prior-{k:05}.png" for k in range(max(0, self.class_images - len(own)))]
-        return own[: self.class_images] + made
-
-    def _has_pictures(self) -> bool:
-        return self.class_root.is_dir() and any(not file.name.startswith(".") for file in self.class_root.iterdir())
+        folder = absolute(self.class_root)
+        good: list[Path] = []
+        if folder.is_file() or picture_files(folder):
+            examples = Source(Folder(str(folder), "data.class_root", self.class_prompt)).examples(self.skip_bad)
+            good = [Path(str(examples[k].path)) for k in range(len(examples))]
+        own = [file for file in good if not file.name.startswith("prior-")][: self.class_images]
+        names = (folder / f"prior-{k:05}.png" for k in count())
+        made = (file for file in names if file in good or not file.is_file())
+        return [*own, *islice(made, self.class_images - len(own))]
 
     @override
     def train_dataloader(self) -> DataLoader:

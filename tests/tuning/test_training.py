@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from itertools import pairwise
 from pathlib import Path
@@ -186,6 +187,36 @@ def test_a_batch_of_dreambooth_is_half_of_the_thing_and_half_of_its_kind(photos,
     assert batch["prior"].tolist() == [False, False, True, True]
     losses = torch.tensor([1.0, 3.0, 10.0, 20.0])
     assert prior_preservation(losses, batch["prior"], 0.5) == 2 + 0.5 * 15
+
+
+def test_pictures_of_the_kind_are_made_where_there_is_no_good_one(photos, tmp_path):
+    kind = tmp_path / "kind"
+    kind.mkdir()
+    (kind / "readme.txt").write_text("no picture")
+
+    def files(**settings) -> list[str]:
+        data = DreamBoothDataModule(
+            str(photos), "a sks", "a kind", class_images=3, class_root=str(kind), resolution=32, **settings
+        )
+        data.setup("fit")
+        return [file.name for file in data.priors]
+
+    assert files() == ["prior-00000.png", "prior-00001.png", "prior-00002.png"]
+    shutil.copy(photos / "1.png", kind)
+    for name in ("2.png", "prior-00000.png"):
+        (kind / name).write_text("broken")
+    with pytest.raises(SettingsError, match=r"data\.class_root=.* has 2 files that are no readable pictures: 2\.png"):
+        files()
+    with pytest.warns(UserWarning, match=r"data\.class_root: skipped 2 unreadable pictures"):
+        assert files(skip_bad=True) == ["1.png", "prior-00001.png", "prior-00002.png"]
+
+
+def test_dreambooth_without_who_makes_the_pictures_of_the_kind(checkpoint, photos, tmp_path, call):
+    command = [f"pretrained={checkpoint}", f"data.root={photos}", "data=dreambooth", "data.prompt=a sks star"]
+    command += ["data.class_prompt=a star", f"data.made_in={tmp_path / 'prior'}", f"output_dir={tmp_path / 'out'}"]
+    status, _, complaint = call(train_main, *command)
+    assert status == 1 and "add prior to callbacks" in complaint and len(complaint.splitlines()) == 1
+    assert not (tmp_path / "out").exists() and not (tmp_path / "prior").exists()
 
 
 # ------------------------------------------------------------------------------------------ words
