@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ class DreamBoothDataModule(PicturesDataModule):
         class_prompt: caption of its kind: ``a photo of a dog``; None trains on the thing alone.
         class_images: how many of its kind.
         class_root: where they are, or are put; None is a folder of their own under ``made_in``.
-        pretrained: the model that makes them.
+        maker: what says which pictures are made: the model, and how it samples; another one makes others.
         made_in: folder for all that were made.
         template: a text that ``prompt`` is put into, in the place of ``{}``; of several one is drawn each time.
         shuffle_tags: put the parts of ``prompt`` between commas in another order each time.
@@ -83,7 +84,7 @@ class DreamBoothDataModule(PicturesDataModule):
         class_prompt: str | None = None,
         class_images: int = 200,
         class_root: str | None = None,
-        pretrained: str = "tiny",
+        maker: Mapping[str, Any] | None = None,
         made_in: str = "outputs/prior",
         *,
         template: str | Sequence[str] | None = None,
@@ -106,7 +107,7 @@ class DreamBoothDataModule(PicturesDataModule):
             raise SettingsError(f"data.class_root={class_root} needs data.class_prompt, the caption of its pictures.")
         self.class_prompt = class_prompt
         self.class_images = class_images
-        made = Path(made_in).expanduser() / fingerprint(class_prompt, pretrained, self.size)
+        made = Path(made_in).expanduser() / fingerprint(class_prompt, self.size, json.dumps(maker, sort_keys=True))
         self.class_root = made if class_root is None else Path(class_root).expanduser()
         self.priors: list[Path] = []
         self.instances = 0

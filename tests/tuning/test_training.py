@@ -173,6 +173,8 @@ def test_dreambooth_makes_the_pictures_of_the_kind_first(checkpoint, photos, tmp
     made[0].unlink()
     train(call, checkpoint, photos, tmp_path / "again", *settings)
     assert [file.stat().st_mtime_ns for file in made[1:]] == times[1:] and made[0].is_file(), "what is there is kept"
+    train(call, checkpoint, photos, tmp_path / "other", *settings, "sampler.steps=3")
+    assert len(list((tmp_path / "prior").iterdir())) == 2, "another model, or another way to sample, makes others"
 
 
 def test_a_batch_of_dreambooth_is_half_of_the_thing_and_half_of_its_kind(photos, tmp_path):
