@@ -81,31 +81,38 @@ class ValidationSamples(Callback):
 
     def _repainted(self, trainer: Trainer, pl_module: Any, prompts: Sequence[str]) -> list[Image.Image]:
         """For each prompt a picture of the data, what its mask leaves of it, and the picture repainted."""
-        examples = self._examples(trainer, len(prompts))
-        pictures, masks = examples["image"], examples.get("mask")
-        if masks is None:
-            generator = torch.Generator().manual_seed(self.seed)
-            masks = draw_masks(len(pictures), pictures.shape[-2:], 0.0, generator)
-        before, left = (to_images(images / 2 + 0.5) for images in (pictures, masked(pictures, masks)))
-        after = pl_module.infer(prompts, before, list(masks), seed=self.seed, show_progress=False)["samples"]
+        before: list[Image.Image] = []
+        left: list[Image.Image] = []
+        masks: list[torch.Tensor] = []
+        generator = torch.Generator().manual_seed(self.seed)
+        for example in self._examples(trainer, len(prompts)):
+            picture, mask = example["image"][None], example.get("mask")
+            hole = draw_masks(1, picture.shape[-2:], 0.0, generator) if mask is None else mask[None]
+            before += to_images(picture / 2 + 0.5)
+            left += to_images(masked(picture, hole) / 2 + 0.5)
+            masks += hole
+        after = pl_module.infer(prompts, before, masks, seed=self.seed, show_progress=False)["samples"]
         return [contact_sheet(list(row), columns=3) for row in zip(before, left, after, strict=True)]
 
     def _controlled(self, trainer: Trainer, pl_module: Any, prompts: Sequence[str]) -> list[Image.Image]:
         """For each prompt a control picture of the data, and the picture that follows it."""
-        controls = to_images(self._examples(trainer, len(prompts))["conditioning"])
+        examples = self._examples(trainer, len(prompts))
+        controls = [to_images(example["conditioning"][None])[0] for example in examples]
         made = pl_module.infer(prompts, control=controls, seed=self.seed, show_progress=False)["samples"]
-        return [contact_sheet(list(row), columns=2) for row in zip(controls, made, strict=True)]
+        seen = [control.resize(image.size) for control, image in zip(controls, made, strict=True)]
+        return [contact_sheet(list(row), columns=2) for row in zip(seen, made, strict=True)]
 
-    def _examples(self, trainer: Trainer, count: int) -> dict[str, torch.Tensor]:
-        """The first examples of the data, ``[count, …]`` of each kind of picture, again from the first if too few."""
-        examples: dict[str, list[torch.Tensor]] = {}
+    def _examples(self, trainer: Trainer, count: int) -> list[dict[str, torch.Tensor]]:
+        """The pictures of the first ``count`` examples of the data, again from the first if there are too few.
+
+        Those of training may be of several sizes.
+        """
+        examples: list[dict[str, torch.Tensor]] = []
         batches = iter(trainer.val_dataloaders or trainer.train_dataloader)  # type: ignore[arg-type]
-        while len(examples.get("caption", ())) < count and (batch := next(batches, None)):
-            for name, rows in batch.items():
-                examples.setdefault(name, []).extend(rows)
-        found = len(examples.pop("caption"))
-        order = [k % found for k in range(count)]
-        return {name: torch.stack([rows[k] for k in order]) for name, rows in examples.items()}
+        while len(examples) < count and (batch := next(batches, None)):
+            pictures = {name: rows for name, rows in batch.items() if name != "caption"}
+            examples += [{name: rows[k] for name, rows in pictures.items()} for k in range(len(batch["caption"]))]
+        return [examples[k % len(examples)] for k in range(count)]
 
     def _captions(self, trainer: Trainer) -> list[str]:
         self.prompts = []

@@ -158,6 +158,14 @@ def test_a_controlnet_from_the_training_to_a_picture(checkpoint, photos, tmp_pat
     sample(call, checkpoint, tmp_path / "made", f"controlnet={export}", f"control={photos / '1.png'}")
 
 
+@pytest.mark.parametrize("settings", [["tuning=controlnet"], ["model=inpaint", "model.convert=true"]])
+def test_pictures_of_several_sizes_are_sampled_at_the_end(checkpoint, photos, tmp_path, call, settings):
+    Image.new("RGB", (64, 32)).save(photos / "5.png")
+    settings = [*settings, "data.buckets=true", "data.batch_size=1", "callbacks.samples.num_prompts=6"]
+    export = train(call, checkpoint, photos, tmp_path / "out", *settings, "resolution=32")
+    assert export.is_dir() and (tmp_path / "out" / "samples" / "000003.png").is_file()
+
+
 def test_dreambooth_makes_the_pictures_of_the_kind_first(checkpoint, photos, tmp_path, call):
     settings = ["experiment=dreambooth", "data.class_images=3", f"data.made_in={tmp_path / 'prior'}"]
     settings += [f"cache.folder={tmp_path / 'cache'}"]
