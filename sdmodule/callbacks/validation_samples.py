@@ -16,10 +16,11 @@ from sdmodule.callbacks.ema import EMA
 from sdmodule.conditioning.inpaint import masked
 from sdmodule.conditioning.random_masks import draw_masks
 from sdmodule.conditioning.text import literal
+from sdmodule.errors import SettingsError
 from sdmodule.loggers.pictures import log_pictures
 from sdmodule.pictures import captioned_sheet, contact_sheet, to_images
 from sdmodule.recipe import save_png
-from sdmodule.requests import INPAINT
+from sdmodule.requests import INPAINT, build_requests
 
 TILE = 192
 """Pixels of a picture's side on the sheet."""
@@ -31,6 +32,7 @@ class ValidationSamples(Callback):
     The end of the training has its sheet too, whether or not that step is validated. Nothing of it touches the random
     numbers of the training. For inpainting each picture stands beside the one that it repaints and beside what is left
     of that under its mask; with a ControlNet beside its control picture. All of these are the same at every validation.
+    A module that samples nothing, such as an autoencoder, is left alone.
 
     Args:
         output_dir: folder of the sheets.
@@ -38,13 +40,21 @@ class ValidationSamples(Callback):
             is none to validate on.
         num_prompts: how many of those captions.
         seed: seed of the first picture.
+
+    Raises:
+        SettingsError: for a prompt that cannot be read, and a number that is out of range.
     """
 
     def __init__(
         self, output_dir: str | Path, prompts: Sequence[str] | None = None, num_prompts: int = 4, seed: int = 0
     ) -> None:
+        for name, value, least in (("num_prompts", num_prompts, 1), ("seed", seed, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise SettingsError(
+                    f"callbacks.samples.{name}={value} is not allowed; give a whole number, {least} or more."
+                )
         self.output_dir = Path(output_dir)
-        self.prompts = list(prompts) if prompts else []
+        self.prompts = [request.prompt for request in build_requests(prompts)] if prompts else []
         self.num_prompts = num_prompts
         self.seed = seed
         self._step = -1
@@ -64,6 +74,8 @@ class ValidationSamples(Callback):
             self._sample(trainer, pl_module)
 
     def _sample(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not hasattr(pl_module, "infer"):
+            return
         self._step = trainer.global_step
         prompts = self.prompts or self._captions(trainer)
         if pl_module.task == INPAINT:
