@@ -37,8 +37,8 @@ EXTRAS = ("bitsandbytes", "deepspeed", "mlflow", "tensorboard")
 
 def train(cfg: DictConfig) -> None:
     """Fine-tune a model: data, callbacks, loggers, trainer, model, fit."""
-    from sdmodule.callbacks.cache import Cache
     from sdmodule.callbacks.export import Export
+    from sdmodule.preflight import check_together
     from sdmodule.resume import Ending, find_checkpoint
 
     check_seed("seed", cfg.seed)
@@ -58,9 +58,7 @@ def train(cfg: DictConfig) -> None:
     model = model or build_model(cfg)
     model.trainer = trainer
     model.setup("fit")  # as is a model that cannot be trained like this
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, Cache):
-            callback.check(data, model)
+    check_together(model, data, trainer.callbacks)  # type: ignore[attr-defined]
     write_config(cfg, output_dir)
     config = redacted(OmegaConf.to_container(cfg, resolve=True))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

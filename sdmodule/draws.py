@@ -19,7 +19,9 @@ def generator_at(seed: int, *place: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest))
 
 
-def generators_of_examples(seed: int, count: int, batch_idx: int, trainer: Trainer | None) -> list[torch.Generator]:
+def generators_of_examples(
+    seed: int, count: int, batch_idx: int, trainer: Trainer | None, pairs: bool = False
+) -> list[torch.Generator]:
     """A generator for each example of a batch, by its place among all that the optimizer's step is made of.
 
     So the draws are the same however a step's examples are spread over devices and accumulated batches.
@@ -29,7 +31,11 @@ def generators_of_examples(seed: int, count: int, batch_idx: int, trainer: Train
         count: examples in the batch.
         batch_idx: of the batch, in its epoch.
         trainer: tells the step, the devices and the accumulation; None is the first step of one device.
+        pairs: the batch is of pairs, the first of each in its first half: places are then those of pairs.
     """
+    if pairs:
+        firsts = generators_of_examples(seed, count // 2, batch_idx, trainer)
+        return [*firsts, *(generator_at(each.initial_seed(), 1) for each in firsts)]
     if trainer is None:
         return [generator_at(seed, 0, place) for place in range(count)]
     first = batch_idx % trainer.accumulate_grad_batches * count

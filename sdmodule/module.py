@@ -28,7 +28,7 @@ from sdmodule.conditioning.canvas import InpaintSettings, check_inpaint
 from sdmodule.conditioning.controlnet import ControlGuide, load_controlnet
 from sdmodule.conditioning.inpaint import HoleTraining, convert_to_inpaint, inpaints, mask_channels, masked
 from sdmodule.conditioning.random_masks import draw_masks
-from sdmodule.conditioning.text import encode_prompts
+from sdmodule.conditioning.text import encode_prompts, literal
 from sdmodule.data.cached import CachedEmbeddings
 from sdmodule.diffusion.objective import (
     add_noise,
@@ -238,7 +238,10 @@ class StableDiffusionModule(LightningModule):
 
     @override
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        generators = generators_of_examples(self.seed, len(batch["caption"]), batch_idx, self._trainer)
+        prior = batch.get("prior")  # of DreamBooth's pairs
+        generators = generators_of_examples(
+            self.seed, len(batch["caption"]), batch_idx, self._trainer, pairs=prior is not None
+        )
         latents = self.encode_images(batch, generators)
         total = len(self.alphas_cumprod)
         timesteps = torch.cat([draw_timesteps(1, total, each, self.timestep_shift) for each in generators])
@@ -253,7 +256,6 @@ class StableDiffusionModule(LightningModule):
                 latents, noise, timesteps.to(self.device), captions, channels, self.objective, self.control(batch)
             )
         losses = example_means(errors, self.weights_of_places(batch, errors, channels))
-        prior = batch.get("prior")
         loss = losses.mean() if prior is None else prior_preservation(losses, prior, self.prior_weight)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(latents))
         return loss
@@ -274,7 +276,7 @@ class StableDiffusionModule(LightningModule):
             latents: of the pictures, ``[B, 4, h, w]``.
             noise: what is to be predicted and what is seen; see ``Objective.draw_noise``.
             timesteps: how noisy each is made, ``[B]``.
-            captions: B texts.
+            captions: B texts; parentheses weigh nothing in them.
             channels: what a UNet that inpaints sees beside the noisy latents, ``[B, 5, h, w]``.
             objective: how the error counts.
             control: the ControlNet with its pictures.
@@ -284,7 +286,7 @@ class StableDiffusionModule(LightningModule):
         noisy = add_noise(latents, visible, self.alphas_cumprod, timesteps)
         wanted = target(kind, latents, predictable, self.alphas_cumprod, timesteps)
         seen = noisy if channels is None else torch.cat([noisy, channels], dim=1)
-        embeddings = self.encode_prompts(captions)
+        embeddings = self.encode_prompts([literal(caption) for caption in captions])
         residuals = {} if control is None else control.residuals(seen, timesteps, embeddings)
         predicted = self.unet(seen, timesteps, encoder_hidden_states=embeddings, **residuals).sample
         return objective.errors(predicted, wanted, kind, self.alphas_cumprod, timesteps)

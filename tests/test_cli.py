@@ -130,6 +130,12 @@ def test_train_takes_fewer_pictures_than_a_batch_and_none_to_validate_on(call, c
     assert (tmp_path / "out" / "export" / "model_index.json").is_file()
 
 
+def test_an_autoencoder_is_trained_with_the_usual_callbacks(call, checkpoint, photos, tmp_path):
+    settings = [f"data.root={photos}", f"pretrained={checkpoint}", f"output_dir={tmp_path / 'out'}", "resolution=32"]
+    assert call(train_main, *settings, "model=autoencoder", "trainer.max_steps=2")[0] == 0
+    assert (tmp_path / "out" / "export" / "vae").is_dir() and not (tmp_path / "out" / "samples").exists()
+
+
 def test_a_training_goes_on_from_its_checkpoint(call, checkpoint, photos, tmp_path, recwarn):
     settings = [
         f"data.root={photos}",
@@ -346,6 +352,9 @@ WRONG_TRAIN = {
         ["tuning.dropout=0.5", "ddp_find_unused_parameters_true"],
     ),
     "an export in bytes": (["data.root=PHOTOS", "callbacks.export.dtype=int8"], ["export.dtype=int8", "float16"]),
+    "no pictures of validation": (["data.root=PHOTOS", "callbacks.samples.num_prompts=0"], ["num_prompts=0", "1 or"]),
+    "no seed of validation": (["data.root=PHOTOS", "callbacks.samples.seed=abc"], ["samples.seed=abc"]),
+    "no weight in validation": (["data.root=PHOTOS", "callbacks.samples.prompts=['a (cat:30)']"], ["30", "a (cat:30)"]),
     "callback not chosen": (
         ["data.root=PHOTOS", "callbacks=[checkpoint]", "+callbacks.samples.num_prompts=2"],
         ["callbacks.samples", "num_prompts", "~callbacks.samples"],

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sdmodule.data.dreambooth import DreamBoothDataModule
 from sdmodule.data.image_folder import ImageFolderDataModule
 from sdmodule.data.scenes import caption, render, sample_scene
 from sdmodule.module import StableDiffusionModule
@@ -108,6 +109,21 @@ def test_accumulated_batches_train_as_one_large_one_does(checkpoint, photos):
     before = load_file(checkpoint / "unet" / "diffusion_pytorch_model.safetensors")
     there = {name: weight for name, weight in before.items() if weight.any()}
     assert apart(small, large) <= 1e-5 < 1e-2 < apart({name: large[name] for name in there}, there)
+
+
+def test_accumulated_pairs_train_as_one_large_batch_does(checkpoint, photos):
+    def trained(count: int, accumulate: int) -> dict[str, Tensor]:
+        plain = partial(torch.optim.SGD, lr=0.1)
+        module = StableDiffusionModule(str(checkpoint), optimizer=plain, caption_dropout=0.5)
+        kind = {"class_prompt": "a shape", "class_images": 14, "class_root": str(photos)}
+        pairs = DreamBoothDataModule(str(photos), "a star", **kind, resolution=32, batch_size=count, val_fraction=0)
+        fit(module, pairs, 3, accumulate_grad_batches=accumulate)
+        return module.unet.state_dict()
+
+    large, small, other = trained(4, 1), trained(2, 2), trained(2, 1)
+    there = {name: weight for name, weight in large.items() if weight.any()}
+    ours, others = ({name: weights[name] for name in there} for weights in (small, other))
+    assert apart(ours, there) <= 1e-5 < 1e-2 < apart(others, there)
 
 
 @pytest.mark.parametrize("stop", [3, 8, 11])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -171,6 +172,18 @@ def test_the_command_reports_the_hole_and_what_is_around_it_and_diffusers_repain
 def test_an_ordinary_checkpoint_is_refused_before_anything_is_written(train, photos, tmp_path):
     status, complaint = train(f"data.root={photos}", "trainer.max_steps=1")
     assert status == 1 and "model.convert=true" in complaint and len(complaint.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("given", [["model.convert=true"], ["model=text2image", "objective.masked=true"]])
+def test_masks_of_some_pictures_alone_are_told_of_before_anything_is_written(train, photos, tmp_path, given):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(photos / "0.png", bare)
+    (bare / "0.txt").write_text("a picture")
+    both = f"data.sources=[{{root: {photos}}}, {{root: {bare}}}]"
+    status, complaint = train("data=mixed", both, "data.val_fraction=0", "trainer.max_steps=1", *given)
+    assert status == 1 and f"{bare} has no masks" in complaint and len(complaint.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from sdmodule.conditioning.text import count_chunks
+from sdmodule.conditioning.text import count_chunks, literal
 from sdmodule.data.cached import CachedEmbeddings, CachedPictures, Pictures, picture_keys
 from sdmodule.data.fingerprints import fingerprint, model_fingerprint
 from sdmodule.data.shapes import View
@@ -141,7 +141,8 @@ class Cache(Callback):
                 yield {key: moments[k] for k, key in enumerate(batch["key"])}
 
         self._fill(trainer, store, list(sights.values()), make, "Encoding pictures")
-        beside = module.task == INPAINT or module.controlnet is not None  # masks and edges are of the picture itself
+        # masks and edges are of the picture itself
+        beside = module.task == INPAINT or module.controlnet is not None or module.objective.masked
         return CachedPictures(pictures, store, keys, with_pictures=beside)
 
     def _cached_embeddings(self, trainer: Trainer, module: Any, pictures: Pictures) -> CachedEmbeddings:
@@ -149,16 +150,16 @@ class Cache(Callback):
         model = model_fingerprint(encoder, encoder.config.to_dict())
         words = fingerprint(tokenizer.model_max_length, sorted(tokenizer.get_vocab().items()))
         store = TensorStore(self.folder / f"embeddings-{fingerprint(model, words)}")
-        captions = dict.fromkeys(["", *(pictures.caption(index) for index in range(len(pictures)))])
-        missing = [caption for caption in captions if fingerprint(caption) not in store]
+        prompts = dict.fromkeys(["", *(literal(pictures.caption(index)) for index in range(len(pictures)))])
+        missing = [prompt for prompt in prompts if fingerprint(prompt) not in store]
 
         @torch.no_grad()
         def make(share: Sequence[str]) -> Iterator[dict[str, Tensor]]:
             for start in range(0, len(share), CAPTIONS_AT_ONCE):
                 batch = share[start : start + CAPTIONS_AT_ONCE]
-                lengths = [count_chunks(caption, tokenizer) * tokenizer.model_max_length for caption in batch]
+                lengths = [count_chunks(prompt, tokenizer) * tokenizer.model_max_length for prompt in batch]
                 rows = zip(batch, module.encode_prompts(batch).cpu(), lengths, strict=True)
-                yield {fingerprint(caption): row[:length] for caption, row, length in rows}
+                yield {fingerprint(prompt): row[:length] for prompt, row, length in rows}
 
         self._fill(trainer, store, missing, make, "Encoding captions")
         return CachedEmbeddings(store)

@@ -9,6 +9,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from sdmodule.conditioning.text import literal
 from sdmodule.progress import counting
 from sdmodule.recipe import save_png
 
@@ -42,12 +43,13 @@ class PriorPictures(Callback):
 
     def _make(self, module: Any, data: Any, batch: list[tuple[int, Path]]) -> None:
         height, width = data.size
+        prompt = literal(data.class_prompt)  # as it is read in training
         made = module.infer(
-            [data.class_prompt] * len(batch),
+            [prompt] * len(batch),
             generator=[torch.Generator().manual_seed(seed) for seed, _ in batch],
             height=height,
             width=width,
             show_progress=False,
         )
         for (_, file), image in zip(batch, made["samples"], strict=True):
-            save_png(image, file, {"prompt": data.class_prompt})
+            save_png(image, file, {"prompt": prompt})

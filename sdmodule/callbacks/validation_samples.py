@@ -15,10 +15,12 @@ from typing_extensions import override
 from sdmodule.callbacks.ema import EMA
 from sdmodule.conditioning.inpaint import masked
 from sdmodule.conditioning.random_masks import draw_masks
+from sdmodule.conditioning.text import literal
+from sdmodule.errors import SettingsError
 from sdmodule.loggers.pictures import log_pictures
 from sdmodule.pictures import captioned_sheet, contact_sheet, to_images
 from sdmodule.recipe import save_png
-from sdmodule.requests import INPAINT
+from sdmodule.requests import INPAINT, build_requests
 
 TILE = 192
 """Pixels of a picture's side on the sheet."""
@@ -30,6 +32,7 @@ class ValidationSamples(Callback):
     The end of the training has its sheet too, whether or not that step is validated. Nothing of it touches the random
     numbers of the training. For inpainting each picture stands beside the one that it repaints and beside what is left
     of that under its mask; with a ControlNet beside its control picture. All of these are the same at every validation.
+    A module that samples nothing, such as an autoencoder, is left alone.
 
     Args:
         output_dir: folder of the sheets.
@@ -37,13 +40,21 @@ class ValidationSamples(Callback):
             is none to validate on.
         num_prompts: how many of those captions.
         seed: seed of the first picture.
+
+    Raises:
+        SettingsError: for a prompt that cannot be read, and a number that is out of range.
     """
 
     def __init__(
         self, output_dir: str | Path, prompts: Sequence[str] | None = None, num_prompts: int = 4, seed: int = 0
     ) -> None:
+        for name, value, least in (("num_prompts", num_prompts, 1), ("seed", seed, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise SettingsError(
+                    f"callbacks.samples.{name}={value} is not allowed; give a whole number, {least} or more."
+                )
         self.output_dir = Path(output_dir)
-        self.prompts = list(prompts) if prompts else []
+        self.prompts = [request.prompt for request in build_requests(prompts)] if prompts else []
         self.num_prompts = num_prompts
         self.seed = seed
         self._step = -1
@@ -63,6 +74,8 @@ class ValidationSamples(Callback):
             self._sample(trainer, pl_module)
 
     def _sample(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not hasattr(pl_module, "infer"):
+            return
         self._step = trainer.global_step
         prompts = self.prompts or self._captions(trainer)
         if pl_module.task == INPAINT:
@@ -80,36 +93,43 @@ class ValidationSamples(Callback):
 
     def _repainted(self, trainer: Trainer, pl_module: Any, prompts: Sequence[str]) -> list[Image.Image]:
         """For each prompt a picture of the data, what its mask leaves of it, and the picture repainted."""
-        examples = self._examples(trainer, len(prompts))
-        pictures, masks = examples["image"], examples.get("mask")
-        if masks is None:
-            generator = torch.Generator().manual_seed(self.seed)
-            masks = draw_masks(len(pictures), pictures.shape[-2:], 0.0, generator)
-        before, left = (to_images(images / 2 + 0.5) for images in (pictures, masked(pictures, masks)))
-        after = pl_module.infer(prompts, before, list(masks), seed=self.seed, show_progress=False)["samples"]
+        before: list[Image.Image] = []
+        left: list[Image.Image] = []
+        masks: list[torch.Tensor] = []
+        generator = torch.Generator().manual_seed(self.seed)
+        for example in self._examples(trainer, len(prompts)):
+            picture, mask = example["image"][None], example.get("mask")
+            hole = draw_masks(1, picture.shape[-2:], 0.0, generator) if mask is None else mask[None]
+            before += to_images(picture / 2 + 0.5)
+            left += to_images(masked(picture, hole) / 2 + 0.5)
+            masks += hole
+        after = pl_module.infer(prompts, before, masks, seed=self.seed, show_progress=False)["samples"]
         return [contact_sheet(list(row), columns=3) for row in zip(before, left, after, strict=True)]
 
     def _controlled(self, trainer: Trainer, pl_module: Any, prompts: Sequence[str]) -> list[Image.Image]:
         """For each prompt a control picture of the data, and the picture that follows it."""
-        controls = to_images(self._examples(trainer, len(prompts))["conditioning"])
+        examples = self._examples(trainer, len(prompts))
+        controls = [to_images(example["conditioning"][None])[0] for example in examples]
         made = pl_module.infer(prompts, control=controls, seed=self.seed, show_progress=False)["samples"]
-        return [contact_sheet(list(row), columns=2) for row in zip(controls, made, strict=True)]
+        seen = [control.resize(image.size) for control, image in zip(controls, made, strict=True)]
+        return [contact_sheet(list(row), columns=2) for row in zip(seen, made, strict=True)]
 
-    def _examples(self, trainer: Trainer, count: int) -> dict[str, torch.Tensor]:
-        """The first examples of the data, ``[count, …]`` of each kind of picture, again from the first if too few."""
-        examples: dict[str, list[torch.Tensor]] = {}
+    def _examples(self, trainer: Trainer, count: int) -> list[dict[str, torch.Tensor]]:
+        """The pictures of the first ``count`` examples of the data, again from the first if there are too few.
+
+        Those of training may be of several sizes.
+        """
+        examples: list[dict[str, torch.Tensor]] = []
         batches = iter(trainer.val_dataloaders or trainer.train_dataloader)  # type: ignore[arg-type]
-        while len(examples.get("caption", ())) < count and (batch := next(batches, None)):
-            for name, rows in batch.items():
-                examples.setdefault(name, []).extend(rows)
-        found = len(examples.pop("caption"))
-        order = [k % found for k in range(count)]
-        return {name: torch.stack([rows[k] for k in order]) for name, rows in examples.items()}
+        while len(examples) < count and (batch := next(batches, None)):
+            pictures = {name: rows for name, rows in batch.items() if name != "caption"}
+            examples += [{name: rows[k] for name, rows in pictures.items()} for k in range(len(batch["caption"]))]
+        return [examples[k % len(examples)] for k in range(count)]
 
     def _captions(self, trainer: Trainer) -> list[str]:
         self.prompts = []
         for batch in trainer.val_dataloaders or trainer.train_dataloader:  # type: ignore[union-attr]
-            self.prompts += batch["caption"]
+            self.prompts += map(literal, batch["caption"])
             if len(self.prompts) >= self.num_prompts:
                 break
         self.prompts = self.prompts[: self.num_prompts]

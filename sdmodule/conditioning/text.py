@@ -73,6 +73,16 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
     return [piece for piece in joined if piece[0]] or [("", 1.0)]
 
 
+def literal(text: str) -> str:
+    r"""The prompt that is read as a text is written, whatever its parentheses hold.
+
+    Example:
+        >>> literal("a clock (12:30)")
+        'a clock \\(12:30\\)'
+    """
+    return re.sub(r"([()])", r"\\\1", text)
+
+
 def _checked_weight(number: str, prompt: str) -> float:
     weight = float(number)
     if not 0 <= weight <= MAX_WEIGHT:

@@ -61,7 +61,7 @@ class CaptionedMoments(TypedDict, total=False):
     """One training example: ``moments`` is mean and standard deviation of the latents, ``[8, h, w]``.
 
     For inpainting the picture stands beside them, since each step masks and encodes it in another way; for a ControlNet
-    its control picture does.
+    its control picture does, and for a masked loss its mask.
     """
 
     moments: Required[Tensor]
@@ -111,21 +111,21 @@ class CachedPictures(Dataset[CaptionedMoments]):
 
 
 class CachedEmbeddings:
-    """Embeddings of captions, and of the empty one, by caption.
+    """Embeddings of captions, and of the empty one, each by the prompt that `literal` makes of it.
 
     Args:
-        store: where they are, each ``[chunks * 77, D]`` of as many chunks as its caption needs.
+        store: where they are, each ``[chunks * 77, D]`` of as many chunks as its prompt needs.
     """
 
     def __init__(self, store: TensorStore) -> None:
         self.store = store
 
-    def __contains__(self, caption: str) -> bool:
-        return fingerprint(caption) in self.store
+    def __contains__(self, prompt: str) -> bool:
+        return fingerprint(prompt) in self.store
 
-    def __call__(self, captions: Sequence[str]) -> Tensor:
-        """Embeddings of captions, ``[B, chunks * 77, D]``: short ones are filled up with chunks of the empty one."""
-        rows = [self.store[fingerprint(caption)] for caption in captions]
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings of prompts, ``[B, chunks * 77, D]``: short ones are filled up with chunks of the empty one."""
+        rows = [self.store[fingerprint(prompt)] for prompt in prompts]
         empty = self.store[fingerprint("")]
         longest = max(map(len, rows))
         return torch.stack([torch.cat([row, empty.repeat((longest - len(row)) // len(empty), 1)]) for row in rows])

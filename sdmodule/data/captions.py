@@ -87,7 +87,7 @@ def find_examples(root: str | Path, key: str = "data.root", prompt: str | None =
     if not folder.is_dir():
         problem = "is a file" if folder.is_file() else "does not exist"
         raise SettingsError(f"{key}={root} {problem}; give a folder of pictures with captions.")
-    pictures = {path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not _hidden(path, folder)}
+    pictures = picture_files(folder)
     if prompt is not None and pictures:
         return [Example(path, prompt) for path in sorted(pictures)]
     metadata = next((file for name in ("metadata.jsonl", "metadata.csv") if (file := folder / name).is_file()), None)
@@ -121,6 +121,11 @@ def find_examples(root: str | Path, key: str = "data.root", prompt: str | None =
 def absolute(root: str | Path) -> Path:
     """Tidy a path without following links: pictures may be links to files elsewhere."""
     return Path(os.path.abspath(Path(root).expanduser()))
+
+
+def picture_files(folder: Path) -> set[Path]:
+    """The files of a folder, and of those in it, that end as pictures do."""
+    return {path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not _hidden(path, folder)}
 
 
 def _hidden(path: Path, folder: Path) -> bool:

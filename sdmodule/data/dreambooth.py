@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, default_collate
 from typing_extensions import override
 
-from sdmodule.data.captions import CaptionStyle, Example
+from sdmodule.data.captions import CaptionStyle, Example, absolute, picture_files
 from sdmodule.data.fingerprints import fingerprint
 from sdmodule.data.image_folder import PicturesDataModule
 from sdmodule.data.picture_set import ImageFolderDataset
@@ -64,7 +66,7 @@ class DreamBoothDataModule(PicturesDataModule):
         class_prompt: caption of its kind: ``a photo of a dog``; None trains on the thing alone.
         class_images: how many of its kind.
         class_root: where they are, or are put; None is a folder of their own under ``made_in``.
-        pretrained: the model that makes them.
+        maker: what says which pictures are made: the model, and how it samples; another one makes others.
         made_in: folder for all that were made.
         template: a text that ``prompt`` is put into, in the place of ``{}``; of several one is drawn each time.
         shuffle_tags: put the parts of ``prompt`` between commas in another order each time.
@@ -82,7 +84,7 @@ class DreamBoothDataModule(PicturesDataModule):
         class_prompt: str | None = None,
         class_images: int = 200,
         class_root: str | None = None,
-        pretrained: str = "tiny",
+        maker: Mapping[str, Any] | None = None,
         made_in: str = "outputs/prior",
         *,
         template: str | Sequence[str] | None = None,
@@ -105,7 +107,7 @@ class DreamBoothDataModule(PicturesDataModule):
             raise SettingsError(f"data.class_root={class_root} needs data.class_prompt, the caption of its pictures.")
         self.class_prompt = class_prompt
         self.class_images = class_images
-        made = Path(made_in).expanduser() / fingerprint(class_prompt, pretrained, self.size)
+        made = Path(made_in).expanduser() / fingerprint(class_prompt, self.size, json.dumps(maker, sort_keys=True))
         self.class_root = made if class_root is None else Path(class_root).expanduser()
         self.priors: list[Path] = []
         self.instances = 0
@@ -130,15 +132,15 @@ class DreamBoothDataModule(PicturesDataModule):
 
     def _prior_files(self) -> list[Path]:
         """The pictures of the kind: those that are there, and names of those that are to be made."""
-        found = Folder(str(self.class_root), "data.class_root", self.class_prompt)
-        examples = found.find() if self._has_pictures() else []
-        have = [Path(str(examples[k].path)) for k in range(len(examples))]
-        own = [file for file in have if not file.name.startswith("prior-")]
-        made = [self.class_root / f"prior-{k:05}.png" for k in range(max(0, self.class_images - len(own)))]
-        return own[: self.class_images] + made
-
-    def _has_pictures(self) -> bool:
-        return self.class_root.is_dir() and any(not file.name.startswith(".") for file in self.class_root.iterdir())
+        folder = absolute(self.class_root)
+        good: list[Path] = []
+        if folder.is_file() or picture_files(folder):
+            examples = Source(Folder(str(folder), "data.class_root", self.class_prompt)).examples(self.skip_bad)
+            good = [Path(str(examples[k].path)) for k in range(len(examples))]
+        own = [file for file in good if not file.name.startswith("prior-")][: self.class_images]
+        names = (folder / f"prior-{k:05}.png" for k in count())
+        made = (file for file in names if file in good or not file.is_file())
+        return [*own, *islice(made, self.class_images - len(own))]
 
     @override
     def train_dataloader(self) -> DataLoader:

@@ -24,7 +24,11 @@ from sdmodule.ranges import check_seed, check_whole, is_number
 class PicturesDataModule(LightningDataModule):
     """Batches of pictures, ``image`` ``[B, 3, H, W]`` in [-1, 1] and ``caption``, a list of strings.
 
-    Where the pictures have masks, ``mask`` ``[B, 1, H, W]`` is 1 where they are white and 0 elsewhere.
+    Where the pictures have masks, ``mask`` ``[B, 1, H, W]`` is 1 where they are white and 0 elsewhere; where those of
+    some sources alone have, masks are left out.
+
+    Attributes:
+        bare: the sources whose pictures have no masks, known after `setup`.
 
     Args:
         sources: where the pictures come from.
@@ -87,6 +91,7 @@ class PicturesDataModule(LightningDataModule):
         self.seed = seed
         self.train_set: ImageFolderDataset | None = None
         self.val_set: ImageFolderDataset | None = None
+        self.bare: list[Source] = []
         self._groups: dict[Size, list[int]] | None = None
 
     @override
@@ -94,6 +99,9 @@ class PicturesDataModule(LightningDataModule):
         if self.train_set is not None:
             return
         found = [source.examples(self.skip_bad) for source in self.sources]
+        self.bare = [source for source, own in zip(self.sources, found, strict=True) if own[0].mask is None]
+        if self.bare:  # a batch could not hold the masks of some pictures
+            found = [own.without_masks() for own in found]
         if self.validation is not None:
             val = [self.validation.examples(self.skip_bad)]
         else:

@@ -49,23 +49,30 @@ class Picked(Dataset[Example]):
         found: the place's pictures.
         numbers: which of them, in which order.
         style: what becomes of their captions.
+        masks: whether they have their masks, if there are some.
     """
 
-    def __init__(self, found: Examples, numbers: Sequence[int], style: CaptionStyle) -> None:
+    def __init__(self, found: Examples, numbers: Sequence[int], style: CaptionStyle, masks: bool = True) -> None:
         self.found = found
         self.numbers = numbers
         self.style = style
+        self.masks = masks
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     @override
     def __getitem__(self, index: int) -> Example:
-        return self.found[self.numbers[index]]._replace(style=self.style)
+        example = self.found[self.numbers[index]]._replace(style=self.style)
+        return example if self.masks else example._replace(mask=None)
 
     def part(self, positions: Sequence[int]) -> Picked:
         """Some of these again, or the same several times."""
-        return Picked(self.found, [self.numbers[position] for position in positions], self.style)
+        return Picked(self.found, [self.numbers[position] for position in positions], self.style, self.masks)
+
+    def without_masks(self) -> Picked:
+        """These, their masks left out."""
+        return Picked(self.found, self.numbers, self.style, masks=False)
 
 
 @dataclass(frozen=True)

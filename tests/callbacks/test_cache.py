@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import signal
@@ -13,11 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from lightning import Callback, Trainer
+from PIL import Image
 from safetensors import safe_open
 
 from sdmodule.callbacks.cache import Cache
+from sdmodule.callbacks.validation_samples import ValidationSamples
 from sdmodule.cli import train_main
+from sdmodule.conditioning.text import literal
 from sdmodule.data.cached import CachedEmbeddings
 from sdmodule.data.image_folder import ImageFolderDataModule
 from sdmodule.data.scenes import caption, render, sample_scene
@@ -49,14 +54,16 @@ class Losses(Callback):
         self.values.append(outputs["loss"].item())
 
 
-def fit(checkpoint: Path, data: Any, cache: Cache | None, steps: int = 3, **settings: Any) -> list[float]:
-    module = StableDiffusionModule(str(checkpoint), **settings)
+def fit(
+    checkpoint: Path, data: Any, cache: Cache | None, steps: int = 3, *callbacks: Callback, **settings: Any
+) -> list[float]:
+    module = StableDiffusionModule(str(checkpoint), sampling={"steps": 2}, **settings)
     losses = Losses()
     trainer = Trainer(
         max_steps=steps,
         accelerator="cpu",
         logger=False,
-        callbacks=[losses, cache] if cache else [losses],
+        callbacks=[losses, *callbacks, *([cache] if cache else [])],
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
@@ -89,6 +96,34 @@ def test_the_losses_are_those_of_training_on_pictures(checkpoint, folder, tmp_pa
         assert fit(checkpoint, data, Cache(tmp_path / "cache", what), 8, **settings) == pytest.approx(plain, rel=1e-5)
     assert len(held(tmp_path / "cache")) == (10 if flip else 5)
     assert len(held(tmp_path / "cache", "embeddings")) == (6 if what == "all" else 0)
+
+
+@pytest.mark.parametrize("what", ["latents", "all"])
+def test_the_loss_counts_under_masks_as_it_does_on_pictures(checkpoint, folder, tmp_path, what):
+    Image.linear_gradient("L").resize((32, 32)).save(folder / "mask.png")
+    rows = [{"file_name": f"{k}.png", "text": "a", "mask_file_name": "mask.png"} for k in range(5)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plain, cached = (
+        fit(checkpoint, pictures_of(folder, random_flip=True), cache, objective={"masked": True})
+        for cache in (None, Cache(tmp_path / "cache", what))
+    )
+    assert cached == pytest.approx(plain, rel=1e-5)
+
+
+def test_captions_are_read_as_they_are_written_in_every_place(checkpoint, folder, tmp_path):
+    """As weights 30 would be an error, and 3 would leave a 4 of the text."""
+    text = "a clock (12:30) in a frame (4:3)"
+    for k in range(5):
+        (folder / f"{k}.txt").write_text(text)
+    plain = fit(checkpoint, pictures_of(folder), None, caption_dropout=0.0)
+    samples = ValidationSamples(tmp_path / "samples", num_prompts=1)
+    cached = fit(checkpoint, pictures_of(folder), Cache(tmp_path / "cache", "all"), 3, samples, caption_dropout=0.0)
+    assert cached == pytest.approx(plain, rel=1e-5)
+    assert (tmp_path / "samples" / "000003.png").is_file()
+    [store] = tmp_path.glob("cache/embeddings-*")
+    pipeline = StableDiffusionPipeline.from_pretrained(checkpoint)
+    theirs = pipeline.encode_prompt(text, torch.device("cpu"), 1, False)[0]
+    torch.testing.assert_close(CachedEmbeddings(TensorStore(store))([literal(text)]), theirs)
 
 
 def test_painted_pictures_are_cached_too(checkpoint, module, tmp_path):

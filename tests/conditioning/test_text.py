@@ -11,7 +11,15 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from sdmodule.conditioning.text import TokenChunks, count_chunks, encode_prompts, parse_weights, tokenize, weigh
+from sdmodule.conditioning.text import (
+    TokenChunks,
+    count_chunks,
+    encode_prompts,
+    literal,
+    parse_weights,
+    tokenize,
+    weigh,
+)
 from sdmodule.errors import SettingsError
 
 WIDTH = 32
@@ -127,6 +135,11 @@ def test_a_prompt_without_weights_keeps_every_letter(prompt: str) -> None:
 )
 def test_weights_are_read(prompt: str, pieces: list[tuple[str, float]]) -> None:
     assert parse_weights(prompt) == pieces
+
+
+@pytest.mark.parametrize("text", [*ORDINARY, "a clock (12:30)", "(4:3)", r"a \(cat:2\)", r"\(:1)", "((cat:2):0.5)"])
+def test_a_text_can_be_read_as_it_is_written(text: str) -> None:
+    assert parse_weights(literal(text)) == [(text, 1.0)]
 
 
 @pytest.mark.parametrize("weight", ["-1", "10.5", "30", "1e999"])

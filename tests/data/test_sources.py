@@ -47,6 +47,18 @@ def test_each_source_gives_pictures_to_validate_on(tmp_path):
     assert not validated & set(shown(data)) and len(shown(data)) == 6
 
 
+def test_masks_of_some_sources_are_left_out_and_of_all_are_kept(tmp_path):
+    one, other, bare = (make(tmp_path / name, 2, name) for name in ("one", "other", "bare"))
+    for folder in (one, other):
+        rows = [json.dumps({"file_name": "0.png", "text": folder, "mask_file_name": "1.png"})]
+        (Path(folder) / "metadata.jsonl").write_text("\n".join(rows))
+    data = ready(sources=[{"root": one}, {"root": bare}], batch_size=4)
+    [batch] = data.train_dataloader()
+    assert batch.keys() == {"image", "caption"} and len(batch["image"]) == 4
+    [batch] = ready(sources=[{"root": one}, {"root": other}], batch_size=2).train_dataloader()
+    assert batch["mask"].shape == (2, 1, 8, 8)
+
+
 def test_tags_are_shuffled_behind_the_first_and_by_epoch(tmp_path):
     folder = make(tmp_path / "a", 1, "cat, red, small, old, wise")
     data = ready(root=folder, shuffle_tags=True, keep_tags=1, template="a photo of {}!")

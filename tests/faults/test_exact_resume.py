@@ -25,7 +25,12 @@ STEPS = 13
 KINDS = {
     "full": ["tuning.text_encoder=true", "tuning.text_encoder_stop=8"],
     "lora": ["tuning=lora", "tuning.dropout=0.2"],
-    "textual_inversion": ["tuning=textual_inversion", "tuning.placeholder=<cat>", "tuning.initializer=star"],
+    "textual_inversion": [
+        "tuning=textual_inversion",
+        "tuning.placeholder=<cat>",
+        "tuning.initializer=star",
+        "data.template='<cat>, {}'",
+    ],
     "controlnet": ["tuning=controlnet"],
     "inpainting": ["model=inpaint", "model.convert=true"],
     "autoencoder": ["model=autoencoder", "callbacks=[checkpoint,export]"],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -156,6 +158,14 @@ def test_a_controlnet_from_the_training_to_a_picture(checkpoint, photos, tmp_pat
     sample(call, checkpoint, tmp_path / "made", f"controlnet={export}", f"control={photos / '1.png'}")
 
 
+@pytest.mark.parametrize("settings", [["tuning=controlnet"], ["model=inpaint", "model.convert=true"]])
+def test_pictures_of_several_sizes_are_sampled_at_the_end(checkpoint, photos, tmp_path, call, settings):
+    Image.new("RGB", (64, 32)).save(photos / "5.png")
+    settings = [*settings, "data.buckets=true", "data.batch_size=1", "callbacks.samples.num_prompts=6"]
+    export = train(call, checkpoint, photos, tmp_path / "out", *settings, "resolution=32")
+    assert export.is_dir() and (tmp_path / "out" / "samples" / "000003.png").is_file()
+
+
 def test_dreambooth_makes_the_pictures_of_the_kind_first(checkpoint, photos, tmp_path, call):
     settings = ["experiment=dreambooth", "data.class_images=3", f"data.made_in={tmp_path / 'prior'}"]
     settings += [f"cache.folder={tmp_path / 'cache'}"]
@@ -171,6 +181,8 @@ def test_dreambooth_makes_the_pictures_of_the_kind_first(checkpoint, photos, tmp
     made[0].unlink()
     train(call, checkpoint, photos, tmp_path / "again", *settings)
     assert [file.stat().st_mtime_ns for file in made[1:]] == times[1:] and made[0].is_file(), "what is there is kept"
+    train(call, checkpoint, photos, tmp_path / "other", *settings, "sampler.steps=3")
+    assert len(list((tmp_path / "prior").iterdir())) == 2, "another model, or another way to sample, makes others"
 
 
 def test_a_batch_of_dreambooth_is_half_of_the_thing_and_half_of_its_kind(photos, tmp_path):
@@ -185,6 +197,36 @@ def test_a_batch_of_dreambooth_is_half_of_the_thing_and_half_of_its_kind(photos,
     assert batch["prior"].tolist() == [False, False, True, True]
     losses = torch.tensor([1.0, 3.0, 10.0, 20.0])
     assert prior_preservation(losses, batch["prior"], 0.5) == 2 + 0.5 * 15
+
+
+def test_pictures_of_the_kind_are_made_where_there_is_no_good_one(photos, tmp_path):
+    kind = tmp_path / "kind"
+    kind.mkdir()
+    (kind / "readme.txt").write_text("no picture")
+
+    def files(**settings) -> list[str]:
+        data = DreamBoothDataModule(
+            str(photos), "a sks", "a kind", class_images=3, class_root=str(kind), resolution=32, **settings
+        )
+        data.setup("fit")
+        return [file.name for file in data.priors]
+
+    assert files() == ["prior-00000.png", "prior-00001.png", "prior-00002.png"]
+    shutil.copy(photos / "1.png", kind)
+    for name in ("2.png", "prior-00000.png"):
+        (kind / name).write_text("broken")
+    with pytest.raises(SettingsError, match=r"data\.class_root=.* has 2 files that are no readable pictures: 2\.png"):
+        files()
+    with pytest.warns(UserWarning, match=r"data\.class_root: skipped 2 unreadable pictures"):
+        assert files(skip_bad=True) == ["1.png", "prior-00001.png", "prior-00002.png"]
+
+
+def test_dreambooth_without_who_makes_the_pictures_of_the_kind(checkpoint, photos, tmp_path, call):
+    command = [f"pretrained={checkpoint}", f"data.root={photos}", "data=dreambooth", "data.prompt=a sks star"]
+    command += ["data.class_prompt=a star", f"data.made_in={tmp_path / 'prior'}", f"output_dir={tmp_path / 'out'}"]
+    status, _, complaint = call(train_main, *command)
+    assert status == 1 and "add prior to callbacks" in complaint and len(complaint.splitlines()) == 1
+    assert not (tmp_path / "out").exists() and not (tmp_path / "prior").exists()
 
 
 # ------------------------------------------------------------------------------------------ words
@@ -203,6 +245,22 @@ def test_a_batch_of_dreambooth_is_half_of_the_thing_and_half_of_its_kind(photos,
 def test_a_word_that_cannot_be_learned_is_told_of(checkpoint, settings, message):
     with pytest.raises(SettingsError, match=message):
         StableDiffusionModule(str(checkpoint), tuning={"kind": "textual_inversion", **settings})
+
+
+def test_a_word_that_no_caption_names_is_told_of_before_anything_is_written(checkpoint, photos, tmp_path, call):
+    out, batch = tmp_path / "out", ["callbacks=[]", "data.val_fraction=0", "trainer.max_steps=1", "resolution=32"]
+    command = [f"pretrained={checkpoint}", f"data.root={photos}", f"output_dir={out}", "tuning=textual_inversion"]
+    command += [f"tuning.placeholder={WORD}", "tuning.initializer=star", *batch]
+    status, _, complaint = call(train_main, *command)
+    assert status == 1 and f'set data.prompt="a photo of {WORD}"' in complaint and len(complaint.splitlines()) == 1
+    assert not out.exists()
+    metadata = photos / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace("picture 3", f"a red {WORD}."))
+    with pytest.warns(UserWarning, match=f"{WORD} is not in 5 of 6 captions, such as 'picture 0'"):
+        assert call(train_main, *command)[0] == 0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*is not in .* captions")
+        assert call(train_main, *command, f"data.template='{WORD}, {{}}'")[0] == 0
 
 
 def test_a_new_word_starts_as_its_initializer_and_leaves_other_prompts_alone(checkpoint):
