@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from sdmodule.callbacks.cache import Cache
 from sdmodule.callbacks.prior_pictures import PriorPictures
 from sdmodule.errors import SettingsError
-from sdmodule.requests import INPAINT
+from sdmodule.requests import INPAINT, TEXT2IMAGE
 from sdmodule.tuning.textual_inversion import TextualInversion
 
 
@@ -29,7 +29,7 @@ def check_together(model: Any, data: Any, callbacks: Sequence[Callback]) -> None
     """
     _check_masks(model, data)
     _check_word(model, data)
-    _check_priors(data, callbacks)
+    _check_priors(model, data, callbacks)
     for callback in callbacks:
         if isinstance(callback, Cache):
             callback.check(data, model)
@@ -74,9 +74,14 @@ def _check_word(model: Any, data: Any) -> None:
         )
 
 
-def _check_priors(data: Any, callbacks: Sequence[Callback]) -> None:
+def _check_priors(model: Any, data: Any, callbacks: Sequence[Callback]) -> None:
     """Whether somebody makes the pictures of DreamBooth's kind that are not there."""
     missing = sum(not file.is_file() for file in getattr(data, "priors", []))
+    if missing and getattr(model, "task", None) != TEXT2IMAGE:
+        raise SettingsError(
+            f"data.class_prompt={data.class_prompt} needs {missing} pictures that are not in {data.class_root}, and "
+            "model=text2image alone can make them; put them there."
+        )
     if missing and not any(isinstance(callback, PriorPictures) for callback in callbacks):
         raise SettingsError(
             f"data.class_prompt={data.class_prompt} needs {missing} pictures that are not in {data.class_root}; add "

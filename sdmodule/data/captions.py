@@ -78,7 +78,8 @@ def find_examples(root: str | Path, key: str = "data.root", prompt: str | None =
     Args:
         root: the folder.
         key: the setting that gave the folder, for the messages.
-        prompt: the caption of all pictures, which then need none of their own.
+        prompt: the caption of all pictures, which then need none of their own; masks and control pictures that metadata
+            names are none of them.
 
     Raises:
         SettingsError: if the folder or its captions are missing, incomplete or malformed.
@@ -88,15 +89,15 @@ def find_examples(root: str | Path, key: str = "data.root", prompt: str | None =
         problem = "is a file" if folder.is_file() else "does not exist"
         raise SettingsError(f"{key}={root} {problem}; give a folder of pictures with captions.")
     pictures = picture_files(folder)
-    if prompt is not None and pictures:
-        return [Example(path, prompt) for path in sorted(pictures)]
     metadata = next((file for name in ("metadata.jsonl", "metadata.csv") if (file := folder / name).is_file()), None)
+    if prompt is not None and pictures and not (metadata and names_more(metadata, key)):
+        return [Example(path, prompt) for path in sorted(pictures)]
     if metadata is None:
         if not pictures:
             raise SettingsError(f"{key}={root} holds no pictures; pictures end in {choices(SUFFIXES)}.")
         return _read_sidecars(sorted(pictures), folder, key)
 
-    examples = sorted(_read_metadata(metadata, key), key=lambda example: example[:2])
+    examples = sorted(_read_metadata(metadata, key, prompt), key=lambda example: example[:2])
     if not examples:
         raise SettingsError(f"{key}: {metadata} names no pictures; give it a row with file_name and text for each.")
     for column, field in BESIDE.items():
@@ -159,10 +160,21 @@ def _read_text(path: Path, key: str) -> str:
         raise SettingsError(f"{key}: {path} is not UTF-8 text ({error}); save it as UTF-8.") from error
 
 
-def _read_metadata(path: Path, key: str) -> Iterator[Example]:
-    """Read the rows of a ``metadata.jsonl`` or ``metadata.csv``."""
-    for line, row in (_csv_rows if path.suffix == ".csv" else _jsonl_rows)(path, key):
+def names_more(metadata: Path, key: str) -> bool:
+    """Whether metadata names masks or control pictures."""
+    return any(row.get(column) for _, row in _rows(metadata, key) for column in BESIDE)
+
+
+def _rows(path: Path, key: str) -> Iterator[tuple[int, dict[str, object]]]:
+    return (_csv_rows if path.suffix == ".csv" else _jsonl_rows)(path, key)
+
+
+def _read_metadata(path: Path, key: str, prompt: str | None = None) -> Iterator[Example]:
+    """Read the rows of a ``metadata.jsonl`` or ``metadata.csv``; a ``prompt`` stands for every text."""
+    for line, row in _rows(path, key):
         where = f"{key}: {path}, line {line}"
+        if prompt is not None:
+            row["text"] = prompt
         if missing := {"file_name", "text"} - row.keys():
             raise SettingsError(
                 f"{where} has no {choices(missing)}, only {choices(map(str, row))}; file_name and text are needed."

@@ -336,6 +336,17 @@ def test_masks_go_with_their_pictures_through_crop_and_flip(tmp_path: Path) -> N
     assert len(places) > 2
 
 
+def test_one_caption_for_all_makes_no_pictures_of_masks(tmp_path: Path) -> None:
+    for name in ("a.png", "masks/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (24, 24)).save(tmp_path / name)
+    row = {"file_name": "a.png", "mask_file_name": "masks/a.png"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    data = ready(tmp_path, resolution=24, val_fraction=0, prompt="a box")
+    assert len(data.train_set) == 1 and data.train_set[0].keys() >= {"image", "mask"}
+    assert data.train_set[0]["caption"] == "a box"
+
+
 @pytest.mark.parametrize(
     ("second", "says"),
     [

@@ -226,6 +226,8 @@ def test_dreambooth_without_who_makes_the_pictures_of_the_kind(checkpoint, photo
     command += ["data.class_prompt=a star", f"data.made_in={tmp_path / 'prior'}", f"output_dir={tmp_path / 'out'}"]
     status, _, complaint = call(train_main, *command)
     assert status == 1 and "add prior to callbacks" in complaint and len(complaint.splitlines()) == 1
+    status, _, complaint = call(train_main, *command, "model=inpaint", "model.convert=true", "callbacks=[prior]")
+    assert status == 1 and "model=text2image alone" in complaint and len(complaint.splitlines()) == 1
     assert not (tmp_path / "out").exists() and not (tmp_path / "prior").exists()
 
 
