@@ -17,7 +17,7 @@ from sdmodule.checkpoint_files import check_weights
 from sdmodule.components import load_part, save_part
 from sdmodule.draws import Draws, generators_of_examples
 from sdmodule.errors import SettingsError
-from sdmodule.optimizers import check_optimizer, check_state
+from sdmodule.optimizers import check_optimizer, check_state, name_optimizers
 from sdmodule.privacy import shortened
 from sdmodule.ranges import check_whole
 from sdmodule.trainer import check_training_precision
@@ -112,6 +112,7 @@ class AutoencoderModule(LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["latent_variance"] = self.latent_variance
+        name_optimizers(checkpoint, self._trainer)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

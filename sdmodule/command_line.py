@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -42,30 +42,44 @@ def quoted(arguments: Sequence[str]) -> list[str]:
     return [_quoted(argument) for argument in _options_first(arguments)]
 
 
+WITH_A_VALUE = (
+    *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
+    "--experimental-rerun",
+)
+"""Options of Hydra's that are followed by their value."""
+
+
 def _options_first(arguments: Sequence[str]) -> list[str]:
     """Options such as ``-m`` before all settings: Hydra's parser takes settings in one place alone."""
-    settings = [argument for argument in arguments if re.match(r"[\w+~][^=]*=|~", argument)]
-    return [argument for argument in arguments if argument not in settings] + settings
+    options: list[str] = []
+    settings: list[str] = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        is_setting = before not in WITH_A_VALUE and re.match(r"[^-=][^=]*=|~", argument)
+        (settings if is_setting else options).append(argument)
+    return options + settings
 
 
 def _quoted(argument: str) -> str:
     key, equals, value = argument.partition("=")
     if not equals:
         return argument
-    if key.lstrip("+") in PATHS and not _is_readable(argument):
+    if key.lstrip("+") in PATHS and not _is_path(argument):
         return f"{key}={_in_quotes(value)}"
     if key.lstrip("+") not in FREE_TEXT or value == "null" or _is_list(value):
         return argument
     return f"{key}={_literal(value)}"
 
 
-def _is_readable(argument: str) -> bool:
-    """Whether Hydra's grammar has a meaning for an argument; it has none for ``ckpt_path=step=500.ckpt``."""
+def _is_path(argument: str) -> bool:
+    """Whether Hydra's grammar has a meaning for an argument, and it is no number.
+
+    It has none for ``ckpt_path=step=500.ckpt``, and a folder may be called 2024.
+    """
     try:
-        OverridesParser.create().parse_override(argument)
+        value = OverridesParser.create().parse_override(argument).value()
     except HydraException:
         return False
-    return True
+    return isinstance(value, bool) or not isinstance(value, (int, float))
 
 
 def _literal(text: str) -> str:
@@ -106,7 +120,7 @@ def with_recipe(arguments: Sequence[str]) -> list[str]:
     if "tomesd_cfg" in given:
         given.add("tome")
     if "speed" in given:
-        given |= _keys_of_preset(arguments, settings)
+        given |= _keys_of_presets(arguments)
     needed = {"image", "mask"} if settings.get("model") == "inpaint" else set()
     needed |= {"control"} if "controlnet" in settings else set()
     if missing := needed - given - set(settings):
@@ -118,13 +132,12 @@ def with_recipe(arguments: Sequence[str]) -> list[str]:
     return _options_first([*(f"{key}={_expression(value)}" for key, value in taken.items()), *quoted(arguments)])
 
 
-def _keys_of_preset(arguments: Sequence[str], settings: Mapping[str, Any]) -> set[str]:
-    """What the preset that is given replaces beside its own group, or the one of the picture had replaced."""
-    every = {"steps", "sampler.scheduler", "tome", "precision"}
-    preset = [a.partition("=")[2] for a in arguments if a.startswith("speed=")][-1:]
-    if any(key.startswith("speed.") for key in settings):
-        return every
-    return {"exact": set[str](), "rounding": {"precision"}}.get("".join(preset), every)
+def _keys_of_presets(arguments: Sequence[str]) -> set[str]:
+    """What the presets that are given set beside their own group; of a sweep, what any of them does."""
+    presets = {name for a in arguments if (given := re.match(r"\+*speed=(.*)", a)) for name in given[1].split(",")}
+    if presets <= {"exact", "rounding"}:
+        return {"precision"}
+    return {"steps", "sampler.scheduler", "tome", "precision"}
 
 
 def _without_option(arguments: Sequence[str]) -> list[str]:

@@ -105,7 +105,7 @@ def load_components(
         wanted = [name for name in PARTS if name not in replaced]
         parts = {name: _load(name, source, name in scratch) for name in wanted}
     for name, path in replaced.items():
-        parts[name] = load_part(name, path, name in scratch)
+        parts[name] = load_part(name, path, name in scratch, f"components.{name}")
     wanted_width, width = parts["unet"].config.cross_attention_dim, parts["text_encoder"].config.hidden_size
     if wanted_width != width:
         raise SettingsError(
@@ -133,14 +133,21 @@ def _folder(pretrained: str) -> Path:
     return ASSETS / pretrained if pretrained in EMBEDDED else Path(pretrained).expanduser()
 
 
-def load_part(name: str, pretrained: str, scratch: bool = False) -> Any:
-    """Read one part from its own folder or from a checkpoint; ``scratch`` keeps only its architecture."""
+def load_part(name: str, pretrained: str, scratch: bool = False, key: str = "pretrained") -> Any:
+    """Read one part from its own folder or from a checkpoint.
+
+    Args:
+        name: of the part.
+        pretrained: where it is.
+        scratch: keep only its architecture.
+        key: the setting that says where, for the messages.
+    """
     if Path(pretrained).suffix in SINGLE_FILE_SUFFIXES:
-        return _load_file(pretrained, f"components.{name}")[name]
+        return _load_file(pretrained, key)[name]
     own = Path(pretrained).expanduser()
     if own.is_dir() and not (own / "model_index.json").is_file() and not (own / name).is_dir():
         return _load(name, Source(str(own.parent)), scratch, subfolder=own.name)
-    return _load(name, _find(pretrained, checkpoint=False, key=f"components.{name}"), scratch)
+    return _load(name, _find(pretrained, checkpoint=False, key=key), scratch)
 
 
 def save_components(parts: Components, folder: str | Path, dtype: str = "float32") -> None:

@@ -43,7 +43,7 @@ from sdmodule.errors import SettingsError, choices
 from sdmodule.inference import infer
 from sdmodule.interop.adapters import chosen_adapters, use_adapters
 from sdmodule.objective import SQUARED_ERROR, Objective
-from sdmodule.optimizers import build_optimizer, check_optimizer, check_state, parameter_groups
+from sdmodule.optimizers import build_optimizer, check_optimizer, check_state, name_optimizers, parameter_groups
 from sdmodule.privacy import shortened
 from sdmodule.ranges import check_whole, is_number
 from sdmodule.requests import INPAINT, TASKS, TEXT2IMAGE, SampleRequest
@@ -441,6 +441,7 @@ class StableDiffusionModule(LightningModule):
         kept = {name for name, value in self.named_parameters() if value.requires_grad}
         checkpoint["state_dict"] = {name: v for name, v in checkpoint["state_dict"].items() if name in kept}
         self.base_model.save(checkpoint)
+        name_optimizers(checkpoint, self._trainer)
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

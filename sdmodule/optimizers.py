@@ -58,6 +58,16 @@ def check_optimizer(
         )
 
 
+NAMES = "optimizer_names"
+"""Where a checkpoint has the classes of its optimizers."""
+
+
+def name_optimizers(checkpoint: dict[str, Any], trainer: Trainer | None) -> None:
+    """Note in a checkpoint of which classes the optimizers are whose states it holds."""
+    if trainer is not None:
+        checkpoint[NAMES] = [type(optimizer).__name__ for optimizer in trainer.optimizers]
+
+
 def check_state(
     held: Mapping[str, Any],
     make: Callable[..., torch.optim.Optimizer],
@@ -82,13 +92,16 @@ def check_state(
     if trainer.strategy.restore_checkpoint_after_setup or not held.get("optimizer_states"):  # these are cut up
         return
     optimizer, groups = make(parameters), held["optimizer_states"][0].get("param_groups", [])
+    name = type(optimizer).__name__
+    known = held.get(NAMES, [name])  # in checkpoints of before there is none
     sizes, found = ([len(group["params"]) for group in some] for some in (optimizer.param_groups, groups))
     # switches are left out, of which releases of torch add some
-    named = {name for name, value in optimizer.defaults.items() if not isinstance(value, bool | None)}
-    if sizes != found or not all(named <= group.keys() for group in groups):
+    defaults = getattr(optimizer, "defaults", {})
+    settings = {setting for setting, value in defaults.items() if not isinstance(value, bool | None)}
+    if sizes != found or known != [name] or not all(settings <= group.keys() for group in groups):
         raise SettingsError(
-            f"the checkpoint's optimizer is not {type(optimizer).__name__} of {' + '.join(map(str, sizes))} weights, "
-            "which it is here; give the model.optimizer and tuning that it was trained with."
+            f"the checkpoint's optimizer is not {name} of {' + '.join(map(str, sizes))} weights, which it is here; "
+            "give the model.optimizer and tuning that it was trained with."
         )
     steps = trainer.max_steps
     if schedule is None or not isinstance(schedule(optimizer), OneCycleLR):

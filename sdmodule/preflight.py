@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from sdmodule.callbacks.cache import Cache
 from sdmodule.callbacks.prior_pictures import PriorPictures
+from sdmodule.data.captions import Example
 from sdmodule.errors import SettingsError
 from sdmodule.requests import INPAINT, TEXT2IMAGE
 from sdmodule.tuning.textual_inversion import TextualInversion
@@ -54,14 +55,14 @@ def _check_word(model: Any, data: Any) -> None:
     """Whether captions name the word that is to be learned; without it nothing is."""
     tuning = getattr(model, "tuning", None)
     pictures: Any = getattr(data, "train_set", None)
-    if not isinstance(tuning, TextualInversion) or not hasattr(pictures, "caption"):
+    if not isinstance(tuning, TextualInversion) or not hasattr(pictures, "examples"):
         return
     tokenizer = model.parts.tokenizer
     word = tokenizer.convert_tokens_to_ids(tuning.placeholder)
     of_the_thing = getattr(data, "instances", 0) or len(pictures)  # of DreamBooth's others none should name it
-    captions = list(dict.fromkeys(pictures.caption(index) for index in range(of_the_thing)))
-    tokens = tokenizer(captions, add_special_tokens=False, verbose=False).input_ids
-    bare = [caption for caption, own in zip(captions, tokens, strict=True) if word not in own]
+    texts = dict.fromkeys(_texts(pictures.examples[index]) for index in range(of_the_thing))
+    captions = {text: tokenizer(list(text), add_special_tokens=False, verbose=False).input_ids for text in texts}
+    bare = [text[0] for text, tokens in captions.items() if not any(word in own for own in tokens)]
     if len(bare) == len(captions):
         raise SettingsError(
             f"tuning.placeholder={tuning.placeholder} is in no caption, such as {shorten(bare[0], 60)!r}, and would "
@@ -72,6 +73,12 @@ def _check_word(model: Any, data: Any) -> None:
             f"tuning.placeholder={tuning.placeholder} is not in {len(bare)} of {len(captions)} captions, such as "
             f"{shorten(bare[0], 60)!r}; their pictures do not teach it."
         )
+
+
+def _texts(example: Example) -> tuple[str, ...]:
+    """A caption in each of its templates, of which one is drawn at a time."""
+    style = example.style
+    return tuple(style._replace(templates=(one,)).text(example.caption, None) for one in style.templates or ("{}",))
 
 
 def _check_priors(model: Any, data: Any, callbacks: Sequence[Callback]) -> None:

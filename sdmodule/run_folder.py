@@ -54,11 +54,16 @@ def set_aside(folder: Path) -> Path | None:
     images = folder / IMAGES
     if not any(images.glob("*.png")):
         return None
-    number = next(k for k in itertools.count(1) if not (folder / f"{IMAGES}-{k}").exists())
+    records = folder / RECORDS
+    for number in itertools.count(1):
+        places = folder / f"{IMAGES}-{number}", folder / f"{records.stem}-{number}{records.suffix}"
+        if not any(place.exists() for place in places):
+            break
     try:
-        if (records := folder / RECORDS).exists():
-            records.rename(folder / f"{records.stem}-{number}{records.suffix}")
-        return images.rename(folder / f"{IMAGES}-{number}")
+        images.rename(places[0])
+        if records.exists():
+            records.rename(places[1])
+        return places[0]
     except OSError as error:
         raise unwritable(folder, error.strerror) from error
 

@@ -71,8 +71,8 @@ def make_trainer(
     own = "deepspeed" in strategy or "fsdp" in strategy  # these bring a precision of their own kind
     if precision == BF16_MIXED and accelerator in ("cpu", "gpu") and not own:
         plugins.append(Unscaled("cpu" if accelerator == "cpu" else "cuda" if torch.cuda.is_available() else "mps"))
-    most = min(max_steps, int(settings.get("fast_dev_run") or max_steps))
-    interval = ValidationInterval(min(val_check_interval, most))
+    # a dry run validates at its end by itself
+    interval = [] if settings.get("fast_dev_run") else [ValidationInterval(min(val_check_interval, max_steps))]
     try:
         return Trainer(
             accelerator=accelerator,
@@ -83,7 +83,7 @@ def make_trainer(
             precision=None if any(isinstance(one, Precision) for one in plugins) else precision,  # type: ignore[arg-type]
             log_every_n_steps=min(log_every_n_steps, max_steps),
             # weights are whole again before any other callback validates or exports them
-            callbacks=[FrozenWeights(), *callbacks, interval, FiniteLoss(nan_loss)],
+            callbacks=[FrozenWeights(), *callbacks, *interval, FiniteLoss(nan_loss)],
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
             enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
             enable_model_summary=False,

@@ -104,11 +104,13 @@ def test_options_stand_before_settings():
     assert quoted(["steps=3", "-m", "prompt=a -m", "~logger", "--cfg", "job"]) == [
         *("-m", "--cfg", "job", "steps=3", "prompt='a -m'", "~logger")
     ]
+    assert quoted(["steps=3", "--config-dir", "runs/a=b"]) == ["--config-dir", "runs/a=b", "steps=3"]
 
 
 @pytest.mark.parametrize("key", ["ckpt_path", "pretrained", "data.root", "output_dir", "prompts", "+cache.folder"])
 @pytest.mark.parametrize(
-    "path", ["runs/checkpoints/step=7.ckpt", "my photos (2)/a", "it's {here}", "C:\\photos\\", "a = b, c"]
+    "path",
+    ["runs/checkpoints/step=7.ckpt", "2024", "1_000", "my photos (2)/a", "it's {here}", "C:\\photos\\", "a = b, c"],
 )
 def test_a_path_arrives_letter_for_letter(key, path):
     [override] = OverridesParser.create().parse_overrides(quoted([f"{key}={path}"]))

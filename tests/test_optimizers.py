@@ -133,9 +133,10 @@ def one_cycle(steps: int) -> str:
     [
         (["tuning.text_encoder=true", "tuning.text_encoder_lr=1e-5"], ["tuning.text_encoder=true"], "is not AdamW"),
         ([], ["model.optimizer._target_=torch.optim.Adagrad", "~model.optimizer.betas"], "is not Adagrad"),
+        ([], ["model.optimizer._target_=torch.optim.Adamax"], "is not Adamax"),
         ([one_cycle(2)], [one_cycle(4)], "OneCycleLR ends after 2 steps and trainer.max_steps=4"),
     ],
-    ids=["groups", "optimizer", "schedule"],
+    ids=["groups", "optimizer", "optimizer of the same settings", "schedule"],
 )
 def test_a_checkpoint_of_another_optimizer_is_told_of(checkpoint, photos, tmp_path, call, before, after, words):
     common = [f"pretrained={checkpoint}", f"data.root={photos}", f"output_dir={tmp_path / 'out'}", "resolution=32"]

@@ -130,7 +130,9 @@ class TrainingCheckpoint(ModelCheckpoint):
     @override
     def state_key(self) -> str:
         """Lightning's has ``every_n_train_steps`` too, and would not know its own state if that is changed."""
-        return self._generate_state_key(monitor=self.monitor, mode=self.mode)
+        return self._generate_state_key(
+            monitor=self.monitor, mode=self.mode, filename=self.filename, save_top_k=self.save_top_k
+        )
 
     @override
     def state_dict(self) -> dict[str, Any]:

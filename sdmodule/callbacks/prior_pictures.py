@@ -17,7 +17,7 @@ from sdmodule.recipe import save_png
 class PriorPictures(Callback):
     """Make what is missing of the pictures that `DreamBoothDataModule` asks for; devices make a share each.
 
-    Picture k is drawn from seed k, and what an interrupted making left is kept.
+    The picture of number k, which its name has, is drawn from seed k, and what an interrupted making left is kept.
 
     Args:
         batch_size: pictures at once.
@@ -29,11 +29,11 @@ class PriorPictures(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        files = [(k, file) for k, file in enumerate(getattr(data, "priors", [])) if not file.is_file()]
+        files = [file for file in getattr(data, "priors", []) if not file.is_file()]
         trainer.strategy.barrier("prior pictures counted")
         share = files[trainer.global_rank :: trainer.world_size]
         if share:
-            share[0][1].parent.mkdir(parents=True, exist_ok=True)
+            share[0].parent.mkdir(parents=True, exist_ok=True)
             with counting(len(share), f"Making pictures of {data.class_prompt!r} in {data.class_root}") as on_done:
                 for start in range(0, len(share), self.batch_size):
                     batch = share[start : start + self.batch_size]
@@ -41,15 +41,15 @@ class PriorPictures(Callback):
                     on_done(len(batch))
         trainer.strategy.barrier("prior pictures made")
 
-    def _make(self, module: Any, data: Any, batch: list[tuple[int, Path]]) -> None:
+    def _make(self, module: Any, data: Any, batch: list[Path]) -> None:
         height, width = data.size
         prompt = literal(data.class_prompt)  # as it is read in training
         made = module.infer(
             [prompt] * len(batch),
-            generator=[torch.Generator().manual_seed(seed) for seed, _ in batch],
+            generator=[torch.Generator().manual_seed(int(file.stem.rpartition("-")[2])) for file in batch],
             height=height,
             width=width,
             show_progress=False,
         )
-        for (_, file), image in zip(batch, made["samples"], strict=True):
+        for file, image in zip(batch, made["samples"], strict=True):
             save_png(image, file, {"prompt": prompt})

@@ -42,7 +42,9 @@ class ValidationInterval(Callback):
 
     @staticmethod
     def _tell(trainer: Trainer, now: bool) -> None:
-        batches = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        # Lightning counts those of the epoch, unless it is told to look at no epoch's end
+        batches = (progress.total if trainer.check_val_every_n_epoch is None else progress.current).ready
         trainer.val_check_batch = batches if now else batches + 1  # Lightning validates after multiples of it
 
     @override

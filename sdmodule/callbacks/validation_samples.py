@@ -57,6 +57,7 @@ class ValidationSamples(Callback):
         self.prompts = [request.prompt for request in build_requests(prompts)] if prompts else []
         self.num_prompts = num_prompts
         self.seed = seed
+        self._captions: list[str] = []  # of the data, the same ones each time
         self._step = -1
 
     @override
@@ -77,14 +78,17 @@ class ValidationSamples(Callback):
         if not hasattr(pl_module, "infer"):
             return
         self._step = trainer.global_step
-        prompts = self.prompts or self._captions(trainer)
+        if not self.prompts and not self._captions:
+            self._captions = self._first_captions(trainer)
+        shown = self.prompts or self._captions
+        prompts = self.prompts or [literal(caption) for caption in shown]
         if pl_module.task == INPAINT:
             images, across = self._repainted(trainer, pl_module, prompts), 3
         elif pl_module.controlnet is not None:
             images, across = self._controlled(trainer, pl_module, prompts), 2
         else:
             images, across = pl_module.infer(prompts, seed=self.seed, show_progress=False)["samples"], 1  # type: ignore[operator]
-        captions = [f"{prompt} · {self.seed + k}" for k, prompt in enumerate(prompts)]
+        captions = [f"{prompt} · {self.seed + k}" for k, prompt in enumerate(shown)]
         self.output_dir.mkdir(parents=True, exist_ok=True)
         save_png(
             captioned_sheet(images, captions, across * TILE), self.output_dir / f"{trainer.global_step:06d}.png", {}
@@ -126,11 +130,10 @@ class ValidationSamples(Callback):
             examples += [{name: rows[k] for name, rows in pictures.items()} for k in range(len(batch["caption"]))]
         return [examples[k % len(examples)] for k in range(count)]
 
-    def _captions(self, trainer: Trainer) -> list[str]:
-        self.prompts = []
+    def _first_captions(self, trainer: Trainer) -> list[str]:
+        captions: list[str] = []
         for batch in trainer.val_dataloaders or trainer.train_dataloader:  # type: ignore[union-attr]
-            self.prompts += map(literal, batch["caption"])
-            if len(self.prompts) >= self.num_prompts:
+            captions += batch["caption"]
+            if len(captions) >= self.num_prompts:
                 break
-        self.prompts = self.prompts[: self.num_prompts]
-        return self.prompts
+        return captions[: self.num_prompts]

@@ -46,6 +46,8 @@ class Pairs(Dataset[list[dict[str, Any]]]):
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
         instance = self.pictures[index % self.instances]
         prior = self.pictures[self.instances + index % self.priors]
+        if "mask" in instance and "mask" not in prior:  # all of it counts
+            prior = {**prior, "mask": torch.ones_like(instance["mask"])}
         return [{**instance, "prior": torch.tensor(False)}, {**prior, "prior": torch.tensor(True)}]
 
 
@@ -66,7 +68,8 @@ class DreamBoothDataModule(PicturesDataModule):
         class_prompt: caption of its kind: ``a photo of a dog``; None trains on the thing alone.
         class_images: how many of its kind.
         class_root: where they are, or are put; None is a folder of their own under ``made_in``.
-        maker: what says which pictures are made: the model, and how it samples; another one makes others.
+        maker: what says which pictures are made: the model, and how it samples; another one makes others. Where nothing
+            is said, all models share one folder.
         made_in: folder for all that were made.
         template: a text that ``prompt`` is put into, in the place of ``{}``; of several one is drawn each time.
         shuffle_tags: put the parts of ``prompt`` between commas in another order each time.
@@ -133,10 +136,10 @@ class DreamBoothDataModule(PicturesDataModule):
     def _prior_files(self) -> list[Path]:
         """The pictures of the kind: those that are there, and names of those that are to be made."""
         folder = absolute(self.class_root)
-        good: list[Path] = []
+        good: dict[Path, None] = {}
         if folder.is_file() or picture_files(folder):
             examples = Source(Folder(str(folder), "data.class_root", self.class_prompt)).examples(self.skip_bad)
-            good = [Path(str(examples[k].path)) for k in range(len(examples))]
+            good = dict.fromkeys(Path(str(examples[k].path)) for k in range(len(examples)))
         own = [file for file in good if not file.name.startswith("prior-")][: self.class_images]
         names = (folder / f"prior-{k:05}.png" for k in count())
         made = (file for file in names if file in good or not file.is_file())

@@ -55,7 +55,7 @@ def tiled_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
                 these = slice(start, start + rows)
                 weights = exponentials(queries[some, these], keys[some], scale, bound)
                 torch.bmm(weights, values[some], out=result[some, these])
-    total = result[..., width:].sum(dim=-1, keepdim=True, dtype=torch.float32)
+    total = result[..., width:].sum(dim=-1, keepdim=True, dtype=torch.promote_types(query.dtype, torch.float32))
     return (result[..., :width] / total).to(query.dtype).unflatten(0, (batch, heads))
 
 
@@ -69,15 +69,15 @@ def exponentials(queries: Tensor, keys: Tensor, scale: float, bound: float) -> T
         bound: which no score exceeds.
     """
     numbers = torch.finfo(queries.dtype)
-    room = math.log(numbers.max) / 2  # half of it is left to the sum, and to the values
-    rounding = bound * numbers.eps / 2
+    # what is rounded by little; and of what can be a number, half is left to the sum, and to the values
+    small = min(ROUNDED / (numbers.eps / 2), math.log(numbers.max) / 2)
     scores = torch.baddbmm(queries.new_empty(1, 1, 1), queries, keys, beta=0, alpha=scale)
-    if bound < room and rounding < ROUNDED:
+    if bound < small:
         return scores.exp_()
-    if rounding < room:  # so that none exceeds by much the largest, as that was rounded
+    if bound * numbers.eps / 2 < small:  # so that none exceeds by much the largest, which was rounded
         largest = scores.amax(dim=-1, keepdim=True)
         return torch.baddbmm(largest, queries, keys, beta=-1, alpha=scale, out=scores).exp_()
-    return scores.softmax(dim=-1)
+    return torch.bmm(queries.float(), keys.float()).mul_(scale).softmax(dim=-1).to(queries.dtype)
 
 
 def largest_scores(queries: Tensor, keys: Tensor) -> Tensor:

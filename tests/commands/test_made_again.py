@@ -182,9 +182,11 @@ def test_a_preset_beside_a_picture_is_the_whole_preset(call, picture, tmp_path):
     assert record["tome"]["ratio"] == 0.5 and record["speed"]["channels_last"]
 
 
+@pytest.mark.parametrize("of", ["exact", "rounding"])
 @pytest.mark.parametrize(("preset", "kept"), [("exact", True), ("rounding", True), ("fast", False)])
-def test_a_preset_replaces_of_a_picture_what_it_sets_itself(call, checkpoint, tmp_path, preset, kept):
-    own = ["sampler=euler", "steps=4", "tome.ratio=0.25", f"pretrained={checkpoint}"]
+def test_a_preset_replaces_of_a_picture_what_it_sets_itself(call, checkpoint, tmp_path, of, preset, kept):
+    own = [f"speed={of}", "speed.compile=none", "precision=32-true"]
+    own += ["sampler=euler", "steps=4", "tome.ratio=0.25", f"pretrained={checkpoint}"]
     assert call(predict_main, "prompt=a", *own, f"output_dir={tmp_path / 'first'}")[0] == 0
     changed = [f"speed={preset}", "speed.compile=none", "precision=32-true"]
     picture = tmp_path / "first" / "images" / "00000-0.png"

@@ -199,6 +199,19 @@ def test_a_batch_of_dreambooth_is_half_of_the_thing_and_half_of_its_kind(photos,
     assert prior_preservation(losses, batch["prior"], 0.5) == 2 + 0.5 * 15
 
 
+def test_of_pairs_where_the_thing_has_a_mask_all_of_the_kind_counts(photos, tmp_path):
+    Image.new("L", (40, 48)).save(photos / "mask.png")
+    row = {"file_name": "0.png", "mask_file_name": "mask.png"}
+    (photos / "metadata.jsonl").write_text(json.dumps(row))
+    Image.new("RGB", (40, 40), "white").save(tmp_path / "kind.png")
+    kind = {"class_prompt": "a kind", "class_images": 1, "class_root": str(tmp_path)}
+    data = DreamBoothDataModule(str(photos), "a sks", **kind, resolution=32, batch_size=1, val_fraction=0)
+    with pytest.warns(UserWarning, match="left out 5 pictures not named"):
+        data.setup("fit")
+    [batch] = data.train_dataloader()
+    assert batch["mask"].shape == (2, 1, 32, 32) and batch["mask"].mean(dim=(1, 2, 3)).tolist() == [0, 1]
+
+
 def test_pictures_of_the_kind_are_made_where_there_is_no_good_one(photos, tmp_path):
     kind = tmp_path / "kind"
     kind.mkdir()
@@ -262,7 +275,8 @@ def test_a_word_that_no_caption_names_is_told_of_before_anything_is_written(chec
         assert call(train_main, *command)[0] == 0
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*is not in .* captions")
-        assert call(train_main, *command, f"data.template='{WORD}, {{}}'")[0] == 0
+        for template in (f"'{WORD}, {{}}'", f"['{{}}', '{WORD}, {{}}']"):  # of several one is drawn each time
+            assert call(train_main, *command, f"data.template={template}")[0] == 0
 
 
 def test_a_new_word_starts_as_its_initializer_and_leaves_other_prompts_alone(checkpoint):
