@@ -79,7 +79,7 @@ def _is_path(argument: str) -> bool:
         value = OverridesParser.create().parse_override(argument).value()
     except HydraException:
         return False
-    return isinstance(value, bool) or not isinstance(value, (int, float))
+    return not isinstance(value, (int, float))
 
 
 def _literal(text: str) -> str:

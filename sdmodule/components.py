@@ -134,13 +134,9 @@ def _folder(pretrained: str) -> Path:
 
 
 def load_part(name: str, pretrained: str, scratch: bool = False, key: str = "pretrained") -> Any:
-    """Read one part from its own folder or from a checkpoint.
+    """Read one part from its own folder or from a checkpoint, as the setting ``key`` says.
 
-    Args:
-        name: of the part.
-        pretrained: where it is.
-        scratch: keep only its architecture.
-        key: the setting that says where, for the messages.
+    With ``scratch`` only its architecture is kept.
     """
     if Path(pretrained).suffix in SINGLE_FILE_SUFFIXES:
         return _load_file(pretrained, key)[name]

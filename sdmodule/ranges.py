@@ -8,6 +8,7 @@ from typing import Any
 from sdmodule.errors import SettingsError
 
 LARGEST_SEED = 2**32 - 1
+"""Of numpy's generator, which a training seeds beside torch's."""
 
 
 def check_whole(name: str, value: Any, least: int = 1) -> None:

@@ -352,7 +352,10 @@ WRONG_TRAIN = {
         ["tuning.dropout=0.5", "ddp_find_unused_parameters_true"],
     ),
     "an export in bytes": (["data.root=PHOTOS", "callbacks.export.dtype=int8"], ["export.dtype=int8", "float16"]),
-    "no pictures of validation": (["data.root=PHOTOS", "callbacks.samples.num_prompts=0"], ["num_prompts=0", "1 or"]),
+    "no pictures of validation": (
+        ["data.root=PHOTOS", "callbacks.samples.num_prompts=0"],
+        ["num_prompts=0", "at least 1"],
+    ),
     "no seed of validation": (["data.root=PHOTOS", "callbacks.samples.seed=abc"], ["samples.seed=abc"]),
     "no weight in validation": (["data.root=PHOTOS", "callbacks.samples.prompts=['a (cat:30)']"], ["30", "a (cat:30)"]),
     "callback not chosen": (

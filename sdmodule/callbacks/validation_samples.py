@@ -16,9 +16,9 @@ from sdmodule.callbacks.ema import EMA
 from sdmodule.conditioning.inpaint import masked
 from sdmodule.conditioning.random_masks import draw_masks
 from sdmodule.conditioning.text import literal
-from sdmodule.errors import SettingsError
 from sdmodule.loggers.pictures import log_pictures
 from sdmodule.pictures import captioned_sheet, contact_sheet, to_images
+from sdmodule.ranges import check_whole
 from sdmodule.recipe import save_png
 from sdmodule.requests import INPAINT, build_requests
 
@@ -48,11 +48,8 @@ class ValidationSamples(Callback):
     def __init__(
         self, output_dir: str | Path, prompts: Sequence[str] | None = None, num_prompts: int = 4, seed: int = 0
     ) -> None:
-        for name, value, least in (("num_prompts", num_prompts, 1), ("seed", seed, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise SettingsError(
-                    f"callbacks.samples.{name}={value} is not allowed; give a whole number, {least} or more."
-                )
+        check_whole("callbacks.samples.num_prompts", num_prompts)
+        check_whole("callbacks.samples.seed", seed, least=0)
         self.output_dir = Path(output_dir)
         self.prompts = [request.prompt for request in build_requests(prompts)] if prompts else []
         self.num_prompts = num_prompts

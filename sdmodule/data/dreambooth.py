@@ -19,6 +19,7 @@ from sdmodule.data.picture_set import ImageFolderDataset
 from sdmodule.data.shuffle import training_loader
 from sdmodule.data.sources import Folder, Picked, Source
 from sdmodule.errors import SettingsError
+from sdmodule.ranges import check_whole
 
 
 class Pairs(Dataset[list[dict[str, Any]]]):
@@ -97,8 +98,7 @@ class DreamBoothDataModule(PicturesDataModule):
     ) -> None:
         source = Source(Folder(root, prompt=prompt), 1.0, template, shuffle_tags, keep_tags)
         super().__init__([source], **settings)
-        if isinstance(class_images, bool) or not isinstance(class_images, int) or class_images < 1:
-            raise SettingsError(f"data.class_images={class_images} is not allowed; give a whole number of at least 1.")
+        check_whole("data.class_images", class_images)
         if self.buckets and class_prompt is not None:
             raise SettingsError("data.buckets=true parts pictures by shape, and pairs are of one; leave it out.")
         if self.conditioning is not None:

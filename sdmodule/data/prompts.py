@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from sdmodule.conditioning.controlnet import check_control
-from sdmodule.errors import SettingsError
+from sdmodule.ranges import check_whole
 from sdmodule.requests import TEXT2IMAGE, SampleRequest, build_requests
 
 
@@ -78,8 +78,7 @@ class PromptDataModule(LightningDataModule):
         batch_row: int | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise SettingsError(f"batch_size={batch_size} is not allowed; give a whole number of at least 1.")
+        check_whole("batch_size", batch_size)
         check_control(control is not None, controlnet is not None)
         self.requests = build_requests(
             prompt,

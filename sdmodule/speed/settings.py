@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from sdmodule.errors import SettingsError, choices
+from sdmodule.ranges import check_whole
 
 if TYPE_CHECKING:
     import torch
@@ -69,9 +70,7 @@ class SpeedSettings:
             )
         object.__setattr__(self, "guidance_interval", (float(interval[0]), float(interval[1])))
         for name in ("cache_every", "cache_layers"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise SettingsError(f"speed.{name}={value} is not allowed; give a whole number of at least 1.")
+            check_whole(f"speed.{name}", getattr(self, name))
         if not isinstance(self.keep_memory, bool):
             raise SettingsError(f"speed.keep_memory={self.keep_memory} is not allowed; give true or false.")
         if not isinstance(self.channels_last, bool) and self.channels_last != "auto":

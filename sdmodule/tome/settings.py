@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from sdmodule.errors import SettingsError, choices
+from sdmodule.ranges import check_whole
 from sdmodule.tome.apply import StartStep, merged, merged_by_tomesd, stay_at_the_first_step
 from sdmodule.tome.blocks import DOWNSAMPLES, Grid, blocks_to_merge
 from sdmodule.tome.tomesd_limits import check_tomesd
@@ -50,9 +51,7 @@ class TokenMerging:
 
     def __post_init__(self) -> None:
         for name in ("sx", "sy", "reuse_steps"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise SettingsError(f"tome.{name}={value} is not allowed; give a whole number of at least 1.")
+            check_whole(f"tome.{name}", getattr(self, name))
         for name in ("use_rand", "merge_attn", "merge_crossattn", "merge_mlp"):
             if not isinstance(getattr(self, name), bool):
                 raise SettingsError(f"tome.{name}={getattr(self, name)} is not allowed; give true or false.")

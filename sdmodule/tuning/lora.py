@@ -15,6 +15,7 @@ from torch import nn
 from sdmodule.components import Components
 from sdmodule.errors import SettingsError, choices
 from sdmodule.interop.adapter_file import write_diffusers, write_kohya
+from sdmodule.ranges import check_whole
 from sdmodule.tuning.adapter import DORA, LOHA, LOKR, LORA, METHODS, taken_from
 from sdmodule.tuning.text_encoder import TextEncoderTraining
 
@@ -56,8 +57,7 @@ class LoraTuning(TextEncoderTraining):
         super().__post_init__()
         if self.method not in METHODS:
             raise SettingsError(f"tuning.method={self.method} is not known; give one of {choices(METHODS)}.")
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise SettingsError(f"tuning.rank={self.rank} is not allowed; give a whole number of at least 1.")
+        check_whole("tuning.rank", self.rank)
         alpha = self.rank if self.alpha is None else self.alpha
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < 1e6:
             raise SettingsError(f"tuning.alpha={alpha} is not allowed; give a number over 0.")

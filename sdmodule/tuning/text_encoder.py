@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sdmodule.errors import SettingsError
+from sdmodule.ranges import check_whole
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class TextEncoderTraining:
         rate, stop = self.text_encoder_lr, self.text_encoder_stop
         if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < 1e3):
             raise SettingsError(f"tuning.text_encoder_lr={rate} is not allowed; give a number over 0.")
-        if stop is not None and (isinstance(stop, bool) or not isinstance(stop, int) or stop < 1):
-            raise SettingsError(f"tuning.text_encoder_stop={stop} is not allowed; give a whole number of at least 1.")
+        if stop is not None:
+            check_whole("tuning.text_encoder_stop", stop)
 
     def text_encoder_learns(self, step: int) -> bool:
         """Whether the text encoder is still trained at an optimizer step, counted from 0."""
