@@ -123,15 +123,15 @@ def seconds_of(call: Callable[[], Tensor], device: torch.device, clock: str) -> 
 
 
 @torch.no_grad()
-def forward(parts: Components, variant: Variant, size: int, clock: str = "wall") -> tuple[float, Tensor]:
-    """Time one call of the UNet, and give its output ``[2, 4, h, w]``."""
+def forward(parts: Components, variant: Variant, size: int, clock: str = "wall", seed: int = 0) -> tuple[float, Tensor]:
+    """Time one call of the UNet on the input of a seed, and give its output ``[2, 4, h, w]``."""
     unet, side = parts.unet, size // parts.pixels_per_latent
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(1, unet.config.in_channels, side, side, generator=generator).repeat(2, 1, 1, 1)
     text = torch.randn(2, 77, unet.config.cross_attention_dim, generator=generator)
     latents, text = (x.to(unet.device, unet.dtype) for x in (latents, text))
     latents = latents.contiguous(memory_format=torch.channels_last)
-    with in_mode(unet, variant.mode), variant.merging.applied(unet, [0], (side, side)):
+    with in_mode(unet, variant.mode), variant.merging.applied(unet, [seed], (side, side)):
         return seconds_of(lambda: unet(latents, 500, encoder_hidden_states=text).sample, unet.device, clock)
 
 

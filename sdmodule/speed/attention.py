@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor, XFormersAttnProcessor
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdmodule.errors import SettingsError, choices
@@ -23,6 +23,10 @@ KERNELS = {
 
 PROCESSORS = {"plain": AttnProcessor, "xformers": XFormersAttnProcessor}
 """Those that are diffusers' processors."""
+
+
+class NamedAttention(AttnProcessor2_0):
+    """Torch's own, whose place no faster one takes."""
 
 
 ANYWHERE = ("sdpa", "flash", "math", "plain")
@@ -50,14 +54,11 @@ def attention_by(unet: Any, name: str) -> Iterator[None]:
         yield
         return
     check_attention(name, unet.device.type)
-    if name in KERNELS:
-        with sdpa_kernel(KERNELS[name]):
-            yield
-        return
     before = unet.attn_processors
-    unet.set_attn_processor(PROCESSORS[name]())
+    unet.set_attn_processor(PROCESSORS.get(name, NamedAttention)())
     try:
-        yield
+        with sdpa_kernel(KERNELS[name]) if name in KERNELS else nullcontext():
+            yield
     finally:
         unet.set_attn_processor(before)
 

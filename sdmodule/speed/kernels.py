@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
 from sdmodule.atomic import settle
 from sdmodule.data.fingerprints import fingerprint
-from sdmodule.speed.tiled_attention import tiled_attention
-from sdmodule.tome.blocks import transformer_blocks
+from sdmodule.speed.tiled_attention import accurate_attention, tiled_attention
 
 TORCH = "torch"
 """What torch itself runs; anything else must be faster by some margin."""
@@ -28,7 +28,7 @@ MARGIN = 1.1
 """How many times faster: a choice for good should not hang on a busy moment of the machine."""
 
 TRIALS = 5
-GENERATION = 3
+GENERATION = 4
 """Of the ways below; another number has all of them measured anew."""
 
 
@@ -41,8 +41,11 @@ def convolved(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv2d(picture, weight[:, :, None, None], bias).permute(0, 2, 3, 1).squeeze(2)
 
 
-ATTENTIONS: Mapping[str, Callable[..., Tensor]] = {TORCH: F.scaled_dot_product_attention, "tiles": tiled_attention}
-LINEARS: Mapping[str, Callable[..., Tensor]] = {TORCH: F.linear, "convolution": convolved}
+Ways = Mapping[str, Callable[..., Tensor]]
+
+ATTENTIONS: Ways = {TORCH: F.scaled_dot_product_attention, "tiles": tiled_attention}
+ACCURATE_ATTENTIONS: Ways = {TORCH: F.scaled_dot_product_attention, "accurate tiles": accurate_attention}
+LINEARS: Ways = {TORCH: F.linear, "convolution": convolved}
 
 
 @contextmanager
@@ -55,12 +58,10 @@ def fastest_kernels(unet: Any) -> Iterator[None]:
     Args:
         unet: a ``UNet2DConditionModel`` on CPU, not compiled.
     """
-    before = unet.attn_processors
+    blocks = [block for block in unet.modules() if isinstance(block, BasicTransformerBlock)]
     with ExitStack() as stack:
-        if all(type(one) is AttnProcessor2_0 for one in before.values()):  # none was asked for by name
-            stack.callback(unet.set_attn_processor, before)
-            unet.set_attn_processor(FastestAttention())
-        for block, _ in transformer_blocks(unet):
+        stack.enter_context(attention_of(blocks, FASTEST))
+        for block in blocks:
             for layer in block.modules():
                 if type(layer) is nn.Linear:
                     layer.forward = partial(fastest_linear, layer)  # type: ignore[method-assign]
@@ -68,8 +69,31 @@ def fastest_kernels(unet: Any) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def attention_of(blocks: Iterable[BasicTransformerBlock], processor: FastestAttention) -> Iterator[None]:
+    """Give transformer blocks a processor inside a ``with`` block, but where another was asked for by name."""
+    layers = [layer for block in blocks for layer in (block.attn1, block.attn2) if layer is not None]
+    plain = [layer for layer in layers if type(layer.processor) is AttnProcessor2_0]
+    before = [layer.processor for layer in plain]
+    try:
+        for layer in plain:
+            layer.set_processor(processor)
+        yield
+    finally:
+        for layer, own in zip(plain, before, strict=True):
+            layer.set_processor(own)
+
+
 class FastestAttention(AttnProcessor2_0):
-    """A processor of diffusers whose attention is the fastest of this machine."""
+    """A processor of diffusers whose attention, where no gradients are asked for, is the fastest of this machine.
+
+    Args:
+        ways: functions of query, key and value, torch's own one of them.
+    """
+
+    def __init__(self, ways: Ways) -> None:
+        super().__init__()
+        self.ways = ways
 
     def __call__(  # noqa: D102
         self,
@@ -84,6 +108,8 @@ class FastestAttention(AttnProcessor2_0):
             attn.residual_connection
             or any(part is not None and part is not False for part in unusual)
             or hidden_states.dtype == torch.float16  # in which tiles may overflow
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
         ):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, **options)
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
@@ -91,10 +117,17 @@ class FastestAttention(AttnProcessor2_0):
             tokens.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             for tokens in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
         )
-        shape = ("attention", query.shape[1:], key.shape[2], query.dtype)
-        seen = fastest(ATTENTIONS, shape, query, key, value)
+        shape = ("attention", *self.ways, query.shape[1:], key.shape[2], query.dtype)
+        seen = fastest(self.ways, shape, query, key, value)
         joined = seen.transpose(1, 2).flatten(2)
         return attn.to_out[1](attn.to_out[0](joined)) / attn.rescale_output_factor
+
+
+FASTEST = FastestAttention(ATTENTIONS)
+"""What rounds about as torch does."""
+
+ACCURATE = FastestAttention(ACCURATE_ATTENTIONS)
+"""What rounds no more than torch does."""
 
 
 def fastest_linear(layer: nn.Linear, tokens: Tensor) -> Tensor:
@@ -109,7 +142,7 @@ CHOSEN: dict[Any, str] = {}
 """What this process knows of shapes."""
 
 
-def fastest(ways: Mapping[str, Callable[..., Tensor]], shape: tuple[Any, ...], *arguments: Any) -> Tensor:
+def fastest(ways: Ways, shape: tuple[Any, ...], *arguments: Any) -> Tensor:
     """Compute something the way that is the fastest for its shape on this machine.
 
     Args:
@@ -123,7 +156,7 @@ def fastest(ways: Mapping[str, Callable[..., Tensor]], shape: tuple[Any, ...], *
     return ways[name](*arguments)
 
 
-def remembered(ways: Mapping[str, Callable[..., Tensor]], shape: tuple[Any, ...], arguments: tuple[Any, ...]) -> str:
+def remembered(ways: Ways, shape: tuple[Any, ...], arguments: tuple[Any, ...]) -> str:
     """The name of the fastest way: what was found here earlier, or else what is found now and written down.
 
     Choices lie in ``~/.cache/sdmodule/kernels``. Where that cannot be written, each process measures by itself.
@@ -140,7 +173,7 @@ def remembered(ways: Mapping[str, Callable[..., Tensor]], shape: tuple[Any, ...]
     return name
 
 
-def measured(ways: Mapping[str, Callable[..., Tensor]], arguments: tuple[Any, ...]) -> str:
+def measured(ways: Ways, arguments: tuple[Any, ...]) -> str:
     """The name of the fastest way; they run in turn, and the best of their times are compared."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(1 + TRIALS):  # the first warms up

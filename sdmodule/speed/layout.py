@@ -31,6 +31,13 @@ def channels_last(*modules: nn.Module) -> Iterator[None]:
                 weight.data = weight.data.contiguous()
 
 
+def is_channels_last(module: nn.Module) -> bool:
+    """Whether the weights of a module's convolutions have their channels innermost, and no other layout as well."""
+    last = torch.channels_last
+    weights = [weight for weight in module.parameters() if weight.ndim == 4 and not weight.is_contiguous()]
+    return bool(weights) and all(weight.is_contiguous(memory_format=last) for weight in weights)
+
+
 @contextmanager
 def tokens_in_place(*modules: nn.Module) -> Iterator[None]:
     """Let the transformers of modules leave their results as their tokens lie, inside a ``with`` block."""

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
-
-from sdmodule.tome.blocks import transformer_blocks
 
 
 class Remembered(nn.Module):
@@ -40,8 +39,8 @@ def text_remembered(unet: Any, embeddings: Tensor) -> Iterator[None]:
     """
     layers: list[tuple[nn.Module, str, nn.Module]] = []
     try:
-        for block, _ in transformer_blocks(unet):
-            attention = block.attn2
+        for block in unet.modules():
+            attention = block.attn2 if isinstance(block, BasicTransformerBlock) else None
             if attention is None or attention.norm_cross:
                 continue
             for name in ("to_k", "to_v"):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import tomesd
 import torch
 
+from sdmodule.speed.kernels import ACCURATE, FASTEST, attention_of
+from sdmodule.speed.layout import is_channels_last, tokens_in_place
 from sdmodule.tome.blocks import Grid, blocks_to_merge
 from sdmodule.tome.destinations import draw_destinations
 from sdmodule.tome.exact import ExactMatching
@@ -30,7 +32,11 @@ def stay_at_the_first_step(step: int) -> None:
 def merged(
     unet: Any, settings: TokenMerging, seeds: Sequence[int], size: Grid, steps: int
 ) -> Iterator[Callable[[int], None]]:
-    """Merge by one of this package's engines; see ``TokenMerging.applied``."""
+    """Merge by one of this package's engines; see ``TokenMerging.applied``.
+
+    On CPU in bfloat16 the attention of merged blocks is that of ``speed.kernels``, if torch's was not asked for by
+    name: torch's own takes most of what merging leaves. In channels_last the transformers leave tokens as they lie.
+    """
     pairs: list[tuple[Any, ExactMatching | WindowMatching]] = []
     for placed in blocks_to_merge(unet, settings.max_downsample):
         matching = ExactMatching if settings.engine == "exact" else WindowMatching
@@ -60,7 +66,13 @@ def merged(
             )
             block.__class__ = MergedBlock
         start_step(0)
-        yield start_step
+        with ExitStack() as stack:
+            if unet.device.type == "cpu" and unet.dtype == torch.bfloat16:
+                processor = ACCURATE if settings.engine == "exact" else FASTEST
+                stack.enter_context(attention_of([block for block, _ in pairs], processor))
+            if is_channels_last(unet):
+                stack.enter_context(tokens_in_place(unet))
+            yield start_step
     finally:
         for block, kind, merging in before:
             block.__class__ = kind

@@ -19,9 +19,11 @@ def forget():
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("settings", CASES)
-def test_a_unet_is_one_graph_for_ten_steps(unet, inputs, settings):
+def test_a_unet_is_one_graph_for_ten_steps(unet, inputs, settings, dtype):
     latents, _, text = inputs
+    unet, latents, text = unet.to(dtype), latents.to(dtype), text.to(dtype)
     graphs = CompileCounter()
     compiled = torch.compile(unet, backend=graphs, fullgraph=True)
     with TokenMerging(max_downsample=2, **settings).applied(unet, steps=10) as start_step, torch.no_grad():
@@ -29,7 +31,8 @@ def test_a_unet_is_one_graph_for_ten_steps(unet, inputs, settings):
             start_step(step)
             timestep = torch.tensor(900 - 50 * step)
             merged = compiled(latents, timestep, text).sample
-            assert torch.equal(merged, unet(latents, timestep, text).sample)
+            if dtype == torch.float32:  # in bfloat16 what is not compiled may have another attention
+                assert torch.equal(merged, unet(latents, timestep, text).sample)
     assert graphs.frame_count == 1
 
 

@@ -7,6 +7,9 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from tomesd.merge import bipartite_soft_matching_random2d
 
+from sdmodule.speed import kernels
+from sdmodule.speed.attention import attention_by
+from sdmodule.speed.layout import TokensInPlace
 from sdmodule.tome.destinations import draw_destinations
 from sdmodule.tome.exact import ExactMatching
 from sdmodule.tome.merged_block import BlockMerging, MergedBlock
@@ -98,3 +101,51 @@ def test_gradients_are_those_of_tomesd(inputs):
         grads.append(torch.cat([p.grad.flatten() for p in unet.parameters()]))
     assert torch.allclose(grads[0], grads[1], rtol=1e-4, atol=1e-6)
     assert grads[1].abs().sum() > 0
+
+
+@pytest.fixture
+def in_bfloat16(unet, inputs):
+    """Of both, which then see 16 x 16 tokens."""
+    latents, timestep, text = inputs
+    return unet.to(torch.bfloat16), (latents.bfloat16(), timestep, text.bfloat16())
+
+
+@pytest.fixture
+def tiles_are_fastest(monkeypatch):
+    monkeypatch.setattr(
+        kernels, "fastest", lambda ways, shape, *given: next(w for n, w in ways.items() if n != "torch")(*given)
+    )
+
+
+def test_in_bfloat16_attention_by_tiles_comes_as_near_to_the_unmerged_picture(in_bfloat16, tiles_are_fastest):
+    unet, inputs = in_bfloat16
+    before = unet.attn_processors
+    errors = []
+    with torch.no_grad():
+        plain = unet(*inputs).sample.float()
+        for applied in (tomesd_applied(unet, seed=7, ratio=0.5), TokenMerging().applied(unet, [7])):
+            with applied:
+                errors.append(float((unet(*inputs).sample.float() - plain).norm()))
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
+    assert unet.attn_processors == before
+
+
+def test_attention_asked_for_by_name_stays(in_bfloat16):
+    unet, _ = in_bfloat16
+    with attention_by(unet, "math"):
+        asked = unet.attn_processors
+        with TokenMerging().applied(unet):
+            assert unet.attn_processors == asked
+
+
+def test_in_channels_last_tokens_stay_in_place(unet, inputs):
+    with torch.no_grad():
+        with TokenMerging().applied(unet, [7]):
+            wanted = unet(*inputs).sample
+        unet.to(memory_format=torch.channels_last)
+        before = [type(part) for part in unet.modules()]
+        with TokenMerging().applied(unet, [7]):
+            assert any(isinstance(part, TokensInPlace) for part in unet.modules())
+            seen = unet(*inputs).sample
+    assert torch.allclose(seen, wanted, atol=1e-5)
+    assert [type(part) for part in unet.modules()] == before
