@@ -9,26 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from pathlib import Path
 from typing import Any, Self
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from lightning import LightningModule
 from torch import Tensor
 from typing_extensions import override
 
 from sdmodule.base_model import BaseModel
-from sdmodule.checkpoint_files import check_weights
 from sdmodule.checkpointing import checkpoint_blocks
 from sdmodule.compiling import compile_blocks
 from sdmodule.components import load_components
 from sdmodule.conditioning.canvas import InpaintSettings, check_inpaint
 from sdmodule.conditioning.controlnet import ControlGuide, load_controlnet
-from sdmodule.conditioning.inpaint import HoleTraining, convert_to_inpaint, inpaints, mask_channels, masked
-from sdmodule.conditioning.random_masks import draw_masks
+from sdmodule.conditioning.inpaint import HoleTraining, convert_to_inpaint, inpaints
 from sdmodule.conditioning.text import encode_prompts, literal
+from sdmodule.conditions import control, mask_channels, weights_of_places
 from sdmodule.data.cached import CachedEmbeddings
 from sdmodule.diffusion.objective import (
     add_noise,
@@ -42,8 +39,9 @@ from sdmodule.draws import Draws, generator_at, generators_of_examples, seeded
 from sdmodule.errors import SettingsError, choices
 from sdmodule.inference import infer
 from sdmodule.interop.adapters import chosen_adapters, use_adapters
+from sdmodule.kept import load_state_dict, on_load_checkpoint, on_save_checkpoint, save_pretrained
 from sdmodule.objective import SQUARED_ERROR, Objective
-from sdmodule.optimizers import build_optimizer, check_optimizer, check_state, name_optimizers, parameter_groups
+from sdmodule.optimizers import build_optimizer, check_optimizer, parameter_groups
 from sdmodule.privacy import shortened
 from sdmodule.ranges import check_whole, is_number
 from sdmodule.requests import INPAINT, TASKS, TEXT2IMAGE, SampleRequest
@@ -51,6 +49,7 @@ from sdmodule.samples import Samples
 from sdmodule.sampling import check_settings, describe, sample_all
 from sdmodule.schedulers import make_scheduler
 from sdmodule.settings import SamplingSettings
+from sdmodule.speed.attention import plain_attention
 from sdmodule.speed.memory import memory_kept
 from sdmodule.speed.prepare import prepared
 from sdmodule.speed.settings import choose_speed
@@ -225,12 +224,7 @@ class StableDiffusionModule(LightningModule):
         if self.device.type == "cpu":
             self._prepared.enter_context(memory_kept())
         if self.device.type == "cpu" and "bf16" in str(self.trainer.precision):
-            # The backward pass of torch's fused attention was once seen to take four times as long on CPU as plain
-            # products; in float32 it was measured since to be the faster one, and it keeps less.
-            for network in (self.unet, self.controlnet):
-                if network is not None:
-                    network.set_attn_processor(AttnProcessor())
-            self.text_encoder.set_attn_implementation("eager")
+            self._prepared.enter_context(plain_attention(self.text_encoder, self.unet, self.controlnet))
 
     @override
     def on_fit_end(self) -> None:
@@ -291,36 +285,9 @@ class StableDiffusionModule(LightningModule):
         predicted = self.unet(seen, timesteps, encoder_hidden_states=embeddings, **residuals).sample
         return objective.errors(predicted, wanted, kind, self.alphas_cumprod, timesteps)
 
-    def control(self, batch: Mapping[str, Any]) -> ControlGuide | None:
-        """The ControlNet with the control pictures of a batch, ``conditioning`` ``[B, 3, H, W]`` in [0, 1].
-
-        Raises:
-            SettingsError: if there is a ControlNet and the data has no such pictures.
-        """
-        if self.controlnet is None:
-            return None
-        if "conditioning" not in batch:
-            raise SettingsError("tuning=controlnet needs control pictures; set data.conditioning=canny or files.")
-        return ControlGuide(self.controlnet, batch["conditioning"])
-
-    def weights_of_places(self, batch: Mapping[str, Any], errors: Tensor, channels: Tensor | None) -> Tensor:
-        """How much the error of each place counts, ``[B, 1, h, w]``: that of a hole, that outside a mask."""
-        weights = torch.ones_like(errors)
-        if channels is not None:
-            weights = weights + (self.holes.hole_weight - 1.0) * channels[:, :1]
-        return self.objective.masking(weights, batch.get("mask"))
-
-    def mask_channels(self, batch: Mapping[str, Any], generator: Draws, whole: float) -> Tensor:
-        """The mask of each picture and the latents of what it leaves, ``[B, 5, h, w]``.
-
-        Masks are the batch's own, ``mask`` ``[B, 1, H, W]``, or else drawn, a share ``whole`` of them of everything.
-        """
-        images = batch["image"]
-        masks = batch.get("mask")
-        if masks is None:
-            masks = draw_masks(len(images), images.shape[-2:], whole, generator)
-        masks = masks.to(images)
-        return mask_channels(masks, self.encode_images({"image": masked(images, masks)}, generator))
+    control = control  # functions of their own file, like `infer`
+    weights_of_places = weights_of_places
+    mask_channels = mask_channels
 
     @torch.no_grad()
     def encode_moments(self, image: Tensor) -> Tensor:
@@ -428,33 +395,7 @@ class StableDiffusionModule(LightningModule):
 
     # ---------------------------------------------------------------------------------------------- files
 
-    def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
-        """Write what is trained, its weights as ``dtype``: a folder that diffusers' pipeline loads, or an adapter."""
-        if self.adapters and not self.hparams["merge_adapters"]:
-            raise SettingsError("adapters stand beside the weights; set merge_adapters=true to write them together.")
-        with self.whole_weights():
-            self.tuning.export(self.parts, folder, dtype)
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is trained; the frozen parts are in the base model, whose identity is kept instead."""
-        kept = {name for name, value in self.named_parameters() if value.requires_grad}
-        checkpoint["state_dict"] = {name: v for name, v in checkpoint["state_dict"].items() if name in kept}
-        self.base_model.save(checkpoint)
-        name_optimizers(checkpoint, self._trainer)
-
-    @override
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Lightning tells of all that a checkpoint misses: frozen weights are no part of one."""
-        found = super().load_state_dict(state_dict, strict, assign)
-        trained = {name for name, value in self.named_parameters() if value.requires_grad}
-        found.missing_keys[:] = [name for name in found.missing_keys if name in trained]
-        return found
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.base_model.check(checkpoint)
-        if self.holes.convert and not inpaints(self.unet):  # loaded without a trainer, which would have set it up
-            convert_to_inpaint(self.unet)
-        check_weights(checkpoint["state_dict"], self)
-        check_state(checkpoint, self.optimizer, self.lr_scheduler, self.parameter_groups, self._trainer)
+    save_pretrained = save_pretrained
+    on_save_checkpoint = on_save_checkpoint
+    on_load_checkpoint = on_load_checkpoint
+    load_state_dict = load_state_dict

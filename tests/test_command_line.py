@@ -8,7 +8,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from sdmodule.cli import instantiate
+from sdmodule.building import instantiate
 from sdmodule.command_line import quoted
 
 LETTERS = ["a", "é", " ", "'", '"', "\\", "$", "{", "}", "[", "]", "(", ")", ",", ":", "=", "?", "#", "\n", "\t", "🦊"]

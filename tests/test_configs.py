@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from sdmodule import StableDiffusionModule
+from sdmodule.building import build_trainer, instantiate
 from sdmodule.callbacks.cache import Cache
-from sdmodule.cli import build_trainer, instantiate
 from sdmodule.components import ASSETS
 from sdmodule.errors import SettingsError
 from sdmodule.schedulers import SHORT_NAMES

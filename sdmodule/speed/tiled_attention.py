@@ -65,7 +65,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype | None 
     dtype = dtype or torch.promote_types(query.dtype, torch.float32)
     # of the exponents that a number can have, half is left to the sum, and to the values
     overflow = not largest_score(query, key) < math.log(torch.finfo(dtype).max) / 2
-    queries, keys = (x.to(dtype, memory_format=torch.contiguous_format) for x in (query, key.transpose(1, 2)))
+    queries, keys = query.to(dtype).contiguous(), key.to(dtype).contiguous().transpose(1, 2)  # or each product copies
     values = torch.empty(heads, count, width + SUMS, dtype=dtype)
     values[..., :width] = value
     values[..., width:] = torch.arange(count)[:, None] % SUMS == torch.arange(SUMS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 from lightning import Callback
 
 from sdmodule.callbacks.frozen_weights import FrozenWeights
@@ -78,6 +79,7 @@ def test_they_are_in_16_bits_at_a_step_and_whole_in_validation(checkpoint, tmp_p
         if small:
             assert torch.equal(seen.values[name], dict(module.named_parameters())[name].to(dtype)), name
     assert all(seen.innermost)
+    assert {type(one) for one in module.unet.attn_processors.values()} == {AttnProcessor2_0}  # as before the training
     assert set(seen.types["validation"].values()) == {torch.float32}
     assert len(list(tmp_path.glob("*.png"))) == 2
 
@@ -109,7 +111,8 @@ def test_pictures_and_files_are_of_whole_weights_at_any_time(checkpoint, tmp_pat
 
     curious = Curious()
     module, _ = train(checkpoint, FrozenWeights(), curious, tuning={"kind": "full"})
-    assert torch.equal(curious.picture, module.infer("a star", return_type="tensor", show_progress=False)["samples"])
+    later = module.infer("a star", return_type="tensor", show_progress=False)["samples"]
+    assert torch.allclose(curious.picture, later, atol=1e-4)  # another attention, and weights that were never rounded
     written = load_components(str(tmp_path)).vae.state_dict()
     assert all(torch.equal(weight, written[name]) for name, weight in module.vae.state_dict().items())
 
