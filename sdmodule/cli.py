@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -23,7 +24,7 @@ from sdmodule.command_line import quoted, verbatim, with_recipe
 from sdmodule.errors import SettingsError, unwritable
 from sdmodule.privacy import redacted
 from sdmodule.quiet import quiet
-from sdmodule.ranges import check_seed
+from sdmodule.ranges import check_flag, check_seed
 from sdmodule.sentences import composing, one_line, one_sentence
 from sdmodule.startup import imported, importing
 
@@ -39,9 +40,10 @@ def train(cfg: DictConfig) -> None:
     """Fine-tune a model: data, callbacks, loggers, trainer, model, fit."""
     from sdmodule.callbacks.export import Export
     from sdmodule.preflight import check_together
-    from sdmodule.resume import Ending, find_checkpoint
+    from sdmodule.resume import Ending, check_fits, find_checkpoint
 
     check_seed("seed", cfg.seed)
+    check_flag("validate_first", cfg.validate_first)
     output_dir = choose_output(cfg)
     model = None
     if cfg.resolution is None and cfg.data.get("resolution", 0) is None:
@@ -59,6 +61,8 @@ def train(cfg: DictConfig) -> None:
     model.trainer = trainer
     model.setup("fit")  # as is a model that cannot be trained like this
     check_together(model, data, trainer.callbacks)  # type: ignore[attr-defined]
+    if cfg.ckpt_path:
+        check_fits(cfg.ckpt_path, model, trainer)
     write_config(cfg, output_dir)
     config = redacted(OmegaConf.to_container(cfg, resolve=True))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -75,6 +79,7 @@ def predict(cfg: DictConfig) -> None:
     """Sample pictures: requests, callbacks, loggers, trainer, model, predict."""
     from sdmodule.run_folder import finished, set_aside
 
+    check_flag("resume", cfg.resume)
     output_dir = choose_output(cfg)
     data = instantiate(cfg.data)
     trainer = build_trainer(cfg)
@@ -164,11 +169,23 @@ def instantiate(node: DictConfig, **extra: Any) -> Any:
                 if package in str(error.__cause__) and isinstance(error.__cause__, ImportError):
                     install = f"pip install 'sdmodule[{package}]'"
                     raise SettingsError(f"{name}={package} needs the package {package}; {install}.") from error
-            cause = SettingsError(f"{name}: these settings cannot be used: {one_line(error.__cause__)}")
+            cause = not_taken(error, name) or SettingsError(
+                f"{name}: these settings cannot be used: {one_line(error.__cause__)}"
+            )
         raise (cause or error) from error
     except (TypeError, ValueError, AttributeError) as error:  # Hydra's own, for what it cannot read
         name = node._get_full_key(None) if isinstance(node, DictConfig) else "settings"
         raise SettingsError(f"{name}: these settings cannot be used: {one_line(error)}") from error
+
+
+def not_taken(error: InstantiationException, name: str) -> SettingsError | None:
+    """What to do with a setting that a target does not take; None for an error of another kind."""
+    found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error.__cause__))
+    if found is None:
+        return None
+    inner = re.search(r"full_key: (\S+)", str(error))
+    key = ".".join([name, *([inner[1]] if inner else []), found[2]])
+    return SettingsError(f"{key} is no setting of {found[1]}; leave it out, or, where a file sets it, add ~{key}.")
 
 
 def choose_output(cfg: DictConfig) -> Path:
