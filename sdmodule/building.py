@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import hydra
@@ -73,8 +74,20 @@ def instantiate(node: DictConfig, **extra: Any) -> Any:
                 if package in str(error.__cause__) and isinstance(error.__cause__, ImportError):
                     install = f"pip install 'sdmodule[{package}]'"
                     raise SettingsError(f"{name}={package} needs the package {package}; {install}.") from error
-            cause = SettingsError(f"{name}: these settings cannot be used: {one_line(error.__cause__)}")
+            cause = not_taken(error, name) or SettingsError(
+                f"{name}: these settings cannot be used: {one_line(error.__cause__)}"
+            )
         raise (cause or error) from error
     except (TypeError, ValueError, AttributeError) as error:  # Hydra's own, for what it cannot read
         name = node._get_full_key(None) if isinstance(node, DictConfig) else "settings"
         raise SettingsError(f"{name}: these settings cannot be used: {one_line(error)}") from error
+
+
+def not_taken(error: InstantiationException, name: str) -> SettingsError | None:
+    """What to do with a setting that a target does not take; None for an error of another kind."""
+    found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error.__cause__))
+    if found is None:
+        return None
+    inner = re.search(r"full_key: (\S+)", str(error))
+    key = ".".join([name, *([inner[1]] if inner else []), found[2]])
+    return SettingsError(f"{key} is no setting of {found[1]}; leave it out, or, where a file sets it, add ~{key}.")

@@ -22,7 +22,7 @@ from sdmodule.command_line import quoted, with_recipe
 from sdmodule.errors import unwritable
 from sdmodule.privacy import redacted
 from sdmodule.quiet import quiet
-from sdmodule.ranges import check_seed
+from sdmodule.ranges import check_flag, check_seed
 from sdmodule.sentences import composing, one_sentence
 from sdmodule.startup import imported, importing
 
@@ -34,9 +34,10 @@ def train(cfg: DictConfig) -> None:
     """Fine-tune a model: data, callbacks, loggers, trainer, model, fit."""
     from sdmodule.callbacks.export import Export
     from sdmodule.preflight import check_together
-    from sdmodule.resume import Ending, find_checkpoint
+    from sdmodule.resume import Ending, check_fits, find_checkpoint
 
     check_seed("seed", cfg.seed)
+    check_flag("validate_first", cfg.validate_first)
     output_dir = choose_output(cfg)
     model = None
     if cfg.resolution is None and cfg.data.get("resolution", 0) is None:
@@ -54,6 +55,8 @@ def train(cfg: DictConfig) -> None:
     model.trainer = trainer
     model.setup("fit")  # as is a model that cannot be trained like this
     check_together(model, data, trainer.callbacks)  # type: ignore[attr-defined]
+    if cfg.ckpt_path:
+        check_fits(cfg.ckpt_path, model, trainer)
     write_config(cfg, output_dir)
     config = redacted(OmegaConf.to_container(cfg, resolve=True))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -70,6 +73,7 @@ def predict(cfg: DictConfig) -> None:
     """Sample pictures: requests, callbacks, loggers, trainer, model, predict."""
     from sdmodule.run_folder import finished, set_aside
 
+    check_flag("resume", cfg.resume)
     output_dir = choose_output(cfg)
     data = instantiate(cfg.data)
     trainer = build_trainer(cfg)

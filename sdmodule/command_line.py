@@ -23,8 +23,10 @@ PATHS = (
     *("pretrained", "controlnet", "prompts", "ckpt_path", "output_dir", "cache.folder"),
     *("components.unet", "components.vae", "components.text_encoder", "components.tokenizer", "components.scheduler"),
     *("data.root", "data.val_root", "data.class_root", "data.made_in", "callbacks.export.folder"),
+    *("data.name", "data.split", "data.val_split", "data.subset", "data.image_column", "data.caption_column"),
 )
-"""Keys whose values are files and folders, which Hydra may read where it can: a sweep may be over several of them."""
+"""Keys whose values are files and folders, or what a data set calls its parts, which Hydra may read where it can: a
+sweep may be over several of them."""
 
 MISSING = "???"
 """What OmegaConf takes for a value that is not given."""

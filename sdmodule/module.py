@@ -43,7 +43,7 @@ from sdmodule.kept import load_state_dict, on_load_checkpoint, on_save_checkpoin
 from sdmodule.objective import SQUARED_ERROR, Objective
 from sdmodule.optimizers import build_optimizer, check_optimizer, parameter_groups
 from sdmodule.privacy import shortened
-from sdmodule.ranges import check_whole, is_number
+from sdmodule.ranges import check_flag, check_whole, is_number
 from sdmodule.requests import INPAINT, TASKS, TEXT2IMAGE, SampleRequest
 from sdmodule.samples import Samples
 from sdmodule.sampling import check_settings, describe, sample_all
@@ -148,6 +148,8 @@ class StableDiffusionModule(LightningModule):
             )
         check_prior_weight(prior_weight)
         check_whole("model.seed", seed, least=0)
+        check_flag("model.compile", compile)
+        check_flag("merge_adapters", merge_adapters)
         if not is_number(caption_dropout) or not 0 <= caption_dropout <= 1:
             raise SettingsError(f"model.caption_dropout={caption_dropout} is not allowed; give a share from 0 to 1.")
         if not is_number(timestep_shift) or timestep_shift <= 0:

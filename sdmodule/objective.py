@@ -14,6 +14,7 @@ from torch import Tensor
 from sdmodule.diffusion.objective import PREDICTION_TYPES, pseudo_huber
 from sdmodule.diffusion.weighting import WEIGHTINGS, loss_weights
 from sdmodule.errors import SettingsError, choices
+from sdmodule.ranges import check_flag
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,7 @@ class Objective:
                 f"objective.weighting={self.weighting} is not known; give one of {choices(WEIGHTINGS)}."
             )
         for name in ("zero_terminal_snr", "masked"):
-            if not isinstance(getattr(self, name), bool):
-                raise SettingsError(f"objective.{name}={getattr(self, name)} is not allowed; give true or false.")
+            check_flag(f"objective.{name}", getattr(self, name))
         for name in ("snr_gamma", "huber_delta"):
             value = getattr(self, name)
             if not (_is_number(value) and value > 0) and not (value is None and name == "huber_delta"):

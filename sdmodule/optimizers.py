@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from lightning import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from sdmodule.errors import SettingsError
+from sdmodule.ranges import is_number
 
 FUSABLE = (torch.optim.Adam, torch.optim.AdamW)
 """Those of torch that update all weights in one pass where ``fused`` says so."""
@@ -82,12 +84,12 @@ def check_state(
         make: takes parameters and returns the optimizer.
         schedule: takes the optimizer and returns the schedule of its learning rate.
         parameters: what is trained, or groups of it; it is left as it is.
-        trainer: what goes on from the checkpoint; if it is for no training, nothing is checked.
+        trainer: what goes on from the checkpoint, or is about to; if it is for no training, nothing is checked.
 
     Raises:
         SettingsError: if not.
     """
-    if trainer is None or not trainer.training:
+    if trainer is None or trainer.state.fn not in (None, TrainerFn.FITTING):
         return
     if trainer.strategy.restore_checkpoint_after_setup or not held.get("optimizer_states"):  # these are cut up
         return
@@ -103,14 +105,53 @@ def check_state(
             f"the checkpoint's optimizer is not {name} of {' + '.join(map(str, sizes))} weights, which it is here; "
             "give the model.optimizer and tuning that it was trained with."
         )
-    steps = trainer.max_steps
-    if schedule is None or not isinstance(schedule(optimizer), OneCycleLR):
-        return
-    for ends in (one["total_steps"] for one in held.get("lr_schedulers", []) if one.get("total_steps", steps) < steps):
+    steps, schedules = trainer.max_steps, held.get("lr_schedulers", [])
+    scheduler = None if schedule is None else schedule(optimizer)
+    if bool(schedules) != (scheduler is not None):
         raise SettingsError(
-            f"the checkpoint's OneCycleLR ends after {ends} steps and trainer.max_steps={steps}; give "
-            f"trainer.max_steps={ends}, or another model.lr_scheduler."
+            f"the checkpoint was trained with{'' if schedules else 'out'} a model.lr_scheduler, and one is "
+            f"{'not ' if schedules else ''}given; give the one that it was trained with."
         )
+    for ends in (one["total_steps"] for one in schedules if one.get("total_steps", steps) < steps):
+        if isinstance(scheduler, OneCycleLR):
+            raise SettingsError(
+                f"the checkpoint's OneCycleLR ends after {ends} steps and trainer.max_steps={steps}; give "
+                f"trainer.max_steps={ends}, or another model.lr_scheduler."
+            )
+    _check_given(make, optimizer.param_groups, groups)
+    if scheduler is not None:
+        _check_same("model.lr_scheduler.", _keywords(schedule), scheduler.state_dict(), schedules[0])
+
+
+def _keywords(make: Any) -> set[str]:
+    """The settings that were given of what is to be made."""
+    return set(make.keywords) if isinstance(make, partial) else set()
+
+
+def _check_given(make: Any, groups: Iterable[dict[str, Any]], held: Iterable[dict[str, Any]]) -> None:
+    """Check what was given of an optimizer; what a schedule changes is left out, but for the rate at the start."""
+    given = _keywords(make)
+    for number, (ours, theirs) in enumerate(zip(groups, held, strict=True)):
+        own, other = ({"lr": group.get("initial_lr", group.get("lr"))} for group in (ours, theirs))
+        if number or "lr" in given:
+            _check_same("tuning.text_encoder_" if number else "model.optimizer.", {"lr"}, own, other)
+        changed = {"lr", "momentum"} if "initial_lr" in ours else {"lr"}
+        _check_same("model.optimizer.", given - changed, ours, theirs)
+
+
+def _check_same(key: str, names: Iterable[str], ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Check that a checkpoint, which a training goes on with, has the numbers that were given.
+
+    Raises:
+        SettingsError: if not.
+    """
+    for name in sorted(names):
+        own, other = ours.get(name), theirs.get(name)
+        if is_number(own) and is_number(other) and own != other:
+            raise SettingsError(
+                f"{key}{name}={own} was given, and the checkpoint goes on with {other}; give {other}, or begin a "
+                "training of its own without ckpt_path."
+            )
 
 
 def build_optimizer(

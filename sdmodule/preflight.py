@@ -28,12 +28,27 @@ def check_together(model: Any, data: Any, callbacks: Sequence[Callback]) -> None
     Raises:
         SettingsError: if they cannot.
     """
+    _check_size(model, data)
     _check_masks(model, data)
     _check_word(model, data)
     _check_priors(model, data, callbacks)
     for callback in callbacks:
         if isinstance(callback, Cache):
             callback.check(data, model)
+
+
+def _check_size(model: Any, data: Any) -> None:
+    """Whether the autoencoder makes whole latents of pictures of this size."""
+    autoencoder, size = getattr(model, "vae", None), getattr(data, "size", None)
+    if autoencoder is None or size is None:
+        return
+    factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
+    if odd := [side for side in size if side % factor]:
+        below = max(odd[0] // factor, 1) * factor
+        raise SettingsError(
+            f"resolution={size[0]}x{size[1]} is not allowed (height x width); give multiples of {factor}, such as "
+            f"{below} or {below + factor}."
+        )
 
 
 def _check_masks(model: Any, data: Any) -> None:

@@ -15,6 +15,7 @@ from sdmodule.conditioning.controlnet import read_controls
 from sdmodule.conditioning.masked_picture import MaskedPicture, count_pictures, pair
 from sdmodule.conditioning.text import parse_weights
 from sdmodule.errors import SettingsError, choices
+from sdmodule.ranges import check_flag
 
 LARGEST_SEED = 2**64 - 1
 """Of torch's generators."""
@@ -161,6 +162,7 @@ def _pictures(image: Any, mask: Any, count: int, task: str) -> Sequence[MaskedPi
 
 def _controls(control: Any, edges: bool, count: int) -> Sequence[Image.Image | None]:
     """The control picture of each of ``count`` prompts; None for each where there is none."""
+    check_flag("control_edges", edges)
     if control is not None:
         return read_controls(control, edges, count)
     if edges:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
@@ -40,6 +42,25 @@ def find_checkpoint(ckpt_path: str | None, output_dir: Path, max_steps: int, end
             "give a larger trainer.max_steps."
         )
     return str(path)
+
+
+def check_fits(path: str, model: LightningModule, trainer: Trainer) -> None:
+    """Check that a training can go on from a checkpoint, before anything is written.
+
+    Args:
+        path: of the checkpoint.
+        model: set up for the training.
+        trainer: of the training, which the model knows.
+
+    Raises:
+        SettingsError: if not.
+    """
+    if not os.path.isdir(path):
+        model.on_load_checkpoint(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+    elif type(trainer.strategy) in (SingleDeviceStrategy, DDPStrategy):
+        raise SettingsError(
+            f"ckpt_path={path} is a folder, such as trainer=fsdp and deepspeed alone write; give a .ckpt file, or last."
+        )
 
 
 def newest_whole(folder: Path) -> Path:

@@ -124,7 +124,10 @@ def test_train_writes_checkpoints_samples_figures_and_a_pipeline(call, checkpoin
 def test_train_takes_fewer_pictures_than_a_batch_and_none_to_validate_on(call, checkpoint, photos, tmp_path):
     settings = [f"data.root={photos}", f"pretrained={checkpoint}", f"output_dir={tmp_path / 'out'}", "+steps=2"]
     settings += ["data.batch_size=16", "data.val_fraction=0", "trainer.max_steps=3", "trainer.val_check_interval=2"]
-    status, _, complaint = call(train_main, *settings, "resolution=32")
+    with pytest.warns(
+        UserWarning, match=r"data\.batch_size=16: there are 6 pictures to train on, so a batch is of 6\."
+    ):
+        status, _, complaint = call(train_main, *settings, "resolution=32")
     assert (status, complaint) == (0, "")
     assert (tmp_path / "out" / "samples" / "000003.png").is_file()
     assert (tmp_path / "out" / "export" / "model_index.json").is_file()
@@ -147,6 +150,9 @@ def test_a_training_goes_on_from_its_checkpoint(call, checkpoint, photos, tmp_pa
     assert call(train_main, *settings, "resolution=32", "trainer.max_steps=2")[0] == 0
     status, _, complaint = call(train_main, *settings, "trainer.max_steps=2", f"ckpt_path={last}")
     assert status == 1 and "nothing to train" in complaint
+    status, _, complaint = call(train_main, *settings, "trainer.max_steps=5", f"ckpt_path={last.parent}")
+    assert status == 1 and f"ckpt_path={last.parent} is a folder" in complaint and complaint.count("\n") == 1
+    told(call(predict_main, f"pretrained={last}", "prompt=a cat"), "is a checkpoint of a training, whose export/ is")
     settings += ["resolution=32", "callbacks.checkpoint.every_n_train_steps=4"]
     status, _, complaint = call(train_main, *settings, "trainer.max_steps=5", f"ckpt_path={last}")
     assert (status, complaint) == (0, "")
@@ -248,6 +254,9 @@ WRONG_PREDICT = {
     "no picture": (["model=inpaint"], ["model=inpaint", "image="]),
     "picture not there": (["model=inpaint", "image=a.png", "mask=[0,0,8,8]"], ["image=a.png", "not found"]),
     "precision": (["precision=5"], ["trainer", "precision", "5"]),
+    "resumed or not": (["resume=no"], ["resume=no", "true or false"]),
+    "merged or not": (["merge_adapters=no"], ["merge_adapters=no", "true or false"]),
+    "edges or not": (["control_edges=no"], ["control_edges=no", "true or false"]),
 }
 
 
@@ -328,7 +337,15 @@ WRONG_TRAIN = {
     "no steps": (["data.root=PHOTOS", "trainer.max_steps=0"], ["trainer.max_steps=0", "at least 1"]),
     "no checkpoint": (["data.root=PHOTOS", "ckpt_path=nothing.ckpt"], ["ckpt_path=nothing.ckpt"]),
     "broken checkpoint": (["data.root=PHOTOS", "ckpt_path=PHOTOS/0.png"], ["ckpt_path=", "0.png"]),
-    "unknown setting": (["data.root=PHOTOS", "+data.foo=1"], ["data", "foo"]),
+    "unknown setting": (["data.root=PHOTOS", "+data.foo=1"], ["data.foo is no setting", "~data.foo"]),
+    "a word for data with captions": (
+        ["experiment=textual_inversion", "data=huggingface", "data.name=photos"],
+        ["data.prompt is no setting", "~data.prompt"],
+    ),
+    "unknown setting of a callback": (
+        ["data.root=PHOTOS", "+callbacks.ema.foo=1"],
+        ["callbacks.ema.foo is no setting of EMA", "~callbacks.ema.foo"],
+    ),
     "unknown data": (["data=foo"], ["data/foo", "image_folder"]),
     "a seed below 0": (["data.root=PHOTOS", "seed=-1"], ["seed=-1", "4294967295"]),
     "a seed of words": (["data.root=PHOTOS", "seed=abc"], ["seed=abc", "4294967295"]),
@@ -358,6 +375,15 @@ WRONG_TRAIN = {
     ),
     "no seed of validation": (["data.root=PHOTOS", "callbacks.samples.seed=abc"], ["samples.seed=abc"]),
     "no weight in validation": (["data.root=PHOTOS", "callbacks.samples.prompts=['a (cat:30)']"], ["30", "a (cat:30)"]),
+    "neither on nor off": (["data.root=PHOTOS", "data.random_flip=no"], ["data.random_flip=no", "true or false"]),
+    "compiled or not": (["data.root=PHOTOS", "model.compile=no"], ["model.compile=no", "true or false"]),
+    "validated first or not": (["data.root=PHOTOS", "validate_first=no"], ["validate_first=no", "true or false"]),
+    "no folder at all": (["data.root="], ["data.root=", "names no place"]),
+    "a data set of no name": (["data=huggingface", "data.name=null"], ["data.name=None names no place"]),
+    "a list in the place of a folder": (
+        ["data.root=PHOTOS", "data.val_root=[a,b]"],
+        ["data.val_root=['a', 'b']"],
+    ),
     "callback not chosen": (
         ["data.root=PHOTOS", "callbacks=[checkpoint]", "+callbacks.samples.num_prompts=2"],
         ["callbacks.samples", "num_prompts", "~callbacks.samples"],

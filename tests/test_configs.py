@@ -230,6 +230,30 @@ def test_experiments(command, name, checkpoint, tmp_path):
         assert module.configure_optimizers()
 
 
+@pytest.mark.parametrize("name", ["controlnet", "full", "inpaint", "lora"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        ["data=huggingface", "data.name=owner/name"],
+        ["data=webdataset", "data.shards=a.tar"],
+        ["data=mixed", "data.sources=[{root: photos}, {shards: a.tar}]"],
+    ],
+)
+def test_an_experiment_takes_data_of_any_kind(name, data):
+    """With the settings that it has for them, and without the pictures that it shows itself with."""
+    built = instantiate(configuration("train", f"experiment={name}", *data, given=["resolution=64"]).data)
+    assert isinstance(built, LightningDataModule) and "emoji" not in str(built.sources)
+    assert built.random_flip == (name in ("full", "inpaint"))
+
+
+def test_experiments_show_themselves_with_the_emoji_or_take_a_folder():
+    def shown(*given: str) -> str:
+        data = instantiate(configuration("train", "experiment=lora", *given, given=["resolution=64"]).data)
+        return Path(data.sources[0].place.root).name
+
+    assert [shown(), shown("data.root=mine")] == ["emoji", "mine"]
+
+
 @pytest.mark.parametrize("command", EXPERIMENTS["sd15"])
 def test_sd15_is_the_published_recipe(command, checkpoint):
     cfg = configuration(command, "experiment=sd15")

@@ -124,6 +124,10 @@ def test_settings_that_suit_what_is_trained_are_taken(checkpoint, photos, tmp_pa
     assert (status, error) == (0, "")
 
 
+APART = ["tuning.text_encoder=true", "tuning.text_encoder_lr=1e-5"]
+STEPS = f"model.lr_scheduler={{_target_: {SCHEDULERS}.StepLR, _partial_: true, step_size: 1}}"
+
+
 def one_cycle(steps: int) -> str:
     return SHORT.replace("999", str(steps))
 
@@ -135,15 +139,31 @@ def one_cycle(steps: int) -> str:
         ([], ["model.optimizer._target_=torch.optim.Adagrad", "~model.optimizer.betas"], "is not Adagrad"),
         ([], ["model.optimizer._target_=torch.optim.Adamax"], "is not Adamax"),
         ([one_cycle(2)], [one_cycle(4)], "OneCycleLR ends after 2 steps and trainer.max_steps=4"),
+        ([], ["model.optimizer.lr=2e-5"], "model.optimizer.lr=2e-05 was given, and the checkpoint goes on with 1e-05"),
+        ([], ["model.optimizer.weight_decay=0"], "goes on with 0.01; give 0.01"),
+        (APART, [APART[0], "tuning.text_encoder_lr=1e-6"], "tuning.text_encoder_lr=1e-06 was given, and the"),
+        ([STEPS], ["model.optimizer.lr=2e-5", STEPS], "model.optimizer.lr=2e-05 was given, and the checkpoint"),
+        (
+            [STEPS],
+            [STEPS.replace("1}", "9}")],
+            "step_size=9 was given, and the checkpoint goes on with 1",
+        ),
+        ([STEPS], [], "trained with a model.lr_scheduler, and one is not given"),
+        ([], [STEPS], "trained without a model.lr_scheduler, and one is given"),
     ],
-    ids=["groups", "optimizer", "optimizer of the same settings", "schedule"],
+    ids=[
+        *("groups", "optimizer", "optimizer of the same settings", "schedule", "rate", "decay", "rate of the words"),
+        *("rate of a schedule", "settings of a schedule", "no schedule", "a new schedule"),
+    ],
 )
 def test_a_checkpoint_of_another_optimizer_is_told_of(checkpoint, photos, tmp_path, call, before, after, words):
     common = [f"pretrained={checkpoint}", f"data.root={photos}", f"output_dir={tmp_path / 'out'}", "resolution=32"]
     common += ["callbacks=[checkpoint]"]
     assert call(train_main, *common, "trainer.max_steps=2", *before)[0] == 0
     same = [*common, "trainer.max_steps=4", "ckpt_path=last"]
+    held = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")}
     status, _, error = call(train_main, *same, *after)
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")} == held, "nothing is written"
     assert status == 1 and words in error and error.count("\n") == 1 and "Traceback" not in error
     if before != [one_cycle(2)]:
         assert call(train_main, *same, *before)[0] == 0

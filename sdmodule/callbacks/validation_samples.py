@@ -13,6 +13,7 @@ from PIL import Image
 from typing_extensions import override
 
 from sdmodule.callbacks.ema import EMA
+from sdmodule.callbacks.validation_interval import ValidationInterval
 from sdmodule.conditioning.inpaint import masked
 from sdmodule.conditioning.random_masks import draw_masks
 from sdmodule.conditioning.text import literal
@@ -29,7 +30,8 @@ TILE = 192
 class ValidationSamples(Callback):
     """Write a captioned sheet ``<step>.png`` at every validation, and hand the pictures to the loggers that take them.
 
-    The end of the training has its sheet too, whether or not that step is validated. Nothing of it touches the random
+    Where no pictures are kept to validate on, there are sheets at the same steps, of pictures that are trained on. The
+    end of the training has its sheet too, whether or not that step is validated. Nothing of it touches the random
     numbers of the training. For inpainting each picture stands beside the one that it repaints and beside what is left
     of that under its mask; with a ControlNet beside its control picture. All of these are the same at every validation.
     A module that samples nothing, such as an autoencoder, is left alone.
@@ -56,6 +58,23 @@ class ValidationSamples(Callback):
         self.seed = seed
         self._captions: list[str] = []  # of the data, the same ones each time
         self._step = -1
+        self._trained = 0
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._trained = trainer.global_step
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        stepped, self._trained = trainer.global_step != self._trained, trainer.global_step
+        if not stepped or trainer.val_dataloaders or not trainer.enable_validation or not _shown(trainer):
+            return
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        steps = next((callback.steps for callback in callbacks if isinstance(callback, ValidationInterval)), None)
+        if steps and trainer.global_step % steps == 0 and trainer.is_global_zero:
+            self._sample_average(trainer, pl_module)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -65,8 +84,10 @@ class ValidationSamples(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step == self._step or not trainer.is_global_zero:
-            return
+        if trainer.global_step != self._step and trainer.is_global_zero:
+            self._sample_average(trainer, pl_module)
+
+    def _sample_average(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
         with ema.applied(pl_module) if ema else nullcontext():
             self._sample(trainer, pl_module)
@@ -116,10 +137,9 @@ class ValidationSamples(Callback):
         return [contact_sheet(list(row), columns=2) for row in zip(seen, made, strict=True)]
 
     def _examples(self, trainer: Trainer, count: int) -> list[dict[str, torch.Tensor]]:
-        """The pictures of the first ``count`` examples of the data, again from the first if there are too few.
-
-        Those of training may be of several sizes.
-        """
+        """The pictures of the first ``count`` examples of the data, again from the first if there are too few."""
+        if not trainer.val_dataloaders and (shown := _shown(trainer)):
+            return [shown[k % len(shown)] for k in range(count)]
         examples: list[dict[str, torch.Tensor]] = []
         batches = iter(trainer.val_dataloaders or trainer.train_dataloader)  # type: ignore[arg-type]
         while len(examples) < count and (batch := next(batches, None)):
@@ -128,9 +148,16 @@ class ValidationSamples(Callback):
         return [examples[k % len(examples)] for k in range(count)]
 
     def _first_captions(self, trainer: Trainer) -> list[str]:
+        if not trainer.val_dataloaders and (shown := _shown(trainer)):
+            return [shown.caption(k) for k in range(min(self.num_prompts, len(shown)))]
         captions: list[str] = []
         for batch in trainer.val_dataloaders or trainer.train_dataloader:  # type: ignore[union-attr]
             captions += batch["caption"]
             if len(captions) >= self.num_prompts:
                 break
         return captions[: self.num_prompts]
+
+
+def _shown(trainer: Trainer) -> Any:
+    """The pictures of training, each always in the same way; none for data that do not have them."""
+    return getattr(trainer.datamodule, "shown_set", None)  # type: ignore[attr-defined]

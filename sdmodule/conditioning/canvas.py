@@ -13,6 +13,7 @@ from torch import Tensor
 from sdmodule.conditioning.masked_picture import MaskedPicture
 from sdmodule.errors import SettingsError
 from sdmodule.pictures import image_to_tensor
+from sdmodule.ranges import check_flag
 
 Box = tuple[int, int, int, int]
 """``(x0, y0, x1, y1)`` in pixels, the last two exclusive."""
@@ -43,8 +44,7 @@ class InpaintSettings:
             raise SettingsError(f"strength={self.strength} is not allowed; give a number over 0 and at most 1.")
         if not _is_number(self.mask_blur) or not 0.0 <= self.mask_blur < math.inf:
             raise SettingsError(f"mask_blur={self.mask_blur} is not allowed; give a radius in pixels, 0 or more.")
-        if not isinstance(self.only_masked, bool):
-            raise SettingsError(f"only_masked={self.only_masked} is not allowed; give true or false.")
+        check_flag("only_masked", self.only_masked)
         if isinstance(self.padding, bool) or not isinstance(self.padding, int) or self.padding < 0:
             raise SettingsError(f"padding={self.padding} is not allowed; give a whole number of pixels, 0 or more.")
 

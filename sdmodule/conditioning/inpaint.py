@@ -17,6 +17,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from sdmodule.errors import SettingsError
+from sdmodule.ranges import check_flag
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,7 @@ class HoleTraining:
     hole_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.convert, bool):
-            raise SettingsError(f"model.convert={self.convert} is not allowed; give true or false.")
+        check_flag("model.convert", self.convert)
         if not isinstance(self.whole_masks, (int, float)) or not 0 <= self.whole_masks <= 1:
             raise SettingsError(f"model.whole_masks={self.whole_masks} is not allowed; give a share from 0 to 1.")
         if not isinstance(self.hole_weight, (int, float)) or not 0 < self.hole_weight < math.inf:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, default_collate
 from typing_extensions import override
 
@@ -99,6 +100,8 @@ class DreamBoothDataModule(PicturesDataModule):
         source = Source(Folder(root, prompt=prompt), 1.0, template, shuffle_tags, keep_tags)
         super().__init__([source], **settings)
         check_whole("data.class_images", class_images)
+        if class_prompt is not None and not isinstance(class_prompt, str):
+            raise SettingsError(f"data.class_prompt={class_prompt} is no text; give one caption, in quotes.")
         if self.buckets and class_prompt is not None:
             raise SettingsError("data.buckets=true parts pictures by shape, and pairs are of one; leave it out.")
         if self.conditioning is not None:
@@ -140,7 +143,13 @@ class DreamBoothDataModule(PicturesDataModule):
         if folder.is_file() or picture_files(folder):
             examples = Source(Folder(str(folder), "data.class_root", self.class_prompt)).examples(self.skip_bad)
             good = dict.fromkeys(Path(str(examples[k].path)) for k in range(len(examples)))
-        own = [file for file in good if not file.name.startswith("prior-")][: self.class_images]
+        found = [file for file in good if not file.name.startswith("prior-")]
+        own = found[: self.class_images]
+        if unused := found[len(own) :]:
+            rank_zero_warn(
+                f"data.class_images={self.class_images}: {len(unused)} of the {len(found)} pictures in {folder} are "
+                f"not used; data.class_images={len(found)} takes all."
+            )
         names = (folder / f"prior-{k:05}.png" for k in count())
         made = (file for file in names if file in good or not file.is_file())
         return [*own, *islice(made, self.class_images - len(own))]

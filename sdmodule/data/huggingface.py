@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from sdmodule.data.captions import Example, Examples
 from sdmodule.errors import SettingsError, choices
 from sdmodule.picture_files import PictureFile
+from sdmodule.ranges import check_place
 
 TEXTS = ("string", "large_string", "string_view")
 BYTES = ("binary", "large_binary", "binary_view")
@@ -29,6 +30,9 @@ class HuggingFaceData:
         image_column: of pictures, or of the bytes of their files.
         caption_column: of texts.
         key: the setting that gave it, for the messages.
+
+    Raises:
+        SettingsError: for a name that is no text.
     """
 
     name: str
@@ -38,6 +42,9 @@ class HuggingFaceData:
     image_column: str = "image"
     caption_column: str = "text"
     key: str = "data.name"
+
+    def __post_init__(self) -> None:
+        check_place(self.key, self.name)
 
     def __str__(self) -> str:
         return f"{self.key}={self.name} split={self.split}"

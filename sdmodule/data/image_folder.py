@@ -18,7 +18,7 @@ from sdmodule.data.shards import Shards
 from sdmodule.data.shuffle import training_loader
 from sdmodule.data.sources import Folder, Source, mixed
 from sdmodule.errors import SettingsError, choices
-from sdmodule.ranges import check_seed, check_whole, is_number
+from sdmodule.ranges import check_flag, check_seed, check_whole, is_number
 
 
 class PicturesDataModule(LightningDataModule):
@@ -29,6 +29,7 @@ class PicturesDataModule(LightningDataModule):
 
     Attributes:
         bare: the sources whose pictures have no masks, known after `setup`.
+        shown_set: the pictures of training as validation would show them, for who looks at them where it has none.
 
     Args:
         sources: where the pictures come from.
@@ -78,6 +79,9 @@ class PicturesDataModule(LightningDataModule):
         check_whole("data.batch_size", batch_size)
         check_whole("data.num_workers", num_workers, least=0)
         check_seed("data.seed", seed)
+        flags = {"center_crop": center_crop, "random_flip": random_flip, "buckets": buckets, "skip_bad": skip_bad}
+        for name, flag in flags.items():
+            check_flag(f"data.{name}", flag)
         if not is_number(val_fraction) or not 0 <= val_fraction < 1:
             raise SettingsError(f"data.val_fraction={val_fraction} is out of range; give 0 or more and less than 1.")
         self.size = (size[0], size[1])
@@ -91,6 +95,7 @@ class PicturesDataModule(LightningDataModule):
         self.seed = seed
         self.train_set: ImageFolderDataset | None = None
         self.val_set: ImageFolderDataset | None = None
+        self.shown_set: ImageFolderDataset | None = None
         self.bare: list[Source] = []
         self._groups: dict[Size, list[int]] | None = None
 
@@ -114,6 +119,7 @@ class PicturesDataModule(LightningDataModule):
         )
         self._groups = self.train_set.groups()
         self.val_set = ImageFolderDataset(ConcatDataset(val), self.size, conditioning=self.conditioning)
+        self.shown_set = ImageFolderDataset(train, self.size, conditioning=self.conditioning)
         self._check_conditioning()
 
     def _check_conditioning(self) -> None:
@@ -157,7 +163,7 @@ class ImageFolderDataModule(PicturesDataModule):
         resolution: height and width in pixels; one number gives squares.
         batch_size: pictures a step on each device.
         val_root: another folder, for validation.
-        prompt: one caption for all pictures, which then need none of their own.
+        prompt: one caption for all pictures, which then need none of their own; in ``sources``, for those of folders.
         template: a text that captions are put into, in the place of ``{}``; of several one is drawn each time.
         shuffle_tags: put the parts of captions between commas in another order each time, in training.
         keep_tags: how many of the first parts stay where they are.
@@ -191,7 +197,9 @@ class ImageFolderDataModule(PicturesDataModule):
         if sources is None:
             chosen = [Source(Folder(str(root), prompt=prompt), **style)]
         else:
-            chosen = [_source({**style, **one}, f"data.sources[{k}]") for k, one in enumerate(sources)]
+            if isinstance(sources, (str, Mapping)) or not all(isinstance(one, Mapping) for one in sources):
+                raise SettingsError(f"data.sources={sources} is no list of sources; give [{{root: …, weight: …}}, …].")
+            chosen = [_source({**style, **one}, f"data.sources[{k}]", prompt) for k, one in enumerate(sources)]
         if not chosen:
             raise SettingsError("data.sources=[] names no folder; give [{root: …, weight: …}, …].")
         validation = None if val_root is None else Source(Folder(val_root, "data.val_root", prompt), template=template)
@@ -202,12 +210,18 @@ PLACES: dict[str, Any] = {"root": Folder, "shards": Shards, "name": HuggingFaceD
 """Kinds of places, by the setting that names one."""
 
 
-def _source(settings: Mapping[str, Any], key: str) -> Source:
-    """The source that an entry of ``data.sources`` describes."""
+def _source(settings: Mapping[str, Any], key: str, prompt: str | None) -> Source:
+    """The source that an entry of ``data.sources`` describes; ``prompt`` is for folders without one of their own."""
     given = [name for name in PLACES if name in settings]
     if len(given) != 1:
         raise SettingsError(f"{key} names {choices(given) or 'no place'}; give one of {choices(PLACES)}.")
     kind = PLACES[given[0]]
+    if prompt is not None and kind is not Folder:
+        raise SettingsError(
+            f"data.prompt={prompt} is a caption for folders, and {key} names {given[0]}; leave it out, or give entries "
+            "with root a prompt of their own."
+        )
+    settings = settings if prompt is None else {"prompt": prompt, **settings}
     own = {field.name for field in fields(kind)} & settings.keys()
     rest = {name: value for name, value in settings.items() if name not in own}
     try:

@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from sdmodule.data.captions import Example, Examples, some
 from sdmodule.errors import SettingsError, choices
 from sdmodule.picture_files import SUFFIXES, PictureFile
+from sdmodule.ranges import check_place
 
 
 class Member(NamedTuple):
@@ -50,11 +51,19 @@ class Shards:
         shards: a path with ``{000..009}``, ``{a,b}`` or ``*`` in it, or several.
         caption_key: which value of a ``.json`` is the caption; where there is a ``.txt`` too, it is that.
         key: the setting that gave it, for the messages.
+
+    Raises:
+        SettingsError: for a path that is no text.
     """
 
     shards: str | Sequence[str]
     caption_key: str = "caption"
     key: str = "data.shards"
+
+    def __post_init__(self) -> None:
+        several = isinstance(self.shards, Sequence) and not isinstance(self.shards, str)
+        for one in self.shards if several else [self.shards]:
+            check_place(self.key, one)
 
     def __str__(self) -> str:
         return f"{self.key}={self.shards}"

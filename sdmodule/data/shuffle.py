@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
 
@@ -115,6 +116,11 @@ def training_loader(
     sampler = ShuffleByEpoch(data, batch_size, devices, rank, seed, groups)
     # workers read ahead before the trainer first sets the epoch: a resumed run must not start with epoch 0
     sampler.set_epoch(trainer.current_epoch if trainer else 0)
+    if sampler.together < batch_size * devices:
+        count, together = len(data), sampler.together // devices  # type: ignore[arg-type]
+        rank_zero_warn(
+            f"data.batch_size={batch_size}: there are {count} pictures to train on, so a batch is of {together}."
+        )
     loader = DataLoader(
         data,
         batch_size=sampler.together // devices,

@@ -14,6 +14,7 @@ from sdmodule.data.captions import CaptionStyle, Example, Examples, absolute, fi
 from sdmodule.data.readable import Place, readable
 from sdmodule.errors import SettingsError
 from sdmodule.picture_files import PictureFile
+from sdmodule.ranges import check_flag, check_place
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,19 @@ class Folder:
         root: the folder.
         key: the setting that gave it, for the messages.
         prompt: the caption of all its pictures, which then need none of their own.
+
+    Raises:
+        SettingsError: for a root or a prompt that is no text.
     """
 
     root: str
     key: str = "data.root"
     prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        check_place(self.key, self.root)
+        if self.prompt is not None and not isinstance(self.prompt, str):
+            raise SettingsError(f"the prompt {self.prompt} of {self} is no text; give one caption, in quotes.")
 
     def __str__(self) -> str:
         return f"{self.key}={self.root}"
@@ -106,6 +115,7 @@ class Source:
                 raise SettingsError(
                     f"{self.key}.template={template} has no place for a caption; write {{}} where it goes."
                 )
+        check_flag(f"{self.key}.shuffle_tags", self.shuffle_tags)
         if isinstance(self.keep_tags, bool) or not isinstance(self.keep_tags, int) or self.keep_tags < 0:
             raise SettingsError(
                 f"{self.key}.keep_tags={self.keep_tags} is not allowed; give a whole number, 0 or more."

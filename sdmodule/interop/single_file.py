@@ -45,6 +45,7 @@ FAMILIES = {(4, 768): "sd1", (9, 768): "sd1_inpaint", (4, 1024): "sd2", (9, 1024
 FOREIGN = {
     "lora": "a LoRA",
     "hada_w": "a LyCORIS adapter",
+    "unet.down_blocks.": "a checkpoint of a training, whose export/ is what to sample with",
     "control_model.": "a ControlNet",
     "conditioner.embedders.": "a Stable Diffusion XL checkpoint",
     "double_blocks.": "a Flux checkpoint",

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from sdmodule.errors import SettingsError, choices
-from sdmodule.ranges import check_whole
+from sdmodule.ranges import check_flag, check_whole
 
 if TYPE_CHECKING:
     import torch
@@ -71,8 +71,7 @@ class SpeedSettings:
         object.__setattr__(self, "guidance_interval", (float(interval[0]), float(interval[1])))
         for name in ("cache_every", "cache_layers"):
             check_whole(f"speed.{name}", getattr(self, name))
-        if not isinstance(self.keep_memory, bool):
-            raise SettingsError(f"speed.keep_memory={self.keep_memory} is not allowed; give true or false.")
+        check_flag("speed.keep_memory", self.keep_memory)
         if not isinstance(self.channels_last, bool) and self.channels_last != "auto":
             raise SettingsError(f"speed.channels_last={self.channels_last} is not allowed; give true, false or auto.")
         for name, allowed in (("compile", COMPILE), ("attention", ATTENTION), ("kernels", KERNELS), ("decode", DECODE)):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from sdmodule.errors import SettingsError, choices
-from sdmodule.ranges import check_whole
+from sdmodule.ranges import check_flag, check_whole
 from sdmodule.tome.apply import StartStep, merged, merged_by_tomesd, stay_at_the_first_step
 from sdmodule.tome.blocks import DOWNSAMPLES, Grid, blocks_to_merge
 from sdmodule.tome.tomesd_limits import check_tomesd
@@ -53,8 +53,7 @@ class TokenMerging:
         for name in ("sx", "sy", "reuse_steps"):
             check_whole(f"tome.{name}", getattr(self, name))
         for name in ("use_rand", "merge_attn", "merge_crossattn", "merge_mlp"):
-            if not isinstance(getattr(self, name), bool):
-                raise SettingsError(f"tome.{name}={getattr(self, name)} is not allowed; give true or false.")
+            check_flag(f"tome.{name}", getattr(self, name))
         most = 1 - 1 / (self.sx * self.sy)
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0 <= self.ratio <= most:
             raise SettingsError(

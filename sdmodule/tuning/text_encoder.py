@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sdmodule.errors import SettingsError
-from sdmodule.ranges import check_whole
+from sdmodule.ranges import check_flag, check_whole
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,7 @@ class TextEncoderTraining:
     text_encoder_stop: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.text_encoder, bool):
-            raise SettingsError(f"tuning.text_encoder={self.text_encoder} is not allowed; give true or false.")
+        check_flag("tuning.text_encoder", self.text_encoder)
         for name in ("text_encoder_lr", "text_encoder_stop"):
             value = getattr(self, name)
             if value is not None and not self.text_encoder:

@@ -79,6 +79,12 @@ def test_a_source_has_its_own_way_with_captions_or_that_of_all(tmp_path):
     assert sorted(shown(data)) == ["a photo of a cat", "dog, drawn"]
 
 
+def test_one_caption_for_all_is_that_of_folders_without_their_own(tmp_path):
+    one, other = make(tmp_path / "one", 1, "cat"), make(tmp_path / "other", 1, "dog")
+    sources = [{"root": one}, {"root": other, "prompt": "a hound"}]
+    assert sorted(shown(ready(sources=sources, prompt="a beast"))) == ["a beast", "a hound"]
+
+
 def test_pictures_to_validate_on_keep_the_order_of_their_tags(tmp_path):
     folder = make(tmp_path / "a", 2, "cat, red, small, old, wise")
     data = ready(root=folder, shuffle_tags=True, template="{}.", val_fraction=0.5)
@@ -96,6 +102,19 @@ def test_pictures_to_validate_on_keep_the_order_of_their_tags(tmp_path):
         ({"sources": [{"root": "FOLDER", "weight": 0}]}, r"data\.sources\[0\]\.weight=0"),
         ({"sources": [{"root": "FOLDER", "wieght": 1}]}, "wieght"),
         ({"sources": [{"root": "FOLDER"}, {"root": "nowhere"}]}, r"data\.sources\[1\]\.root=nowhere does not exist"),
+        ({"sources": "FOLDER"}, r"data\.sources=.* is no list of sources; give \[\{root: …"),
+        ({"sources": ["FOLDER"]}, r"data\.sources=.* is no list of sources; give \[\{root: …"),
+        ({"sources": [{"root": 2024}]}, r"data\.sources\[0\]\.root=2024 names no place"),
+        ({"sources": [{"shards": [1]}]}, r"data\.sources\[0\]\.shards=1 names no place"),
+        ({"sources": [{"name": None}]}, r"data\.sources\[0\]\.name=None names no place"),
+        ({"root": ""}, r"data\.root= names no place"),
+        ({"root": "FOLDER", "prompt": ["a", "b"]}, r"the prompt \['a', 'b'\] of data\.root="),
+        ({"sources": [{"root": "FOLDER"}, {"name": "a/b"}], "prompt": "a"}, r"data\.sources\[1\] names name; leave"),
+        ({"root": "FOLDER", "random_flip": "no"}, r"data\.random_flip=no is not allowed; give true or false"),
+        (
+            {"sources": [{"root": "FOLDER", "shuffle_tags": "no"}]},
+            r"data\.sources\[0\]\.shuffle_tags=no is not allowed",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_told(tmp_path, settings, says):

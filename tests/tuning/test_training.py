@@ -166,6 +166,25 @@ def test_pictures_of_several_sizes_are_sampled_at_the_end(checkpoint, photos, tm
     assert export.is_dir() and (tmp_path / "out" / "samples" / "000003.png").is_file()
 
 
+def test_sheets_come_where_nothing_is_validated_too_and_change_no_training(checkpoint, photos, tmp_path, call):
+    settings = ["tuning=controlnet", "data.random_flip=true", "data.template=['a {}','the {}']", "data.batch_size=2"]
+    settings += ["data.num_workers=1", "trainer.val_check_interval=1"]
+    sheets = [*settings, "callbacks.samples.num_prompts=2", "+callbacks.checkpoint.save_top_k=-1"]
+    sheets += ["callbacks.checkpoint.every_n_train_steps=1"]
+
+    def left(name: str, *given: str) -> tuple[dict[str, bytes], dict[str, torch.Tensor]]:
+        export = train(call, checkpoint, photos, tmp_path / name, *given)
+        made = {file.name: file.read_bytes() for file in (tmp_path / name).glob("samples/*.png")}
+        return made, load_file(export / "diffusion_pytorch_model.safetensors")
+
+    shown, straight = left("out", *sheets)
+    assert sorted(shown) == [f"{step:06d}.png" for step in (1, 2, 3)] and len({*shown.values()}) == 3
+    again, resumed = left("again", *sheets, f"ckpt_path={tmp_path / 'out' / 'checkpoints' / 'step=1.ckpt'}")
+    assert again == {name: shown[name] for name in ("000002.png", "000003.png")}
+    _, bare = left("bare", *settings, "callbacks=[ema,export]")
+    assert all(torch.equal(straight[key], resumed[key]) and torch.equal(straight[key], bare[key]) for key in straight)
+
+
 def test_dreambooth_makes_the_pictures_of_the_kind_first(checkpoint, photos, tmp_path, call):
     settings = ["experiment=dreambooth", "data.class_images=3", f"data.made_in={tmp_path / 'prior'}"]
     settings += [f"cache.folder={tmp_path / 'cache'}"]
@@ -232,6 +251,23 @@ def test_pictures_of_the_kind_are_made_where_there_is_no_good_one(photos, tmp_pa
         files()
     with pytest.warns(UserWarning, match=r"data\.class_root: skipped 2 unreadable pictures"):
         assert files(skip_bad=True) == ["1.png", "prior-00001.png", "prior-00002.png"]
+
+
+def test_pictures_of_the_kind_beyond_their_number_are_told_of(photos, tmp_path):
+    kind = {"class_prompt": "a dog", "class_images": 4, "class_root": str(photos)}
+    data = DreamBoothDataModule(str(photos), "a sks dog", **kind, resolution=32, batch_size=2, val_fraction=0)
+    with pytest.warns(UserWarning, match=r"class_images=4: 2 of the 6 .* not used; data\.class_images=6 takes"):
+        data.setup()
+    assert len(data.priors) == 4
+
+
+@pytest.mark.parametrize("model", ["text2image", "autoencoder"])
+def test_a_size_of_no_whole_latents_is_told_of_before_anything_is_written(checkpoint, photos, tmp_path, call, model):
+    out = tmp_path / "out"
+    given = [f"pretrained={checkpoint}", f"data.root={photos}", "resolution=[32,38]", f"output_dir={out}"]
+    status, _, error = call(train_main, f"model={model}", "callbacks=[]", *given)
+    assert status == 1 and error.count("\n") == 1 and not out.exists()
+    assert "resolution=32x38 is not allowed (height x width); give multiples of 4, such as 36 or 40" in error
 
 
 def test_dreambooth_without_who_makes_the_pictures_of_the_kind(checkpoint, photos, tmp_path, call):
