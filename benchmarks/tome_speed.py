@@ -133,7 +133,7 @@ def measure(parts: Components, settings: argparse.Namespace, size: int) -> list[
     for v in listed:
         peer = peers.get((v.mode, v.merging.ratio))
         found = row(settings, size, v, times, errors[v], results[v], results[unmerged[v]])
-        if peer not in (None, v) and len(errors[v]) > 1:
+        if peer not in (None, v) and len(errors[v]) > 1 and all(errors[peer]):
             found["error_over_tomesd"] = compared(errors[v], errors[peer])
         rows.append(found)
     return rows
@@ -188,7 +188,7 @@ def bars(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             measured = row["over_tomesd"]
             found.append({"engine": engine, "ratio": ratio, "over_tomesd": measured, "at_least": wanted,
                           "met": measured >= wanted, "error": row["error"], "error_of_tomesd": peer["error"],
-                          "error_over_tomesd": row["error_over_tomesd"]})  # fmt: skip
+                          "error_over_tomesd": row.get("error_over_tomesd")})  # fmt: skip
     return found
 
 

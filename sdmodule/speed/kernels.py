@@ -81,7 +81,8 @@ def attention_of(blocks: Iterable[BasicTransformerBlock], processor: FastestAtte
         yield
     finally:
         for layer, own in zip(plain, before, strict=True):
-            layer.set_processor(own)
+            if layer.processor is processor:  # and none that was set in between
+                layer.set_processor(own)
 
 
 class FastestAttention(AttnProcessor2_0):
@@ -89,11 +90,12 @@ class FastestAttention(AttnProcessor2_0):
 
     Args:
         ways: functions of query, key and value, torch's own one of them.
+        least: how many scores a head has at least; where it has fewer, torch's own is used.
     """
 
-    def __init__(self, ways: Ways) -> None:
+    def __init__(self, ways: Ways, least: int = 0) -> None:
         super().__init__()
-        self.ways = ways
+        self.ways, self.least = ways, least
 
     def __call__(  # noqa: D102
         self,
@@ -118,16 +120,20 @@ class FastestAttention(AttnProcessor2_0):
             for tokens in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
         )
         shape = ("attention", *self.ways, query.shape[1:], key.shape[2], query.dtype)
-        seen = fastest(self.ways, shape, query, key, value)
+        many = query.shape[2] * key.shape[2] >= self.least
+        seen = (partial(fastest, self.ways, shape) if many else self.ways[TORCH])(query, key, value)
         joined = seen.transpose(1, 2).flatten(2)
         return attn.to_out[1](attn.to_out[0](joined)) / attn.rescale_output_factor
 
 
 FASTEST = FastestAttention(ATTENTIONS)
-"""What rounds about as torch does."""
+"""For all layers of ``speed.kernels=fastest``."""
 
-ACCURATE = FastestAttention(ACCURATE_ATTENTIONS)
-"""What rounds no more than torch does."""
+MANY = 2**18
+"""Scores of a head: those of Stable Diffusion's largest layers at 512 pixels, merged or not, and of their text."""
+
+MERGED = {"exact": FastestAttention(ACCURATE_ATTENTIONS, MANY), "window": FastestAttention(ATTENTIONS, MANY)}
+"""For the blocks that an engine of token merging merges; with ``exact`` it rounds no more than torch's."""
 
 
 def fastest_linear(layer: nn.Linear, tokens: Tensor) -> Tensor:

@@ -32,10 +32,9 @@ def channels_last(*modules: nn.Module) -> Iterator[None]:
 
 
 def is_channels_last(module: nn.Module) -> bool:
-    """Whether the weights of a module's convolutions have their channels innermost, and no other layout as well."""
-    last = torch.channels_last
-    weights = [weight for weight in module.parameters() if weight.ndim == 4 and not weight.is_contiguous()]
-    return bool(weights) and all(weight.is_contiguous(memory_format=last) for weight in weights)
+    """Whether the weights of a module's convolutions have their channels innermost, those of 1x1 apart, which may."""
+    weights = [weight for weight in module.parameters() if weight.ndim == 4 and weight.shape[2:].numel() > 1]
+    return bool(weights) and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
 
 
 @contextmanager

@@ -7,8 +7,9 @@ lies between the two products stays in the cache.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def tiled_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def accurate_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The same with all scores in float32, which rounds less than torch's fused attention does, whatever they are."""
+    """The same with all scores in float32, which rounds as little as torch's fused attention does, or less."""
     return torch.stack([attend(*one) for one in zip(query, key, value, strict=True)])
 
 
@@ -66,12 +67,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype | None 
     # of the exponents that a number can have, half is left to the sum, and to the values
     overflow = not largest_score(query, key) < math.log(torch.finfo(dtype).max) / 2
     queries, keys = query.to(dtype).contiguous(), key.to(dtype).contiguous().transpose(1, 2)  # or each product copies
-    values = torch.empty(heads, count, width + SUMS, dtype=dtype)
+    keyed = torch.arange(count, device=query.device)
+    values = query.new_empty(heads, count, width + SUMS, dtype=dtype)
     values[..., :width] = value
-    values[..., width:] = torch.arange(count)[:, None] % SUMS == torch.arange(SUMS)
+    values[..., width:] = keyed[:, None] % SUMS == torch.arange(SUMS, device=query.device)
     together, rows = min(heads, max(1, SCORES // (length * count))), min(length, max(1, SCORES // count))
-    scores = torch.empty(together, rows, count, dtype=dtype)
-    result = torch.empty(heads, length, width + SUMS, dtype=dtype)
+    scores = query.new_empty(together, rows, count, dtype=dtype)
+    result = query.new_empty(heads, length, width + SUMS, dtype=dtype)
     scale = width**-0.5 * math.log2(math.e)  # powers of 2 are computed faster than those of e
     with products_of(query.dtype):
         for first in range(0, heads, together):
@@ -89,25 +91,46 @@ def attend(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype | None 
 
 def largest_score(query: Tensor, key: Tensor) -> float:
     """What no score of queries ``[H, L, D]`` and keys ``[H, M, D]`` exceeds, by their lengths."""
-    bounds = query.norm(dim=2).amax(dim=1) * key.norm(dim=2).amax(dim=1)
-    return float(bounds.max()) * query.shape[2] ** -0.5
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    lengths = (tokens.norm(dim=2, dtype=dtype).amax(dim=1) for tokens in (query, key))
+    return float(math.prod(lengths).max()) * query.shape[2] ** -0.5
 
 
-@contextmanager
-def products_of(dtype: torch.dtype) -> Iterator[None]:
-    """Take only as much of float32 into products as numbers of a type have, inside a ``with`` block.
+class _FloatProducts:
+    """How this process computes products of float32: switched by the first of its threads, and restored by the last."""
 
-    Numbers of bfloat16 lose nothing by it, and their products are summed up and given in float32. It also has oneDNN
-    multiply, which on AMD's processors takes half the time that MKL takes. Versions of torch without such a switch
-    multiply as they do, which is as right, and slower.
+    def __init__(self) -> None:
+        self.lock, self.inside, self.before = threading.Lock(), 0, "none"
+
+    @contextmanager
+    def by_onednn(self) -> Iterator[None]:
+        matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
+        if not hasattr(matmul, "fp32_precision"):
+            yield
+            return
+        with self.lock:
+            if self.inside == 0:
+                self.before = matmul.fp32_precision
+                matmul.fp32_precision = "bf16"
+            self.inside += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.inside -= 1
+                if self.inside == 0:  # what is said of all products would not reach these if it were said of them too
+                    inherited = self.before == torch.backends.mkldnn.fp32_precision
+                    matmul.fp32_precision = "none" if inherited else self.before
+
+
+PRODUCTS = _FloatProducts()
+
+
+def products_of(dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Let products of numbers of a type be computed in float32 by oneDNN, inside a ``with`` block.
+
+    It is asked for by allowing it to round to bfloat16, by which numbers of that type lose nothing and weights little.
+    On processors without matrix units it does not round; AMD's it keeps busy twice as well as MKL does. Versions of
+    torch without such a switch multiply as they do, which is as right, and slower. The switch is of the whole process.
     """
-    matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
-    if dtype != torch.bfloat16 or not hasattr(matmul, "fp32_precision"):
-        yield
-        return
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+    return PRODUCTS.by_onednn() if dtype == torch.bfloat16 else nullcontext()
