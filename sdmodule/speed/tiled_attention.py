@@ -40,23 +40,24 @@ def tiled_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         ``[B, H, L, D]``.
     """
     small = ROUNDED / (torch.finfo(query.dtype).eps / 2)
-    pictures = zip(query, key, value, strict=True)
-    return torch.stack([attend(*one, query.dtype if largest_score(*one[:2]) < small else None) for one in pictures])
+    pictures = [(*one, largest_score(*one[:2])) for one in zip(query, key, value, strict=True)]
+    return torch.stack([attend(*one, query.dtype if one[-1] < small else None) for one in pictures])
 
 
 def accurate_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """The same with all scores in float32, which rounds as little as torch's fused attention does, or less."""
-    return torch.stack([attend(*one) for one in zip(query, key, value, strict=True)])
+    return torch.stack([attend(*one, largest_score(*one[:2])) for one in zip(query, key, value, strict=True)])
 
 
 @torch.no_grad()
-def attend(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, bound: float, dtype: torch.dtype | None = None) -> Tensor:
     """Attention of one picture, whose weights are divided by their sum at the end, when few numbers are left.
 
     Args:
         query: ``[H, L, D]``.
         key: ``[H, M, D]``.
         value: of the same shape.
+        bound: which no score exceeds.
         dtype: of the scores; float32, or float64 where the numbers are.
 
     Returns:
@@ -65,7 +66,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype | None 
     (heads, length, width), count = query.shape, key.shape[1]
     dtype = dtype or torch.promote_types(query.dtype, torch.float32)
     # of the exponents that a number can have, half is left to the sum, and to the values
-    overflow = not largest_score(query, key) < math.log(torch.finfo(dtype).max) / 2
+    overflow = not bound < math.log(torch.finfo(dtype).max) / 2
     queries, keys = query.to(dtype).contiguous(), key.to(dtype).contiguous().transpose(1, 2)  # or each product copies
     keyed = torch.arange(count, device=query.device)
     values = query.new_empty(heads, count, width + SUMS, dtype=dtype)
