@@ -25,7 +25,7 @@ from sdmodule.conditioning.canvas import InpaintSettings, check_inpaint
 from sdmodule.conditioning.controlnet import ControlGuide, load_controlnet
 from sdmodule.conditioning.inpaint import HoleTraining, convert_to_inpaint, inpaints
 from sdmodule.conditioning.text import encode_prompts, literal
-from sdmodule.conditions import control, mask_channels, weights_of_places
+from sdmodule.training_conditions import control, mask_channels, weights_of_places
 from sdmodule.data.cached import CachedEmbeddings
 from sdmodule.diffusion.objective import (
     add_noise,
@@ -39,7 +39,7 @@ from sdmodule.draws import Draws, generator_at, generators_of_examples, seeded
 from sdmodule.errors import SettingsError, choices
 from sdmodule.inference import infer
 from sdmodule.interop.adapters import chosen_adapters, use_adapters
-from sdmodule.kept import load_state_dict, on_load_checkpoint, on_save_checkpoint, save_pretrained
+from sdmodule.module_files import load_state_dict, on_load_checkpoint, on_save_checkpoint, save_pretrained
 from sdmodule.objective import SQUARED_ERROR, Objective
 from sdmodule.optimizers import build_optimizer, check_optimizer, parameter_groups
 from sdmodule.privacy import shortened

@@ -109,8 +109,9 @@ def check_state(
     scheduler = None if schedule is None else schedule(optimizer)
     if bool(schedules) != (scheduler is not None):
         raise SettingsError(
-            f"the checkpoint was trained with{'' if schedules else 'out'} a model.lr_scheduler, and one is "
-            f"{'not ' if schedules else ''}given; give the one that it was trained with."
+            "the checkpoint was trained with a model.lr_scheduler, and none is given; give the one of that training."
+            if schedules
+            else "the checkpoint was trained without a model.lr_scheduler, and one is given; leave it out."
         )
     for ends in (one["total_steps"] for one in schedules if one.get("total_steps", steps) < steps):
         if isinstance(scheduler, OneCycleLR):

@@ -120,8 +120,10 @@ class FastestAttention(AttnProcessor2_0):
             for tokens in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
         )
         shape = ("attention", *self.ways, query.shape[1:], key.shape[2], query.dtype)
-        many = query.shape[2] * key.shape[2] >= self.least
-        seen = (partial(fastest, self.ways, shape) if many else self.ways[TORCH])(query, key, value)
+        if query.shape[2] * key.shape[2] < self.least:
+            seen = self.ways[TORCH](query, key, value)
+        else:
+            seen = fastest(self.ways, shape, query, key, value)
         joined = seen.transpose(1, 2).flatten(2)
         return attn.to_out[1](attn.to_out[0](joined)) / attn.rescale_output_factor
 

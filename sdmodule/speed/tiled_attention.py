@@ -105,6 +105,7 @@ class _FloatProducts:
 
     @contextmanager
     def by_onednn(self) -> Iterator[None]:
+        """Have oneDNN compute them inside a ``with`` block; see `products_of`."""
         matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
         if not hasattr(matmul, "fp32_precision"):
             yield
