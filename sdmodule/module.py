@@ -25,7 +25,6 @@ from sdmodule.conditioning.canvas import InpaintSettings, check_inpaint
 from sdmodule.conditioning.controlnet import ControlGuide, load_controlnet
 from sdmodule.conditioning.inpaint import HoleTraining, convert_to_inpaint, inpaints
 from sdmodule.conditioning.text import encode_prompts, literal
-from sdmodule.training_conditions import control, mask_channels, weights_of_places
 from sdmodule.data.cached import CachedEmbeddings
 from sdmodule.diffusion.objective import (
     add_noise,
@@ -55,6 +54,7 @@ from sdmodule.speed.prepare import prepared
 from sdmodule.speed.settings import choose_speed
 from sdmodule.tome.settings import choose_merging
 from sdmodule.trainer import check_training_precision
+from sdmodule.training_conditions import control, mask_channels, weights_of_places
 from sdmodule.tuning.lora import LoraTuning
 from sdmodule.tuning.settings import check_scratch, choose_tuning
 from sdmodule.validation import validation_losses

@@ -148,7 +148,7 @@ def one_cycle(steps: int) -> str:
             [STEPS.replace("1}", "9}")],
             "step_size=9 was given, and the checkpoint goes on with 1",
         ),
-        ([STEPS], [], "trained with a model.lr_scheduler, and one is not given"),
+        ([STEPS], [], "trained with a model.lr_scheduler, and none is given"),
         ([], [STEPS], "trained without a model.lr_scheduler, and one is given"),
     ],
     ids=[
