@@ -7,9 +7,10 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from sdmodule.speed import kernels
-from sdmodule.speed.kernels import TORCH, convolved, fastest, measured
+from sdmodule.speed.kernels import PACKED_LINEARS, TORCH, fastest, fastest_linears, measured
 
 
 @pytest.fixture(autouse=True)
@@ -22,10 +23,14 @@ def a_new_machine(monkeypatch, tmp_path):
     kernels.choices_folder.cache_clear()
 
 
-@pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 24)])
-def test_a_convolution_of_one_pixel_is_a_linear_layer(bias):
-    tokens, weight = torch.randn(2, 30, 16), torch.randn(24, 16)
-    torch.testing.assert_close(convolved(tokens, weight, bias), F.linear(tokens, weight, bias))
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("way", PACKED_LINEARS)
+@torch.no_grad()
+def test_every_way_gives_what_a_linear_layer_gives(way, bias):
+    layer, tokens = nn.Linear(16, 24, bias=bias), torch.randn(2, 30, 16)
+    with fastest_linears([layer]):
+        for some in (tokens, tokens[:1]):  # weights that were put in order for two rows serve one
+            torch.testing.assert_close(PACKED_LINEARS[way](some, layer), F.linear(some, layer.weight, layer.bias))
 
 
 def slow(values):
