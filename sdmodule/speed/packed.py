@@ -64,7 +64,7 @@ class PackedConv2d(nn.Conv2d):
 
 
 def packed_linear(tokens: Tensor, layer: Any) -> Tensor:
-    """What a linear layer gives for tokens ``[B, L, C]``, without gradients; ``layer.packed`` keeps its ordered weights.
+    """What a linear layer gives for tokens ``[B, L, C]``, without gradients; ``layer.packed`` keeps ordered weights.
 
     Besides, torch would write the bias into the whole result before it adds the product.
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -140,5 +140,5 @@ def products_of(dtype: torch.dtype) -> AbstractContextManager[None]:
 
 def has_matrix_units() -> bool:
     """Whether the processor multiplies matrices of bfloat16 by units of their own."""
-    told = getattr(torch.cpu, "get_capabilities", dict)()
+    told: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(told.get("amx_bf16"))
