@@ -21,6 +21,7 @@ from sdmodule.schedulers import make_scheduler
 from sdmodule.settings import SamplingSettings
 from sdmodule.speed.kernels import fastest_kernels
 from sdmodule.speed.layout import channels_last
+from sdmodule.speed.memory import memory_kept
 from sdmodule.tome.settings import OFF, TokenMerging
 
 BACKEND = "inductor"
@@ -48,7 +49,7 @@ class Variant:
         name: of the engine.
         merging: its settings.
         mode: ``eager``; ``compiled``, the transformer blocks; or ``rounding``, by the layout and the kernels of
-            ``speed=rounding`` on CPU.
+            ``speed=rounding`` on CPU, with its memory kept.
     """
 
     name: str
@@ -102,6 +103,7 @@ def in_mode(unet: Any, mode: str) -> Iterator[None]:
     try:
         with ExitStack() as stack:
             if mode == ROUNDING:
+                stack.enter_context(memory_kept())
                 stack.enter_context(channels_last(unet))
                 stack.enter_context(fastest_kernels(unet))
             yield
