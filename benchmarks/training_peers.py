@@ -18,7 +18,7 @@ from PIL import Image
 
 from sdmodule.callbacks.cache import Cache
 from sdmodule.callbacks.timing import TimingLogger
-from sdmodule.compiling import compile_blocks
+from sdmodule.compiling import compile_unet
 from sdmodule.components import Components
 from sdmodule.data.image_folder import ImageFolderDataModule
 from sdmodule.module import StableDiffusionModule
@@ -147,12 +147,11 @@ def ours(module: StableDiffusionModule, task: Task, steps: int) -> list[float]:
     return timing.steps
 
 
-def module_of(parts: Components, compile: bool) -> StableDiffusionModule:
-    """This package's module around parts that are there already."""
+def module_of(parts: Components, compile: str = "none") -> StableDiffusionModule:
+    """This package's module around parts that are there already, of which ``compile`` says what is compiled."""
     module = StableDiffusionModule("tiny", optimizer=partial(torch.optim.AdamW, lr=LEARNING_RATE, weight_decay=1e-2))
     module.parts, module.unet, module.vae, module.text_encoder = parts, parts.unet, parts.vae, parts.text_encoder
-    if compile:
-        compile_blocks(module.unet)
+    compile_unet(module.unet, compile)
     return module
 
 

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from benchmarks.report import Parser, print_table, report, write_json
 from benchmarks.tome_runs import load
 from benchmarks.training_peers import Task, module_of, ours, script, with_adapter, write_pictures
 from sdmodule.checkpointing import CHECKPOINTING, checkpoint_blocks
+from sdmodule.compiling import COMPILE
 from sdmodule.components import MODELS, Components
 from sdmodule.errors import SettingsError
 from sdmodule.trainer import computes_bfloat16
@@ -67,7 +69,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8 if gpu else 1, help="pictures a step, of the large model")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each")
     parser.add_argument("--steps", type=int, default=3, help="counted steps of a turn")
-    parser.add_argument("--compile", action="store_true", help="ours a second time, its blocks compiled")
+    parser.add_argument("--compile", action="store_true", help="ours again, its blocks compiled, and tiny whole")
     parser.add_argument("--model", choices=["all", "sd15", "tiny"], default="all")
     parser.add_argument("--quick", action="store_true", help="the embedded model alone, one turn of two steps")
     parser.add_argument("--json", type=Path, help="file to write the results to")
@@ -87,13 +89,14 @@ def variants(settings: argparse.Namespace, work: Path, precision: str) -> list[V
     if settings.model in ("all", "sd15"):
         task = Task(work / "large", settings.size, settings.batch, True, precision, work)
         parts = prepare(load(None, "float32"), task)
-        found += of_model("SD 1.5, random, LoRA", parts, task, 1.5, settings.compile)
+        found += of_model("SD 1.5, random, LoRA", parts, task, 1.5, ("blocks",) if settings.compile else ())
         for which in CHECKPOINTING[1:]:
             run = checkpointed(parts, task, which)
             found.append(Variant("SD 1.5, random, LoRA", f"cache=all, checkpointing={which}", task, run))
     if settings.model in ("all", "tiny"):
         task = Task(work / "small", 64, 16, False, precision, work)
-        found += of_model("tiny, full", prepare(load("tiny", "float32"), task), task, 2.0, settings.compile)
+        compiled = COMPILE[1:] if settings.compile else ()
+        found += of_model("tiny, full", prepare(load("tiny", "float32"), task), task, 2.0, compiled)
     return found
 
 
@@ -106,16 +109,16 @@ def prepare(parts: Components, task: Task) -> Components:
     return parts
 
 
-def of_model(model: str, parts: Components, task: Task, needed: float, compile: bool) -> list[Variant]:
-    """The peer and ours on one model, which both go on training."""
-    module = module_of(parts, compile=False)
+def of_model(model: str, parts: Components, task: Task, needed: float, compiled: Sequence[str]) -> list[Variant]:
+    """The peer and ours on one model, which both go on training, and copies of it that are compiled."""
+    module = module_of(parts)
     found = [
         Variant(model, "diffusers' script", task, lambda steps: script(parts, task, steps)),
         Variant(model, "cache=all", task, lambda steps: ours(module, task, steps), needed),
     ]
-    if compile:
-        compiled = module_of(copy.deepcopy(parts), compile=True)
-        found.append(Variant(model, "cache=all, compiled", task, lambda steps: ours(compiled, task, steps), needed))
+    for which in compiled:
+        run = partial(ours, module_of(copy.deepcopy(parts), which), task)
+        found.append(Variant(model, f"cache=all, compile={which}", task, run, needed))
     return found
 
 
@@ -125,7 +128,7 @@ def checkpointed(parts: Components, task: Task, which: str) -> Callable[[int], l
     def run(steps: int) -> list[float]:
         checkpoint_blocks(parts.unet, which)
         try:
-            return ours(module_of(parts, compile=False), task, steps)
+            return ours(module_of(parts), task, steps)
         finally:
             parts.unet.disable_gradient_checkpointing()
 

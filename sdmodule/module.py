@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from sdmodule.base_model import BaseModel
 from sdmodule.checkpointing import checkpoint_blocks
-from sdmodule.compiling import compile_blocks
+from sdmodule.compiling import check_compile, compile_unet
 from sdmodule.components import load_components
 from sdmodule.conditioning.canvas import InpaintSettings, check_inpaint
 from sdmodule.conditioning.controlnet import ControlGuide, load_controlnet
@@ -90,7 +90,7 @@ class StableDiffusionModule(LightningModule):
         merge_adapters: add adapters to the weights instead of beside them: faster, and equal but for rounding.
         optimizer: takes the trainable parameters and returns the optimizer.
         lr_scheduler: takes the optimizer and returns the schedule of its learning rate, stepped every step.
-        compile: compile the UNet's blocks with ``torch.compile``.
+        compile: what ``torch.compile`` compiles of the UNet: ``none``, ``blocks`` (each by itself) or ``whole``.
         checkpointing: what of the UNet's activations is computed again in the backward pass instead of being kept:
             ``none``, ``outer`` (the blocks of full resolution) or ``all``.
         seed: seed of timesteps, noise and caption dropout.
@@ -127,7 +127,7 @@ class StableDiffusionModule(LightningModule):
         control_scale: float = 1.0,
         optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
         lr_scheduler: Callable[..., Any] | None = None,
-        compile: bool = False,
+        compile: str = "none",
         checkpointing: str = "none",
         seed: int = 0,
     ) -> None:
@@ -148,7 +148,7 @@ class StableDiffusionModule(LightningModule):
             )
         check_prior_weight(prior_weight)
         check_whole("model.seed", seed, least=0)
-        check_flag("model.compile", compile)
+        check_compile(compile)
         check_flag("merge_adapters", merge_adapters)
         if not is_number(caption_dropout) or not 0 <= caption_dropout <= 1:
             raise SettingsError(f"model.caption_dropout={caption_dropout} is not allowed; give a share from 0 to 1.")
@@ -194,8 +194,7 @@ class StableDiffusionModule(LightningModule):
         self.validated = ""  # end of the names under which validation is logged; set where it is of other weights
         self.strict_loading = False  # checkpoints hold the trained weights alone
         checkpoint_blocks(self.unet, checkpointing)
-        if compile:
-            compile_blocks(self.unet)
+        compile_unet(self.unet, compile)
 
     @classmethod
     def from_pretrained(cls, pretrained: str = "tiny", **settings: Any) -> Self:

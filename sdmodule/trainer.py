@@ -11,6 +11,8 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from sdmodule.callbacks.finite_loss import STOP, FiniteLoss
@@ -140,6 +142,15 @@ class Unscaled(MixedPrecision):
     @override
     def clip_gradients(self, *arguments: Any, **options: Any) -> None:
         Precision.clip_gradients(self, *arguments, **options)
+
+    @override
+    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        """Scale gradients to a norm, as torch does, but not by 1 where to ask costs nothing."""
+        weights = list(self.main_params(optimizer))
+        norm = get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+        if norm.device.type == "cpu" and norm + 1e-6 <= clip_val:
+            return
+        clip_grads_with_norm_(weights, clip_val, norm)
 
 
 def computes_bfloat16(accelerator: str) -> bool:

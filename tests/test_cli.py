@@ -376,7 +376,7 @@ WRONG_TRAIN = {
     "no seed of validation": (["data.root=PHOTOS", "callbacks.samples.seed=abc"], ["samples.seed=abc"]),
     "no weight in validation": (["data.root=PHOTOS", "callbacks.samples.prompts=['a (cat:30)']"], ["30", "a (cat:30)"]),
     "neither on nor off": (["data.root=PHOTOS", "data.random_flip=no"], ["data.random_flip=no", "true or false"]),
-    "compiled or not": (["data.root=PHOTOS", "model.compile=no"], ["model.compile=no", "true or false"]),
+    "compiled or not": (["data.root=PHOTOS", "model.compile=no"], ["model.compile=no", "blocks, none, whole"]),
     "validated first or not": (["data.root=PHOTOS", "validate_first=no"], ["validate_first=no", "true or false"]),
     "no folder at all": (["data.root="], ["data.root=", "names no place"]),
     "a data set of no name": (["data=huggingface", "data.name=null"], ["data.name=None names no place"]),

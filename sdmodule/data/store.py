@@ -22,12 +22,15 @@ SHARD = 256
 
 DAY = 24 * 60 * 60
 
+KEPT = 64 * 2**20
+"""Bytes of tensors that stay in memory once they were read: with few pictures, all of them."""
+
 
 class TensorStore:
     """A folder of tensors, each found by its key.
 
     A file is written aside and renamed, so that one that is there is whole, and several processes may add at once.
-    Keys are held in memory; tensors are read from their files when asked for.
+    Keys are held in memory; tensors are read from their files when asked for, and the first `KEPT` bytes of them once.
 
     Args:
         folder: where the files are; it is made when something is added.
@@ -37,6 +40,8 @@ class TensorStore:
         self.folder = Path(folder)
         self._files: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
+        self._kept: dict[str, Tensor] = {}
+        self._room = KEPT
         self.refresh()
 
     def refresh(self) -> None:
@@ -55,11 +60,13 @@ class TensorStore:
         return key in self._files
 
     def __getitem__(self, key: str) -> Tensor:
-        """A tensor.
+        """A tensor, not to be changed.
 
         Raises:
             SettingsError: if it is not what was written.
         """
+        if key in self._kept:
+            return self._kept[key]
         file = self._files[key]
         try:
             if file not in self._open:
@@ -72,10 +79,14 @@ class TensorStore:
             whole = False
         if not whole:
             raise SettingsError(f"cache.folder: {file} is broken; remove it, and what it held is made anew.")
+        if tensor.nbytes <= self._room:
+            self._kept[key] = tensor
+            self._room -= tensor.nbytes
         return tensor
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # a process that loads data opens the files itself
+        # a process that loads data opens the files itself
+        return {**self.__dict__, "_open": {}, "_kept": {}, "_room": KEPT}
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors into a file of their own.
