@@ -34,6 +34,8 @@ def compile_unet(unet: nn.Module, which: str) -> None:
         which: ``none``; ``blocks``, each by itself, of which those that are alike share what was compiled; or
             ``whole``, as one graph, whose steps are faster and which takes many times as long to compile.
     """
+    if which == "none":
+        return
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     if which == "blocks":
         for block in blocks_to_compile(unet):

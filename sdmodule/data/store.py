@@ -106,6 +106,8 @@ class TensorStore:
             ) from error
         self._files.update(dict.fromkeys(tensors, file))
         self._open.pop(file, None)
+        for key in own:
+            self._kept.pop(key, None)
 
     def fill(self, made: Iterable[Mapping[str, Tensor]]) -> None:
         """Add tensors as they are made; if making them is interrupted, what is made is kept."""

@@ -168,10 +168,11 @@ class FastestLinear(nn.Linear):
     @override
     def forward(self, input: Tensor) -> Tensor:
         """What it gives for tokens ``[B, L, C]``."""
-        if input.ndim != 3 or torch.is_grad_enabled():
+        if input.ndim != 3 or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().forward(input)
-        shape = ("linear", input.shape[1:], self.out_features, input.dtype)
-        return fastest(PACKED_LINEARS if packs(input.dtype) else LINEARS, shape, input, self)
+        mixed = input.dtype != self.weight.dtype or torch.is_autocast_enabled("cpu")
+        ways = LINEARS if mixed or not packs(input.dtype) else PACKED_LINEARS
+        return fastest(ways, ("linear", input.shape[1:], self.out_features, input.dtype, mixed), input, self)
 
 
 CHOSEN: dict[Any, str] = {}

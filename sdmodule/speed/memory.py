@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,23 +15,33 @@ NEVER = 2**31 - 1
 USUAL = {TRIM_THRESHOLD: 64 << 20, MMAP_THRESHOLD: 32 << 20, MMAP_MAX: 65536}
 """Where glibc's own settings arrive once large blocks have been freed."""
 
+LOCK = threading.Lock()
+blocks: list[ctypes.CDLL] = []
+"""Of the blocks that are being run, an entry each."""
+
 
 @contextmanager
 def memory_kept() -> Iterator[None]:
     """Inside a ``with`` block, let freed memory wait for the next layer instead of giving it back to the system.
 
     glibc takes every large tensor from the system and gives it back when it is freed, so that each layer's result is
-    zeroed page by page before it is written. Does nothing where the C library is another.
+    zeroed page by page before it is written. The switch is of the whole process: the last block that ends turns it
+    back, so that pictures sampled amid a training leave its memory alone. Does nothing where the C library is another.
     """
     if platform.libc_ver()[0] != "glibc":
         yield
         return
     libc = ctypes.CDLL(None)
-    libc.mallopt(MMAP_MAX, 0)
-    libc.mallopt(TRIM_THRESHOLD, NEVER)
+    with LOCK:
+        blocks.append(libc)
+        libc.mallopt(MMAP_MAX, 0)
+        libc.mallopt(TRIM_THRESHOLD, NEVER)
     try:
         yield
     finally:
-        for name, value in USUAL.items():
-            libc.mallopt(name, value)
-        libc.malloc_trim(0)
+        with LOCK:
+            blocks.pop()
+            if not blocks:
+                for name, value in USUAL.items():
+                    libc.mallopt(name, value)
+                libc.malloc_trim(0)

@@ -42,8 +42,8 @@ def packed_convolutions(model: nn.Module) -> Iterator[None]:
 
 
 def _can_be_packed(layer: nn.Conv2d) -> bool:
-    dtype = layer.weight.dtype
-    return dtype == torch.bfloat16 and packs(dtype) and layer.padding_mode == "zeros" and layer.padding != "same"
+    dtype, padded = layer.weight.dtype, layer.padding_mode == "zeros" and isinstance(layer.padding, tuple)
+    return dtype == torch.bfloat16 and packs(dtype) and padded
 
 
 class PackedConv2d(nn.Conv2d):
@@ -54,7 +54,7 @@ class PackedConv2d(nn.Conv2d):
     @override
     def forward(self, input: Tensor) -> Tensor:
         """Convolve a picture ``[B, C, h, w]``; the result has its channels innermost."""
-        if input.dtype != torch.bfloat16 or torch.is_grad_enabled():
+        if input.dtype != torch.bfloat16 or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().forward(input)
         settings: Any = (self.padding, self.stride, self.dilation, self.groups)
         if self.packed is None:

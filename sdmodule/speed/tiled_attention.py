@@ -131,14 +131,14 @@ PRODUCTS = _FloatProducts()
 def products_of(dtype: torch.dtype) -> AbstractContextManager[None]:
     """Let products of numbers of a type be computed in float32 by oneDNN, inside a ``with`` block.
 
-    It is asked for by allowing it to round to bfloat16, which it does on processors with matrix units alone: those are
-    not asked. AMD's it keeps busy twice as well as MKL does. Versions of torch without such a switch multiply as they
-    do, which is as right, and slower. The switch is of the whole process.
+    It is asked for by allowing it to round to bfloat16, which processors of x86 without matrix units do not do; others
+    are not asked. AMD's it keeps busy twice as well as MKL does. Versions of torch without such a switch multiply as
+    they do, which is as right, and slower. The switch is of the whole process.
     """
-    return PRODUCTS.by_onednn() if dtype == torch.bfloat16 and not has_matrix_units() else nullcontext()
+    return PRODUCTS.by_onednn() if dtype == torch.bfloat16 and not may_round() else nullcontext()
 
 
-def has_matrix_units() -> bool:
-    """Whether the processor multiplies matrices of bfloat16 by units of their own."""
+def may_round() -> bool:
+    """Whether oneDNN rounds products of float32 to bfloat16 here once it is allowed to."""
     told: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(told.get("amx_bf16"))
+    return told.get("architecture") != "x86_64" or bool(told.get("amx_bf16"))

@@ -67,11 +67,12 @@ def most_similar(tokens: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """How similar each of the tokens ``[B, N, C]`` is to one of the others ``[B, M, C]`` at most, and to which.
 
     Returns:
-        Two of ``[B, N]``; of equals, the first.
+        Two of ``[B, N]``.
     """
-    if tokens.device.type != "cpu" or torch.compiler.is_compiling():
+    few = torch.get_num_threads() <= 2 * len(tokens)  # a pooling's threads each take a picture
+    if tokens.device.type != "cpu" or not few or torch.compiler.is_compiling():
         return (tokens @ others.transpose(1, 2)).max(dim=-1)
-    # the largest over a window as high as the picture: the same, and on CPU a quarter of the time of `max`
+    # the largest over a window as high as the picture: the same, in a quarter of the time of `max` on two cores
     similarities = (others @ tokens.transpose(1, 2)).unsqueeze(2).permute(0, 3, 1, 2)
     largest, place = F.max_pool2d(similarities, (others.shape[1], 1), return_indices=True)
     return largest.flatten(1), place.flatten(1)

@@ -24,6 +24,7 @@ def test_a_convolution_gives_the_same(settings):
         expected = layer(picture)
         with packed_convolutions(layer):
             layer(torch.randn(SIZE).bfloat16())
+            assert type(layer) is PackedConv2d and layer.packed is not None
             torch.testing.assert_close(layer(picture), expected)
         assert torch.equal(layer(picture), expected)
 
@@ -39,6 +40,13 @@ def test_afterwards_nothing_is_left(module):
     assert not any(isinstance(part, PackedConv2d) for part in unet.modules())
 
 
+def test_mixed_precision_has_weights_of_another_type(module):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = call(module.unet)
+        with fastest_kernels(module.unet):
+            torch.testing.assert_close(call(module.unet), expected)
+
+
 def test_where_gradients_are_wanted_they_come(module):
     unet = module.unet.bfloat16().requires_grad_()
     call(unet).square().sum().backward()
@@ -52,4 +60,4 @@ def test_where_gradients_are_wanted_they_come(module):
 def call(unet):
     generator = torch.Generator().manual_seed(0)
     latents, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 7, 32, generator=generator)
-    return unet(latents.bfloat16(), 3, encoder_hidden_states=text.bfloat16()).sample
+    return unet(latents.to(unet.dtype), 3, encoder_hidden_states=text.to(unet.dtype)).sample

@@ -1,0 +1,31 @@
+"""Memory that is kept: the system is asked for it once."""
+
+from __future__ import annotations
+
+import platform
+import resource
+
+import pytest
+import torch
+
+from sdmodule.speed.memory import memory_kept
+
+SIZE = 64 * 2**20
+
+
+def pages_given() -> int:
+    """How many the system gives for the last of several large tensors."""
+    for _ in range(10):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.zeros(SIZE, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_memory_is_kept_until_the_last_block_ends():
+    with memory_kept():
+        assert pages_given() < 100
+        with memory_kept():  # as that of pictures sampled amid a training
+            assert pages_given() < 100
+        assert pages_given() < 100
+    assert pages_given() > 100
