@@ -10,15 +10,17 @@ import torch
 
 from sdmodule.speed.memory import memory_kept
 
-SIZE = 64 * 2**20
+SIZE = 40 * 2**20
 
 
 def pages_given() -> int:
-    """How many the system gives for the last of several large tensors."""
-    for _ in range(10):
+    """How many the system gives for a large tensor, at least: the first ones find no room among what was freed."""
+    given = []
+    for _ in range(40):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.zeros(SIZE, dtype=torch.uint8)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        given.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return min(given)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
