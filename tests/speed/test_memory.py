@@ -24,10 +24,9 @@ def pages_given() -> int:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_memory_is_kept_until_the_last_block_ends():
+def test_memory_is_kept_in_spite_of_a_block_within_that_ends():
     with memory_kept():
         assert pages_given() < 100
         with memory_kept():  # as that of pictures sampled amid a training
             assert pages_given() < 100
         assert pages_given() < 100
-    assert pages_given() > 100
