@@ -69,8 +69,8 @@ def most_similar(tokens: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Two of ``[B, N]``.
     """
-    few = torch.get_num_threads() <= 2 * len(tokens)  # a pooling's threads each take a picture
-    if tokens.device.type != "cpu" or not few or torch.compiler.is_compiling():
+    # of a pooling's threads each takes a picture, so that most of many would wait; no graph may ask for their number
+    if torch.compiler.is_compiling() or tokens.device.type != "cpu" or torch.get_num_threads() > 4:
         return (tokens @ others.transpose(1, 2)).max(dim=-1)
     # the largest over a window as high as the picture: the same, in a quarter of the time of `max` on two cores
     similarities = (others @ tokens.transpose(1, 2)).unsqueeze(2).permute(0, 3, 1, 2)
