@@ -1,37 +1,24 @@
-"""On CPU, which of several equal computations is the fastest: measured once for each shape, and remembered."""
+"""Layers of a UNet on CPU, each computed the way that is the fastest on this machine."""
 
 from __future__ import annotations
 
-import os
-import platform
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from functools import cache
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 from typing_extensions import override
 
-from sdmodule.atomic import settle
-from sdmodule.data.fingerprints import fingerprint
-from sdmodule.speed.packed import packed_convolutions, packed_linear, packs
-from sdmodule.speed.tiled_attention import accurate_attention, tiled_attention
-
-TORCH = "torch"
-"""What torch itself runs; anything else must be faster by some margin."""
-
-MARGIN = 1.1
-"""How many times faster: a choice for good should not hang on a busy moment of the machine."""
-
-TRIALS = 5
-GENERATION = 5
-"""Of the ways below; another number has all of them measured anew."""
+from sdmodule.speed import winograd
+from sdmodule.speed.choices import TORCH, Ways, fastest
+from sdmodule.speed.packed import fused_geglu, packed_convolution, packed_linear, packs
+from sdmodule.speed.swapped import swapped
+from sdmodule.speed.tiled_attention import tiled_attention
 
 
 def linear(tokens: Tensor, layer: nn.Linear) -> Tensor:
@@ -48,62 +35,71 @@ def convolved(tokens: Tensor, layer: nn.Linear) -> Tensor:
     return F.conv2d(picture, layer.weight[:, :, None, None], layer.bias).permute(0, 2, 3, 1).squeeze(2)
 
 
-Ways = Mapping[str, Callable[..., Tensor]]
+def geglu(tokens: Tensor, layer: GEGLU) -> Tensor:
+    """A gated activation as diffusers computes it, ``[B, L, C]`` to ``[B, L, D]``."""
+    return GEGLU.forward(layer, tokens)
+
+
+def winograd_convolution(picture: Tensor, layer: Any) -> Tensor:
+    """A convolution of 3x3 with two thirds of the products; ``layer.rows`` keeps its weights."""
+    if layer.rows is None:
+        layer.rows = winograd.kernels_of(layer, picture)
+    return winograd.convolve(picture, layer.rows, layer.bias)
+
 
 ATTENTIONS: Ways = {TORCH: F.scaled_dot_product_attention, "tiles": tiled_attention}
-ACCURATE_ATTENTIONS: Ways = {TORCH: F.scaled_dot_product_attention, "accurate tiles": accurate_attention}
 LINEARS: Ways = {TORCH: linear, "convolution": convolved}
 PACKED_LINEARS: Ways = {**LINEARS, "packed": packed_linear}
+GEGLUS: Ways = {TORCH: geglu, "fused": fused_geglu}
+CONVOLUTIONS: Ways = {TORCH: packed_convolution, "winograd": winograd_convolution}
 
 
 @contextmanager
 def fastest_kernels(unet: Any) -> Iterator[None]:
-    """Run a UNet's attention and linear layers the way that is the fastest here, inside a ``with`` block.
+    """Run a UNet's layers the way that is the fastest here, inside a ``with`` block.
 
-    In bfloat16 convolutions keep their weights in the order in which they are multiplied, and so do linear layers where
-    that is faster: at most a second copy of the UNet's weights.
+    In bfloat16 layers keep their weights in the order in which they are multiplied, and convolutions by Winograd's
+    algorithm keep a third more of them: there are then two to two and a half times as many.
 
     Pictures differ by rounding. What a layer's shape is, not how many pictures there are, decides, so that a picture is
-    the same whatever its batch.
+    the same whatever its batch. Weights must not change meanwhile.
 
     Args:
         unet: a ``UNet2DConditionModel`` on CPU, not compiled.
     """
     blocks = [block for block in unet.modules() if isinstance(block, BasicTransformerBlock)]
+    convolutions = [layer for layer in unet.modules() if type(layer) is nn.Conv2d and _keeps_weights(layer)]
     with ExitStack() as stack:
-        stack.enter_context(packed_convolutions(unet))
-        stack.enter_context(attention_of(blocks, FASTEST))
-        stack.enter_context(fastest_linears(blocks))
+        stack.enter_context(swapped(FastestConv2d, convolutions, keeps=("packed", "rows")))
+        stack.enter_context(fastest_blocks(blocks))
         yield
 
 
 @contextmanager
-def attention_of(blocks: Iterable[BasicTransformerBlock], processor: FastestAttention) -> Iterator[None]:
-    """Give transformer blocks a processor inside a ``with`` block, but where another was asked for by name."""
+def fastest_blocks(blocks: Sequence[BasicTransformerBlock]) -> Iterator[None]:
+    """Run the layers of transformer blocks the way that is the fastest here, inside a ``with`` block."""
+    with fastest_attention(blocks), fastest_linears(blocks):
+        yield
+
+
+@contextmanager
+def fastest_attention(blocks: Iterable[BasicTransformerBlock]) -> Iterator[None]:
+    """Give transformer blocks the fastest attention inside a ``with`` block, unless another was asked for by name."""
     layers = [layer for block in blocks for layer in (block.attn1, block.attn2) if layer is not None]
     plain = [layer for layer in layers if type(layer.processor) is AttnProcessor2_0]
     before = [layer.processor for layer in plain]
     try:
         for layer in plain:
-            layer.set_processor(processor)
+            layer.set_processor(FASTEST)
         yield
     finally:
         for layer, own in zip(plain, before, strict=True):
-            if layer.processor is processor:  # and none that was set in between
+            if layer.processor is FASTEST:  # and none that was set in between
                 layer.set_processor(own)
 
 
 class FastestAttention(AttnProcessor2_0):
-    """A processor of diffusers whose attention, where no gradients are asked for, is the fastest of this machine.
-
-    Args:
-        ways: functions of query, key and value, torch's own one of them.
-        least: how many scores a head has at least; where it has fewer, torch's own is used.
-    """
-
-    def __init__(self, ways: Ways, least: int = 0) -> None:
-        super().__init__()
-        self.ways, self.least = ways, least
+    """A processor of diffusers whose attention, where no gradients are asked for, is the fastest of this machine."""
 
     def __call__(  # noqa: D102
         self,
@@ -118,8 +114,7 @@ class FastestAttention(AttnProcessor2_0):
             attn.residual_connection
             or any(part is not None and part is not False for part in unusual)
             or hidden_states.dtype == torch.float16  # in which tiles may overflow
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
+            or _is_as_usual()
         ):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, **options)
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
@@ -127,37 +122,29 @@ class FastestAttention(AttnProcessor2_0):
             tokens.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             for tokens in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
         )
-        shape = ("attention", *self.ways, query.shape[1:], key.shape[2], query.dtype)
-        if query.shape[2] * key.shape[2] < self.least:
-            seen = self.ways[TORCH](query, key, value)
-        else:
-            seen = fastest(self.ways, shape, query, key, value)
-        joined = seen.transpose(1, 2).flatten(2)
+        shape = ("attention", query.shape[1:], key.shape[2], query.dtype)
+        joined = fastest(ATTENTIONS, shape, query, key, value).transpose(1, 2).flatten(2)
         return attn.to_out[1](attn.to_out[0](joined)) / attn.rescale_output_factor
 
 
-FASTEST = FastestAttention(ATTENTIONS)
-"""For all layers of ``speed.kernels=fastest``."""
+def _is_as_usual() -> bool:
+    """Whether layers run as torch has them: for gradients, and for a compiler, which chooses by itself."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
-MANY = 2**18
-"""Scores of a head: those of Stable Diffusion's largest layers at 512 pixels, merged or not, and of their text."""
 
-MERGED = {"exact": FastestAttention(ACCURATE_ATTENTIONS, MANY), "window": FastestAttention(ATTENTIONS, MANY)}
-"""For the blocks that an engine of token merging merges; with ``exact`` it rounds no more than torch's."""
+FASTEST = FastestAttention()
+"""One for all layers, as it knows nothing of them."""
 
 
 @contextmanager
 def fastest_linears(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """Have the linear layers of modules run the way that is the fastest here, inside a ``with`` block."""
-    layers = [layer for block in blocks for layer in block.modules() if type(layer) is nn.Linear]
-    try:
-        for layer in layers:
-            layer.__class__ = FastestLinear
+    layers = [layer for block in blocks for layer in block.modules()]
+    with ExitStack() as stack:
+        linears, gated = ([layer for layer in layers if type(layer) is kind] for kind in (nn.Linear, GEGLU))
+        stack.enter_context(swapped(FastestLinear, linears, keeps=("packed",)))
+        stack.enter_context(swapped(FastestGEGLU, gated, keeps=("halves",)))
         yield
-    finally:
-        for layer in layers:
-            layer.__class__ = nn.Linear
-            layer.__dict__.pop("packed", None)
 
 
 class FastestLinear(nn.Linear):
@@ -168,73 +155,56 @@ class FastestLinear(nn.Linear):
     @override
     def forward(self, input: Tensor) -> Tensor:
         """What it gives for tokens ``[B, L, C]``."""
-        if input.ndim != 3 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if input.ndim != 3 or _is_as_usual():
             return super().forward(input)
-        mixed = input.dtype != self.weight.dtype or torch.is_autocast_enabled("cpu")
+        mixed = _is_mixed(input, self.weight)
         ways = LINEARS if mixed or not packs(input.dtype) else PACKED_LINEARS
         return fastest(ways, ("linear", input.shape[1:], self.out_features, input.dtype, mixed), input, self)
 
 
-CHOSEN: dict[Any, str] = {}
-"""What this process knows of shapes."""
+class FastestGEGLU(GEGLU):
+    """A ``GEGLU`` (Shazeer 2020) that in bfloat16 runs the way that is the fastest here."""
+
+    halves: list[tuple[Tensor, Tensor | None]] | None = None
+
+    @override
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``[B, L, C]`` to ``[B, L, D]``."""
+        if args or kwargs or hidden_states.ndim != 3 or _is_as_usual() or not self._is_plain(hidden_states):
+            return super().forward(hidden_states, *args, **kwargs)
+        shape = ("geglu", hidden_states.shape[1:], self.proj.out_features, hidden_states.dtype)
+        return fastest(GEGLUS, shape, hidden_states, self)
+
+    def _is_plain(self, tokens: Tensor) -> bool:
+        """Whether the layer within is a linear one in bfloat16 that nobody listens to, and none with an adapter."""
+        layer = self.proj
+        if type(layer) is not FastestLinear or layer._forward_hooks or layer._forward_pre_hooks:
+            return False
+        return tokens.dtype == torch.bfloat16 and packs(tokens.dtype) and not _is_mixed(tokens, layer.weight)
 
 
-def fastest(ways: Ways, shape: tuple[Any, ...], *arguments: Any) -> Tensor:
-    """Compute something the way that is the fastest for its shape on this machine.
+class FastestConv2d(nn.Conv2d):
+    """A ``Conv2d`` in bfloat16 that keeps its weights in order, and runs the way that is the fastest here."""
 
-    Args:
-        ways: functions that take the arguments and give the same but for rounding, `TORCH` one of them.
-        shape: what the choice depends on.
-        arguments: what is computed; measured with, where nothing is known of the shape.
-    """
-    name = CHOSEN.get(shape)
-    if name is None:
-        name = CHOSEN[shape] = remembered(ways, shape, arguments)
-    return ways[name](*arguments)
+    packed: Tensor | None = None
+    rows: winograd.Kernels | None = None
 
-
-def remembered(ways: Ways, shape: tuple[Any, ...], arguments: tuple[Any, ...]) -> str:
-    """The name of the fastest way: what was found here earlier, or else what is found now and written down.
-
-    Choices lie in ``~/.cache/sdmodule/kernels``. Where that cannot be written, each process measures by itself.
-    """
-    file = choices_folder() / fingerprint(*shape)
-    with suppress(OSError, UnicodeDecodeError):
-        if (name := file.read_text(encoding="utf-8")) in ways:
-            return name
-    name = measured(ways, arguments)
-    with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        settled = settle(file, name)  # the processes of a run choose alike: the first one's choice holds
-        return settled if settled in ways else name
-    return name
+    @override
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve a picture ``[B, C, h, w]``; the result has its channels innermost."""
+        if input.dtype != torch.bfloat16 or _is_as_usual():
+            return super().forward(input)
+        if not winograd.is_ordinary(self, input):
+            return packed_convolution(input, self)
+        return fastest(CONVOLUTIONS, ("convolution", input.shape[1:], self.out_channels, input.dtype), input, self)
 
 
-def measured(ways: Ways, arguments: tuple[Any, ...]) -> str:
-    """The name of the fastest way; they run in turn, and the best of their times are compared."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(1 + TRIALS):  # the first warms up
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way(*arguments)
-            seconds[name].append(time.perf_counter() - start)
-    best = {name: min(taken[1:]) for name, taken in seconds.items()}
-    fast = min(best, key=lambda name: best[name])
-    return fast if best[fast] * MARGIN < best[TORCH] else TORCH
+def _keeps_weights(layer: nn.Conv2d) -> bool:
+    """Whether a convolution is one that gains: in float32 products take so long that nothing is won."""
+    dtype, padded = layer.weight.dtype, layer.padding_mode == "zeros" and isinstance(layer.padding, tuple)
+    return dtype == torch.bfloat16 and packs(dtype) and padded
 
 
-@cache
-def choices_folder() -> Path:
-    """Where this machine's choices are kept: those of a processor, a version of torch and a number of threads."""
-    about = Path("/proc/cpuinfo")
-    lines = about.read_text().splitlines() if about.exists() else []
-    processor = next((line for line in lines if line.startswith("model name")), platform.processor())
-    home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    machine = (
-        GENERATION,
-        processor,
-        torch.backends.cpu.get_cpu_capability(),
-        torch.__version__,
-        torch.get_num_threads(),
-    )
-    return home / "sdmodule" / "kernels" / fingerprint(*machine)
+def _is_mixed(tokens: Tensor, weight: Tensor) -> bool:
+    """Whether tokens and weights are of two types."""
+    return tokens.dtype != weight.dtype or torch.is_autocast_enabled("cpu")

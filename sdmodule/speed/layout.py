@@ -11,6 +11,8 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel, Tra
 from torch import Tensor, nn
 from typing_extensions import override
 
+from sdmodule.speed.swapped import swapped
+
 
 @contextmanager
 def channels_last(*modules: nn.Module) -> Iterator[None]:
@@ -40,14 +42,9 @@ def is_channels_last(module: nn.Module) -> bool:
 @contextmanager
 def tokens_in_place(*modules: nn.Module) -> Iterator[None]:
     """Let the transformers of modules leave their results as their tokens lie, inside a ``with`` block."""
-    transformers = [part for module in modules for part in module.modules() if type(part) is Transformer2DModel]
-    try:
-        for transformer in transformers:
-            transformer.__class__ = TokensInPlace
+    every = (part for module in modules for part in module.modules())
+    with swapped(TokensInPlace, [part for part in every if type(part) is Transformer2DModel]):
         yield
-    finally:
-        for transformer in transformers:
-            transformer.__class__ = Transformer2DModel
 
 
 class TokensInPlace(Transformer2DModel):

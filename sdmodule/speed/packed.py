@@ -7,13 +7,12 @@ What ``torch.compile`` calls freezing keeps such weights in compiled models; her
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from typing_extensions import override
+from torch import Tensor
+
+Pair = tuple[int, int]
 
 
 def packs(dtype: torch.dtype) -> bool:
@@ -23,51 +22,48 @@ def packs(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-@contextmanager
-def packed_convolutions(model: nn.Module) -> Iterator[None]:
-    """Have the convolutions of a model in bfloat16 keep their weights in order, inside a ``with`` block.
+def pack_convolution(
+    weight: Tensor, size: tuple[int, ...], padding: Pair, stride: Pair, dilation: Pair, groups: int
+) -> Tensor:
+    """A kernel ``[D, C, h, w]`` in order for pictures of a size ``[B, C, H, W]``; it serves other sizes as well."""
+    reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
+    return reorder(weight.contiguous().to_mkldnn(), padding, stride, dilation, groups, size)
 
-    Their results were equal to the bit wherever that was tried. Weights must not change meanwhile: a copy of them is
-    made at the first call. In float32 products take so much longer that nothing is won, and nothing is done.
+
+def packed_convolution(picture: Tensor, layer: Any) -> Tensor:
+    """What a ``Conv2d`` gives for a picture ``[B, C, h, w]``, without gradients; ``layer.packed`` keeps its weights.
+
+    The result has its channels innermost. It was equal to the bit wherever that was tried.
     """
-    layers = [layer for layer in model.modules() if type(layer) is nn.Conv2d and _can_be_packed(layer)]
-    try:
-        for layer in layers:
-            layer.__class__ = PackedConv2d
-        yield
-    finally:
-        for layer in layers:
-            layer.__class__ = nn.Conv2d
-            layer.__dict__.pop("packed", None)
-
-
-def _can_be_packed(layer: nn.Conv2d) -> bool:
-    dtype, padded = layer.weight.dtype, layer.padding_mode == "zeros" and isinstance(layer.padding, tuple)
-    return dtype == torch.bfloat16 and packs(dtype) and padded
-
-
-class PackedConv2d(nn.Conv2d):
-    """A ``Conv2d`` whose weights are in order; one becomes it, and ceases, by its ``__class__``."""
-
-    packed: Tensor | None = None
-
-    @override
-    def forward(self, input: Tensor) -> Tensor:
-        """Convolve a picture ``[B, C, h, w]``; the result has its channels innermost."""
-        if input.dtype != torch.bfloat16 or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return super().forward(input)
-        settings: Any = (self.padding, self.stride, self.dilation, self.groups)
-        if self.packed is None:
-            reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
-            self.packed = reorder(self.weight.contiguous().to_mkldnn(), *settings, input.shape)
-        return torch.ops.mkldnn._convolution_pointwise(input, self.packed, self.bias, *settings, "none", [], "")
+    settings: Any = (layer.padding, layer.stride, layer.dilation, layer.groups)
+    if layer.packed is None:
+        layer.packed = pack_convolution(layer.weight, tuple(picture.shape), *settings)
+    return torch.ops.mkldnn._convolution_pointwise(picture, layer.packed, layer.bias, *settings, "none", [], "")
 
 
 def packed_linear(tokens: Tensor, layer: Any) -> Tensor:
-    """What a linear layer gives for tokens ``[B, L, C]``, without gradients; ``layer.packed`` keeps ordered weights.
+    """What a ``Linear`` gives for tokens ``[B, L, C]``, without gradients; ``layer.packed`` keeps its weights.
 
     Besides, torch would write the bias into the whole result before it adds the product.
     """
     if layer.packed is None:
-        layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.contiguous(), tokens[..., 0].numel())
+        layer.packed = pack_linear(layer.weight, tokens)
     return torch.ops.mkldnn._linear_pointwise(tokens, layer.packed, layer.bias, "none", [], "")
+
+
+def fused_geglu(tokens: Tensor, layer: Any) -> Tensor:
+    """What a ``GEGLU`` gives for tokens ``[B, L, C]``, without gradients; ``layer.halves`` keeps its weights.
+
+    Its gates pass the activation while they are multiplied, and nothing is rounded in between.
+    """
+    if layer.halves is None:
+        biases = (None, None) if layer.proj.bias is None else layer.proj.bias.chunk(2)
+        layer.halves = [(pack_linear(half, tokens), bias) for half, bias in zip(layer.proj.weight.chunk(2), biases)]
+    (half, bias), (gate, bias_of_gate) = layer.halves
+    gates = torch.ops.mkldnn._linear_pointwise(tokens, gate, bias_of_gate, "gelu", [], "none")
+    return gates.mul_(torch.ops.mkldnn._linear_pointwise(tokens, half, bias, "none", [], ""))
+
+
+def pack_linear(weight: Tensor, tokens: Tensor) -> Tensor:
+    """A matrix ``[D, C]`` in order for tokens ``[B, L, C]``; it serves other numbers of them as well."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), tokens[..., 0].numel())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import tomesd
 import torch
 
-from sdmodule.speed.kernels import MERGED, attention_of
+from sdmodule.speed.kernels import fastest_blocks
 from sdmodule.speed.layout import is_channels_last, tokens_in_place
 from sdmodule.tome.blocks import Grid, blocks_to_merge
 from sdmodule.tome.destinations import draw_destinations
@@ -24,6 +25,10 @@ StartStep = Callable[[int], None]
 """Told the number of a step before it, from 0."""
 
 
+MANY = 1024
+"""Tokens of a block whose layers are worth measuring: those of Stable Diffusion's larger blocks at 512 pixels."""
+
+
 def stay_at_the_first_step(step: int) -> None:
     """What starts a step where steps do not differ, or where the engine counts them itself."""
 
@@ -34,9 +39,9 @@ def merged(
 ) -> Iterator[Callable[[int], None]]:
     """Merge by one of this package's engines; see ``TokenMerging.applied``.
 
-    On CPU in bfloat16 large layers of merged blocks have the fastest attention of this machine, whatever
-    ``speed.kernels`` says, if torch's was not asked for by name: it takes most of what merging leaves. In channels_last
-    the transformers leave tokens as they lie.
+    On CPU in bfloat16 the layers of large merged blocks are computed the way that is the fastest on this machine,
+    whatever ``speed.kernels`` says, but for attention where torch's was asked for by name. In channels_last the
+    transformers leave tokens as they lie.
     """
     pairs: list[tuple[Any, ExactMatching | WindowMatching]] = []
     for placed in blocks_to_merge(unet, settings.max_downsample):
@@ -69,7 +74,8 @@ def merged(
         start_step(0)
         with ExitStack() as stack:
             if unet.device.type == "cpu" and unet.dtype == torch.bfloat16:
-                stack.enter_context(attention_of([block for block, _ in pairs], MERGED[settings.engine]))
+                large = [block for block, found in pairs if math.prod(found.grid) >= MANY]
+                stack.enter_context(fastest_blocks(large))
             if is_channels_last(unet):
                 stack.enter_context(tokens_in_place(unet))
             yield start_step

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sdmodule.speed import kernels
-from sdmodule.speed.kernels import LINEARS, PACKED_LINEARS, TORCH, fastest, fastest_linears, measured
+from sdmodule.speed import choices
+from sdmodule.speed.choices import TORCH, fastest, measured
+from sdmodule.speed.kernels import LINEARS, PACKED_LINEARS, fastest_linears
 from sdmodule.speed.packed import packs
 
 
@@ -18,10 +19,10 @@ from sdmodule.speed.packed import packs
 def a_new_machine(monkeypatch, tmp_path):
     """Nothing is known of it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(kernels, "CHOSEN", {})
-    kernels.choices_folder.cache_clear()
+    monkeypatch.setattr(choices, "CHOSEN", {})
+    choices.choices_folder.cache_clear()
     yield
-    kernels.choices_folder.cache_clear()
+    choices.choices_folder.cache_clear()
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -51,19 +52,19 @@ def test_the_fastest_is_found_and_what_is_hardly_faster_is_left():
 
 def test_what_was_found_holds_for_later_processes(monkeypatch):
     assert fastest({TORCH: slow, "quick": quick}, ("addition", 1), torch.zeros(1)) == 1
-    monkeypatch.setattr(kernels, "CHOSEN", {})  # as in another process, where another would be faster now
+    monkeypatch.setattr(choices, "CHOSEN", {})  # as in another process, where another would be faster now
     fastest({TORCH: quick, "quick": slow}, ("addition", 1), torch.zeros(1))
-    assert {"addition": "quick"} == {shape[0]: name for shape, name in kernels.CHOSEN.items()}
+    assert {"addition": "quick"} == {shape[0]: name for shape, name in choices.CHOSEN.items()}
 
 
 def test_what_was_written_by_another_version_is_measured_anew():
     fastest({TORCH: slow, "quick": quick}, ("addition", 1), torch.zeros(1))
-    kernels.CHOSEN.clear()
+    choices.CHOSEN.clear()
     fastest({TORCH: slow, "brisk": quick}, ("addition", 1), torch.zeros(1))
-    assert list(kernels.CHOSEN.values()) == ["brisk"]
+    assert list(choices.CHOSEN.values()) == ["brisk"]
 
 
 def test_a_home_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
     (tmp_path / "sdmodule").write_text("a file")
     assert fastest({TORCH: slow, "quick": quick}, ("addition", 1), torch.zeros(1)) == 1
-    assert list(kernels.CHOSEN.values()) == ["quick"]
+    assert list(choices.CHOSEN.values()) == ["quick"]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from diffusers.models.activations import GEGLU
 from torch import nn
 
-from sdmodule.speed.kernels import fastest_kernels
-from sdmodule.speed.packed import PackedConv2d, packed_convolutions, packs
+from sdmodule.speed import kernels
+from sdmodule.speed.kernels import FastestConv2d, FastestGEGLU, fastest_kernels, fastest_linears
+from sdmodule.speed.packed import fused_geglu, packed_convolution, packs
+from sdmodule.speed.swapped import swapped
 
 pytestmark = pytest.mark.skipif(not packs(torch.bfloat16), reason="oneDNN has no bfloat16 on this processor")
 
@@ -22,10 +27,10 @@ def test_a_convolution_gives_the_same(settings):
     for size in (SIZE, (1, 16, 12, 10), (2, 16, 9, 7)):  # of which the first decides the order of weights
         picture = torch.randn(size).bfloat16().contiguous(memory_format=torch.channels_last)
         expected = layer(picture)
-        with packed_convolutions(layer):
-            layer(torch.randn(SIZE).bfloat16())
-            assert type(layer) is PackedConv2d and layer.packed is not None
-            torch.testing.assert_close(layer(picture), expected)
+        with swapped(FastestConv2d, [layer], keeps=("packed",)):
+            packed_convolution(torch.randn(SIZE).bfloat16(), layer)
+            assert layer.packed is not None
+            torch.testing.assert_close(packed_convolution(picture, layer), expected)
         assert torch.equal(layer(picture), expected)
 
 
@@ -34,10 +39,10 @@ def test_afterwards_nothing_is_left(module):
     before = {name: set(vars(part)) for name, part in unet.named_modules()}
     with torch.no_grad(), pytest.raises(RuntimeError, match="stop"), fastest_kernels(unet):
         call(unet)
-        assert any(type(part) is PackedConv2d and part.packed is not None for part in unet.modules())
+        assert any(type(part) is FastestConv2d and part.packed is not None for part in unet.modules())
         raise RuntimeError("stop")
     assert {name: set(vars(part)) for name, part in unet.named_modules()} == before
-    assert not any(isinstance(part, PackedConv2d) for part in unet.modules())
+    assert not any(isinstance(part, FastestConv2d) for part in unet.modules())
 
 
 def test_mixed_precision_has_weights_of_another_type(module):
@@ -61,3 +66,25 @@ def call(unet):
     generator = torch.Generator().manual_seed(0)
     latents, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 7, 32, generator=generator)
     return unet(latents.to(unet.dtype), 3, encoder_hidden_states=text.to(unet.dtype)).sample
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_a_gated_activation_gives_the_same_and_rounds_less(bias):
+    layer, tokens = GEGLU(16, 24, bias=bias).bfloat16(), torch.randn(2, 30, 16).bfloat16()
+    exact = copy.deepcopy(layer).double()(tokens.double())
+    theirs = (layer(tokens).double() - exact).norm()
+    with fastest_linears([nn.ModuleList([layer])]):
+        assert type(layer) is FastestGEGLU
+        for some in (tokens, tokens[:1]):  # weights that were put in order for two rows serve one
+            assert (fused_geglu(some, layer).double() - exact[: len(some)]).norm() < theirs
+
+
+@torch.no_grad()
+def test_what_listens_to_the_layer_within_is_told(monkeypatch):
+    layer, tokens, seen = GEGLU(16, 24).bfloat16(), torch.randn(2, 30, 16).bfloat16(), []
+    layer.proj.register_forward_hook(lambda *_: seen.append(1))
+    monkeypatch.setattr(kernels, "fastest", lambda ways, shape, *given: list(ways.values())[-1](*given))
+    with fastest_linears([nn.ModuleList([layer])]):
+        layer(tokens)
+    assert seen == [1]

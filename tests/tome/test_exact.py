@@ -9,8 +9,10 @@ from tomesd.merge import bipartite_soft_matching_random2d
 
 from sdmodule.speed import kernels
 from sdmodule.speed.attention import attention_by
-from sdmodule.speed.kernels import MERGED, TORCH
+from sdmodule.speed.choices import TORCH
+from sdmodule.speed.kernels import FASTEST
 from sdmodule.speed.layout import TokensInPlace
+from sdmodule.tome import apply
 from sdmodule.tome.destinations import draw_destinations
 from sdmodule.tome.exact import ExactMatching
 from sdmodule.tome.merged_block import BlockMerging, MergedBlock
@@ -119,8 +121,7 @@ def tiles(monkeypatch):
         return next(way for name, way in ways.items() if name != TORCH)(*given)
 
     monkeypatch.setattr(kernels, "fastest", other)
-    for processor in MERGED.values():
-        monkeypatch.setattr(processor, "least", 0)
+    monkeypatch.setattr(apply, "MANY", 0)
 
 
 @pytest.mark.parametrize("engine", ["exact", "window"])
@@ -129,7 +130,7 @@ def test_in_bfloat16_merged_blocks_have_attention_by_tiles(in_bfloat16, tiles, e
     before = unet.attn_processors
     with torch.no_grad():
         with TokenMerging(engine=engine).applied(unet, [7]):
-            found = {name: processor is MERGED[engine] for name, processor in unet.attn_processors.items()}
+            found = {name: processor is FASTEST for name, processor in unet.attn_processors.items()}
             by_tiles = unet(*inputs).sample.float()
         assert unet.attn_processors == before
         with attention_by(unet, "math"), TokenMerging(engine=engine).applied(unet, [7]):
@@ -138,7 +139,7 @@ def test_in_bfloat16_merged_blocks_have_attention_by_tiles(in_bfloat16, tiles, e
     assert 0 < (by_tiles - by_torch).norm() < 0.05 * by_torch.norm()
 
 
-def test_few_tokens_keep_the_attention_of_torch(in_bfloat16, monkeypatch):
+def test_few_tokens_keep_the_layers_of_torch(in_bfloat16, monkeypatch):
     unet, inputs = in_bfloat16
     monkeypatch.setattr(kernels, "fastest", None)
     with TokenMerging().applied(unet), torch.no_grad():
