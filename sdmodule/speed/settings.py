@@ -34,9 +34,9 @@ class SpeedSettings:
             CPU, where compiling takes longer than most runs.
         attention: what computes the UNet's attention: ``sdpa`` leaves the choice to torch, ``flash``, ``efficient``,
             ``cudnn`` and ``math`` are torch's own by name, ``plain`` is two products, ``xformers`` needs that package.
-        kernels: ``torch``, or on CPU, where nothing is compiled, ``fastest``: of several ways to compute attention and
-            linear layers the one that was fastest when it was measured on this machine. Attention in blocks that merge
-            tokens is that in bfloat16 either way; see ``tome.apply.merged``.
+        kernels: ``torch``, or on CPU, where nothing is compiled, ``fastest``: of several ways to compute attention,
+            linear layers and convolutions the one that was fastest when it was measured on this machine. In large
+            blocks that merge tokens it is that in bfloat16 either way; see ``tome.apply.merged``.
         decode: what the autoencoder decodes at once: the ``whole`` batch, a picture of it (``sliced``), or a tile of a
             picture (``tiled``, whose seams are blended), each in less memory than the one before.
         keep_memory: on CPU, do not give freed memory back to the system between layers.
