@@ -99,5 +99,8 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    about = dict(reversed([(key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in lines)]))
+    if "model name" not in about:
+        return platform.processor() or platform.machine()
+    numbers = [f"{name} {about[key]}" for key, name in (("cpu family", "family"), ("model", "model")) if key in about]
+    return ", ".join([about["model name"], *numbers])  # generations of one vendor may share a name

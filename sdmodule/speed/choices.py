@@ -82,11 +82,14 @@ def choices_folder() -> Path:
     """Where this machine's choices are kept: those of a processor, a version of torch and a number of threads."""
     about = Path("/proc/cpuinfo")
     lines = about.read_text().splitlines() if about.exists() else []
-    processor = next((line for line in lines if line.startswith("model name")), platform.processor())
+    named = (
+        next((line for line in lines if line.startswith(name)), "") for name in ("model name", "cpu family", "model\t")
+    )
+    processor = (*named, platform.processor())  # generations of one vendor may share a name
     home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     machine = (
         GENERATION,
-        processor,
+        *processor,
         torch.backends.cpu.get_cpu_capability(),
         torch.__version__,
         torch.get_num_threads(),

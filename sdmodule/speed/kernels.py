@@ -58,11 +58,12 @@ CONVOLUTIONS: Ways = {TORCH: packed_convolution, "winograd": winograd_convolutio
 def fastest_kernels(unet: Any) -> Iterator[None]:
     """Run a UNet's layers the way that is the fastest here, inside a ``with`` block.
 
-    In bfloat16 layers keep their weights in the order in which they are multiplied, and convolutions by Winograd's
-    algorithm keep a third more of them: there are then two to two and a half times as many.
+    Layers keep their weights in the order in which they are multiplied, in bfloat16 convolutions too, a third more of
+    them by Winograd's algorithm: there are then two to two and a half times as many. They must not change meanwhile,
+    unless by training: a call with gradients drops what is kept.
 
     Pictures differ by rounding. What a layer's shape is, not how many pictures there are, decides, so that a picture is
-    the same whatever its batch. Weights must not change meanwhile.
+    the same whatever its batch.
 
     Args:
         unet: a ``UNet2DConditionModel`` on CPU, not compiled.
@@ -77,7 +78,10 @@ def fastest_kernels(unet: Any) -> Iterator[None]:
 
 @contextmanager
 def fastest_blocks(blocks: Sequence[BasicTransformerBlock]) -> Iterator[None]:
-    """Run the layers of transformer blocks the way that is the fastest here, inside a ``with`` block."""
+    """Run the layers of transformer blocks the way that is the fastest here, inside a ``with`` block.
+
+    As with `fastest_kernels`, their weights must not change meanwhile, unless by training.
+    """
     with fastest_attention(blocks), fastest_linears(blocks):
         yield
 
@@ -114,7 +118,7 @@ class FastestAttention(AttnProcessor2_0):
             attn.residual_connection
             or any(part is not None and part is not False for part in unusual)
             or hidden_states.dtype == torch.float16  # in which tiles may overflow
-            or _is_as_usual()
+            or _is_as_usual(attn)
         ):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, **options)
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
@@ -127,9 +131,18 @@ class FastestAttention(AttnProcessor2_0):
         return attn.to_out[1](attn.to_out[0](joined)) / attn.rescale_output_factor
 
 
-def _is_as_usual() -> bool:
-    """Whether layers run as torch has them: for gradients, and for a compiler, which chooses by itself."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+def _is_as_usual(layer: nn.Module, *kept: str) -> bool:
+    """Whether a layer runs as torch has it: for gradients, and for a compiler, which chooses by itself.
+
+    With gradients what it kept of its weights is dropped, since a step may follow that changes them.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    if torch.is_grad_enabled():
+        for name in kept:
+            layer.__dict__.pop(name, None)
+        return True
+    return False
 
 
 FASTEST = FastestAttention()
@@ -155,7 +168,7 @@ class FastestLinear(nn.Linear):
     @override
     def forward(self, input: Tensor) -> Tensor:
         """What it gives for tokens ``[B, L, C]``."""
-        if input.ndim != 3 or _is_as_usual():
+        if _is_as_usual(self, "packed") or input.ndim != 3:
             return super().forward(input)
         mixed = _is_mixed(input, self.weight)
         ways = LINEARS if mixed or not packs(input.dtype) else PACKED_LINEARS
@@ -170,7 +183,7 @@ class FastestGEGLU(GEGLU):
     @override
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[B, L, C]`` to ``[B, L, D]``."""
-        if args or kwargs or hidden_states.ndim != 3 or _is_as_usual() or not self._is_plain(hidden_states):
+        if _is_as_usual(self, "halves") or args or kwargs or not self._is_plain(hidden_states):
             return super().forward(hidden_states, *args, **kwargs)
         shape = ("geglu", hidden_states.shape[1:], self.proj.out_features, hidden_states.dtype)
         return fastest(GEGLUS, shape, hidden_states, self)
@@ -178,7 +191,8 @@ class FastestGEGLU(GEGLU):
     def _is_plain(self, tokens: Tensor) -> bool:
         """Whether the layer within is a linear one in bfloat16 that nobody listens to, and none with an adapter."""
         layer = self.proj
-        if type(layer) is not FastestLinear or layer._forward_hooks or layer._forward_pre_hooks:
+        listened = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+        if type(layer) is not FastestLinear or listened or tokens.ndim != 3:
             return False
         return tokens.dtype == torch.bfloat16 and packs(tokens.dtype) and not _is_mixed(tokens, layer.weight)
 
@@ -192,7 +206,7 @@ class FastestConv2d(nn.Conv2d):
     @override
     def forward(self, input: Tensor) -> Tensor:
         """Convolve a picture ``[B, C, h, w]``; the result has its channels innermost."""
-        if input.dtype != torch.bfloat16 or _is_as_usual():
+        if _is_as_usual(self, "packed", "rows") or input.ndim != 4 or _is_mixed(input, self.weight):
             return super().forward(input)
         if not winograd.is_ordinary(self, input):
             return packed_convolution(input, self)

@@ -25,6 +25,7 @@ def swapped(kind: type[nn.Module], layers: Iterable[nn.Module], keeps: tuple[str
         yield
     finally:
         for layer, own in zip(found, before, strict=True):
-            layer.__class__ = own
+            if layer.__class__ is kind:  # and none that it became in between
+                layer.__class__ = own
             for name in keeps:
                 layer.__dict__.pop(name, None)

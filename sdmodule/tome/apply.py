@@ -40,8 +40,8 @@ def merged(
     """Merge by one of this package's engines; see ``TokenMerging.applied``.
 
     On CPU in bfloat16 the layers of large merged blocks are computed the way that is the fastest on this machine,
-    whatever ``speed.kernels`` says, but for attention where torch's was asked for by name. In channels_last the
-    transformers leave tokens as they lie.
+    whatever ``speed.kernels`` says, but for attention where torch's was asked for by name; weights must then not change
+    meanwhile, unless by training. In channels_last the transformers leave tokens as they lie.
     """
     pairs: list[tuple[Any, ExactMatching | WindowMatching]] = []
     for placed in blocks_to_merge(unet, settings.max_downsample):

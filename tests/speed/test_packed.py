@@ -34,22 +34,53 @@ def test_a_convolution_gives_the_same(settings):
         assert torch.equal(layer(picture), expected)
 
 
-def test_afterwards_nothing_is_left(module):
+@pytest.fixture
+def every_way(monkeypatch):
+    """As if each were the fastest: all are computed, and what they keep is kept."""
+
+    def all_of(ways, shape, *given):
+        return [way(*given) for way in ways.values()][-1]
+
+    monkeypatch.setattr(kernels, "fastest", all_of)
+
+
+def kept(unet):
+    found = [(name, vars(part).get(name)) for part in unet.modules() for name in ("packed", "rows", "halves")]
+    return {name for name, value in found if value is not None}
+
+
+def test_afterwards_nothing_is_left(module, every_way):
     unet = module.unet.bfloat16()
     before = {name: set(vars(part)) for name, part in unet.named_modules()}
     with torch.no_grad(), pytest.raises(RuntimeError, match="stop"), fastest_kernels(unet):
         call(unet)
-        assert any(type(part) is FastestConv2d and part.packed is not None for part in unet.modules())
+        assert kept(unet) == {"packed", "rows", "halves"}
         raise RuntimeError("stop")
     assert {name: set(vars(part)) for name, part in unet.named_modules()} == before
     assert not any(isinstance(part, FastestConv2d) for part in unet.modules())
 
 
-def test_mixed_precision_has_weights_of_another_type(module):
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_mixed_precision_may_have_weights_of_another_type(module, weights):
+    unet = module.unet.to(weights)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        expected = call(module.unet)
-        with fastest_kernels(module.unet):
-            torch.testing.assert_close(call(module.unet), expected)
+        expected = call(unet)
+        with fastest_kernels(unet):
+            torch.testing.assert_close(call(unet), expected)
+
+
+def test_what_training_changes_is_used(module, every_way):
+    unet = module.unet.bfloat16().requires_grad_()
+    with fastest_kernels(unet):
+        with torch.no_grad():
+            call(unet)
+        call(unet).square().sum().backward()
+        with torch.no_grad():
+            for weight in unet.parameters():
+                weight -= 0.01 * weight.grad.sign()
+            found = call(unet)
+    with torch.no_grad(), fastest_kernels(unet):
+        assert torch.equal(call(unet), found)
 
 
 def test_where_gradients_are_wanted_they_come(module):

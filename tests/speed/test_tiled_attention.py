@@ -62,6 +62,16 @@ def test_in_bfloat16_the_error_is_about_that_of_torch(larger, keys, shared):
     assert (tiled_attention(query, key, value).double() - exact).norm() < 1.4 * theirs
 
 
+@pytest.mark.parametrize("outlier", [3, 5, 10, 20, 50, 200])
+@pytest.mark.parametrize("spread", [1, 2])
+def test_a_value_far_from_all_others_that_is_not_looked_at_is_no_harm(outlier, spread):
+    query, key, value = qkv(256, 80, torch.bfloat16, 0.1)
+    query[..., 0], key[..., 0, 0], value[..., 0, :] = 4 * spread, -6, outlier
+    exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
+    theirs = (F.scaled_dot_product_attention(query, key, value).double() - exact).norm()
+    assert (tiled_attention(query, key, value).double() - exact).norm() < 2 * theirs
+
+
 @pytest.mark.parametrize("larger", [600, 6000])
 def test_of_scores_so_large_near_ties_decide(larger):
     query, key, value = qkv(256, 1024, torch.bfloat16, larger)

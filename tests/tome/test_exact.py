@@ -10,7 +10,7 @@ from tomesd.merge import bipartite_soft_matching_random2d
 from sdmodule.speed import kernels
 from sdmodule.speed.attention import attention_by
 from sdmodule.speed.choices import TORCH
-from sdmodule.speed.kernels import FASTEST
+from sdmodule.speed.kernels import FASTEST, FastestGEGLU
 from sdmodule.speed.layout import TokensInPlace
 from sdmodule.tome import apply
 from sdmodule.tome.destinations import draw_destinations
@@ -125,11 +125,13 @@ def tiles(monkeypatch):
 
 
 @pytest.mark.parametrize("engine", ["exact", "window"])
-def test_in_bfloat16_merged_blocks_have_attention_by_tiles(in_bfloat16, tiles, engine):
+def test_in_bfloat16_merged_blocks_have_the_fastest_layers(in_bfloat16, tiles, engine):
     unet, inputs = in_bfloat16
     before = unet.attn_processors
     with torch.no_grad():
         with TokenMerging(engine=engine).applied(unet, [7]):
+            layers = [layer for layer in unet.modules() if isinstance(layer, MergedBlock)]
+            assert layers and all(type(layer.ff.net[0]) is FastestGEGLU for layer in layers)
             found = {name: processor is FASTEST for name, processor in unet.attn_processors.items()}
             by_tiles = unet(*inputs).sample.float()
         assert unet.attn_processors == before
