@@ -23,7 +23,7 @@ ROUNDED = 1 / 32
 """By how much a score may be rounded: its exponential then is by 3% at most."""
 
 OUTLYING = 8
-"""How many times as far from the others a value may be as they are on average, with still something in common."""
+"""How many times as far from the mean as values are on average one may be; beyond that no mean is taken away."""
 
 ALIGNED = 16
 """Products of numbers of keys that this divides are up to twice as fast as those of a prompt's 77."""
