@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 from typing_extensions import override
 
-from sdmodule.speed import winograd
+from sdmodule.speed import winograd, winograd_tiles
 from sdmodule.speed.choices import TORCH, Ways, fastest
 from sdmodule.speed.packed import fused_geglu, packed_convolution, packed_linear, packs
 from sdmodule.speed.swapped import swapped
@@ -47,20 +47,28 @@ def winograd_convolution(picture: Tensor, layer: Any) -> Tensor:
     return winograd.convolve(picture, layer.rows, layer.bias)
 
 
+def convolution_of_tiles(picture: Tensor, layer: Any) -> Tensor:
+    """A convolution of 3x3 in float32 with a quarter of the products; ``layer.matrices`` keeps its weights."""
+    if layer.matrices is None:
+        layer.matrices = winograd_tiles.matrices_of(layer)
+    return winograd_tiles.convolve(picture, layer.matrices, layer.bias)
+
+
 ATTENTIONS: Ways = {TORCH: F.scaled_dot_product_attention, "tiles": tiled_attention}
 LINEARS: Ways = {TORCH: linear, "convolution": convolved}
 PACKED_LINEARS: Ways = {**LINEARS, "packed": packed_linear}
 GEGLUS: Ways = {TORCH: geglu, "fused": fused_geglu}
 CONVOLUTIONS: Ways = {TORCH: packed_convolution, "winograd": winograd_convolution}
+TILED_CONVOLUTIONS: Ways = {**CONVOLUTIONS, "winograd tiles": convolution_of_tiles}
 
 
 @contextmanager
 def fastest_kernels(unet: Any) -> Iterator[None]:
     """Run a UNet's layers the way that is the fastest here, inside a ``with`` block.
 
-    Layers keep their weights in the order in which they are multiplied, in bfloat16 convolutions too, a third more of
-    them by Winograd's algorithm: there are then two to two and a half times as many. They must not change meanwhile,
-    unless by training: a call with gradients drops what is kept.
+    Layers keep their weights in the order in which they are multiplied, and convolutions by Winograd's algorithms a
+    third more of them, or in float32, of large pictures, four times as many: there are then two to two and a half times
+    as many in all. They must not change meanwhile, unless by training: a call with gradients drops what is kept.
 
     Pictures differ by rounding. What a layer's shape is, not how many pictures there are, decides, so that a picture is
     the same whatever its batch.
@@ -69,10 +77,15 @@ def fastest_kernels(unet: Any) -> Iterator[None]:
         unet: a ``UNet2DConditionModel`` on CPU, not compiled.
     """
     blocks = [block for block in unet.modules() if isinstance(block, BasicTransformerBlock)]
-    convolutions = [layer for layer in unet.modules() if type(layer) is nn.Conv2d and _keeps_weights(layer)]
-    with ExitStack() as stack:
-        stack.enter_context(swapped(FastestConv2d, convolutions, keeps=("packed", "rows")))
-        stack.enter_context(fastest_blocks(blocks))
+    with fastest_convolutions(unet), fastest_blocks(blocks):
+        yield
+
+
+@contextmanager
+def fastest_convolutions(module: nn.Module) -> Iterator[None]:
+    """Run a module's convolutions the way that is the fastest here, inside a ``with`` block; see `fastest_kernels`."""
+    convolutions = [layer for layer in module.modules() if type(layer) is nn.Conv2d and _keeps_weights(layer)]
+    with swapped(FastestConv2d, convolutions, keeps=("packed", "rows", "matrices")):
         yield
 
 
@@ -198,25 +211,27 @@ class FastestGEGLU(GEGLU):
 
 
 class FastestConv2d(nn.Conv2d):
-    """A ``Conv2d`` in bfloat16 that keeps its weights in order, and runs the way that is the fastest here."""
+    """A ``Conv2d`` that keeps its weights in order, and runs the way that is the fastest here."""
 
     packed: Tensor | None = None
     rows: winograd.Kernels | None = None
+    matrices: Tensor | None = None
 
     @override
     def forward(self, input: Tensor) -> Tensor:
         """Convolve a picture ``[B, C, h, w]``; the result has its channels innermost."""
-        if _is_as_usual(self, "packed", "rows") or input.ndim != 4 or _is_mixed(input, self.weight):
+        if _is_as_usual(self, "packed", "rows", "matrices") or input.ndim != 4 or _is_mixed(input, self.weight):
             return super().forward(input)
         if not winograd.is_ordinary(self, input):
             return packed_convolution(input, self)
-        return fastest(CONVOLUTIONS, ("convolution", input.shape[1:], self.out_channels, input.dtype), input, self)
+        ways = TILED_CONVOLUTIONS if winograd_tiles.is_tiled(self, input) else CONVOLUTIONS
+        return fastest(ways, ("convolution", input.shape[1:], self.out_channels, input.dtype), input, self)
 
 
 def _keeps_weights(layer: nn.Conv2d) -> bool:
-    """Whether a convolution is one that gains: in float32 products take so long that nothing is won."""
-    dtype, padded = layer.weight.dtype, layer.padding_mode == "zeros" and isinstance(layer.padding, tuple)
-    return dtype == torch.bfloat16 and packs(dtype) and padded
+    """Whether a convolution's weights can be kept in order."""
+    padded = layer.padding_mode == "zeros" and isinstance(layer.padding, tuple)
+    return padded and packs(layer.weight.dtype)
 
 
 def _is_mixed(tokens: Tensor, weight: Tensor) -> bool:

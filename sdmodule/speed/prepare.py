@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
+import torch
+
 from sdmodule.speed.attention import attention_by
 from sdmodule.speed.compiled import compiled
 from sdmodule.speed.decoding import decoding
-from sdmodule.speed.kernels import fastest_kernels
+from sdmodule.speed.kernels import fastest_convolutions, fastest_kernels
 from sdmodule.speed.layout import channels_last
 from sdmodule.speed.memory import memory_kept
 
@@ -25,16 +27,19 @@ def prepared(parts: Components, settings: SpeedSettings) -> Iterator[None]:
     Raises:
         SettingsError: for an attention that this machine does not have.
     """
+    device = parts.unet.device.type
     with ExitStack() as stack:
-        if settings.keep_memory and parts.unet.device.type == "cpu":
+        if settings.keep_memory and device == "cpu":
             stack.enter_context(memory_kept())
-        if settings.channels_last_in(parts.unet.dtype):
+        if settings.channels_last_in(parts.unet.dtype, device):
             stack.enter_context(channels_last(parts.unet, parts.vae))
         stack.enter_context(decoding(parts.vae, settings.decode))
         stack.enter_context(attention_by(parts.unet, settings.attention))
-        compile = settings.compile_on(parts.unet.device.type)
-        if settings.kernels == "fastest" and parts.unet.device.type == "cpu" and compile == "none":
+        if settings.fastest_on(device):
             stack.enter_context(fastest_kernels(parts.unet))
+            if parts.vae.dtype == torch.float32:  # in 16 bits what it rounds is seen at once
+                stack.enter_context(fastest_convolutions(parts.vae))
+        compile = settings.compile_on(device)
         if compile != "none":
             stack.enter_context(compiled(parts.unet, whole=compile == "whole"))
         yield

@@ -29,7 +29,7 @@ class SpeedSettings:
             gave last is used again (Ma et al. 2024, "DeepCache"). 1 runs all of it always.
         cache_layers: layers of full resolution, counted from the input and from the output, that run at every step.
         channels_last: keep the UNet and the autoencoder with their channels innermost, which convolutions in 16 bits
-            are fastest in; ``auto`` does so for these, and not in float32.
+            are fastest in; ``auto`` does so for these, and in float32 where ``kernels=fastest`` takes effect.
         compile: ``none``; ``blocks``, the UNet's, each by itself; ``whole``; or ``auto``: blocks on a GPU, and none on
             CPU, where compiling takes longer than most runs.
         attention: what computes the UNet's attention: ``sdpa`` leaves the choice to torch, ``flash``, ``efficient``,
@@ -90,9 +90,15 @@ class SpeedSettings:
             return "blocks" if device == "cuda" else "none"
         return self.compile
 
-    def channels_last_in(self, dtype: torch.dtype) -> bool:
-        """Whether weights of a type are kept with their channels innermost."""
-        return dtype.itemsize == 2 if isinstance(self.channels_last, str) else self.channels_last
+    def fastest_on(self, device: str) -> bool:
+        """Whether layers run the way that is the fastest, on a kind of device."""
+        return self.kernels == "fastest" and device == "cpu" and self.compile_on(device) == "none"
+
+    def channels_last_in(self, dtype: torch.dtype, device: str) -> bool:
+        """Whether weights of a type are kept with their channels innermost, on a kind of device."""
+        if isinstance(self.channels_last, str):
+            return dtype.itemsize == 2 or self.fastest_on(device)
+        return self.channels_last
 
     def facts(self) -> dict[str, Any]:
         """What a picture depends on, in plain types; nothing if it is made as plain diffusers makes it."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from sdmodule.module import StableDiffusionModule
+from sdmodule.speed.kernels import FastestConv2d
+from sdmodule.speed.packed import packs
+from sdmodule.speed.prepare import prepared
 from sdmodule.speed.settings import choose_speed
 
 PROMPT = "a red circle on a blue background"
@@ -41,10 +46,28 @@ def test_means_that_round_otherwise(sd, close):
     assert np.abs(pictures(sd, speed=close) - pictures(sd)).max() < 2 / 255
 
 
-def test_channels_go_innermost_by_themselves_in_16_bits_alone(sd):
+def test_channels_go_innermost_by_themselves_where_that_is_faster(sd):
     settings = choose_speed({"channels_last": "auto"})
-    assert settings.channels_last_in(torch.bfloat16) and settings.channels_last_in(torch.float16)
+    assert settings.channels_last_in(torch.bfloat16, "cpu") and settings.channels_last_in(torch.float16, "cuda")
     assert np.array_equal(pictures(sd, speed={"channels_last": "auto"}), pictures(sd))
+    for more, device, innermost in (({}, "cpu", True), ({}, "cuda", False), ({"compile": "blocks"}, "cpu", False)):
+        settings = choose_speed({"channels_last": "auto", "kernels": "fastest", **more})
+        assert settings.channels_last_in(torch.float32, device) == innermost
+
+
+@pytest.mark.skipif(not packs(torch.float32), reason="oneDNN is not in this build of torch")
+def test_the_autoencoder_has_the_fastest_convolutions_in_float32_alone(sd):
+    parts, settings = copy.deepcopy(sd.parts), choose_speed({"kernels": "fastest"})
+
+    def swapped_ones():
+        return [part for part in parts.vae.modules() if isinstance(part, FastestConv2d)]
+
+    with prepared(parts, settings):
+        assert swapped_ones()
+    assert not swapped_ones()
+    parts.vae.bfloat16()
+    with prepared(parts, settings):
+        assert not swapped_ones()
 
 
 LOSSY = [

@@ -43,6 +43,15 @@ def test_the_error_is_about_twice_that_of_an_ordinary_convolution(bias):
 
 
 @torch.no_grad()
+def test_in_float32_the_error_is_less_than_a_millionth():
+    layer, given = convolution().float(), picture().float()
+    with swapped(FastestConv2d, [layer], keeps=("rows",)):
+        found = winograd_convolution(given, layer)
+    wanted = layer.double()(given.double())
+    assert (found - wanted).norm() < 1e-6 * wanted.norm()
+
+
+@torch.no_grad()
 def test_a_picture_is_the_same_whatever_its_batch():
     layer, given = convolution(), picture(batch=3)
     with swapped(FastestConv2d, [layer]):
