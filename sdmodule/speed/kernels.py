@@ -18,7 +18,19 @@ from sdmodule.speed import winograd, winograd_tiles
 from sdmodule.speed.choices import TORCH, Ways, fastest
 from sdmodule.speed.packed import fused_geglu, packed_convolution, packed_linear, packs
 from sdmodule.speed.swapped import swapped
-from sdmodule.speed.tiled_attention import tiled_attention
+from sdmodule.speed.tiled_attention import ALIGNED, tiled_attention
+
+
+def padded_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Torch's attention to a number of keys that `ALIGNED` divides, of which those added count for nothing.
+
+    A prompt has 77. In bfloat16 torch's products with matrices of so odd a size can take twice as long.
+    """
+    added = -key.shape[2] % ALIGNED
+    mask = query.new_zeros(1, 1, 1, key.shape[2] + added)
+    mask[..., key.shape[2] :] = -torch.inf
+    key, value = (F.pad(tokens, (0, 0, 0, added)) for tokens in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
 def linear(tokens: Tensor, layer: nn.Linear) -> Tensor:
@@ -55,6 +67,7 @@ def convolution_of_tiles(picture: Tensor, layer: Any) -> Tensor:
 
 
 ATTENTIONS: Ways = {TORCH: F.scaled_dot_product_attention, "tiles": tiled_attention}
+ODD_ATTENTIONS: Ways = {**ATTENTIONS, "padded": padded_attention}
 LINEARS: Ways = {TORCH: linear, "convolution": convolved}
 PACKED_LINEARS: Ways = {**LINEARS, "packed": packed_linear}
 GEGLUS: Ways = {TORCH: geglu, "fused": fused_geglu}
@@ -140,8 +153,10 @@ class FastestAttention(AttnProcessor2_0):
             for tokens in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
         )
         shape = ("attention", query.shape[1:], key.shape[2], query.dtype)
-        joined = fastest(ATTENTIONS, shape, query, key, value).transpose(1, 2).flatten(2)
-        return attn.to_out[1](attn.to_out[0](joined)) / attn.rescale_output_factor
+        ways = ODD_ATTENTIONS if key.shape[2] % ALIGNED else ATTENTIONS
+        joined = fastest(ways, shape, query, key, value).transpose(1, 2).flatten(2)
+        result = attn.to_out[1](attn.to_out[0](joined))
+        return result if attn.rescale_output_factor == 1 else result / attn.rescale_output_factor
 
 
 def _is_as_usual(layer: nn.Module, *kept: str) -> bool:

@@ -54,14 +54,16 @@ def packed_linear(tokens: Tensor, layer: Any) -> Tensor:
 def fused_geglu(tokens: Tensor, layer: Any) -> Tensor:
     """What a ``GEGLU`` gives for tokens ``[B, L, C]``, without gradients; ``layer.halves`` keeps its weights.
 
-    Its gates pass the activation while they are multiplied, and nothing is rounded in between.
+    Its gates pass the activation while they are multiplied, and multiply the other half while that is; only gates are
+    rounded in between.
     """
     if layer.halves is None:
         biases = (None, None) if layer.proj.bias is None else layer.proj.bias.chunk(2)
         layer.halves = [(pack_linear(half, tokens), bias) for half, bias in zip(layer.proj.weight.chunk(2), biases)]
     (half, bias), (gate, bias_of_gate) = layer.halves
-    gates = torch.ops.mkldnn._linear_pointwise(tokens, gate, bias_of_gate, "gelu", [], "none")
-    return gates.mul_(torch.ops.mkldnn._linear_pointwise(tokens, half, bias, "none", [], ""))
+    multiply: Any = torch.ops.mkldnn._linear_pointwise
+    gates = multiply(tokens, gate, bias_of_gate, "gelu", [], "none")
+    return multiply.binary(tokens, gates, half, bias, "mul")
 
 
 def pack_linear(weight: Tensor, tokens: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 
 from sdmodule.speed import choices
 from sdmodule.speed.choices import TORCH, fastest, measured
-from sdmodule.speed.kernels import LINEARS, PACKED_LINEARS, fastest_linears
+from sdmodule.speed.kernels import LINEARS, PACKED_LINEARS, fastest_linears, padded_attention
 from sdmodule.speed.packed import packs
 
 
@@ -33,6 +33,16 @@ def test_every_way_gives_what_a_linear_layer_gives(way, bias):
     with fastest_linears([layer]):
         for some in (tokens, tokens[:1]):  # weights that were put in order for two rows serve one
             torch.testing.assert_close(PACKED_LINEARS[way](some, layer), F.linear(some, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [77, 80, 1])
+@torch.no_grad()
+def test_keys_that_are_added_count_for_nothing(dtype, count):
+    query, key, value = (torch.randn(2, length, 4, 8, dtype=dtype).transpose(1, 2) for length in (30, count, count))
+    exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
+    theirs, ours = (way(query, key, value) for way in (F.scaled_dot_product_attention, padded_attention))
+    assert (ours - exact).norm() <= 1.2 * (theirs - exact).norm() + 1e-6
 
 
 def slow(values):
