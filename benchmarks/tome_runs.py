@@ -126,7 +126,10 @@ def seconds_of(call: Callable[[], Tensor], device: torch.device, clock: str) -> 
 
 @torch.no_grad()
 def forward(parts: Components, variant: Variant, size: int, clock: str = "wall", seed: int = 0) -> tuple[float, Tensor]:
-    """Time one call of the UNet on the input of a seed, and give its output ``[2, 4, h, w]``."""
+    """Call the UNet on the input of a seed: the output ``[2, 4, h, w]``, and how long the next call takes.
+
+    The first call of a picture puts weights in order for all others, and one step in fifty is like it.
+    """
     unet, side = parts.unet, size // parts.pixels_per_latent
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(1, unet.config.in_channels, side, side, generator=generator).repeat(2, 1, 1, 1)
@@ -134,7 +137,8 @@ def forward(parts: Components, variant: Variant, size: int, clock: str = "wall",
     latents, text = (x.to(unet.device, unet.dtype) for x in (latents, text))
     latents = latents.contiguous(memory_format=torch.channels_last)
     with in_mode(unet, variant.mode), variant.merging.applied(unet, [seed], (side, side)):
-        return seconds_of(lambda: unet(latents, 500, encoder_hidden_states=text).sample, unet.device, clock)
+        result = unet(latents, 500, encoder_hidden_states=text).sample
+        return seconds_of(lambda: unet(latents, 500, encoder_hidden_states=text).sample, unet.device, clock)[0], result
 
 
 def pictures(parts: Components, variant: Variant, size: int, images: int, steps: int) -> tuple[float, Tensor]:

@@ -2,7 +2,7 @@
 
 By default the published protocol (Bolya and Hoffman 2023, table 1): 512 pixels, 100 pictures in 20 calls of 5 of one
 prompt, 50 DDIM steps, ratios 0.5 and 0.75. ``--forward-only`` times single calls of the UNet instead, on the two halves
-of one guided picture, another one in each turn. All variants run in one process, in turn, after a warm-up each; medians
+of one guided picture, another one in each turn: the second call each, as of the steps of a picture all but one are. All variants run in one process, in turn, after a warm-up each; medians
 of times and means of errors are reported.
 
 Example::
@@ -120,7 +120,6 @@ def measure(parts: Components, settings: argparse.Namespace, size: int) -> list[
         for turn in range(settings.rounds + 1):
             for mode, variants_of_mode in groupby(listed, key=lambda variant: variant.mode):
                 with in_mode(parts.unet, mode):
-                    forward(parts, Variant("none", OFF, mode), size)  # what is done once for many calls is not timed
                     for variant in variants_of_mode:
                         timed(variant, partial(forward, clock=settings.clock, seed=turn))
             for variant in listed:
@@ -206,7 +205,7 @@ def protocol(parts: Components, settings: argparse.Namespace) -> str:
             "; this processor has no bfloat16 of its own: its matrix products are several times slower than float32"
         )
     if settings.forward_only:
-        return f"one call of the UNet on 2 rows, median of {settings.rounds}, {settings.clock} clock; {where}"
+        return f"the second call of the UNet on 2 rows, median of {settings.rounds}, {settings.clock} clock; {where}"
     short = [f"{key} {getattr(settings, key)} of {PROTOCOL[key]}" for key in ("images", "steps")
              if getattr(settings, key) < PROTOCOL[key]]  # fmt: skip
     what = f"shortened: {', '.join(short)}" if short else "the published protocol"

@@ -96,22 +96,24 @@ class MergedBlock(BasicTransformerBlock):
                 encoder_attention_mask=encoder_attention_mask,
                 cross_attention_kwargs=cross_attention_kwargs,
             )
-            return plan.unmerge(done - merged, batch) + hidden_states
+            return added(plan.unmerge(done - merged, batch), hidden_states)
 
-        def layer(run: Any, tokens: Tensor, merges: bool, **context: Any) -> Tensor:
+        def layer(run: Any, norm: Any, tokens: Tensor, merges: bool, **context: Any) -> Tensor:
             if not merges:
-                return run(tokens, **context)
-            return plan.unmerge(run(plan.merge(tokens, batch), **context), batch)
+                return run(norm(tokens), **context) + tokens
+            return added(plan.unmerge(run(plan.merge(norm(tokens), batch), **context), batch), tokens)
 
         options = cross_attention_kwargs or {}
         own = encoder_hidden_states if self.only_cross_attention else None
-        hidden_states = (
-            layer(self.attn1, self.norm1(hidden_states), on.attention, encoder_hidden_states=own, **options)
-            + hidden_states
-        )
+        tokens = layer(self.attn1, self.norm1, hidden_states, on.attention, encoder_hidden_states=own, **options)
         if self.attn2 is not None:
             context = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": encoder_attention_mask}
-            hidden_states = (
-                layer(self.attn2, self.norm2(hidden_states), on.cross_attention, **context, **options) + hidden_states
-            )
-        return layer(self.ff, self.norm3(hidden_states), on.mlp) + hidden_states
+            tokens = layer(self.attn2, self.norm2, tokens, on.cross_attention, **context, **options)
+        return layer(self.ff, self.norm3, tokens, on.mlp)
+
+
+def added(unmerged: Tensor, tokens: Tensor) -> Tensor:
+    """Tokens and what a layer adds to them, which nobody else holds: without gradients it becomes the sum."""
+    if torch.is_grad_enabled() or unmerged.dtype != tokens.dtype:
+        return unmerged + tokens
+    return unmerged.add_(tokens)

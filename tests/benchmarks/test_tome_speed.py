@@ -20,7 +20,7 @@ def test_forward_passes_are_rows_with_speed_error_and_label(checkpoint, tmp_path
     tome_speed.run([*given, "--precision", "float32", "--json", str(file), "--plot", str(plot)])
     written = json.loads(file.read_text())
     assert {"command", "hardware", "versions", "rows", "protocol"} <= written.keys()
-    assert "one call of the UNet" in written["protocol"] and str(tmp_path) not in file.read_text()
+    assert "the second call of the UNet" in written["protocol"] and str(tmp_path) not in file.read_text()
     rows = written["rows"]
     modes = ("eager", "rounding")
     assert len(rows) == 2 * len(modes) * (1 + 2 * len(tome_speed.ENGINES))
