@@ -61,6 +61,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="how often each is measured")
     parser.add_argument("--pretrained", help="a model with weights; otherwise Stable Diffusion 1.5's, random")
     parser.add_argument("--guidance-scale", type=float, default=7.5)
+    parser.add_argument("--precision", choices=["bfloat16", "float32"], help="of all but exact; else the fastest")
     parser.add_argument("--means", action="store_true", help="each of our means by itself too")
     parser.add_argument("--no-compile", action="store_true", help="compile nothing")
     parser.add_argument("--quick", action="store_true", help="two rounds, nothing compiled")
@@ -75,13 +76,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return settings
 
 
-def models(pretrained: str | None) -> tuple[Components, Components]:
-    """The model in float32, and in the fastest precision of the device: the same object where that is float32."""
+def models(pretrained: str | None, precision: str | None = None) -> tuple[Components, Components]:
+    """The model in float32, and in a precision, or the fastest of the device: the same object where that is float32."""
     plain = load(pretrained, "float32")
     device = plain.unet.device.type
     for name in MODELS:  # as ``from_pretrained`` leaves them
         getattr(plain, name).to(memory_format=torch.contiguous_format)
-    if not computes_bfloat16("gpu" if device == "cuda" else "cpu"):
+    fastest = "bfloat16" if computes_bfloat16("gpu" if device == "cuda" else "cpu") else "float32"
+    if (precision or fastest) == "float32":
         return plain, plain
     best = copy.deepcopy(plain)
     for name in MODELS:
@@ -210,7 +212,9 @@ def protocol(plain: Components, best: Components, settings: argparse.Namespace) 
     device = plain.unet.device.type
     dtype = str(next(best.unet.parameters()).dtype).removeprefix("torch.")
     why = "which the device computes in"
-    if best is plain:
+    if settings.precision:
+        why = "as --precision says"
+    elif best is plain:
         why = "since the device has no bfloat16 of its own and would emulate it, many times slower"
     return (
         f"{plain.source}; {device}, {torch.get_num_threads()} threads; best recipe and rounding in {dtype}, {why}; "
@@ -225,7 +229,7 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
         SettingsError: an argument cannot be used.
     """
     settings = parse(arguments)
-    plain, best = models(settings.pretrained)
+    plain, best = models(settings.pretrained, settings.precision)
     if settings.pretrained:
         native = plain.unet.config.sample_size * plain.pixels_per_latent
         settings.size, settings.guidance_scale = [native], plain.guidance_scale

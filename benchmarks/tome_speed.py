@@ -1,9 +1,10 @@
 """Measure token merging: speed beside error, of tomesd and of this package's engines.
 
 By default the published protocol (Bolya and Hoffman 2023, table 1): 512 pixels, 100 pictures in 20 calls of 5 of one
-prompt, 50 DDIM steps, ratios 0.5 and 0.75. ``--forward-only`` times single calls of the UNet instead, on the two halves
-of one guided picture, another one in each turn: the second call each, as of the steps of a picture all but one are. All variants run in one process, in turn, after a warm-up each; medians
-of times and means of errors are reported.
+prompt, 50 DDIM steps, ratios 0.5 and 0.75. ``--forward-only`` times single calls of the UNet instead, on the two
+halves of one guided picture, another one in each turn: the second call each, as of the steps of a picture all but one
+are. All variants run in one process, in turn, after a warm-up each; medians of times and means of errors are
+reported.
 
 Example::
 
