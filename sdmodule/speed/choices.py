@@ -23,7 +23,9 @@ TORCH = "torch"
 MARGIN = 1.1
 """How many times faster: a choice for good should not hang on a busy moment of the machine."""
 
-TRIALS = 5
+TRIALS, FEWEST, PATIENCE = 5, 2, 3.0
+"""Of each way: no more than the fewest once so many seconds have passed."""
+
 GENERATION = 8
 """Of the ways that there are; another number has all of them measured anew."""
 
@@ -67,7 +69,10 @@ def remembered(ways: Ways, shape: tuple[Any, ...], arguments: tuple[Any, ...]) -
 def measured(ways: Ways, arguments: tuple[Any, ...]) -> str:
     """The name of the fastest way; they run in turn, and the best of their times are compared."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(1 + TRIALS):  # the first warms up
+    begun = time.perf_counter()
+    for trial in range(1 + TRIALS):  # the first warms up
+        if trial > FEWEST and time.perf_counter() - begun > PATIENCE:
+            break
         for name, way in ways.items():
             start = time.perf_counter()
             way(*arguments)

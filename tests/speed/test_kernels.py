@@ -60,6 +60,14 @@ def test_the_fastest_is_found_and_what_is_hardly_faster_is_left():
     assert measured({TORCH: slow, "alike": slow}, (torch.zeros(1),)) == TORCH
 
 
+@pytest.mark.parametrize(("patience", "trials"), [(60.0, choices.TRIALS), (0.0, choices.FEWEST)])
+def test_what_takes_long_is_tried_less_often(monkeypatch, patience, trials):
+    monkeypatch.setattr(choices, "PATIENCE", patience)
+    calls: list[int] = []
+    measured({TORCH: calls.append, "other": calls.append}, (1,))
+    assert len(calls) == 2 * (1 + trials)
+
+
 def test_what_was_found_holds_for_later_processes(monkeypatch):
     assert fastest({TORCH: slow, "quick": quick}, ("addition", 1), torch.zeros(1)) == 1
     monkeypatch.setattr(choices, "CHOSEN", {})  # as in another process, where another would be faster now
