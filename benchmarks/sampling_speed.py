@@ -61,7 +61,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="how often each is measured")
     parser.add_argument("--pretrained", help="a model with weights; otherwise Stable Diffusion 1.5's, random")
     parser.add_argument("--guidance-scale", type=float, default=7.5)
-    parser.add_argument("--precision", choices=["bfloat16", "float32"], help="of all but exact; else the fastest")
+    parser.add_argument("--precision", choices=["bfloat16", "float32"], help="of the best recipe, rounding and faster")
     parser.add_argument("--means", action="store_true", help="each of our means by itself too")
     parser.add_argument("--no-compile", action="store_true", help="compile nothing")
     parser.add_argument("--quick", action="store_true", help="two rounds, nothing compiled")

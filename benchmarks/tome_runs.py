@@ -116,7 +116,9 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time
 
 
 def seconds_of(call: Callable[[], Tensor], device: torch.device, clock: str) -> tuple[float, Tensor]:
-    """Time one call, on a GPU until it is through."""
+    """Time one call, on a GPU from when nothing else is going on until it is through."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     start = CLOCKS[clock]()
     result = call()
     if device.type == "cuda":

@@ -81,7 +81,8 @@ def fastest_kernels(unet: Any) -> Iterator[None]:
 
     Layers keep their weights in the order in which they are multiplied, and convolutions by Winograd's algorithms a
     third more of them, or in float32, of large pictures, four times as many: there are then two to two and a half times
-    as many in all. They must not change meanwhile, unless by training: a call with gradients drops what is kept.
+    as many in all, and in float32 three times at 1,024 pixels and four at 2,048. They must not change meanwhile, unless
+    by training: a call with gradients drops what is kept.
 
     Pictures differ by rounding. What a layer's shape is, not how many pictures there are, decides, so that a picture is
     the same whatever its batch.
@@ -239,8 +240,9 @@ class FastestConv2d(nn.Conv2d):
             return super().forward(input)
         if not winograd.is_ordinary(self, input):
             return packed_convolution(input, self)
-        ways = TILED_CONVOLUTIONS if winograd_tiles.is_tiled(self, input) else CONVOLUTIONS
-        return fastest(ways, ("convolution", input.shape[1:], self.out_channels, input.dtype), input, self)
+        tiled = winograd_tiles.is_tiled(self, input)
+        ways = TILED_CONVOLUTIONS if tiled else CONVOLUTIONS
+        return fastest(ways, ("convolution", input.shape[1:], self.out_channels, input.dtype, tiled), input, self)
 
 
 def _keeps_weights(layer: nn.Conv2d) -> bool:

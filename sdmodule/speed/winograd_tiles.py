@@ -10,6 +10,7 @@ In bfloat16 it would be far too large; ``winograd.py`` has a smaller algorithm f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,15 +39,27 @@ its matrices for pictures and results."""
 
 
 def is_tiled(layer: nn.Conv2d, picture: Tensor) -> bool:
-    """Whether a convolution of a picture ``[B, C, h, w]`` is one of 3x3 in float32 to the same, large enough size."""
+    """Whether a convolution of a picture ``[B, C, h, w]`` is one of 3x3 in float32 to the same, large enough size.
+
+    None is where products of float32 may be rounded, as ``torch.set_float32_matmul_precision`` allows: ordinary
+    convolutions are not, and what is multiplied here must not be.
+    """
     height, width = picture.shape[2:]
     large = height * width >= PIXELS and height % SIDE == width % SIDE == 0
-    return large and picture.dtype == torch.float32 and is_ordinary(layer, picture)
+    return large and picture.dtype == torch.float32 and is_ordinary(layer, picture) and products_are_exact()
+
+
+def products_are_exact() -> bool:
+    """Whether nobody has allowed products of float32 on CPU to be rounded."""
+    matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    if not hasattr(matmul, "fp32_precision"):  # of older versions of torch
+        return torch.get_float32_matmul_precision() == "highest"
+    return matmul.fp32_precision in ("none", "ieee")
 
 
 def matrices_of(layer: nn.Conv2d) -> Tensor:
     """What tiles are multiplied with in place of a kernel ``[D, C, 3, 3]``: ``[36, C, D]``."""
-    sums = torch.tensor(KERNEL_SUMS, device=layer.weight.device)
+    sums = torch.tensor(KERNEL_SUMS, dtype=layer.weight.dtype, device=layer.weight.device)
     kernel = layer.weight.permute(3, 2, 1, 0)  # the width first, as tiles lie
     return (torch.kron(sums, sums) @ kernel.flatten(2).flatten(0, 1)).view(LINES**2, *kernel.shape[2:])
 

@@ -80,6 +80,35 @@ def test_in_16_bits_there_are_none():
     assert not is_tiled(convolution().bfloat16(), picture().bfloat16())
 
 
+@pytest.fixture
+def medium_products():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@torch.no_grad()
+def test_where_products_may_be_rounded_convolutions_are_not(medium_products, tiles_everywhere):
+    layer, given = convolution(), picture()
+    assert not is_tiled(layer, given)
+    with fastest_convolutions(layer):
+        found = layer(given)
+    wanted = layer.double()(given.double())
+    assert (found - wanted).norm() < 5e-6 * wanted.norm()
+
+
+@torch.no_grad()
+def test_what_torch_makes_by_default_matters_not():
+    layer, given = convolution(), picture()
+    wanted = winograd_tiles.convolve(given, winograd_tiles.matrices_of(layer), layer.bias)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(winograd_tiles.convolve(given, winograd_tiles.matrices_of(layer), layer.bias), wanted)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_what_training_changes_is_used(tiles_everywhere):
     layer, given = convolution(), picture()
     with fastest_convolutions(layer):
