@@ -25,6 +25,14 @@ def padded_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Torch's attention to a number of keys that `ALIGNED` divides, of which those added count for nothing.
 
     A prompt has 77. In bfloat16 torch's products with matrices of so odd a size can take twice as long.
+
+    Args:
+        query: ``[B, H, L, D]``.
+        key: ``[B, H, M, D]``.
+        value: of the same shape.
+
+    Returns:
+        ``[B, H, L, D]``.
     """
     added = -key.shape[2] % ALIGNED
     mask = query.new_zeros(1, 1, 1, key.shape[2] + added)
@@ -67,12 +75,14 @@ def convolution_of_tiles(picture: Tensor, layer: Any) -> Tensor:
 
 
 ATTENTIONS: Ways = {TORCH: F.scaled_dot_product_attention, "tiles": tiled_attention}
-ODD_ATTENTIONS: Ways = {**ATTENTIONS, "padded": padded_attention}
+PADDED_ATTENTIONS: Ways = {**ATTENTIONS, "padded": padded_attention}
 LINEARS: Ways = {TORCH: linear, "convolution": convolved}
 PACKED_LINEARS: Ways = {**LINEARS, "packed": packed_linear}
 GEGLUS: Ways = {TORCH: geglu, "fused": fused_geglu}
 CONVOLUTIONS: Ways = {TORCH: packed_convolution, "winograd": winograd_convolution}
 TILED_CONVOLUTIONS: Ways = {**CONVOLUTIONS, "winograd tiles": convolution_of_tiles}
+KEPT = ("packed", "rows", "matrices")
+"""What convolutions keep of their weights, each of the ways its own."""
 
 
 @contextmanager
@@ -99,7 +109,7 @@ def fastest_kernels(unet: Any) -> Iterator[None]:
 def fastest_convolutions(module: nn.Module) -> Iterator[None]:
     """Run a module's convolutions the way that is the fastest here, inside a ``with`` block; see `fastest_kernels`."""
     convolutions = [layer for layer in module.modules() if type(layer) is nn.Conv2d and _keeps_weights(layer)]
-    with swapped(FastestConv2d, convolutions, keeps=("packed", "rows", "matrices")):
+    with swapped(FastestConv2d, convolutions, keeps=KEPT):
         yield
 
 
@@ -154,7 +164,7 @@ class FastestAttention(AttnProcessor2_0):
             for tokens in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
         )
         shape = ("attention", query.shape[1:], key.shape[2], query.dtype)
-        ways = ODD_ATTENTIONS if key.shape[2] % ALIGNED else ATTENTIONS
+        ways = PADDED_ATTENTIONS if key.shape[2] % ALIGNED else ATTENTIONS
         joined = fastest(ways, shape, query, key, value).transpose(1, 2).flatten(2)
         result = attn.to_out[1](attn.to_out[0](joined))
         return result if attn.rescale_output_factor == 1 else result / attn.rescale_output_factor
@@ -236,7 +246,7 @@ class FastestConv2d(nn.Conv2d):
     @override
     def forward(self, input: Tensor) -> Tensor:
         """Convolve a picture ``[B, C, h, w]``; the result has its channels innermost."""
-        if _is_as_usual(self, "packed", "rows", "matrices") or input.ndim != 4 or _is_mixed(input, self.weight):
+        if _is_as_usual(self, *KEPT) or input.ndim != 4 or _is_mixed(input, self.weight):
             return super().forward(input)
         if not winograd.is_ordinary(self, input):
             return packed_convolution(input, self)

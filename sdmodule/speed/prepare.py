@@ -37,7 +37,7 @@ def prepared(parts: Components, settings: SpeedSettings) -> Iterator[None]:
         stack.enter_context(attention_by(parts.unet, settings.attention))
         if settings.fastest_on(device):
             stack.enter_context(fastest_kernels(parts.unet))
-            if parts.vae.dtype == torch.float32:  # in 16 bits what it rounds is seen at once
+            if parts.vae.dtype == torch.float32:  # in 16 bits it may change to that meanwhile
                 stack.enter_context(fastest_convolutions(parts.vae))
         compile = settings.compile_on(device)
         if compile != "none":

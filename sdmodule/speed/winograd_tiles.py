@@ -21,7 +21,7 @@ SIDE, LINES = 4, 6
 """Of a tile of the result, and of what it comes from."""
 
 PIXELS = 1024
-"""The fewest of a picture. Weights are kept four times as large, and those of smaller pictures are the most."""
+"""The fewest of a picture. Weights are kept four times as large, and layers of smaller pictures have most of them."""
 
 TILES = 512
 """At most so many are multiplied at once."""
@@ -99,18 +99,18 @@ def _convolve_strip(padded: Tensor, matrices: Tensor, result: Tensor) -> None:
 
 
 def _spread(given: Sequence[Tensor], made: Tensor) -> None:
-    """The six sums of six lines that are multiplied: the matrix B, transposed."""
+    """Write the six sums of six lines that are multiplied, all of one shape: the matrix B, transposed."""
     first, second, third, fourth, fifth, sixth = given
     torch.add(fifth, first, alpha=4, out=made[0]).sub_(third, alpha=5)
     torch.add(sixth, second, alpha=4, out=made[5]).sub_(fourth, alpha=5)
-    for lower, factor, here in ((made[1:3], 4, 1), (made[3:5], 1, 2)):
-        even = torch.sub(fifth, third, alpha=factor, out=lower[0])
-        odd = torch.sub(fourth, second, alpha=factor, out=lower[1])
-        _sum_and_difference(even, odd, here)
+    for two, less, times in ((made[1:3], 4, 1), (made[3:5], 1, 2)):
+        even = torch.sub(fifth, third, alpha=less, out=two[0])
+        odd = torch.sub(fourth, second, alpha=less, out=two[1])
+        _sum_and_difference(even, odd, times)
 
 
 def _gather(products: Tensor, made: Sequence[Tensor]) -> None:
-    """The four lines of a result that come from six of products, which are overwritten: the matrix A, transposed."""
+    """Write four lines of a result, of the shape of the six of products, which are lost: the matrix A, transposed."""
     first, near, opposite, far, beyond, last = products
     even, odd = _sum_and_difference(near, opposite, 1)
     wide, narrow = _sum_and_difference(far, beyond, 1)
@@ -120,7 +120,7 @@ def _gather(products: Tensor, made: Sequence[Tensor]) -> None:
     torch.add(odd, narrow, alpha=8, out=made[3]).add_(last)
 
 
-def _sum_and_difference(left: Tensor, right: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """Of one and a multiple of another, in their place."""
-    left.add_(right, alpha=factor)
-    return left, torch.sub(left, right, alpha=2 * factor, out=right)
+def _sum_and_difference(left: Tensor, right: Tensor, times: int) -> tuple[Tensor, Tensor]:
+    """Of one and so many times the other, in their place."""
+    left.add_(right, alpha=times)
+    return left, torch.sub(left, right, alpha=2 * times, out=right)
