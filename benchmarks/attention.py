@@ -1,4 +1,4 @@
-"""Measure attention on CPU: torch's own beside that by tiles, time and error, for small scores and for large ones.
+"""Measure attention on CPU: torch's own beside the other ways there are here, for small scores and for large ones.
 
 The queries and keys of trained models have larger scores than those of random weights, and tiles then keep them in
 float32; so both are measured. Errors are relative (L2), against float64.
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.report import Parser, print_table, report, write_json
 from sdmodule.errors import SettingsError
 from sdmodule.speed.choices import TORCH
-from sdmodule.speed.kernels import ATTENTIONS
+from sdmodule.speed.kernels import attentions
 
 SHAPES = ((4096, 4096), (4096, 77), (1024, 1024))
 """Queries and keys of Stable Diffusion 1.5 at 512 pixels: of its largest layers, pixels and text, and of the next."""
@@ -50,11 +50,12 @@ def measure(settings: argparse.Namespace) -> list[dict[str, Any]]:
     for queries, keys in SHAPES:
         for spread in SPREADS:
             given = inputs(queries, keys, spread, getattr(torch, settings.precision))
-            exact = ATTENTIONS[TORCH](*(one.double() for one in given))
-            seconds: dict[str, list[float]] = {name: [] for name in ATTENTIONS}
+            ways = attentions(*given)
+            exact = ways[TORCH](*(one.double() for one in given))
+            seconds: dict[str, list[float]] = {name: [] for name in ways}
             errors: dict[str, float] = {}
             for _ in range(1 + settings.rounds):  # the first warms up
-                for name, way in ATTENTIONS.items():
+                for name, way in ways.items():
                     start = time.perf_counter()
                     result = way(*given)
                     seconds[name].append(time.perf_counter() - start)

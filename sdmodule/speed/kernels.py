@@ -16,6 +16,9 @@ from typing_extensions import override
 
 from sdmodule.speed import winograd, winograd_tiles
 from sdmodule.speed.choices import TORCH, Ways, fastest
+from sdmodule.speed.native import attention
+from sdmodule.speed.native.attention import native_attention
+from sdmodule.speed.native.building import is_available
 from sdmodule.speed.packed import fused_geglu, packed_convolution, packed_linear, packs
 from sdmodule.speed.swapped import swapped
 from sdmodule.speed.tiled_attention import ALIGNED, tiled_attention
@@ -72,6 +75,13 @@ def convolution_of_tiles(picture: Tensor, layer: Any) -> Tensor:
     if layer.matrices is None:
         layer.matrices = winograd_tiles.matrices_of(layer)
     return winograd_tiles.convolve(picture, layer.matrices, layer.bias)
+
+
+def attentions(query: Tensor, key: Tensor, value: Tensor) -> Ways:
+    """The ways to compute attention of such tensors on this machine."""
+    ways = PADDED_ATTENTIONS if key.shape[2] % ALIGNED else ATTENTIONS
+    native = attention.fits(query, key, value) and is_available(attention.SOURCE)
+    return {**ways, "native": native_attention} if native else ways
 
 
 ATTENTIONS: Ways = {TORCH: F.scaled_dot_product_attention, "tiles": tiled_attention}
@@ -164,8 +174,7 @@ class FastestAttention(AttnProcessor2_0):
             for tokens in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
         )
         shape = ("attention", query.shape[1:], key.shape[2], query.dtype)
-        ways = PADDED_ATTENTIONS if key.shape[2] % ALIGNED else ATTENTIONS
-        joined = fastest(ways, shape, query, key, value).transpose(1, 2).flatten(2)
+        joined = fastest(attentions(query, key, value), shape, query, key, value).transpose(1, 2).flatten(2)
         result = attn.to_out[1](attn.to_out[0](joined))
         return result if attn.rescale_output_factor == 1 else result / attn.rescale_output_factor
 

@@ -66,7 +66,7 @@ def test_mixed_precision_may_have_weights_of_another_type(module, weights):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = call(unet)
         with fastest_kernels(unet):
-            torch.testing.assert_close(call(unet), expected)
+            assert (call(unet) - expected).norm() < 0.02 * expected.norm()
 
 
 def test_what_training_changes_is_used(module, every_way):
