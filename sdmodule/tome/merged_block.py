@@ -96,7 +96,8 @@ class MergedBlock(BasicTransformerBlock):
                 encoder_attention_mask=encoder_attention_mask,
                 cross_attention_kwargs=cross_attention_kwargs,
             )
-            return added(plan.unmerge(done - merged, batch), hidden_states)
+            gained = done - merged if torch.is_grad_enabled() else done.sub_(merged)
+            return added(plan.unmerge(gained, batch), hidden_states)
 
         def layer(run: Any, norm: Any, tokens: Tensor, merges: bool, **context: Any) -> Tensor:
             if not merges:

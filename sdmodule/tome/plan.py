@@ -36,7 +36,7 @@ class Plan(NamedTuple):
     def merge(self, tokens: Tensor, batch: int) -> Tensor:
         """Average tokens ``[B, N, C]`` that go together: ``[B, M, C]``."""
         sums = tokens.new_zeros(len(self.counts), tokens.shape[-1]).index_add_(0, self.rows, tokens.flatten(0, 1))
-        return (sums / self.counts.to(sums.dtype)).unflatten(0, (batch, -1))
+        return sums.div_(self.counts.to(sums.dtype)).unflatten(0, (batch, -1))
 
     def unmerge(self, merged: Tensor, batch: int) -> Tensor:
         """Give each token a copy of what it became part of: ``[B, M, C]`` to ``[B, N, C]``."""

@@ -8,12 +8,14 @@ matrix over the whole picture, and each token's rank among its 15 neighbours, co
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sdmodule.errors import SettingsError
 from sdmodule.tome.blocks import Grid
 from sdmodule.tome.destinations import destination_mask
+
+EPSILON = 1e-12
+"""The length that tokens shorter than that are taken to have, as by ``torch.nn.functional.normalize``."""
 
 
 def tokens_merged(ratio: float, tokens: int) -> int:
@@ -77,7 +79,9 @@ class WindowMatching:
         """The merged token of each of the tokens ``[B, N, C]``: ``[B, N]``. Those of no window come last."""
         batch = len(tokens)
         stays = self.stays.repeat(batch // len(self.stays), 1, 1).flatten(0, 1)
-        unit = F.normalize(tokens.index_select(1, self.inside), dim=-1).view(len(stays), self.size, -1)
+        inside = tokens.index_select(1, self.inside)
+        length = inside.norm(dim=-1, keepdim=True).clamp_min_(EPSILON)
+        unit = inside.div_(length).view(len(stays), self.size, -1)
         similarities = unit @ unit.transpose(1, 2)
         similarity, partner = similarities.masked_fill(~stays[:, None], -torch.inf).max(dim=-1)
         similarity = similarity.masked_fill(stays, -torch.inf)
