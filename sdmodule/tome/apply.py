@@ -12,7 +12,7 @@ import torch
 
 from sdmodule.speed.kernels import fastest_blocks
 from sdmodule.speed.layout import is_channels_last, tokens_in_place
-from sdmodule.tome.blocks import Grid, blocks_to_merge
+from sdmodule.tome.blocks import Grid, PlacedBlock, blocks_to_merge
 from sdmodule.tome.destinations import draw_destinations
 from sdmodule.tome.exact import ExactMatching
 from sdmodule.tome.merged_block import BlockMerging, MergedBlock
@@ -41,40 +41,47 @@ def merged(
 
     On CPU in bfloat16 the layers of large merged blocks are computed the way that is the fastest on this machine,
     whatever ``speed.kernels`` says, but for attention where torch's was asked for by name; weights must then not change
-    meanwhile, unless by training. In channels_last the transformers leave tokens as they lie.
+    meanwhile, unless by training. In channels_last the transformers leave tokens as they lie. Blocks of engine
+    ``window`` in one part of the UNet, whose tokens are much the same, share the plan of the first.
     """
-    pairs: list[tuple[Any, ExactMatching | WindowMatching]] = []
+    pairs: list[tuple[PlacedBlock, ExactMatching | WindowMatching]] = []
     for placed in blocks_to_merge(unet, settings.max_downsample):
         matching = ExactMatching if settings.engine == "exact" else WindowMatching
         found = matching(placed.grid(size), settings.ratio, settings.sx, settings.sy)
         if found.gone:  # of few tokens a small ratio is none
-            pairs.append((placed.block, found))
+            pairs.append((placed, found))
     grids = [found.grid for _, found in pairs]
     draws = draw_destinations(grids, seeds, steps, settings.sx, settings.sy, settings.use_rand)
 
     def start_step(step: int) -> None:
         fresh = step % settings.reuse_steps == 0
-        for (block, found), drawn in zip(pairs, draws, strict=True):
-            block.merging.fresh = fresh
+        for (placed, found), drawn in zip(pairs, draws, strict=True):
+            placed.block.merging.fresh = fresh
             if fresh:
                 found.use(drawn[step], unet.device)
 
-    before = [(block, block.__class__, block.__dict__.get("merging")) for block, _ in pairs]
+    blocks = [placed.block for placed, _ in pairs]
+    before = [(block, block.__class__, block.__dict__.get("merging")) for block in blocks]
+    shares = settings.engine == "window"
+    leaders: dict[int, BlockMerging] = {}
     try:
-        for block, found in pairs:
-            block.merging = BlockMerging(
+        for placed, found in pairs:
+            placed.block.merging = merging = BlockMerging(
                 found,
                 settings.merge_attn,
                 settings.merge_crossattn,
                 settings.merge_mlp,
                 settings.whole_block,
-                keeps=settings.reuse_steps > 1,
+                keeps=settings.reuse_steps > 1 or shares,
+                leader=leaders.get(placed.part),
             )
-            block.__class__ = MergedBlock
+            if shares:
+                leaders.setdefault(placed.part, merging)
+            placed.block.__class__ = MergedBlock
         start_step(0)
         with ExitStack() as stack:
             if unet.device.type == "cpu" and unet.dtype == torch.bfloat16:
-                large = [block for block, found in pairs if math.prod(found.grid) >= MANY]
+                large = [placed.block for placed, found in pairs if math.prod(found.grid) >= MANY]
                 stack.enter_context(fastest_blocks(large))
             if is_channels_last(unet):
                 stack.enter_context(tokens_in_place(unet))

@@ -16,10 +16,11 @@ Grid = tuple[int, int]
 
 
 class PlacedBlock(NamedTuple):
-    """A transformer block and how much smaller than the latents its picture is."""
+    """A transformer block, how much smaller than the latents its picture is, and in which part of the UNet it lies."""
 
     block: BasicTransformerBlock
     downsample: int
+    part: int
 
     def grid(self, size: Grid) -> Grid:
         """The block's tokens for latents of a height and width; each halving rounds up, as the UNet's do."""
@@ -33,8 +34,8 @@ def transformer_blocks(unet: Any) -> list[PlacedBlock]:
     parts += [(unet.mid_block, deepest)] if unet.mid_block is not None else []
     parts += [(part, deepest - level) for level, part in enumerate(unet.up_blocks)]
     return [
-        PlacedBlock(module, 2**level)
-        for part, level in parts
+        PlacedBlock(module, 2**level, number)
+        for number, (part, level) in enumerate(parts)
         for module in part.modules()
         if isinstance(module, BasicTransformerBlock)
     ]
@@ -56,7 +57,7 @@ def blocks_to_merge(unet: Any, max_downsample: int) -> list[PlacedBlock]:
             f"tome.max_downsample={max_downsample} merges nothing in this UNet, whose first transformer blocks see "
             f"latents {first} times smaller; give tome.max_downsample={first}."
         )
-    for block, _ in chosen:
+    for block, _, _ in chosen:
         if block.norm_type != "layer_norm" or block.pos_embed is not None or hasattr(block, "fuser"):
             raise SettingsError(
                 "tome merges the transformer blocks of Stable Diffusion, and those of this UNet have other norms, "

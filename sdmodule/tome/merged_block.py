@@ -27,8 +27,9 @@ class BlockMerging:
         cross_attention: merge for cross-attention.
         mlp: merge for the feed-forward layer.
         whole: merge once and unmerge once for all three.
-        keeps: keep the plan for later steps.
+        keeps: keep the plan, for later steps or other blocks.
         fresh: make a plan at the next call, even if one was kept.
+        leader: the block before, whose plan serves for this one too.
         plan: the plan that was kept.
     """
 
@@ -39,19 +40,20 @@ class BlockMerging:
     whole: bool
     keeps: bool
     fresh: bool = True
+    leader: BlockMerging | None = None
     plan: Plan | None = field(default=None, repr=False)
 
     def plan_for(self, tokens: Tensor) -> Plan:
-        """The plan for tokens ``[B, N, C]``: of this call, or of an earlier step."""
+        """The plan for tokens ``[B, N, C]``: of this call, of an earlier step, or of the block before."""
         h, w = self.matching.grid
         if tokens.shape[1] != h * w:
             raise SettingsError(
                 f"token merging was applied for {h} by {w} = {h * w} tokens and a block got {tokens.shape[1]}; "
                 "apply it with the size of these latents."
             )
-        rows = tokens.shape[0] * tokens.shape[1]
-        if not self.fresh and self.plan is not None and len(self.plan.rows) == rows:  # guidance may have ended
-            return self.plan
+        made = self.leader.plan if self.leader is not None else None if self.fresh else self.plan
+        if made is not None and len(made.rows) == tokens.shape[0] * tokens.shape[1]:  # guidance may have ended
+            return made
         with torch.no_grad():
             plan = Plan.of(self.matching.positions(tokens), self.matching.merged)
         if self.keeps:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sdmodule.tome.blocks import transformer_blocks
 from sdmodule.tome.destinations import destination_mask, draw_destinations
+from sdmodule.tome.merged_block import BlockMerging
 from sdmodule.tome.plan import Plan
 from sdmodule.tome.settings import TokenMerging
 from sdmodule.tome.window import WindowMatching
@@ -89,3 +91,22 @@ def test_neighbours_that_are_alike_lose_little_and_whole_blocks_run_on_merged_to
     output(0.75, whole=True), output(0.75, whole=False)
     hook.remove()
     assert sizes == [64, 256]
+
+
+def test_neighbouring_blocks_share_the_plan_of_the_first(unet, inputs):
+    latents, timestep, text = inputs
+    other = latents.flip(-1)
+    with TokenMerging(engine="window", max_downsample=2).applied(unet), torch.no_grad():
+        found = unet(other, timestep, text).sample
+    with TokenMerging(engine="window", max_downsample=2).applied(unet), torch.no_grad():
+        parts: dict[int, list[BlockMerging]] = {}
+        for placed in transformer_blocks(unet):
+            parts.setdefault(placed.part, []).append(placed.block.merging)
+        for pictures in (latents, latents[:1], other):  # as where guidance ends, and for other pictures
+            merged = unet(pictures, timestep, text[: len(pictures)]).sample
+            for first, *others in parts.values():
+                h, w = first.matching.grid
+                tokens = torch.randn(len(pictures), h * w, 4)
+                assert all(merging.plan_for(tokens) is first.plan for merging in others)
+        assert torch.equal(merged, found)
+    assert any(len(merging) > 1 for merging in parts.values())
