@@ -36,7 +36,7 @@ CHOSEN: dict[Any, str] = {}
 
 
 def fastest(ways: Ways, shape: tuple[Any, ...], *arguments: Any) -> Tensor:
-    """Compute something the way that is the fastest for its shape on this machine.
+    """Compute something the way that is the fastest for its shape on this machine, or torch's where that cannot.
 
     Args:
         ways: functions that take the arguments and give the same but for rounding, `TORCH` one of them.
@@ -46,7 +46,7 @@ def fastest(ways: Ways, shape: tuple[Any, ...], *arguments: Any) -> Tensor:
     name = CHOSEN.get(shape)
     if name is None:
         name = CHOSEN[shape] = remembered(ways, shape, arguments)
-    return ways[name](*arguments)
+    return ways.get(name, ways[TORCH])(*arguments)
 
 
 def remembered(ways: Ways, shape: tuple[Any, ...], arguments: tuple[Any, ...]) -> str:

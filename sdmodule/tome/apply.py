@@ -58,6 +58,7 @@ def merged(
         for (placed, found), drawn in zip(pairs, draws, strict=True):
             placed.block.merging.fresh = fresh
             if fresh:
+                placed.block.merging.plan = None  # a leader may not run at this step
                 found.use(drawn[step], unet.device)
 
     blocks = [placed.block for placed, _ in pairs]
@@ -66,14 +67,15 @@ def merged(
     leaders: dict[int, BlockMerging] = {}
     try:
         for placed, found in pairs:
+            leader = leaders.get(placed.part)
             placed.block.merging = merging = BlockMerging(
                 found,
                 settings.merge_attn,
                 settings.merge_crossattn,
                 settings.merge_mlp,
                 settings.whole_block,
-                keeps=settings.reuse_steps > 1 or shares,
-                leader=leaders.get(placed.part),
+                keeps=settings.reuse_steps > 1 or (shares and leader is None),
+                leader=leader,
             )
             if shares:
                 leaders.setdefault(placed.part, merging)

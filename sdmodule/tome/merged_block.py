@@ -27,9 +27,9 @@ class BlockMerging:
         cross_attention: merge for cross-attention.
         mlp: merge for the feed-forward layer.
         whole: merge once and unmerge once for all three.
-        keeps: keep the plan, for later steps or other blocks.
-        fresh: make a plan at the next call, even if one was kept.
-        leader: the block before, whose plan serves for this one too.
+        keeps: keep the plan, for later steps or for the blocks that follow.
+        fresh: make a plan at the next call, even if one was kept, unless a leader has made one.
+        leader: the first block of this part of the UNet, if its plan serves for this one too.
         plan: the plan that was kept.
     """
 
@@ -44,14 +44,19 @@ class BlockMerging:
     plan: Plan | None = field(default=None, repr=False)
 
     def plan_for(self, tokens: Tensor) -> Plan:
-        """The plan for tokens ``[B, N, C]``: of this call, of an earlier step, or of the block before."""
+        """The plan for tokens ``[B, N, C]``: of this call, of an earlier step, or of the leader.
+
+        With gradients each block makes its own: it may be called again for them when the leader has seen other tokens.
+        """
         h, w = self.matching.grid
         if tokens.shape[1] != h * w:
             raise SettingsError(
                 f"token merging was applied for {h} by {w} = {h * w} tokens and a block got {tokens.shape[1]}; "
                 "apply it with the size of these latents."
             )
-        made = self.leader.plan if self.leader is not None else None if self.fresh else self.plan
+        made = None if self.fresh else self.plan
+        if self.leader is not None and not torch.is_grad_enabled():
+            made = self.leader.plan
         if made is not None and len(made.rows) == tokens.shape[0] * tokens.shape[1]:  # guidance may have ended
             return made
         with torch.no_grad():

@@ -112,12 +112,36 @@ def test_a_block_takes_it_where_it_is_the_fastest(monkeypatch):
             torch.testing.assert_close(block(tokens, encoder_hidden_states=text), wanted, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("larger", [1e9, 1e18, 1e30])
+def test_scores_beyond_all_reason_are_no_harm(attention, larger):
+    query, key, value = qkv(64, 300, larger=larger)
+    exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
+    assert error(attention(query, key, value), exact) < 3e-3
+
+
+def test_keys_of_no_weight_may_come_first(attention):
+    query, key, value = qkv(40, 300)
+    query[..., 0], key[:, :, :200, 0] = 1, -torch.inf
+    exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
+    assert error(attention(query, key, value), exact) < 5e-3
+
+
 @here
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("width", [40, 41])
-def test_what_it_cannot_compute_is_left_to_the_others(dtype, width):
-    given = [one.to(dtype) for one in qkv(width=width)]
-    assert ("native" in attentions(*given)) == (dtype == torch.bfloat16 and width == 40)
+@pytest.mark.parametrize(
+    ("change", "fits"),
+    [
+        (lambda *given: given, True),
+        (lambda *given: [one.float() for one in given], False),
+        (lambda query, key, value: (query, key[:1], value[:1]), False),
+        (lambda query, key, value: (query, key, value[..., :8]), False),
+        (lambda query, key, value: (query, key[:, :, :0], value[:, :, :0]), False),
+        (lambda *given: [one[..., :39] for one in given], False),
+        (lambda *given: [one[..., ::2] for one in given], False),
+    ],
+    ids=["as it is", "float32", "one for all", "other width", "no key", "odd width", "every other number"],
+)
+def test_what_it_cannot_compute_is_left_to_the_others(change, fits):
+    assert ("native" in attentions(*change(*qkv()))) == fits
 
 
 PROGRAM = """
@@ -131,7 +155,7 @@ print(len(list(choices_folder().glob("*.so"))))
 """
 
 
-@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "true"])
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "true", 'g++ "'])
 def test_without_a_compiler_there_are_the_others(tmp_path, compiler):
     told = run_program(tmp_path, CXX=compiler)
     assert told.startswith("['tiles', 'torch']")
@@ -143,7 +167,26 @@ def test_it_is_compiled_once_for_all_processes(tmp_path):
     first = run_program(tmp_path)
     assert first.startswith("['native', 'tiles', 'torch']")
     assert first.endswith("1")
-    assert run_program(tmp_path, CXX="no-such-compiler") == first
+    assert run_program(tmp_path, PATH="") == first
+
+
+@here
+@pytest.mark.parametrize("left", [0, 100, 9000, 20000])
+def test_one_that_is_damaged_is_compiled_anew(tmp_path, left):
+    first = run_program(tmp_path)
+    (kept,) = tmp_path.rglob("*.so")
+    content = kept.read_bytes()
+    kept.write_bytes(content[:left])
+    assert run_program(tmp_path) == first
+    assert kept.read_bytes() == content
+
+
+@here
+def test_one_that_others_may_write_is_not_loaded(tmp_path):
+    run_program(tmp_path)
+    (kept,) = tmp_path.rglob("*.so")
+    kept.chmod(0o666)
+    assert run_program(tmp_path, PATH="").startswith("['tiles', 'torch']")
 
 
 @here

@@ -110,3 +110,21 @@ def test_neighbouring_blocks_share_the_plan_of_the_first(unet, inputs):
                 assert all(merging.plan_for(tokens) is first.plan for merging in others)
         assert torch.equal(merged, found)
     assert any(len(merging) > 1 for merging in parts.values())
+
+
+def test_a_block_whose_leader_does_not_run_plans_for_itself(unet, inputs):
+    """As in DeepCache, and as where a block is called again for its gradients."""
+    latents, timestep, text = inputs
+    with TokenMerging(engine="window", max_downsample=2).applied(unet, steps=2) as start_step:
+        with torch.no_grad():
+            unet(latents, timestep, text)
+        follower = next(p.block.merging for p in transformer_blocks(unet) if p.block.merging.leader is not None)
+        h, w = follower.matching.grid
+        tokens = torch.randn(2, h * w, 4)
+        assert follower.plan_for(tokens) is not follower.leader.plan  # with gradients
+        start_step(1)
+        with torch.no_grad():
+            first = follower.plan_for(tokens)
+            unet(latents.flip(0), timestep, text)
+            start_step(1)
+            assert torch.equal(follower.plan_for(tokens).rows, first.rows)

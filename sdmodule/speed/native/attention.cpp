@@ -4,8 +4,10 @@
 // over keys is taken lane by lane, and weights lie as the second product reads them.
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <memory>
+#include <new>
 
 #include "processor.h"
 
@@ -24,6 +26,8 @@ struct Sizes {
   long steps() const { return (width + 31) / 32; }
   long tiles() const { return (width + 15) / 16; }
   long padded() const { return (keys + 31) / 32 * 32; }
+  long lines_of_keys() const { return padded() / 16 * steps() * TILE; }
+  long lines_of_values() const { return padded() / 32 * tiles() * TILE; }
 };
 
 // Tiles of 16 keys by 32 numbers, [keys / 16][steps].
@@ -79,6 +83,7 @@ struct Left {
 template <bool ADD>
 void multiply(float* sums, Left left, const Line* right, long rows, long pairs) {
   constexpr long stride = QUERIES * sizeof(float);
+  asm volatile("" ::: "memory");  // what is loaded was stored: GCC's functions do not say that they read
   for (long row = 0; row < rows; row += 32) {
     const bool both = rows - row > 16;
     float *top = sums + row * QUERIES, *bottom = top + 16 * QUERIES;
@@ -159,7 +164,7 @@ class Queries {
  public:
   explicit Queries(const Sizes& sizes)
       : sizes(sizes),
-        lines(new Line[2 * KEYS + KEYS + sizes.tiles() * 2 * TILE + sizes.steps() * 2 * TILE]),
+        lines(new Line[3 * KEYS + (sizes.tiles() + sizes.steps()) * 2 * TILE]),
         scores((float*)lines.get()),
         weights(lines.get() + 2 * KEYS),
         sums((float*)(weights + KEYS)),
@@ -169,7 +174,7 @@ class Queries {
     pack_queries(from, stride, count, sizes, packed);
     std::fill_n(sums, sizes.tiles() * 16 * QUERIES, 0.0f);
     for (long half = 0; half < 2; half++) {
-      largest[half] = _mm512_set1_ps(-INFINITY);
+      largest[half] = _mm512_set1_ps(-FLT_MAX);
       total[half] = _mm512_setzero_ps();
     }
   }
@@ -209,9 +214,9 @@ class Queries {
       }
     }
     for (long half = 0; half < 2; half++) {
-      const __m512 larger = _mm512_max_ps(largest[half], _mm512_mul_ps(_mm512_max_ps(even[half], odd[half]), scale));
+      const __m512 larger = _mm512_max_ps(largest[half], _mm512_max_ps(even[half], odd[half]));
       if (!_mm512_cmp_ps_mask(larger, largest[half], _CMP_NEQ_UQ)) continue;
-      const __m512 less = exp2(_mm512_sub_ps(largest[half], larger));
+      const __m512 less = exp2(_mm512_mul_ps(_mm512_sub_ps(largest[half], larger), scale));
       largest[half] = larger;
       total[half] = _mm512_mul_ps(total[half], less);
       for (long number = 0; number < sizes.width; number++) {
@@ -231,8 +236,8 @@ class Queries {
         const float* score = scores + key * QUERIES + half * 16;
         Line* line = weights + (key / 32 * 2 + half) * TILE;
         for (const Line* end = line + TILE; line < end; line++, score += 2 * QUERIES) {
-          const __m512 even = exp2(_mm512_fmsub_ps(_mm512_load_ps(score), scale, top));
-          const __m512 odd = exp2(_mm512_fmsub_ps(_mm512_load_ps(score + QUERIES), scale, top));
+          const __m512 even = exp2(_mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(score), top), scale));
+          const __m512 odd = exp2(_mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(score + QUERIES), top), scale));
           const __m512i pairs = paired(even, odd);
           sum = _mm512_dpbf16_ps(sum, (__m512bh)pairs, ones);
           _mm512_store_si512(line, pairs);
@@ -263,14 +268,16 @@ extern "C" {
 
 int available() { return Unit::allowed(); }
 
-// Attention of `heads` of `pictures`, whose numbers, an even count, lie beside each other.
-void attention(const bfloat16* query, const bfloat16* key, const bfloat16* value, bfloat16* result, const Sizes* given,
-               const Strides strides[4], float scale) {
+// Attention of `heads` of `pictures`, whose numbers, an even count, lie beside each other; `scale` is for powers of two.
+// Whether there was memory for it.
+int attention(const bfloat16* query, const bfloat16* key, const bfloat16* value, bfloat16* result, const Sizes* given,
+              const Strides* strides, float scale) {
   const Sizes sizes = *given;
-  const long of_keys = sizes.padded() / 16 * sizes.steps() * TILE;
-  const long of_values = sizes.padded() / 32 * sizes.tiles() * TILE;
+  const long of_keys = sizes.lines_of_keys(), of_values = sizes.lines_of_values();
   const long heads = sizes.pictures * sizes.heads, blocks = (sizes.queries + QUERIES - 1) / QUERIES;
-  const std::unique_ptr<Line[]> keys(new Line[heads * of_keys]), values(new Line[heads * of_values]);
+  const std::unique_ptr<Line[]> keys(new (std::nothrow) Line[heads * of_keys]);
+  const std::unique_ptr<Line[]> values(new (std::nothrow) Line[heads * of_values]);
+  if (!keys || !values) return false;
   const auto at = [&](int which, long head, long token) {
     const Strides& along = strides[which];
     return head / sizes.heads * along.picture + head % sizes.heads * along.head + token * along.token;
@@ -297,5 +304,6 @@ void attention(const bfloat16* query, const bfloat16* key, const bfloat16* value
       queries.finish(result + at(3, head, begin), strides[3].token, count);
     }
   }
+  return true;
 }
 }

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import shlex
-import shutil
 import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
@@ -27,8 +27,11 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC")
 SHARED = Path(__file__).with_name("processor.h")
 """What all files include."""
 
-LONGEST = 120.0
+LONGEST = 60.0
 """Seconds that compiling may take; it takes about one."""
+
+DIGEST = 32
+"""Bytes behind a library that is kept; the system's loader passes them over."""
 
 
 @cache
@@ -39,7 +42,7 @@ def is_available(source: Path) -> bool:
         return False
     try:
         return bool(library(source).available())
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, ValueError, subprocess.SubprocessError):
         return False
 
 
@@ -47,23 +50,24 @@ def is_available(source: Path) -> bool:
 def library(source: Path) -> ctypes.CDLL:
     """What a file of C++ holds.
 
-    It is kept beside what `choices` has found out about this machine, so that only the first process compiles.
+    It is kept beside what `choices` has found out about this machine, so that later processes need not compile.
 
     Raises:
-        OSError: if there is no compiler.
+        OSError: if there is no compiler, or what it made cannot be loaded.
+        ValueError: if the environment's ``CXX`` is no command.
         SubprocessError: if it does not compile.
     """
     written = (file.read_text(encoding="utf-8") for file in (source, SHARED))
-    kept = choices_folder() / f"{fingerprint(*written, *FLAGS)}.so"
+    kept = choices_folder() / f"{fingerprint(*written, *FLAGS, os.environ.get('CXX'), processor_flags())}.so"
     with suppress(OSError):
-        return ctypes.CDLL(str(kept))
-    with TemporaryDirectory() as folder:
+        if is_whole(kept):
+            return ctypes.CDLL(str(kept))
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         made = compiled(source, Path(folder))
+        loaded = ctypes.CDLL(str(made))
         with suppress(OSError):
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(kept) as aside:
-                shutil.copyfile(made, aside)
-        return ctypes.CDLL(str(made))
+            keep(made, kept)
+        return loaded
 
 
 def compiled(source: Path, folder: Path, *flags: str) -> Path:
@@ -76,14 +80,44 @@ def compiled(source: Path, folder: Path, *flags: str) -> Path:
 
     Raises:
         OSError: if there is no compiler; the environment's ``CXX`` names one other than ``g++``.
+        ValueError: if that is no command.
         SubprocessError: if it does not compile.
     """
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     half, whole = (folder / f"{source.stem}{kind}" for kind in (".o", ".so"))
     # not linked with OpenMP: in the process it finds that of torch, whose threads it shares
     for step in ([*FLAGS, *flags, "-c", str(source), "-o", str(half)], ["-shared", str(half), "-o", str(whole)]):
-        subprocess.run([*compiler, *step], check=True, capture_output=True, timeout=LONGEST)
+        subprocess.run([*compiler, *step], check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=LONGEST)
     return whole
+
+
+def keep(made: Path, kept: Path) -> None:
+    """Copy a library to where later processes find it, with its digest behind it."""
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    content = made.read_bytes()
+    with whole_file(kept) as aside:
+        aside.touch(mode=0o600)
+        aside.write_bytes(content + digest(content))
+
+
+def is_whole(kept: Path) -> bool:
+    """Whether a library was written by `keep`, by this user alone: a damaged one would end the process."""
+    about = kept.stat()
+    content = kept.read_bytes()
+    ours = about.st_uid == os.getuid() and not about.st_mode & 0o022
+    return ours and content[-DIGEST:] == digest(content[:-DIGEST])
+
+
+def digest(content: bytes) -> bytes:
+    """What tells a content from any other."""
+    return hashlib.blake2b(content, digest_size=DIGEST).digest()
+
+
+def processor_flags() -> str:
+    """What the processor can do: machines that call theirs the same may be allowed less of it."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    return next((line for line in lines if line.startswith("flags")), "")
 
 
 def place(tensor: Tensor) -> ctypes.c_void_p:
