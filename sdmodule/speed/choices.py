@@ -87,10 +87,10 @@ def choices_folder() -> Path:
     """Where this machine's choices are kept: those of a processor, a version of torch and a number of threads."""
     about = Path("/proc/cpuinfo")
     lines = about.read_text().splitlines() if about.exists() else []
-    named = (
-        next((line for line in lines if line.startswith(name)), "") for name in ("model name", "cpu family", "model\t")
-    )
-    processor = (*named, platform.processor())  # generations of one vendor may share a name
+    # generations of one vendor may share a name, and machines of one name be allowed less of what it can do
+    facts = ("model name", "cpu family", "model\t", "flags")
+    named = (next((line for line in lines if line.startswith(fact)), "") for fact in facts)
+    processor = (*named, platform.processor())
     home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     machine = (
         GENERATION,

@@ -62,7 +62,7 @@ def merged(
                 found.use(drawn[step], unet.device)
 
     blocks = [placed.block for placed, _ in pairs]
-    before = [(block, block.__class__, block.__dict__.get("merging")) for block in blocks]
+    before = [(block.__class__, block.__dict__.get("merging")) for block in blocks]
     shares = settings.engine == "window"
     leaders: dict[int, BlockMerging] = {}
     try:
@@ -89,7 +89,7 @@ def merged(
                 stack.enter_context(tokens_in_place(unet))
             yield start_step
     finally:
-        for block, kind, merging in before:
+        for block, (kind, merging) in zip(blocks, before, strict=True):
             block.__class__ = kind
             if merging is None:
                 block.__dict__.pop("merging", None)

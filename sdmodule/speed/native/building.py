@@ -58,7 +58,7 @@ def library(source: Path) -> ctypes.CDLL:
         SubprocessError: if it does not compile.
     """
     written = (file.read_text(encoding="utf-8") for file in (source, SHARED))
-    kept = choices_folder() / f"{fingerprint(*written, *FLAGS, os.environ.get('CXX'), processor_flags())}.so"
+    kept = choices_folder() / f"{fingerprint(*written, *FLAGS, os.environ.get('CXX'))}.so"
     with suppress(OSError):
         if is_whole(kept):
             return ctypes.CDLL(str(kept))
@@ -111,13 +111,6 @@ def is_whole(kept: Path) -> bool:
 def digest(content: bytes) -> bytes:
     """What tells a content from any other."""
     return hashlib.blake2b(content, digest_size=DIGEST).digest()
-
-
-def processor_flags() -> str:
-    """What the processor can do: machines that call theirs the same may be allowed less of it."""
-    about = Path("/proc/cpuinfo")
-    lines = about.read_text().splitlines() if about.exists() else []
-    return next((line for line in lines if line.startswith("flags")), "")
 
 
 def place(tensor: Tensor) -> ctypes.c_void_p:
