@@ -22,8 +22,8 @@ test: install
 	$(BIN)/mypy
 	# the commands set up logging for their whole process, so they are tested in processes of their own
 	# two processes of one thread each: with more threads than cores they wait for one another
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/test_cli.py tests/commands
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --durations 10 --ignore tests/test_cli.py --ignore tests/commands
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/cli/test_commands.py tests/commands
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --durations 10 --ignore tests/cli/test_commands.py --ignore tests/commands
 
 clean:
 	rm -rf .venv build dist *.egg-info outputs

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 HERE = Path(__file__).parent
-PICTURES = HERE / "sdmodule" / "assets" / "emoji"
+PICTURES = HERE / "sdmodule" / "components" / "assets" / "emoji"
 OUTPUT = HERE / "outputs" / "demo"
 STEPS = 200
 

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.report import Parser, print_table, report, write_json
 from sdmodule.errors import SettingsError
-from sdmodule.speed.choices import TORCH
-from sdmodule.speed.kernels import attentions
+from sdmodule.speed.cpu.autotune import TORCH
+from sdmodule.speed.cpu.kernels import attentions
 
 SHAPES = ((4096, 4096), (4096, 77), (1024, 1024))
 """Queries and keys of Stable Diffusion 1.5 at 512 pixels: of its largest layers, pixels and text, and of the next."""

@@ -16,13 +16,20 @@ import torch
 
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(
-    ["sdmodule.module", "sdmodule.autoencoder", "sdmodule.cli", "sdmodule.callbacks.export", "lightning", "wandb"]
+    [
+        "sdmodule.module",
+        "sdmodule.training.autoencoder",
+        "sdmodule.cli.main",
+        "sdmodule.callbacks.export",
+        "lightning",
+        "wandb",
+    ]
 )
 
 
 def work(command: str, arguments: list[str], said: str, preparation: Callable[[], None] | None) -> None:
     """What the process does: the command, its words in a file."""
-    from sdmodule import cli
+    from sdmodule.cli import main as cli
 
     words = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(words, 1)

@@ -52,12 +52,12 @@ print(json.dumps(used | {"loaded": loaded, "peak": peak_memory(best.unet.device)
 
 START = """
 import os, sys, time
-from sdmodule import cli
+from sdmodule.cli import main as cli
 def stop(*_):
     print(time.time() - float(os.environ["STARTED"]), flush=True)
     os._exit(0)
 def until_the_first_step(cfg):
-    from sdmodule.denoiser import GuidedUNet
+    from sdmodule.sampling.guided_denoiser import GuidedUNet
     GuidedUNet.__call__ = stop
     return build(cfg)
 build, cli.build_trainer = cli.build_trainer, until_the_first_step

@@ -8,7 +8,7 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
-from sdmodule.trainer import resolved
+from sdmodule.cli.trainer import resolved
 
 SETTINGS = ("sampling", "tome", "speed")
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16}

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.repainted_scenes import Repaint, draw_repaint, judge_repaint
 from benchmarks.report import Parser, print_table, report, write_json
 from benchmarks.scene_reader import ATTRIBUTES, judge, read_scene
-from sdmodule.data.scenes import IMAGE_SIZE, Scene, caption, render, sample_double, sample_single
+from sdmodule.data.toy.scenes import IMAGE_SIZE, Scene, caption, render, sample_double, sample_single
 from sdmodule.errors import SettingsError, choices
 
 if TYPE_CHECKING:

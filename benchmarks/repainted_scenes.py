@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.scene_reader import judge, read_scene
-from sdmodule.data.scenes import COLOURS, HELD_OUT, IMAGE_SIZE, SHAPES, Scene, sample_single
+from sdmodule.data.toy.scenes import COLOURS, HELD_OUT, IMAGE_SIZE, SHAPES, Scene, sample_single
 
 MARGIN = 3
 """Pixels of background round the object that are masked with it, so that its outline tells nothing of its shape."""

@@ -16,12 +16,12 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
 from benchmarks.presets import preset
-from sdmodule.components import Components
+from sdmodule.components.checkpoint import Components
+from sdmodule.components.schedulers import make_scheduler
 from sdmodule.diffusion.guidance import guide, rescale
-from sdmodule.requests import build_requests
-from sdmodule.sampling import sample_all
-from sdmodule.schedulers import make_scheduler
-from sdmodule.settings import SamplingSettings
+from sdmodule.sampling.pipeline import sample_all
+from sdmodule.sampling.requests import build_requests
+from sdmodule.sampling.settings import SamplingSettings
 from sdmodule.speed.compiled import compiled
 from sdmodule.speed.layout import channels_last
 from sdmodule.speed.prepare import prepared

@@ -32,11 +32,11 @@ from benchmarks.bar_plot import Bar, draw_bars
 from benchmarks.report import Parser, print_table, report, write_json
 from benchmarks.sampling_peers import Contender, Run, Work, means, peers, presets
 from benchmarks.tome_runs import load, psnr
-from sdmodule.components import MODELS, Components
+from sdmodule.cli.trainer import computes_bfloat16
+from sdmodule.components.checkpoint import MODELS, Components
 from sdmodule.errors import SettingsError
-from sdmodule.sampling import describe
-from sdmodule.settings import SamplingSettings
-from sdmodule.trainer import computes_bfloat16
+from sdmodule.sampling.pipeline import describe
+from sdmodule.sampling.settings import SamplingSettings
 
 BARS = (
     ("speed=rounding", "step_over_best", 1.3),

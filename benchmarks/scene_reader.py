@@ -1,7 +1,7 @@
 """Read a scene back off a picture, and judge it against its caption.
 
-The pictures of :mod:`sdmodule.data.scenes` are flat colours inside known outlines, so image analysis reads them: the
-border gives the background, patches of another palette colour give the objects, and the outline that overlaps a patch
+The pictures of :mod:`sdmodule.data.toy.scenes` are flat colours inside known outlines, so image analysis reads them:
+the border gives the background, patches of another palette colour give the objects, and the outline that overlaps a patch
 best gives its shape, centre and radius. No network is involved, so nothing here can share a model's mistakes.
 """
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage, optimize
 
-from sdmodule.data.scenes import COLOURS, IMAGE_SIZE, PLACES, RELATIONS, SHAPES, SIZES, Scene, SceneObject, render
+from sdmodule.data.toy.scenes import COLOURS, IMAGE_SIZE, PLACES, RELATIONS, SHAPES, SIZES, Scene, SceneObject, render
 from sdmodule.errors import SettingsError
 
 MIN_AREA = 25

@@ -39,7 +39,7 @@ from scipy.stats import theilslopes
 from benchmarks.forked import Command
 from benchmarks.report import ROOT, print_table, report, write_json
 
-EMOJI = ROOT / "sdmodule" / "assets" / "emoji"
+EMOJI = ROOT / "sdmodule" / "components" / "assets" / "emoji"
 MOST_GROWTH = 2.0
 """Percent an hour by which memory may grow."""
 

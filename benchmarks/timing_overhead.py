@@ -26,7 +26,7 @@ from lightning.pytorch.loggers import CSVLogger
 from benchmarks.report import print_table, report, write_json
 from sdmodule import StableDiffusionModule
 from sdmodule.callbacks.timing import TimingLogger
-from sdmodule.data.shapes import ShapesDataModule
+from sdmodule.data.toy.dataset import ShapesDataModule
 
 BATCH_SIZES = (1, 4)
 """Pictures a step; the cost is the same for any, so the smallest is the hardest."""

@@ -13,13 +13,13 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
 
-from sdmodule.components import ASSETS, MODELS, Components, load_components, load_part
-from sdmodule.data.scenes import caption, sample_single
-from sdmodule.requests import build_requests
-from sdmodule.sampling import check_settings, sample_all
-from sdmodule.schedulers import make_scheduler
-from sdmodule.settings import SamplingSettings
-from sdmodule.speed.kernels import fastest_kernels
+from sdmodule.components.checkpoint import ASSETS, MODELS, Components, load_components, load_part
+from sdmodule.components.schedulers import make_scheduler
+from sdmodule.data.toy.scenes import caption, sample_single
+from sdmodule.sampling.pipeline import check_settings, sample_all
+from sdmodule.sampling.requests import build_requests
+from sdmodule.sampling.settings import SamplingSettings
+from sdmodule.speed.cpu.kernels import fastest_kernels
 from sdmodule.speed.layout import channels_last
 from sdmodule.speed.memory import memory_kept
 from sdmodule.tome.settings import OFF, TokenMerging

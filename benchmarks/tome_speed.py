@@ -45,10 +45,10 @@ from benchmarks.tome_runs import (
     relative_error,
     variants,
 )
-from sdmodule.components import Components
+from sdmodule.cli.trainer import computes_bfloat16
+from sdmodule.components.checkpoint import Components
 from sdmodule.errors import SettingsError
 from sdmodule.tome.settings import OFF
-from sdmodule.trainer import computes_bfloat16
 
 PROTOCOL = {"size": 512, "images": 100, "steps": 50}
 """The published protocol."""

@@ -16,14 +16,14 @@ from diffusers.optimization import get_scheduler
 from peft import LoraConfig
 from PIL import Image
 
-from sdmodule.callbacks.cache import Cache
+from sdmodule.callbacks.latent_cache import Cache
 from sdmodule.callbacks.timing import TimingLogger
-from sdmodule.compiling import compile_unet
-from sdmodule.components import Components
-from sdmodule.data.image_folder import ImageFolderDataModule
+from sdmodule.cli.trainer import make_trainer
+from sdmodule.components.checkpoint import Components
+from sdmodule.components.schedulers import make_scheduler
+from sdmodule.data.datamodule import ImageFolderDataModule
 from sdmodule.module import StableDiffusionModule
-from sdmodule.schedulers import make_scheduler
-from sdmodule.trainer import make_trainer
+from sdmodule.speed.compile import compile_unet
 
 ADAPTER = LoraConfig(
     r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=["to_k", "to_q", "to_v", "to_out.0"]

@@ -32,11 +32,11 @@ from benchmarks.bar_plot import Bar, draw_bars
 from benchmarks.report import Parser, print_table, report, write_json
 from benchmarks.tome_runs import load
 from benchmarks.training_peers import Task, module_of, ours, script, with_adapter, write_pictures
-from sdmodule.checkpointing import CHECKPOINTING, checkpoint_blocks
-from sdmodule.compiling import COMPILE
-from sdmodule.components import MODELS, Components
+from sdmodule.cli.trainer import computes_bfloat16
+from sdmodule.components.checkpoint import MODELS, Components
 from sdmodule.errors import SettingsError
-from sdmodule.trainer import computes_bfloat16
+from sdmodule.speed.compile import COMPILE
+from sdmodule.training.activation_checkpointing import CHECKPOINTING, checkpoint_blocks
 
 CAPTIONS = ("a red circle on a blue background", "a small green star at the top on a white background")
 WARMUP = 2

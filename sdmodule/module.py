@@ -17,16 +17,17 @@ from lightning import LightningModule
 from torch import Tensor
 from typing_extensions import override
 
-from sdmodule.base_model import BaseModel
-from sdmodule.checkpointing import checkpoint_blocks
-from sdmodule.compiling import check_compile, compile_unet
-from sdmodule.components import load_components
-from sdmodule.conditioning.canvas import InpaintSettings, check_inpaint
-from sdmodule.conditioning.controlnet import ControlGuide, load_controlnet
+from sdmodule.cli.trainer import check_training_precision
+from sdmodule.components.adapters import chosen_adapters, use_adapters
+from sdmodule.components.base_model import BaseModel
+from sdmodule.components.checkpoint import load_components
+from sdmodule.components.schedulers import make_scheduler
+from sdmodule.conditioning.control import ControlGuide, load_controlnet
 from sdmodule.conditioning.inpaint import HoleTraining, convert_to_inpaint, inpaints
+from sdmodule.conditioning.inpaint_crop import InpaintSettings, check_inpaint
 from sdmodule.conditioning.text import encode_prompts, literal
-from sdmodule.data.cached import CachedEmbeddings
-from sdmodule.diffusion.objective import (
+from sdmodule.data.cache.latents import CachedEmbeddings
+from sdmodule.diffusion.noising import (
     add_noise,
     check_prior_weight,
     draw_timesteps,
@@ -34,30 +35,29 @@ from sdmodule.diffusion.objective import (
     prior_preservation,
     target,
 )
-from sdmodule.draws import Draws, generator_at, generators_of_examples, seeded
 from sdmodule.errors import SettingsError, choices
-from sdmodule.inference import infer
-from sdmodule.interop.adapters import chosen_adapters, use_adapters
+from sdmodule.io.redact import shortened
 from sdmodule.module_files import load_state_dict, on_load_checkpoint, on_save_checkpoint, save_pretrained
-from sdmodule.objective import SQUARED_ERROR, Objective
-from sdmodule.optimizers import build_optimizer, check_optimizer, parameter_groups
-from sdmodule.privacy import shortened
 from sdmodule.ranges import check_flag, check_whole, is_number
-from sdmodule.requests import INPAINT, TASKS, TEXT2IMAGE, SampleRequest
-from sdmodule.samples import Samples
-from sdmodule.sampling import check_settings, describe, sample_all
-from sdmodule.schedulers import make_scheduler
-from sdmodule.settings import SamplingSettings
+from sdmodule.sampling.infer import infer
+from sdmodule.sampling.pipeline import check_settings, describe, sample_all
+from sdmodule.sampling.requests import INPAINT, TASKS, TEXT2IMAGE, SampleRequest
+from sdmodule.sampling.result import Samples
+from sdmodule.sampling.settings import SamplingSettings
 from sdmodule.speed.attention import plain_attention
+from sdmodule.speed.compile import check_compile, compile_unet
 from sdmodule.speed.memory import memory_kept
 from sdmodule.speed.prepare import prepared
 from sdmodule.speed.settings import choose_speed
 from sdmodule.tome.settings import choose_merging
-from sdmodule.trainer import check_training_precision
-from sdmodule.training_conditions import control, mask_channels, weights_of_places
-from sdmodule.tuning.lora import LoraTuning
-from sdmodule.tuning.settings import check_scratch, choose_tuning
-from sdmodule.validation import validation_losses
+from sdmodule.training.activation_checkpointing import checkpoint_blocks
+from sdmodule.training.conditions import control, mask_channels, weights_of_places
+from sdmodule.training.lora import LoraTuning
+from sdmodule.training.objective import SQUARED_ERROR, Objective
+from sdmodule.training.optimizers import build_optimizer, check_optimizer, parameter_groups
+from sdmodule.training.rng import Draws, generator_at, generators_of_examples, seeded
+from sdmodule.training.tuning import check_scratch, choose_tuning
+from sdmodule.training.validation import validation_losses
 
 
 class StableDiffusionModule(LightningModule):

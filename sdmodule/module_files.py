@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from lightning import LightningModule
 
-from sdmodule.checkpoint_files import check_weights
 from sdmodule.conditioning.inpaint import convert_to_inpaint, inpaints
 from sdmodule.errors import SettingsError
-from sdmodule.optimizers import check_state, name_optimizers
+from sdmodule.training.checkpoint_io import check_weights
+from sdmodule.training.optimizers import check_state, name_optimizers
 
 if TYPE_CHECKING:
     from sdmodule.module import StableDiffusionModule

@@ -17,8 +17,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel  # noqa
 from PIL import Image  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
 
-from sdmodule.components import Components, save_components  # noqa: E402
-from sdmodule.data.vocabulary import scene_captions, write_tokenizer  # noqa: E402
+from sdmodule.components.checkpoint import Components, save_components  # noqa: E402
+from sdmodule.data.toy.tokenizer import scene_captions, write_tokenizer  # noqa: E402
 from sdmodule.module import StableDiffusionModule  # noqa: E402
 
 

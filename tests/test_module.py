@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sdmodule.callbacks.ema import EMA
 from sdmodule.callbacks.validation_samples import ValidationSamples
-from sdmodule.data.shapes import ShapesDataModule
+from sdmodule.data.toy.dataset import ShapesDataModule
 from sdmodule.errors import SettingsError
 from sdmodule.modes import evaluating
 from sdmodule.module import StableDiffusionModule

@@ -14,8 +14,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
-from sdmodule.privacy import redacted
-from sdmodule.resume_point import ResumePoint
+from sdmodule.io.redact import redacted
+from sdmodule.training.loop_state import ResumePoint
 
 
 class Stopped(SystemExit):

@@ -11,9 +11,9 @@ from lightning import Callback, LightningModule, Trainer
 from safetensors import SafetensorError
 from typing_extensions import override
 
-from sdmodule.atomic import whole_folder
 from sdmodule.callbacks.ema import EMA
 from sdmodule.errors import SettingsError
+from sdmodule.io.atomic import whole_folder
 
 
 class Export(Callback):

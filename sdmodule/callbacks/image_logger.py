@@ -8,9 +8,9 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from typing_extensions import override
 
+from sdmodule.callbacks.log_images import log_pictures, log_table
 from sdmodule.callbacks.prediction_writer import PredictionWriter
-from sdmodule.loggers.pictures import log_pictures, log_table
-from sdmodule.samples import Samples
+from sdmodule.sampling.result import Samples
 
 
 class ImageLogger(Callback):

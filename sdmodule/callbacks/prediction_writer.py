@@ -19,10 +19,9 @@ from PIL import Image
 from typing_extensions import override
 
 from sdmodule.errors import unwritable
-from sdmodule.pictures import captioned_sheet
-from sdmodule.recipe import save_png
-from sdmodule.requests import SampleRequest
-from sdmodule.run_folder import (
+from sdmodule.io.images import captioned_sheet
+from sdmodule.io.png_metadata import save_png
+from sdmodule.io.run_folder import (
     IMAGES,
     INPUTS,
     RECORDS,
@@ -33,7 +32,8 @@ from sdmodule.run_folder import (
     to_line,
     write_records,
 )
-from sdmodule.samples import Samples
+from sdmodule.sampling.requests import SampleRequest
+from sdmodule.sampling.result import Samples
 from sdmodule.version import __version__
 
 SHEET_LIMIT = 64

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from typing_extensions import override
 
 from sdmodule.callbacks.timing import TimingLogger
-from sdmodule.samples import Samples
+from sdmodule.sampling.result import Samples
 
 REFRESH = 0.5
 """Seconds between two looks at figures that are shown in a bar; to look at a loss, a GPU must be waited for."""

@@ -18,10 +18,10 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
-from sdmodule.atomic import write_whole
 from sdmodule.callbacks.prediction_writer import PredictionWriter
-from sdmodule.run_folder import TIMINGS
-from sdmodule.samples import Samples
+from sdmodule.io.atomic import write_whole
+from sdmodule.io.run_folder import TIMINGS
+from sdmodule.sampling.result import Samples
 
 WINDOW = 200
 """Steps of training whose median and 95th percentile are logged."""

@@ -13,15 +13,15 @@ from PIL import Image
 from typing_extensions import override
 
 from sdmodule.callbacks.ema import EMA
+from sdmodule.callbacks.log_images import log_pictures
 from sdmodule.callbacks.validation_interval import ValidationInterval
 from sdmodule.conditioning.inpaint import masked
 from sdmodule.conditioning.random_masks import draw_masks
 from sdmodule.conditioning.text import literal
-from sdmodule.loggers.pictures import log_pictures
-from sdmodule.pictures import captioned_sheet, contact_sheet, to_images
+from sdmodule.io.images import captioned_sheet, contact_sheet, to_images
+from sdmodule.io.png_metadata import save_png
 from sdmodule.ranges import check_whole
-from sdmodule.recipe import save_png
-from sdmodule.requests import INPAINT, build_requests
+from sdmodule.sampling.requests import INPAINT, build_requests
 
 TILE = 192
 """Pixels of a picture's side on the sheet."""

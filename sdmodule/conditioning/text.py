@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sdmodule.conditioning.words import tokens_of_words
+from sdmodule.components.learned_words import tokens_of_words
 from sdmodule.errors import SettingsError
 
 if TYPE_CHECKING:

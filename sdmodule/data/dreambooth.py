@@ -13,13 +13,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, default_collate
 from typing_extensions import override
 
-from sdmodule.data.captions import CaptionStyle, Example, absolute, picture_files
-from sdmodule.data.fingerprints import fingerprint
-from sdmodule.data.image_folder import PicturesDataModule
-from sdmodule.data.picture_set import ImageFolderDataset
-from sdmodule.data.shuffle import training_loader
-from sdmodule.data.sources import Folder, Picked, Source
+from sdmodule.data.datamodule import PicturesDataModule
+from sdmodule.data.dataset import ImageFolderDataset
+from sdmodule.data.sampler import training_loader
+from sdmodule.data.sources.folder import CaptionStyle, Example, absolute, picture_files
+from sdmodule.data.sources.mix import Folder, Picked, Source
 from sdmodule.errors import SettingsError
+from sdmodule.io.fingerprint import fingerprint
 from sdmodule.ranges import check_whole
 
 

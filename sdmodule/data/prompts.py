@@ -10,9 +10,9 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
-from sdmodule.conditioning.controlnet import check_control
+from sdmodule.conditioning.control import check_control
 from sdmodule.ranges import check_whole
-from sdmodule.requests import TEXT2IMAGE, SampleRequest, build_requests
+from sdmodule.sampling.requests import TEXT2IMAGE, SampleRequest, build_requests
 
 
 class Batches(IterableDataset[list[SampleRequest]]):

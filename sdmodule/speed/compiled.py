@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdmodule.compiling import blocks_to_compile
+from sdmodule.speed.compile import blocks_to_compile
 
 BACKEND = "inductor"
 """What compiles."""

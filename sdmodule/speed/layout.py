@@ -11,7 +11,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel, Tra
 from torch import Tensor, nn
 from typing_extensions import override
 
-from sdmodule.speed.swapped import swapped
+from sdmodule.speed.swap_class import swapped
 
 
 @contextmanager

@@ -10,13 +10,13 @@ import torch
 
 from sdmodule.speed.attention import attention_by
 from sdmodule.speed.compiled import compiled
-from sdmodule.speed.decoding import decoding
-from sdmodule.speed.kernels import fastest_convolutions, fastest_kernels
+from sdmodule.speed.cpu.kernels import fastest_convolutions, fastest_kernels
 from sdmodule.speed.layout import channels_last
 from sdmodule.speed.memory import memory_kept
+from sdmodule.speed.vae_slicing import decoding
 
 if TYPE_CHECKING:
-    from sdmodule.components import Components
+    from sdmodule.components.checkpoint import Components
     from sdmodule.speed.settings import SpeedSettings
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import tomesd
 import torch
 
-from sdmodule.speed.kernels import fastest_blocks
+from sdmodule.speed.cpu.kernels import fastest_blocks
 from sdmodule.speed.layout import is_channels_last, tokens_in_place
 from sdmodule.tome.blocks import Grid, PlacedBlock, blocks_to_merge
 from sdmodule.tome.destinations import draw_destinations

@@ -19,7 +19,7 @@ from benchmarks.presets import preset
 from benchmarks.repainted_scenes import draw_repaint, judge_repaint
 from benchmarks.report import command_line
 from benchmarks.scene_reader import UNCLEAR, Reading, judge, read_scene
-from sdmodule.data.scenes import Scene, SceneObject, caption, render, sample_double, sample_single
+from sdmodule.data.toy.scenes import Scene, SceneObject, caption, render, sample_double, sample_single
 from sdmodule.errors import SettingsError
 
 RED_HEART = Scene("blue", (SceneObject("red", "heart", 14.0, 33.0, 8.0),), size="small", place="on the left")

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from benchmarks import growth, run, sampling_speed, training_speed
-from sdmodule.components import Components, load_components
+from sdmodule.components.checkpoint import Components, load_components
 from sdmodule.errors import SettingsError
 
 ROOT = Path(__file__).parents[2]

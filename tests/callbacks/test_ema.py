@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from sdmodule.callbacks.ema import EMA, trainable, use_average
-from sdmodule.data.shapes import ShapesDataModule
+from sdmodule.data.toy.dataset import ShapesDataModule
 from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
 from tests.fitting import fit

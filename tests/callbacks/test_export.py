@@ -13,7 +13,7 @@ from lightning import Callback
 
 from sdmodule.callbacks.ema import EMA
 from sdmodule.callbacks.export import Export
-from sdmodule.data.shapes import ShapesDataModule
+from sdmodule.data.toy.dataset import ShapesDataModule
 from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
 from tests import fitting

@@ -9,8 +9,8 @@ from lightning import Callback
 
 from sdmodule.callbacks.frozen_weights import FrozenWeights
 from sdmodule.callbacks.validation_samples import ValidationSamples
-from sdmodule.components import load_components
-from sdmodule.data.shapes import ShapesDataModule
+from sdmodule.components.checkpoint import load_components
+from sdmodule.data.toy.dataset import ShapesDataModule
 from sdmodule.module import StableDiffusionModule
 from tests.fitting import fit
 

@@ -8,7 +8,7 @@ from lightning import Trainer
 from sdmodule.callbacks.prediction_writer import PredictionWriter
 from sdmodule.callbacks.timing import TimingLogger
 from sdmodule.data.prompts import PromptDataModule
-from sdmodule.data.shapes import ShapesDataModule
+from sdmodule.data.toy.dataset import ShapesDataModule
 from sdmodule.module import StableDiffusionModule
 
 

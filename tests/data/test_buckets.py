@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from sdmodule.data.buckets import bucket_sizes, nearest_bucket
-from sdmodule.data.image_folder import ImageFolderDataModule
-from sdmodule.picture_files import upright_size
+from sdmodule.data.datamodule import ImageFolderDataModule
+from sdmodule.io.image_files import upright_size
 
 SHAPES = [(40, 40), (64, 32), (32, 64), (60, 31), (38, 41), (36, 72)]
 """Width and height of pictures: two squares, two wide ones, two tall ones."""

@@ -10,7 +10,7 @@ from lightning import LightningModule, Trainer
 
 from sdmodule.data.prompts import PromptDataModule
 from sdmodule.errors import SettingsError
-from sdmodule.requests import SampleRequest, build_requests
+from sdmodule.sampling.requests import SampleRequest, build_requests
 
 
 def test_images_are_listed_prompt_by_prompt_with_consecutive_seeds() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sdmodule.data.scenes import caption, render, sample_scene
+from sdmodule.data.toy.scenes import caption, render, sample_scene
 
 SHAPES = [(40, 40), (64, 32), (32, 64)]
 

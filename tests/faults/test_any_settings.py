@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from sdmodule.cli import predict_main
-from sdmodule.schedulers import SHORT_NAMES
+from sdmodule.cli.main import predict_main
+from sdmodule.components.schedulers import SHORT_NAMES
 
 JUNK = [
     "null",

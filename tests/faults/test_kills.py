@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from benchmarks.forked import FORKED, finish_in_spite_of_kills, run
 from sdmodule.callbacks.export import Export
-from sdmodule.components import load_components
+from sdmodule.components.checkpoint import load_components
 from sdmodule.module import StableDiffusionModule
 from tests.faults.conftest import scenes
 

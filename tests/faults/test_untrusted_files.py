@@ -23,18 +23,18 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sdmodule.checkpoint_files import read_head
-from sdmodule.components import load_components
-from sdmodule.conditioning.masked_picture import read_masked
-from sdmodule.data.captions import find_examples
-from sdmodule.data.fingerprints import fingerprint
-from sdmodule.data.readable import load_beside, load_rgb, readable
-from sdmodule.data.sources import Folder
-from sdmodule.data.store import TensorStore
+from sdmodule.components.checkpoint import load_components
+from sdmodule.components.single_file import load_single_file
+from sdmodule.conditioning.masked_image import read_masked
+from sdmodule.data.cache.tensor_store import TensorStore
+from sdmodule.data.sources.folder import find_examples
+from sdmodule.data.sources.mix import Folder
+from sdmodule.data.sources.verify import load_beside, load_rgb, readable
 from sdmodule.errors import SettingsError
-from sdmodule.interop.single_file import load_single_file
-from sdmodule.recipe import read_facts, save_png
-from sdmodule.requests import build_requests
+from sdmodule.io.fingerprint import fingerprint
+from sdmodule.io.png_metadata import read_facts, save_png
+from sdmodule.sampling.requests import build_requests
+from sdmodule.training.checkpoint_io import read_head
 
 SECONDS, BYTES = 5.0, 2**30
 """What a file may cost at most."""

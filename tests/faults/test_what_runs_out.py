@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks.forked import Command, run
-from sdmodule.checkpoint_files import is_whole
+from sdmodule.training.checkpoint_io import is_whole
 from tests.faults.conftest import scenes
 
 GRACE = 30

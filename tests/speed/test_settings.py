@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from sdmodule.cli import predict_main
+from sdmodule.cli.main import predict_main
 from sdmodule.errors import SettingsError
 from sdmodule.speed.settings import EXACT, SpeedSettings, choose_speed
-from tests.test_cli import told
+from tests.cli.test_commands import told
 
 WRONG = {
     "guidance_interval": ([0.8, 0.2], [0.5, 0.5], [-0.1, 1], [0, 1.5], [0.5], "all", [0, True]),

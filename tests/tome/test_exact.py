@@ -7,10 +7,10 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from tomesd.merge import bipartite_soft_matching_random2d
 
-from sdmodule.speed import kernels
 from sdmodule.speed.attention import attention_by
-from sdmodule.speed.choices import TORCH
-from sdmodule.speed.kernels import FASTEST, FastestGEGLU
+from sdmodule.speed.cpu import kernels
+from sdmodule.speed.cpu.autotune import TORCH
+from sdmodule.speed.cpu.kernels import FASTEST, FastestGEGLU
 from sdmodule.speed.layout import TokensInPlace
 from sdmodule.tome import apply
 from sdmodule.tome.destinations import draw_destinations

@@ -1,0 +1,224 @@
+"""Encode the training pictures, and their captions, once: before the first step, and only what is not there yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from typing_extensions import override
+
+from sdmodule.conditioning.text import count_chunks, literal
+from sdmodule.data.cache.latents import CachedEmbeddings, CachedPictures, Pictures, picture_keys
+from sdmodule.data.cache.tensor_store import TensorStore
+from sdmodule.data.toy.dataset import View
+from sdmodule.errors import SettingsError
+from sdmodule.io.fingerprint import fingerprint, model_fingerprint
+from sdmodule.io.progress import counting
+from sdmodule.sampling.requests import INPAINT
+
+LATENTS, ALL = "latents", "all"
+PIXELS_AT_ONCE = 8 * 512 * 512
+CAPTIONS_AT_ONCE = 64
+
+Sight = tuple[str, int, View]
+"""The key of a picture's moments, its index, and how it is shown."""
+
+
+class Cache(Callback):
+    """Train on moments of latents and on embeddings that are read from disk instead of computed at every step.
+
+    Moments are mean and standard deviation: latents are drawn from them anew each time, so that training is the same.
+    Both are kept under what they are made of, in a folder for each model's weights: moments under the picture's bytes,
+    its size, and whether it is mirrored; embeddings under the caption. What has changed is made anew, the rest is
+    found. Devices make a share each. An interrupted making goes on where it stopped.
+
+    Args:
+        folder: where they are kept, for all runs; with several machines, one that all of them see.
+        what: ``latents``, or ``all`` for embeddings of captions too.
+
+    Raises:
+        SettingsError: for another ``what``; in training, for data or a model whose part cannot be done beforehand.
+    """
+
+    def __init__(self, folder: str | Path, what: str = LATENTS) -> None:
+        if what not in (LATENTS, ALL):
+            raise SettingsError(f"cache.what={what} is not known; give {LATENTS} or {ALL}.")
+        self.folder = Path(folder).expanduser()
+        self.what = what
+        self._pictures: Pictures | None = None
+
+    def check(self, data: Any, module: Any) -> None:
+        """Whether this can be cached; nothing is read or written.
+
+        Args:
+            data: the data module.
+            module: the model.
+
+        Raises:
+            SettingsError: if not.
+        """
+        pictures: Any = getattr(data, "train_set", None)
+        if not hasattr(pictures, "content"):
+            raise SettingsError(
+                f"cache={self.what} does not know the pictures of these data; use those of conf/data, or cache=none."
+            )
+        if not hasattr(module, "encode_moments"):
+            raise SettingsError(f"cache={self.what} has nothing to do for this model; use cache=none.")
+        if not pictures.center_crop:
+            raise SettingsError(
+                f"data.center_crop=false crops another part at each time, which cache={self.what} cannot know; set "
+                "data.center_crop=true, or cache=none."
+            )
+        if self.what == ALL and not pictures.fixed_captions:
+            raise SettingsError(
+                "data.shuffle_tags=true and several templates give pictures another caption at each time, which "
+                "cache=all cannot know; do without, or use cache=latents."
+            )
+        if self.what == ALL and any(weight.requires_grad for weight in module.text_encoder.parameters()):
+            raise SettingsError(
+                "cache=all keeps the embeddings of captions, and the text encoder is trained, which changes them; use "
+                "cache=latents, or do not train it."
+            )
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        self.check(data, pl_module)
+        if isinstance(trainer.strategy, FSDPStrategy):
+            raise SettingsError(f"cache={self.what} needs whole models on each device; use trainer=ddp, or cache=none.")
+        self._pictures = data.train_set
+        data.train_set = self._cached_pictures(trainer, pl_module, data)
+        if self.what == ALL:
+            embeddings = self._cached_embeddings(trainer, pl_module, data.train_set.pictures)
+            pl_module.cached_embeddings = embeddings  # type: ignore[assignment]
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._give_back(trainer, pl_module)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._give_back(trainer, pl_module)
+
+    def _give_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._pictures is None:
+            return
+        trainer.datamodule.train_set = self._pictures  # type: ignore[attr-defined]
+        pl_module.cached_embeddings = None  # type: ignore[assignment]
+        self._pictures = None
+
+    def _cached_pictures(self, trainer: Trainer, module: Any, data: Any) -> CachedPictures:
+        pictures: Pictures = data.train_set
+        store = TensorStore(self.folder / f"moments-{model_fingerprint(module.vae, module.vae.config)}")
+
+        def keys_of(index: int) -> list[str]:
+            return picture_keys(pictures.content(index), pictures.size_of(index), pictures.random_flip)
+
+        keys = _shared(trainer, range(len(pictures)), keys_of)
+        sights: dict[str, Sight] = {}
+        for index, own in enumerate(keys):
+            for mirrored, key in enumerate(own):
+                if key not in store:
+                    sights.setdefault(key, (key, index, View(mirrored=bool(mirrored))))
+
+        def make(share: Sequence[Sight]) -> Iterator[dict[str, Tensor]]:
+            loader = DataLoader(
+                _Sights(pictures, share),
+                batch_sampler=_batches_of_one_size([pictures.size_of(index) for _, index, _ in share]),
+                num_workers=getattr(data, "num_workers", 0),
+                generator=torch.Generator(),
+            )
+            for batch in loader:
+                moments = module.encode_moments(batch["image"].to(module.device)).cpu()
+                yield {key: moments[k] for k, key in enumerate(batch["key"])}
+
+        self._fill(trainer, store, list(sights.values()), make, "Encoding pictures")
+        # masks and edges are of the picture itself
+        beside = module.task == INPAINT or module.controlnet is not None or module.objective.masked
+        return CachedPictures(pictures, store, keys, with_pictures=beside)
+
+    def _cached_embeddings(self, trainer: Trainer, module: Any, pictures: Pictures) -> CachedEmbeddings:
+        tokenizer, encoder = module.parts.tokenizer, module.text_encoder
+        model = model_fingerprint(encoder, encoder.config.to_dict())
+        words = fingerprint(tokenizer.model_max_length, sorted(tokenizer.get_vocab().items()))
+        store = TensorStore(self.folder / f"embeddings-{fingerprint(model, words)}")
+        prompts = dict.fromkeys(["", *(literal(pictures.caption(index)) for index in range(len(pictures)))])
+        missing = [prompt for prompt in prompts if fingerprint(prompt) not in store]
+
+        @torch.no_grad()
+        def make(share: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+            for start in range(0, len(share), CAPTIONS_AT_ONCE):
+                batch = share[start : start + CAPTIONS_AT_ONCE]
+                lengths = [count_chunks(prompt, tokenizer) * tokenizer.model_max_length for prompt in batch]
+                rows = zip(batch, module.encode_prompts(batch).cpu(), lengths, strict=True)
+                yield {fingerprint(prompt): row[:length] for prompt, row, length in rows}
+
+        self._fill(trainer, store, missing, make, "Encoding captions")
+        return CachedEmbeddings(store)
+
+    def _fill(
+        self,
+        trainer: Trainer,
+        store: TensorStore,
+        missing: Sequence[Any],
+        make: Callable[[Sequence[Any]], Iterable[dict[str, Tensor]]],
+        what: str,
+    ) -> None:
+        """Make what is missing, each device its share; afterwards every device finds all of it."""
+        trainer.strategy.barrier()  # or a fast device's first file is taken into account by a slow one
+        share = missing[trainer.global_rank :: trainer.world_size]
+        if share:
+            with counting(len(share), f"{what} into {store.folder}") as on_done:
+
+                def counted() -> Iterator[dict[str, Tensor]]:
+                    for tensors in make(share):
+                        on_done(len(tensors))
+                        yield tensors
+
+                store.fill(counted())
+        trainer.strategy.barrier()
+        store.refresh()
+
+
+class _Sights(Dataset[dict[str, Any]]):
+    """Pictures as they are to be encoded, each with its key."""
+
+    def __init__(self, pictures: Pictures, sights: Sequence[Sight]) -> None:
+        self.pictures = pictures
+        self.sights = sights
+
+    def __len__(self) -> int:
+        return len(self.sights)
+
+    @override
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        key, index, view = self.sights[position]
+        return {"key": key, "image": self.pictures.seen(index, view)["image"]}
+
+
+def _batches_of_one_size(sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
+    """Positions of pictures of one size, as many at once as a device can hold."""
+    order = sorted(range(len(sizes)), key=lambda position: sizes[position])
+    for (height, width), group in groupby(order, key=lambda position: sizes[position]):
+        positions = list(group)
+        count = min(64, max(1, PIXELS_AT_ONCE // (height * width)))
+        yield from (positions[start : start + count] for start in range(0, len(positions), count))
+
+
+def _shared(trainer: Trainer, indices: Sequence[int], work: Callable[[int], Any]) -> list[Any]:
+    """Do some work for each index, a share on each device; every device has all results, in order."""
+    devices = trainer.world_size
+    own = [work(index) for index in indices[trainer.global_rank :: devices]]
+    if devices == 1:
+        return own
+    parts: list[list[Any]] = [[] for _ in range(devices)]
+    torch.distributed.all_gather_object(parts, own)
+    return [parts[index % devices][index // devices] for index in indices]

@@ -1,0 +1,128 @@
+"""Weights & Biases: online with a key, offline without one, and never told more than it needs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import requests.utils
+import wandb
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from sdmodule.io.redact import redacted, shortened
+
+
+class PrivateWandbLogger(WandbLogger):
+    """Lightning's logger, which keeps to itself what W&B collects of the machine: paths, host, command line, source.
+
+    Args:
+        project: where the run is filed.
+        save_dir: folder of the run; W&B makes ``wandb/`` in it.
+        log_model: log checkpoints and exports as artifacts, at the end; ``all`` logs every checkpoint at once.
+        group: runs that belong together; those of a sweep are given one.
+        settings: of ``wandb.Settings``.
+        others: of ``wandb.init``, such as ``name``, ``entity`` and ``tags``.
+    """
+
+    def __init__(
+        self,
+        project: str = "sdmodule",
+        save_dir: str = ".",
+        log_model: Literal["all"] | bool = False,
+        group: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        **others: Any,
+    ) -> None:
+        # W&B reads its environment once a process; what has changed since then is told here
+        mode = others.pop("mode", None) or os.environ.get("WANDB_MODE")
+        self.keyless = mode is None and not has_key(settings or {})
+        private = {
+            "silent": True,
+            "console": "off",
+            "disable_git": True,
+            "save_code": False,
+            "symlink": False,
+            "x_disable_meta": True,
+            "x_disable_machine_info": True,
+            "x_save_requirements": False,
+        }
+        super().__init__(
+            project=project,
+            save_dir=save_dir,
+            log_model=log_model,
+            group=group,
+            settings=wandb.Settings(**{**private, **(settings or {})}),
+            mode="offline" if self.keyless else mode,
+            **redacted(others),
+        )
+        self._wandb_init.pop("anonymous")  # W&B warns of whoever names it
+
+    def whereabouts(self) -> str:
+        """One line on where the run is to be found."""
+        run = self.experiment
+        if not getattr(run, "offline", False):
+            return f"W&B: {run.url}" if getattr(run, "url", None) else ""
+        reason = " (no key was found; wandb login stores one)" if self.keyless else ""
+        return f"W&B is offline{reason}; upload the run with: wandb sync {Path(run.dir).parent}"
+
+    @rank_zero_only
+    def log_folder(self, folder: Path, name: str) -> None:
+        """Log a folder as an artifact, if models are to be logged."""
+        if not self._log_model:
+            return
+        artifact = wandb.Artifact(f"{name}-{self.experiment.id}", type="model")
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            artifact.add_file(str(file), str(file.relative_to(folder)))
+        self.experiment.log_artifact(artifact)
+
+
+def has_key(settings: Mapping[str, Any]) -> bool:
+    """Whether W&B will find a key: in its settings, in the environment, or where ``wandb login`` stores it."""
+    named = settings.get("api_key") or os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
+    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    return bool(named or requests.utils.get_netrc_auth(server))
+
+
+@contextmanager
+def one_run(output_dir: Path) -> Iterator[None]:
+    """A run of W&B within the block: it ends with it, and leaves nothing in the process.
+
+    What artifacts are made of is kept in the folder of the run and not in the home folder.
+    """
+    before = os.environ.get("WANDB_DATA_DIR")
+    if before is None:
+        os.environ["WANDB_DATA_DIR"] = staging(output_dir.absolute())
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["WANDB_DATA_DIR"]
+        if "wandb" in sys.modules and wandb.run is not None:
+            folder = Path(wandb.run.dir).parent
+            wandb.run.finish()
+            wandb.teardown()  # finish() returns before W&B's own process has written the last of an offline run
+            hide_home(folder)
+
+
+def staging(output_dir: Path) -> str:
+    """Where the files of artifacts wait for their upload.
+
+    W&B writes the place into the file of the run. Linux can say it without naming the home folder, for as long as
+    ``wandb sync`` is called from the same folder as the run was.
+    """
+    if Path("/proc/self/cwd").exists() and output_dir.is_relative_to(Path.cwd()):
+        return f"/proc/self/cwd/{output_dir.relative_to(Path.cwd())}/wandb"
+    return str(output_dir / "wandb")
+
+
+def hide_home(folder: Path) -> None:
+    """Take the home folder out of W&B's own logs of a run, which name every path."""
+    for file in folder.glob("logs/*.log"):
+        text = file.read_text(encoding="utf-8", errors="replace")
+        if (short := shortened(text)) != text:
+            file.write_text(short, encoding="utf-8")

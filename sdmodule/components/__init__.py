@@ -1,0 +1,1 @@
+"""Checkpoints and what is loaded beside them: parts, adapters, ControlNets, learned words."""

@@ -1,0 +1,125 @@
+"""Adapters that a model samples with: of low rank, and learned words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sdmodule.components.adapter_file import DIFFUSERS_FILE, KOHYA_FILE, is_adapter, read_tensors, to_adapter
+from sdmodule.components.checkpoint import Components
+from sdmodule.components.learned_words import add_word
+from sdmodule.components.lora_layers import LOHA, LOKR, Adapter, make_active, merge, put_on
+from sdmodule.errors import SettingsError, choices
+from sdmodule.training.textual_inversion import EMBEDDING_FILE
+
+WHOLE = "emb_params"
+"""What AUTOMATIC1111's web UI calls the vectors of a word, whose name is then the file's."""
+
+
+@dataclass(frozen=True)
+class ChosenAdapter:
+    """An adapter to sample with.
+
+    Args:
+        path: a ``.safetensors`` file, or the folder that a training exported.
+        scale: how much it counts; below 0 it is turned round.
+
+    Raises:
+        SettingsError: for a value out of range.
+    """
+
+    path: str
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str) or not self.path:
+            raise SettingsError(f"adapters: path={self.path} is no path; give one of a .safetensors file.")
+        if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)) or not abs(self.scale) < 1e4:
+            raise SettingsError(f"adapters: scale={self.scale} is not allowed; give a number such as 0.8.")
+
+    @property
+    def file(self) -> Path:
+        """The file itself.
+
+        Raises:
+            SettingsError: for a folder without one.
+        """
+        place = Path(self.path).expanduser()
+        if not place.is_dir():
+            return place
+        names = (DIFFUSERS_FILE, KOHYA_FILE, EMBEDDING_FILE)
+        for name in names:
+            if (place / name).is_file():
+                return place / name
+        raise SettingsError(f"adapters: {self.path} holds none of {choices(names)}; give the path of a file.")
+
+
+def chosen_adapters(adapters: Sequence[Mapping[str, Any]] | None) -> list[ChosenAdapter]:
+    """Adapters as a configuration names them.
+
+    Raises:
+        SettingsError: for anything else than a list of mappings with ``path`` and ``scale``.
+    """
+    if isinstance(adapters, str):
+        raise SettingsError(f"adapters={adapters} is no list; give adapters=[{{path: {adapters}}}].")
+    chosen = []
+    for one in adapters or []:
+        if not isinstance(one, Mapping) or "path" not in one or one.keys() - {"path", "scale"}:
+            raise SettingsError(f"adapters has {one!r}; each is {{path: FILE, scale: 0.8}}.")
+        chosen.append(ChosenAdapter(**dict(one)))
+    return chosen
+
+
+def use_adapters(parts: Components, chosen: Sequence[ChosenAdapter], merged: bool) -> None:
+    """Put adapters on a model, in place, in order.
+
+    Args:
+        parts: the model.
+        chosen: which, and how much each counts.
+        merged: add them to the weights, which costs no time in sampling; otherwise they stand beside them.
+
+    Raises:
+        SettingsError: for a file that cannot be read or does not belong to this model; the model cannot be used then.
+    """
+    beside: list[tuple[str, Adapter]] = []
+    for number, one in enumerate(chosen):
+        tensors, header = read_tensors(one.file)
+        if not is_adapter(tensors):
+            _add_word(parts, one, tensors)
+            continue
+        adapter = to_adapter(tensors, header, one.file, parts)
+        if not merged and beside and (kinds := {adapter.method, beside[0][1].method}) & {LOHA, LOKR} and len(kinds) > 1:
+            raise SettingsError(
+                f"adapters: {choices(kinds)} cannot stand beside the same weights; set merge_adapters=true."
+            )
+        name = f"adapter_{number}"
+        put_on(parts, adapter, one.scale, name)
+        if merged:
+            merge(parts, name)
+        else:
+            beside.append((name, adapter))
+    make_active(parts, [name for name, _ in beside])
+
+
+def _add_word(parts: Components, one: ChosenAdapter, tensors: Mapping[str, Tensor]) -> None:
+    width = parts.text_encoder.config.hidden_size
+    name, vectors = next(iter(tensors.items())) if len(tensors) == 1 else ("", None)
+    if vectors is None or vectors.ndim not in (1, 2):
+        raise SettingsError(
+            f"adapters: {one.path} is neither an adapter of low rank (keys such as unet.… or lora_unet_…) nor a "
+            "learned word (one tensor)."
+        )
+    if vectors.shape[-1] != width or (vectors.ndim == 2 and not 1 <= len(vectors) <= 75):
+        raise SettingsError(
+            f"adapters: the word of {one.path} has the shape {tuple(vectors.shape)} and this model takes 1 to 75 "
+            f"vectors of {width}; give one that was learned on a model of this architecture."
+        )
+    if one.scale != 1:
+        raise SettingsError(f"adapters: {one.path} is a learned word, which has no scale; leave scale={one.scale} out.")
+    placeholder = one.file.stem if name == WHOLE else name
+    vectors = vectors.float().reshape(-1, width)
+    add_word(placeholder, vectors, parts.tokenizer, parts.text_encoder).requires_grad_(False)

@@ -1,0 +1,153 @@
+"""A control picture to residuals: a ControlNet beside the UNet (Zhang et al. 2023)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from diffusers import ControlNetModel
+from PIL import Image
+from torch import Tensor
+
+from sdmodule.conditioning.canny import canny_edges
+from sdmodule.conditioning.masked_image import read_picture
+from sdmodule.errors import SettingsError
+
+if TYPE_CHECKING:
+    from sdmodule.components.checkpoint import Components
+
+EMBEDDING_CHANNELS = (16, 32, 96, 256)
+"""Widths of the layers that bring a control picture to the latents' size, each half as high and wide."""
+
+
+def from_unet(parts: Components) -> ControlNetModel:
+    """A ControlNet that starts as the encoder of the UNet and adds nothing (Zhang et al. 2023, section 3.1)."""
+    halvings = len(parts.vae.config.block_out_channels) - 1
+    channels = EMBEDDING_CHANNELS[: halvings + 1]
+    return ControlNetModel.from_unet(parts.unet, conditioning_embedding_out_channels=channels)
+
+
+def load_controlnet(place: str, parts: Components) -> ControlNetModel:
+    """Read a ControlNet from a folder or from the hub.
+
+    Raises:
+        SettingsError: if it cannot be read, or was made for another architecture.
+    """
+    folder = Path(place).expanduser()
+    if not folder.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", place):
+        raise SettingsError(
+            f"controlnet={place} was not found; give a folder of a ControlNet, or a hub id such as owner/name."
+        )
+    try:
+        found = ControlNetModel.from_pretrained(folder if folder.is_dir() else place, use_safetensors=True)
+    except Exception as error:  # a broken file ends in many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise SettingsError(
+            f"controlnet={place} cannot be read ({reason}); give a diffusers folder of a ControlNet, or a hub id."
+        ) from error
+    for name in ("cross_attention_dim", "block_out_channels"):
+        own, other = (list(np.atleast_1d(each.config[name])) for each in (parts.unet, found))
+        if own != other:
+            raise SettingsError(
+                f"controlnet={place} has {name}={other} and the UNet of pretrained={parts.source} has {own}; give one "
+                "that was trained on a model of this architecture."
+            )
+    return found.eval().requires_grad_(False)
+
+
+def read_controls(control: Any, edges: bool, count: int) -> list[Image.Image]:
+    """The control picture of each of ``count`` prompts.
+
+    Args:
+        control: a path, a PIL image, an array or a tensor; or a list, one for each prompt.
+        edges: it is a photo, of which the edges are taken; see `canny_edges`.
+        count: prompts; one prompt takes as many pictures as there are.
+
+    Raises:
+        SettingsError: for a picture that cannot be read, or another number of them.
+    """
+    given = list(control) if isinstance(control, (list, tuple)) else [control]
+    if len(given) not in (1, count):
+        raise SettingsError(f"control has {len(given)} pictures for {count} prompts; give one, or one for each prompt.")
+    pictures = []
+    for k, one in enumerate(given):
+        picture = read_picture(one, "control" if len(given) == 1 else f"control[{k}]").convert("RGB")
+        pictures.append(canny_edges(picture) if edges else picture)
+    return pictures * (count // len(pictures))
+
+
+@dataclass
+class ControlGuide:
+    """The control pictures of a batch, ready for the denoising loop.
+
+    Attributes:
+        controlnet: the network.
+        pictures: at the size of the samples, ``[B, 3, H, W]`` in [0, 1].
+        scale: how much the network counts.
+    """
+
+    controlnet: Any
+    pictures: Tensor
+    scale: float = 1.0
+
+    def residuals(self, latents: Tensor, timestep: Tensor, embeddings: Tensor) -> dict[str, Any]:
+        """What the UNet adds to its own features, as its keyword arguments.
+
+        Args:
+            latents: what the UNet sees, ``[B or 2B, 4 or 9, h, w]``; guidance asks twice.
+            timestep: a scalar, or ``[B]``.
+            embeddings: of the prompts, ``[B or 2B, L, D]``.
+        """
+        pictures = self.pictures.repeat(len(latents) // len(self.pictures), 1, 1, 1).to(embeddings)
+        down, middle = self.controlnet(
+            latents[:, : self.controlnet.config.in_channels],  # one of text-to-image beside a UNet that inpaints
+            timestep,
+            encoder_hidden_states=embeddings,
+            controlnet_cond=pictures,
+            conditioning_scale=self.scale,
+            return_dict=False,
+        )
+        return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+
+
+def prepare_control(parts: Components, controls: Sequence[Image.Image], size: Sequence[int], scale: float) -> Any:
+    """The guide of a batch; None without control pictures.
+
+    Args:
+        parts: the model.
+        controls: one for each picture of the batch, or none.
+        size: ``(h, w)`` of the latents.
+        scale: how much the network counts.
+
+    Raises:
+        SettingsError: for control pictures without a ControlNet, or the reverse.
+    """
+    check_control(bool(controls), parts.controlnet is not None)
+    if not controls:
+        return None
+    height, width = (side * parts.pixels_per_latent for side in size)
+    return ControlGuide(parts.controlnet, as_tensor(controls, (height, width)).to(parts.unet.device), scale)
+
+
+def as_tensor(controls: Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
+    """Control pictures as ``[B, 3, H, W]`` in [0, 1], brought to ``size`` ``(H, W)`` where they are of another."""
+    height, width = size
+    arrays = [np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)) for image in controls]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
+
+
+def check_control(controls: bool, controlnet: bool) -> None:
+    """Whether there are both a control picture and a ControlNet, or neither.
+
+    Raises:
+        SettingsError: if there is one of them.
+    """
+    if controls and not controlnet:
+        raise SettingsError("control was given and there is no ControlNet to follow it; add controlnet=FOLDER.")
+    if controlnet and not controls:
+        raise SettingsError("controlnet was given and there is no picture to follow; add control=PICTURE.png.")

@@ -1,0 +1,1 @@
+"""Latents and text embeddings that are computed once."""

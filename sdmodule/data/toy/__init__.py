@@ -1,0 +1,1 @@
+"""Synthetic data that needs no download."""

@@ -1,1 +1,0 @@
-"""Files that other Stable Diffusion tools write and read."""

@@ -1,0 +1,1 @@
+"""Files: images, metadata, reports, atomic writes."""

@@ -1,1 +1,0 @@
-"""What experiment trackers are told, each in its own way."""

@@ -1,0 +1,1 @@
+"""Layers that run faster on a CPU than torch's own."""

@@ -1,0 +1,1 @@
+"""The denoising loss, tuning methods, optimizers, and exact resume."""

@@ -1,0 +1,146 @@
+"""Training of an autoencoder, the first stage of a latent diffusion model (Rombach et al. 2022, section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.utils.torch_utils import randn_tensor
+from lightning import LightningModule
+from torch import Tensor
+from typing_extensions import override
+
+from sdmodule.cli.trainer import check_training_precision
+from sdmodule.components.checkpoint import load_part, save_part
+from sdmodule.errors import SettingsError
+from sdmodule.io.redact import shortened
+from sdmodule.ranges import check_whole
+from sdmodule.training.checkpoint_io import check_weights
+from sdmodule.training.full import FullTuning
+from sdmodule.training.optimizers import check_optimizer, check_state, name_optimizers
+from sdmodule.training.rng import Draws, generators_of_examples
+from sdmodule.training.tuning import choose_tuning
+
+
+class AutoencoderModule(LightningModule):
+    """Train an ``AutoencoderKL`` from scratch or from a checkpoint.
+
+    The loss is the squared error, a share of the absolute error, which keeps edges sharp, and a slight pull of the
+    latents towards a standard normal distribution (``kl_weight``, equation 3 of Kingma and Welling 2014).
+
+    Args:
+        pretrained: ``tiny``, a diffusers folder or a hub id; its ``vae`` gives the architecture.
+        scratch: names the parts that start from random weights (here: ``["vae"]`` or nothing).
+        tuning: ``full`` is all that there is for an autoencoder.
+        seed: seed of the noise that latents are drawn with.
+        l1_weight: weight of the absolute error.
+        kl_weight: weight of the divergence from a standard normal distribution, per latent value.
+        optimizer: takes the trainable parameters and returns the optimizer.
+        lr_scheduler: takes the optimizer and returns the schedule of its learning rate.
+
+    Raises:
+        SettingsError: for another tuning, and for a seed out of range.
+    """
+
+    def __init__(
+        self,
+        pretrained: str = "tiny",
+        scratch: Iterable[str] = (),
+        tuning: Mapping[str, Any] | None = None,
+        l1_weight: float = 0.1,
+        kl_weight: float = 1e-6,
+        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+        lr_scheduler: Callable[..., Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if choose_tuning(tuning) != FullTuning():
+            raise SettingsError(f"tuning={tuning} is for UNets, and model=autoencoder has none; leave it out.")
+        check_whole("model.seed", seed, least=0)
+        pretrained = shortened(pretrained)
+        self.save_hyperparameters("pretrained", "l1_weight", "kl_weight", "seed")
+        self.vae = load_part("vae", pretrained, scratch="vae" in scratch)
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.seed = seed
+        self.latent_variance: float | None = None  # of the last validation
+        self.validated = ""  # end of the names under which validation is logged; set where it is of other weights
+
+    @property
+    def resolution(self) -> int:
+        """Side in pixels of the pictures that the checkpoint was made for."""
+        return self.vae.config.sample_size
+
+    def losses(self, image: Tensor, generators: Draws) -> dict[str, Tensor]:
+        """Squared, absolute and KL error of the reconstruction of ``image`` ``[B, 3, H, W]``, each a mean."""
+        posterior = self.vae.encode(image).latent_dist
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        latents = mean + torch.exp(0.5 * logvar) * randn_tensor(mean.shape, generator=generators).to(mean)
+        reconstruction = self.vae.decode(latents).sample.float()
+        return {
+            "mse": F.mse_loss(reconstruction, image),
+            "l1": F.l1_loss(reconstruction, image),
+            "kl": 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean(),
+        }
+
+    @override
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        generators = generators_of_examples(self.seed, len(batch["image"]), batch_idx, self._trainer)
+        losses = self.losses(batch["image"], generators)
+        loss = losses["mse"] + self.hparams["l1_weight"] * losses["l1"] + self.hparams["kl_weight"] * losses["kl"]
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/psnr", _psnr(losses["mse"]), prog_bar=True)
+        return loss
+
+    @override
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        posterior = self.vae.encode(batch["image"]).latent_dist
+        reconstruction = self.vae.decode(posterior.mode()).sample.float().clamp(-1, 1)
+        errors = (reconstruction - batch["image"]).square().mean(dim=(1, 2, 3))
+        found = {"val/psnr": _psnr(errors).mean(), "val/latent_variance": posterior.mode().float().square().mean()}
+        named = {f"{name}{self.validated}": value for name, value in found.items()}
+        self.log_dict(named, prog_bar=not self.validated, sync_dist=True, batch_size=len(errors))
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        variance = self.trainer.callback_metrics.get("val/latent_variance")
+        self.latent_variance = None if variance is None else float(variance)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["latent_variance"] = self.latent_variance
+        name_optimizers(checkpoint, self._trainer)
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_weights(checkpoint["state_dict"], self)
+        check_state(checkpoint, self.optimizer, self.lr_scheduler, self.parameters(), self._trainer)
+        self.latent_variance = checkpoint.get("latent_variance")
+
+    @override
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            check_training_precision(self._trainer)
+            steps = self._trainer.max_steps if self._trainer is not None else None
+            check_optimizer(self.optimizer, self.lr_scheduler, self.parameters(), steps)
+
+    @override
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(self.parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
+
+    def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
+        """Write ``folder/vae``, its scaling factor set so that the latents seen in validation have unit variance."""
+        if self.latent_variance is not None:
+            self.vae.register_to_config(scaling_factor=self.latent_variance**-0.5)
+        save_part("vae", self.vae, folder, dtype)
+
+
+def _psnr(mean_squared_error: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in decibels, for pictures in [-1, 1]."""
+    return 10.0 * torch.log10(4.0 / mean_squared_error.detach())

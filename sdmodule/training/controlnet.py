@@ -1,0 +1,37 @@
+"""A ControlNet beside a UNet that stays as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from sdmodule.components.checkpoint import Components, save_model
+from sdmodule.conditioning.control import from_unet
+
+
+@dataclass(frozen=True)
+class ControlNetTuning:
+    """Train a copy of the UNet's encoder that is shown a control picture (Zhang et al. 2023)."""
+
+    kind: ClassVar[str] = "controlnet"
+    from_scratch: ClassVar[set[str]] = set()
+    text_encoder_lr: ClassVar[None] = None
+
+    def text_encoder_learns(self, step: int) -> bool:
+        """The text encoder stays as it is."""
+        return False
+
+    def prepare(self, parts: Components, seed: int) -> None:
+        """Add the ControlNet, its first layers drawn from ``seed``; it alone is trained."""
+        parts.unet.requires_grad_(False)
+        parts.text_encoder.eval().requires_grad_(False)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            parts.controlnet = from_unet(parts).requires_grad_(True)
+
+    def export(self, parts: Components, folder: str | Path, dtype: str) -> None:
+        """Write a folder that ``ControlNetModel.from_pretrained`` loads."""
+        save_model(parts.controlnet, folder, dtype)

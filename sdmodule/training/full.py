@@ -1,0 +1,31 @@
+"""The whole UNet is trained, and the text encoder if that is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from sdmodule.components.checkpoint import Components, save_components
+from sdmodule.training.text_encoder import TextEncoderTraining
+
+
+@dataclass(frozen=True)
+class FullTuning(TextEncoderTraining):
+    """Train every weight of the UNet, and of the text encoder where it is trained."""
+
+    kind: ClassVar[str] = "full"
+
+    @property
+    def from_scratch(self) -> set[str]:
+        """Parts that may start from random weights, since all of them is trained."""
+        return {"unet", "text_encoder"} if self.text_encoder else {"unet"}
+
+    def prepare(self, parts: Components, seed: int) -> None:
+        """Mark what is trained; ``seed`` has nothing to draw."""
+        parts.unet.requires_grad_(True)
+        parts.text_encoder.train(self.text_encoder).requires_grad_(self.text_encoder)
+
+    def export(self, parts: Components, folder: str | Path, dtype: str) -> None:
+        """Write a folder that diffusers' pipeline loads, its weights as ``dtype``."""
+        save_components(parts, folder, dtype)

@@ -1,0 +1,69 @@
+"""A new word is learned, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from safetensors.torch import save_file
+
+from sdmodule.components.checkpoint import Components
+from sdmodule.components.learned_words import add_word, vectors_of
+from sdmodule.errors import SettingsError
+
+EMBEDDING_FILE = "learned_embeds.safetensors"
+"""What diffusers looks for in a folder."""
+
+
+@dataclass(frozen=True)
+class TextualInversion:
+    """Learn the vectors of a new word (Gal et al. 2022) and leave the model alone.
+
+    Args:
+        placeholder: the word, which the captions name, such as ``<my-cat>``.
+        initializer: a word or two to start from, such as ``cat``.
+        vectors: how many vectors the word stands for.
+
+    Raises:
+        SettingsError: for a setting that is missing or out of range; in `prepare`, for a word that the model has.
+    """
+
+    kind: ClassVar[str] = "textual_inversion"
+    from_scratch: ClassVar[set[str]] = set()
+    text_encoder_lr: ClassVar[None] = None
+
+    placeholder: str
+    initializer: str
+    vectors: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("placeholder", "initializer"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value.strip():
+                raise SettingsError(f"tuning.{name}={value} is no word; give one in quotes.")
+        if isinstance(self.vectors, bool) or not isinstance(self.vectors, int) or not 1 <= self.vectors <= 75:
+            raise SettingsError(f"tuning.vectors={self.vectors} is not allowed; give a whole number from 1 to 75.")
+
+    def text_encoder_learns(self, step: int) -> bool:
+        """The word's vectors reach the UNet through the text encoder, at every step."""
+        return True
+
+    def prepare(self, parts: Components, seed: int) -> None:
+        """Add the word; its vectors alone are trained.
+
+        Raises:
+            SettingsError: for a word that the model has, or an initializer of more tokens than vectors.
+        """
+        parts.unet.requires_grad_(False)
+        parts.text_encoder.eval().requires_grad_(False)
+        vectors = vectors_of(self.initializer, self.vectors, parts.tokenizer, parts.text_encoder)
+        add_word(self.placeholder, vectors, parts.tokenizer, parts.text_encoder).learned.requires_grad_(True)
+
+    def export(self, parts: Components, folder: str | Path, dtype: str) -> None:
+        """Write the word's vectors, for ``StableDiffusionPipeline.load_textual_inversion`` and the web UIs."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        vectors = parts.text_encoder.get_input_embeddings().learned.detach().cpu()
+        save_file({self.placeholder: vectors.to(getattr(torch, dtype)).contiguous()}, folder / EMBEDDING_FILE)

@@ -1,1 +1,0 @@
-"""What is trained of a model: all of it, adapters, words, or a ControlNet."""

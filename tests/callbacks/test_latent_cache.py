@@ -1,0 +1,251 @@
+"""Training with a cache is training with the pictures, and the cache holds what they are now."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from lightning import Callback, Trainer
+from PIL import Image
+from safetensors import safe_open
+
+from sdmodule.callbacks.latent_cache import Cache
+from sdmodule.callbacks.validation_samples import ValidationSamples
+from sdmodule.cli.main import train_main
+from sdmodule.conditioning.text import literal
+from sdmodule.data.cache.latents import CachedEmbeddings
+from sdmodule.data.cache.tensor_store import TensorStore
+from sdmodule.data.datamodule import ImageFolderDataModule
+from sdmodule.data.toy.dataset import ShapesDataModule
+from sdmodule.data.toy.scenes import caption, render, sample_scene
+from sdmodule.errors import SettingsError
+from sdmodule.module import StableDiffusionModule
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Five pictures, one with a caption of more than 77 tokens."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for k in range(5):
+        scene = sample_scene(random.Random(k))
+        render(scene, 32).save(pictures / f"{k}.png")
+        (pictures / f"{k}.txt").write_text(", ".join([caption(scene)] * (12 if k == 2 else 1)))
+    return pictures
+
+
+class Losses(Callback):
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
+        self.values.append(outputs["loss"].item())
+
+
+def fit(
+    checkpoint: Path, data: Any, cache: Cache | None, steps: int = 3, *callbacks: Callback, **settings: Any
+) -> list[float]:
+    module = StableDiffusionModule(str(checkpoint), sampling={"steps": 2}, **settings)
+    losses = Losses()
+    trainer = Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[losses, *callbacks, *([cache] if cache else [])],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(module, data)
+    return losses.values
+
+
+def pictures_of(folder: Path, **settings: Any) -> ImageFolderDataModule:
+    return ImageFolderDataModule(str(folder), **{"batch_size": 2, "resolution": 32, "val_fraction": 0, **settings})
+
+
+def held(cache: Path, kind: str = "moments") -> dict[str, str]:
+    """The keys of a cache, each with its file."""
+    keys = {}
+    for file in sorted(cache.glob(f"{kind}-*/*.safetensors")):
+        with safe_open(file, "pt") as shard:
+            keys |= {f"{file.parent.name}/{key}": str(file) for key in shard.keys()}
+    return keys
+
+
+@pytest.mark.parametrize("flip", [False, True], ids=["", "flipped"])
+@pytest.mark.parametrize("what", ["latents", "all"])
+def test_the_losses_are_those_of_training_on_pictures(checkpoint, folder, tmp_path, what, flip):
+    settings = {"caption_dropout": 0.5, "optimizer": lambda weights: torch.optim.AdamW(weights, lr=1e-3)}
+    plain = fit(checkpoint, pictures_of(folder, random_flip=flip), None, 8, **settings)
+    for _ in range(2):  # made, then found
+        data = pictures_of(folder, random_flip=flip)
+        assert fit(checkpoint, data, Cache(tmp_path / "cache", what), 8, **settings) == pytest.approx(plain, rel=1e-5)
+    assert len(held(tmp_path / "cache")) == (10 if flip else 5)
+    assert len(held(tmp_path / "cache", "embeddings")) == (6 if what == "all" else 0)
+
+
+@pytest.mark.parametrize("what", ["latents", "all"])
+def test_the_loss_counts_under_masks_as_it_does_on_pictures(checkpoint, folder, tmp_path, what):
+    Image.linear_gradient("L").resize((32, 32)).save(folder / "mask.png")
+    rows = [{"file_name": f"{k}.png", "text": "a", "mask_file_name": "mask.png"} for k in range(5)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plain, cached = (
+        fit(checkpoint, pictures_of(folder, random_flip=True), cache, objective={"masked": True})
+        for cache in (None, Cache(tmp_path / "cache", what))
+    )
+    assert cached == pytest.approx(plain, rel=1e-5)
+
+
+def test_captions_are_read_as_they_are_written_in_every_place(checkpoint, folder, tmp_path):
+    """As weights 30 would be an error, and 3 would leave a 4 of the text."""
+    text = "a clock (12:30) in a frame (4:3)"
+    for k in range(5):
+        (folder / f"{k}.txt").write_text(text)
+    plain = fit(checkpoint, pictures_of(folder), None, caption_dropout=0.0)
+    samples = ValidationSamples(tmp_path / "samples", num_prompts=1)
+    cached = fit(checkpoint, pictures_of(folder), Cache(tmp_path / "cache", "all"), 3, samples, caption_dropout=0.0)
+    assert cached == pytest.approx(plain, rel=1e-5)
+    assert (tmp_path / "samples" / "000003.png").is_file()
+    [store] = tmp_path.glob("cache/embeddings-*")
+    pipeline = StableDiffusionPipeline.from_pretrained(checkpoint)
+    theirs = pipeline.encode_prompt(text, torch.device("cpu"), 1, False)[0]
+    torch.testing.assert_close(CachedEmbeddings(TensorStore(store))([literal(text)]), theirs)
+
+
+def test_painted_pictures_are_cached_too(checkpoint, module, tmp_path):
+    data = ShapesDataModule(batch_size=2, train_length=6, val_length=2, size=32)
+    fit(checkpoint, data, Cache(tmp_path))
+    assert data.train_set[0].keys() == {"image", "caption"}, "the data is as it was"
+    [folder] = tmp_path.iterdir()
+    store = TensorStore(folder)
+    cached = torch.stack([store[Path(key).name] for key in held(tmp_path)])
+    moments = module.encode_moments(torch.stack([data.train_set[k]["image"] for k in range(6)]))
+    assert cached.dtype == torch.float32 and cached.shape == (6, 8, 8, 8)
+    torch.testing.assert_close(*(x[x[:, 0, 0, 0].argsort()] for x in (cached, moments)))
+
+
+def test_embeddings_are_filled_up_as_the_text_encoder_does_it(checkpoint, module, folder, tmp_path):
+    fit(checkpoint, pictures_of(folder), Cache(tmp_path, "all"))
+    [store] = tmp_path.glob("embeddings-*")
+    embeddings = CachedEmbeddings(TensorStore(store))
+    captions = ["", *((folder / f"{k}.txt").read_text() for k in range(5))]
+    for batch in (captions, captions[:2]):
+        torch.testing.assert_close(embeddings(batch), module.encode_prompts(batch))
+    assert "a picture of nothing" not in embeddings
+
+
+def test_only_what_has_changed_is_made_anew(checkpoint, folder, tmp_path):
+    cache = tmp_path / "cache"
+
+    def made(base: Path = checkpoint, **settings: Any) -> tuple[int, int]:
+        before = [held(cache, kind) for kind in ("moments", "embeddings")]
+        fit(base, pictures_of(folder, **settings), Cache(cache, "all"), steps=1)
+        now = [held(cache, kind) for kind in ("moments", "embeddings")]
+        assert all(old.items() <= new.items() for old, new in zip(before, now)), "what was there is untouched"
+        moments, embeddings = (len(new) - len(old) for old, new in zip(before, now))
+        return moments, embeddings
+
+    assert made() == (5, 6)
+    assert made() == (0, 0)
+    (folder / "4.png").rename(folder / "9.png")
+    (folder / "4.txt").rename(folder / "9.txt")
+    assert made() == (0, 0), "a name is not a picture"
+    render(sample_scene(random.Random(77)), 32).save(folder / "1.png")
+    assert made() == (1, 0)
+    (folder / "1.txt").write_text("something else")
+    assert made() == (0, 1)
+    assert made(resolution=40) == (5, 0)
+    assert made(random_flip=True) == (5, 0), "the mirrored ones"
+
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    assert made(other) == (0, 0), "a copy is the same model"
+    module = StableDiffusionModule(str(checkpoint))
+    with torch.no_grad():
+        module.vae.encoder.conv_in.bias[0] += 1e-3
+    module.save_pretrained(other)
+    assert made(other) == (5, 0)
+
+
+def test_a_broken_file_is_passed_over_and_made_anew(checkpoint, folder, tmp_path):
+    plain = fit(checkpoint, pictures_of(folder), Cache(tmp_path))
+    [file] = tmp_path.glob("*/*.safetensors")
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.warns(UserWarning, match=r"safetensors is broken and is passed over"):
+        assert fit(checkpoint, pictures_of(folder), Cache(tmp_path)) == plain
+    assert len(held(tmp_path)) == 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["cache=latents", "data.center_crop=false"], "set data.center_crop=true, or cache=none"),
+        (["cache=all", "tuning.text_encoder=true"], "use cache=latents"),
+        (["cache=all", "data.shuffle_tags=true"], "use cache=latents"),
+        (["cache=latents", "model=autoencoder"], "use cache=none"),
+        (["cache=latents", "cache.what=some"], "cache.what=some"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_what_cannot_be_cached_is_told_before_anything_is_written(
+    checkpoint, folder, tmp_path, monkeypatch, capfd, settings, says
+):
+    common = [f"pretrained={checkpoint}", f"data.root={folder}", "resolution=32", f"output_dir={tmp_path / 'out'}"]
+    monkeypatch.setattr(sys, "argv", ["train", *common, f"cache.folder={tmp_path / 'cache'}", *settings])
+    with pytest.raises(SystemExit) as end:
+        train_main()
+    complaint = capfd.readouterr().err
+    assert end.value.code == 1 and says in complaint and len(complaint.splitlines()) == 1
+    assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
+
+
+def test_data_that_no_cache_knows_is_refused(checkpoint, folder, tmp_path):
+    data = pictures_of(folder)
+    data.setup()
+    data.train_set = torch.utils.data.Subset(data.train_set, [0])
+    with pytest.raises(SettingsError, match="does not know the pictures of these data"):
+        fit(checkpoint, data, Cache(tmp_path))
+
+
+def test_an_interrupted_making_goes_on_where_it_stopped(checkpoint, tmp_path):
+    cache, out = tmp_path / "cache", tmp_path / "out"
+    command = [sys.executable, ROOT / "train.py", "data=shapes", "data.train_length=1500", "data.val_length=2"]
+    command += [f"pretrained={checkpoint}", "cache=latents", f"cache.folder={cache}", f"output_dir={out}"]
+    command += ["trainer.max_steps=1", "data.batch_size=2", "+steps=1"]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=tmp_path,
+        # a job in the background of a shell has Ctrl-C switched off
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        while not held(cache):
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        output = process.communicate(timeout=120)[0]
+    assert process.returncode == 130 and "interrupted: what is done is in" in output and "Traceback" not in output
+    before = held(cache)
+    assert 256 <= len(before) < 1500
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"Encoding pictures into {next(cache.iterdir())}: {1500 - len(before):,}\n" in done.stdout
+    after = held(cache)
+    assert len(after) == 1500 and before.items() <= after.items()
+    assert not [file for file in cache.rglob("*") if file.is_file() and file.suffix != ".safetensors"]
+    assert done.stdout.splitlines()[-1].startswith("Wrote ")

@@ -1,0 +1,127 @@
+"""What people write as a prompt reaches the model letter for letter."""
+
+import random
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from sdmodule.cli.instantiate import instantiate
+from sdmodule.cli.overrides import quoted
+
+LETTERS = ["a", "é", " ", "'", '"', "\\", "$", "{", "}", "[", "]", "(", ")", ",", ":", "=", "?", "#", "\n", "\t", "🦊"]
+
+NASTY = [
+    "a cat, (fluffy:1.2), 50% off = {fun} ünïcode",
+    "it's a 'cat'",
+    'a "cat"',
+    '"\'"',
+    "back\\slash",
+    "trailing\\",
+    "trailing\\\\",
+    "trailing\\\n",
+    "\\'",
+    "\\\\'",
+    "'\\",
+    "${x}",
+    "\\${x}",
+    "\\\\${x}",
+    "${oc.env:HOME}",
+    "'${x}'\\",
+    "${",
+    "$5",
+    "???",
+    "",
+    " ",
+    " leading and trailing ",
+    "two\nlines",
+    "\ttab\r",
+    "a, b",
+    "a: b = c",
+    "true",
+    "1.0",
+    "choice(a,b)",
+    "range(1,3)",
+    "~x",
+    "[a] cat [b]",
+    "{a: b}",
+    "[",
+    "a]",
+    "<lora:x:1>",
+    "🦊 #1 @home %d !tag &ref *ref",
+]
+
+
+def parsed(argument, sweep=False):
+    """The requests that come of an argument, read by Hydra alone or handed on by its sweeper to a job."""
+    [override] = OverridesParser.create().parse_overrides(quoted([argument]))
+    if sweep:
+        [[[argument]]] = BasicSweeper.split_arguments([override], None)
+        [override] = OverridesParser.create().parse_overrides([argument])
+    data = {"_target_": "sdmodule.data.prompts.PromptDataModule", "prompt": "${prompt}"}
+    return instantiate(OmegaConf.create({"prompt": override.value(), "data": data}).data).requests
+
+
+@pytest.mark.parametrize("sweep", [False, True], ids=["single", "sweep"])
+@pytest.mark.parametrize("text", NASTY, ids=repr)
+def test_a_prompt_arrives_letter_for_letter(text, sweep):
+    assert parsed(f"prompt={text}", sweep)[0].prompt == text
+
+
+def test_random_letters_arrive_too():
+    rng = random.Random(0)
+    for _ in range(100):
+        text = "x" + "".join(rng.choices(LETTERS, k=rng.randrange(9)))
+        assert [parsed(f"prompt={text}", sweep)[0].prompt for sweep in (False, True)] == [text, text]
+
+
+@pytest.mark.parametrize("text", ["???", "${x}\\", " it's: (a, b) "])
+def test_prompts_arrive_through_the_whole_configuration(text):
+    with initialize_config_module("sdmodule.conf", version_base="1.3"):
+        cfg = compose("predict", quoted([f"prompt={text}", f"negative_prompt={text}"]))
+    [request] = instantiate(cfg.data).requests
+    assert (request.prompt, request.negative_prompt) == (text, text)
+
+
+@pytest.mark.parametrize("sweep", [False, True], ids=["single", "sweep"])
+def test_a_value_in_brackets_is_a_list(sweep):
+    assert [r.prompt for r in parsed('prompt=["a, b","it\'s ]"]', sweep)] == ["a, b", "it's ]"]
+    assert [r.prompt for r in parsed("prompt=[a cat,a dog]", sweep)] == ["a cat", "a dog"]
+
+
+def test_null_is_no_text():
+    assert quoted(["prompt=null"]) == ["prompt=null"]
+
+
+def test_other_arguments_are_left_alone():
+    arguments = ["steps=20", "-m", "sampler=ddim,euler", "prompts=a.txt", "+x='a b'", "~logger", "prompt"]
+    assert sorted(quoted(arguments)) == sorted(arguments)
+
+
+def test_options_stand_before_settings():
+    assert quoted(["steps=3", "-m", "prompt=a -m", "~logger", "--cfg", "job"]) == [
+        *("-m", "--cfg", "job", "steps=3", "prompt='a -m'", "~logger")
+    ]
+    assert quoted(["steps=3", "--config-dir", "runs/a=b"]) == ["--config-dir", "runs/a=b", "steps=3"]
+
+
+@pytest.mark.parametrize("key", ["ckpt_path", "pretrained", "data.root", "output_dir", "prompts", "+cache.folder"])
+@pytest.mark.parametrize(
+    "path",
+    ["runs/checkpoints/step=7.ckpt", "2024", "1_000", "my photos (2)/a", "it's {here}", "C:\\photos\\", "a = b, c"],
+)
+def test_a_path_arrives_letter_for_letter(key, path):
+    [override] = OverridesParser.create().parse_overrides(quoted([f"{key}={path}"]))
+    assert OmegaConf.create({"value": override.value()}).value == path
+
+
+def test_a_path_may_name_other_settings():
+    [override] = OverridesParser.create().parse_overrides(quoted(["output_dir=runs/seed=${seed}"]))
+    assert OmegaConf.create({"output_dir": override.value(), "seed": 3}).output_dir == "runs/seed=3"
+
+
+def test_a_path_that_hydra_reads_is_left_to_it():
+    arguments = ["pretrained=a,b", "output_dir=runs/${seed}", "ckpt_path=null"]
+    assert quoted(arguments) == arguments

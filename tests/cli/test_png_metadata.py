@@ -1,0 +1,283 @@
+"""A run that was killed is finished, and a picture is made again from the picture alone."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from sdmodule.cli.main import predict_main
+from tests.cli.test_commands import records, told
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = json.dumps(["a red circle on a blue background", "a small green star", "a (blue:1.2) heart, " * 30])
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def made(folder):
+    return {file.name: pixels(file) for file in (folder / "images").glob("*.png")}
+
+
+def same_pictures(ours, others):
+    return ours.keys() == others.keys() and all(np.array_equal(ours[name], others[name]) for name in ours)
+
+
+# What takes seconds is imported once; every run of the command is a process of its own all the same.
+KILLED_TEN_TIMES = """
+import os, random, signal, sys, time
+from pathlib import Path
+import lightning, diffusers, sdmodule.module, sdmodule.callbacks.prediction_writer
+from sdmodule.cli.main import predict_main
+
+images, arguments, chance = Path(sys.argv[1]) / "images", sys.argv[2:], random.Random()
+for _ in range(10):
+    before = len(list(images.glob("*.png")))
+    child = os.fork()
+    if child == 0:
+        sys.argv = ["predict.py", *arguments]
+        predict_main()
+        os._exit(0)
+    wanted, ended = before + chance.randrange(4), 0
+    while len(list(images.glob("*.png"))) < wanted and not ended:
+        time.sleep(0.002)
+        ended, _ = os.waitpid(child, os.WNOHANG)
+    time.sleep(chance.random() * 0.05)
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    print(before, len(list(images.glob("*.png"))), sorted(file.name for file in images.glob(".*")))
+"""
+
+
+def test_a_run_killed_at_ten_random_moments_is_finished_as_if_it_never_was(call, checkpoint, tmp_path):
+    common = [f"prompt={PROMPTS}", "num_images_per_prompt=16", "batch_size=3", "steps=2", f"pretrained={checkpoint}"]
+    assert call(predict_main, *common, f"output_dir={tmp_path / 'straight'}")[0] == 0
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", KILLED_TEN_TIMES, out, *common, "resume=true", f"output_dir={out}"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    left = made(out)
+    with (out / "predictions.jsonl").open("a") as lines:
+        lines.write('{"file": "images/000')  # as a disk that stopped in the middle of a line leaves it
+
+    dates = {name: (out / "images" / name).stat().st_mtime_ns for name in left}
+    status, printed, complaint = call(predict_main, *common, "resume=true", f"output_dir={out}")
+    assert (status, complaint) == (0, "") and f"{len(left)} of 48 pictures are there" in printed, done.stdout
+    assert same_pictures(made(out), made(tmp_path / "straight"))
+    assert {name: (out / "images" / name).stat().st_mtime_ns for name in left} == dates  # not made twice
+    assert [record["index"] for record in records(out)] == list(range(48))
+    assert records(out)[0].keys() == records(tmp_path / "straight")[0].keys()
+    assert (out / "grid.png").is_file() and not list(out.glob("**/*.part"))
+
+
+def test_what_is_done_is_not_done_again(call, checkpoint, tmp_path):
+    common = ["prompt=[a,b,c]", "batch_size=1", "steps=2", f"pretrained={checkpoint}", f"output_dir={tmp_path / 'out'}"]
+    assert call(predict_main, *common)[0] == 0
+    before = made(tmp_path / "out")
+    (tmp_path / "out" / "images" / "00001-1.png").write_bytes(b"no picture")
+    (tmp_path / "out" / "images" / "00002-2.png").unlink()
+    status, printed, _ = call(predict_main, *common, "resume=true")
+    assert status == 0 and "1 of 3 pictures are there" in printed and same_pictures(made(tmp_path / "out"), before)
+    status, printed, _ = call(predict_main, *common, "resume=true")
+    assert status == 0 and "3 of 3 pictures are there" in printed and len(records(tmp_path / "out")) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("steps=3", ["steps=2", "steps=3"]),
+        ("prompt=[a,d]", ["prompt='b'", "prompt='d'"]),
+        ("seed=1", ["images/00000-0.png"]),
+        ("prompt=a", ["images/00001-1.png"]),
+        ("tome.ratio=0.5", ["tome=None", "ratio"]),
+    ],
+)
+def test_another_run_is_not_resumed(call, checkpoint, tmp_path, change, words):
+    out = tmp_path / "out"
+    common = [f"pretrained={checkpoint}", f"output_dir={out}"]
+    assert call(predict_main, "prompt=[a,b]", "steps=2", *common)[0] == 0
+    before = (out / "config.yaml").read_text()
+    given = [text for text in ("prompt=[a,b]", "steps=2") if not change.startswith(text.partition("=")[0])]
+    told(call(predict_main, *given, *common, change, "resume=true"), "resume=true", str(out), *words)
+    assert (out / "config.yaml").read_text() == before
+
+
+def test_several_processes_fill_one_folder(monkeypatch, checkpoint, tmp_path):
+    common = [f"prompt={PROMPTS}", "num_images_per_prompt=3", "batch_size=2", "steps=2", f"pretrained={checkpoint}"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # sums are rounded alike on as many threads
+    for name, more in {"one": [], "two": ["trainer.devices=2", "trainer.strategy=ddp"]}.items():
+        command = [sys.executable, ROOT / "predict.py", *common, f"output_dir={tmp_path / name}", *more]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert same_pictures(made(tmp_path / "two"), made(tmp_path / "one"))
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(
+        path.name for path in (tmp_path / "one").iterdir()
+    )
+    assert [record["index"] for record in records(tmp_path / "two")] == list(range(9))
+
+
+# ---------------------------------------------------------------------------------------------- from a picture
+
+KINDS = {
+    "text-to-image": ["sampler=ddim_sd15", "guidance_scale=3", "negative_prompt=it's ${x}", "height=40", "seed=9"],
+    "token merging": ["tome.ratio=0.5", "sampler=euler_a", "sampler.guidance_rescale=0.3"],
+    "token merging in windows": ["tome=window", "tome.reuse_steps=2"],
+    "token merging by tomesd": ["tome=tomesd"],
+    "faster": ["speed=turbo", "speed.compile=none", "speed.guidance_interval=[0.1,0.8]"],
+    "inpainting": ["model=inpaint", "mask=[4,4,20,30]", "only_masked=true", "padding=2", "mask_blur=1.5"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_picture_is_made_again_with_equal_pixels(call, checkpoint, tmp_path, kind):
+    photo = tmp_path / "my photo, 1.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8)).save(photo)
+    settings = [*KINDS[kind], f"prompt={PROMPTS}", "num_images_per_prompt=2", "steps=3", f"pretrained={checkpoint}"]
+    settings += [f"image={photo}"] if kind == "inpainting" else []
+    result = call(predict_main, *settings, f"output_dir={tmp_path / 'out'}")
+    assert result[0] == 0, result
+    photo.unlink()
+    before = made(tmp_path / "out")
+    assert len({array.tobytes() for array in before.values()}) == 6
+    for k, name in enumerate(("00003-", "00004-", "00005-")):
+        [picture] = (tmp_path / "out" / "images").glob(f"{name}*.png")
+        arguments = ["--from", picture] if k else [f"from={picture}"]
+        status, _, complaint = call(predict_main, *arguments, f"output_dir={tmp_path / str(k)}")
+        assert (status, complaint) == (0, "")
+        [again] = made(tmp_path / str(k)).values()
+        assert np.array_equal(again, before[picture.name])
+    # and from the picture that was made again
+    [once] = (tmp_path / "2" / "images").iterdir()
+    assert call(predict_main, f"from={once}", f"output_dir={tmp_path / 'twice'}")[0] == 0
+    assert np.array_equal(next(iter(made(tmp_path / "twice").values())), before[picture.name])
+
+
+@pytest.fixture
+def picture(call, checkpoint, tmp_path):
+    settings = ["prompt=a cat", "steps=2", "seed=3", f"pretrained={checkpoint}", f"output_dir={tmp_path / 'first'}"]
+    assert call(predict_main, *settings)[0] == 0
+    return tmp_path / "first" / "images" / "00000-3.png"
+
+
+def test_what_is_given_beside_a_picture_wins(call, picture, tmp_path):
+    changed = ["steps=1", "sampler=euler", "prompt=[a dog,a cat]", "num_images_per_prompt=2"]
+    assert call(predict_main, f"from={picture}", *changed, f"output_dir={tmp_path / 'out'}")[0] == 0
+    found = [(r["prompt"], r["seed"], r["steps"], r["scheduler"]) for r in records(tmp_path / "out")]
+    prompts = ["a dog", "a dog", "a cat", "a cat"]
+    assert found == [(text, 3 + k, 1, "EulerDiscreteScheduler") for k, text in enumerate(prompts)]
+
+
+def test_a_preset_beside_a_picture_is_the_whole_preset(call, picture, tmp_path):
+    changed = ["speed=turbo", "speed.compile=none", "precision=32-true", "steps=3"]
+    assert call(predict_main, f"from={picture}", *changed, f"output_dir={tmp_path / 'out'}")[0] == 0
+    [record] = records(tmp_path / "out")
+    assert (record["seed"], record["steps"], record["scheduler"]) == (3, 3, "DPMSolverMultistepScheduler")
+    assert record["tome"]["ratio"] == 0.5 and record["speed"]["channels_last"]
+
+
+@pytest.mark.parametrize("of", ["exact", "rounding"])
+@pytest.mark.parametrize(("preset", "kept"), [("exact", True), ("rounding", True), ("fast", False)])
+def test_a_preset_replaces_of_a_picture_what_it_sets_itself(call, checkpoint, tmp_path, of, preset, kept):
+    own = [f"speed={of}", "speed.compile=none", "precision=32-true"]
+    own += ["sampler=euler", "steps=4", "tome.ratio=0.25", f"pretrained={checkpoint}"]
+    assert call(predict_main, "prompt=a", *own, f"output_dir={tmp_path / 'first'}")[0] == 0
+    changed = [f"speed={preset}", "speed.compile=none", "precision=32-true"]
+    picture = tmp_path / "first" / "images" / "00000-0.png"
+    assert call(predict_main, "--from", picture, *changed, f"output_dir={tmp_path / 'out'}")[0] == 0
+    [record] = records(tmp_path / "out")
+    found = (record["scheduler"], record["steps"], record["tome"]["ratio"])
+    assert (found == ("EulerDiscreteScheduler", 4, 0.25)) == kept
+
+
+def test_token_merging_by_its_other_name_replaces_a_pictures_own(call, checkpoint, tmp_path):
+    common = ["prompt=a", "steps=1", f"pretrained={checkpoint}"]
+    assert call(predict_main, *common, "tome.ratio=0.5", f"output_dir={tmp_path / 'first'}")[0] == 0
+    picture = tmp_path / "first" / "images" / "00000-0.png"
+    changed = ["tomesd_cfg={ratio: 0.25}", f"output_dir={tmp_path / 'out'}"]
+    assert call(predict_main, f"from={picture}", *changed)[0] == 0
+    assert records(tmp_path / "out")[0]["tome"]["ratio"] == 0.25
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_sweep_over_a_picture(call, picture, tmp_path, first):
+    line = ["--from", picture, "steps=1,2", f"output_dir={tmp_path / 'out'}"]
+    status, _, complaint = call(predict_main, *(["-m", *line] if first else [*line[:2], "-m", *line[2:]]))
+    assert (status, complaint) == (0, "")
+    assert [records(tmp_path / "out" / str(job))[0]["steps"] for job in (0, 1)] == [1, 2]
+
+
+def test_pictures_of_an_earlier_run_are_set_aside(call, checkpoint, tmp_path):
+    out = tmp_path / "out"
+    common = ["steps=1", f"pretrained={checkpoint}", f"output_dir={out}"]
+    assert call(predict_main, "prompt=[a,b]", *common)[0] == 0
+    first, lines = made(out), (out / "predictions.jsonl").read_text()
+    for k in (1, 2):
+        status, printed, _ = call(predict_main, f"prompt={'c' * k}", "seed=5", *common)
+        assert status == 0 and f"images-{k}" in printed
+        assert sorted(made(out)) == ["00000-5.png"] and len(records(out)) == 1
+    assert sorted(file.name for file in (out / "images-1").iterdir()) == sorted(first)
+    assert (out / "predictions-1.jsonl").read_text() == lines
+
+
+def altered(picture, path, **changes):
+    """The same pixels with another text, as anybody may write it."""
+    image, text = Image.open(picture), PngInfo()
+    for name, value in {**image.text, **changes}.items():
+        if value is not None:
+            text.add_itxt(name, value)
+    image.save(path, pnginfo=text)
+    return path
+
+
+NASTY = "x' +hydra.run.dir=/ ${oc.env:HOME} [a] \\' \" {b: c}, null\n???"
+
+
+@pytest.mark.parametrize("prompt", [NASTY, "null", "[a,b]", "???", ""])
+def test_a_text_in_a_picture_is_a_text(call, picture, tmp_path, prompt):
+    told_otherwise = altered(picture, tmp_path / "x.png", prompt=prompt, parameters="_target_: os.system")
+    assert call(predict_main, f"from={told_otherwise}", f"output_dir={tmp_path / 'out'}")[0] == 0
+    assert [record["prompt"] for record in records(tmp_path / "out")] == [prompt]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompt": None}, ["prompt", "predict wrote"]),
+        ({"steps": "many"}, ["steps='many'"]),
+        ({"steps": '{"_target_": "os.getcwd"}'}, ["steps="]),
+        ({"scheduler_settings": '{"_target_": "os.getcwd"}'}, ["scheduler_settings="]),
+        ({"scheduler_settings": '{"betas": {"_target_": "os.getcwd"}}'}, ["scheduler_settings="]),
+        ({"scheduler": "os.getcwd"}, ["os.getcwd", "ddim"]),
+        ({"tome": '{"ratio": 0.5, "engine": "os.getcwd"}'}, ["tome.engine=os.getcwd"]),
+        ({"guidance_scale": "NaN"}, ["guidance_scale='NaN'"]),
+        ({"model": "nothing_like_it"}, ["nothing_like_it"]),
+    ],
+)
+def test_a_picture_that_tells_nonsense(call, picture, tmp_path, changes, words):
+    path = altered(picture, tmp_path / "x.png", **changes)
+    told(call(predict_main, f"from={path}", f"output_dir={tmp_path / 'out'}"), *words)
+
+
+@pytest.mark.parametrize("name", ["nothing.png", "text.png"])
+def test_what_is_no_picture(call, tmp_path, name):
+    (tmp_path / "text.png").write_text("no picture")
+    told(call(predict_main, "--from", tmp_path / name), f"from={tmp_path / name}", "predict wrote")
+
+
+def test_a_repainted_picture_without_its_run_asks_for_what_it_was_made_from(call, checkpoint, tmp_path):
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (32, 32), "red").save(photo)
+    settings = ["model=inpaint", f"image={photo}", "mask=[0,0,16,16]", "prompt=a", "steps=1"]
+    assert call(predict_main, *settings, f"pretrained={checkpoint}", f"output_dir={tmp_path / 'out'}")[0] == 0
+    moved = (tmp_path / "out" / "images" / "00000-0.png").rename(tmp_path / "moved.png")
+    told(call(predict_main, f"from={moved}", f"output_dir={tmp_path / 'x'}"), "image=…", "mask=…")
+    again = [f"from={moved}", f"image={photo}", "mask=[0,0,16,16]", f"output_dir={tmp_path / 'again'}"]
+    assert call(predict_main, *again)[0] == 0
+    assert np.array_equal(pixels(tmp_path / "again" / "images" / "00000-0.png"), pixels(moved))

@@ -1,0 +1,67 @@
+"""What people see of a run while it goes on: in a terminal, and in a file."""
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+from sdmodule.cli.main import predict_main, train_main
+
+ROOT = Path(__file__).parents[2]
+
+
+def in_a_terminal(command, folder):
+    """What a command draws on a terminal."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 160, 0, 0))  # lines and columns
+    process = subprocess.Popen(list(map(str, command)), stderr=theirs, stdout=subprocess.PIPE, cwd=folder)
+    os.close(theirs)
+    drawn = b""
+    while True:
+        try:
+            data = os.read(ours, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not data:
+            break
+        drawn += data
+    os.close(ours)
+    process.communicate()
+    assert process.returncode == 0, drawn
+    return drawn.decode(errors="replace")
+
+
+def test_one_bar_of_images_with_the_step_inside(checkpoint, tmp_path):
+    settings = ["prompt=[a,b,c]", "batch_size=2", "steps=60", f"pretrained={checkpoint}", f"output_dir={tmp_path}/out"]
+    drawn = in_a_terminal([sys.executable, ROOT / "predict.py", *settings, "height=64", "width=64"], tmp_path)
+    assert "sampling: 0/3" in drawn and "sampling: 2/3" in drawn and "sampling: 3/3" in drawn
+    assert re.search(r"step=\d+/60", drawn) and "denoising" not in drawn, "and no second bar"
+
+
+def test_one_bar_of_training(checkpoint, photos, tmp_path):
+    settings = [f"data.root={photos}", f"pretrained={checkpoint}", "resolution=32", "trainer.max_steps=4", "+steps=1"]
+    drawn = in_a_terminal([sys.executable, ROOT / "train.py", *settings, f"output_dir={tmp_path}/out"], tmp_path)
+    assert re.search(r"training: 4/4 .*left, loss=[\d.]+, samples/s=[\d.]+, data wait=\d+%", drawn)
+
+
+def test_lines_where_output_is_no_terminal(call, checkpoint, photos, tmp_path):
+    common = [f"pretrained={checkpoint}", "callbacks.progress.every=0"]
+    settings = ["prompt=[a,b]", "batch_size=1", "steps=2", f"output_dir={tmp_path}/out", *common]
+    status, printed, complaint = call(predict_main, *settings)
+    assert (status, complaint) == (0, "")
+    assert "sampling: 0 of 2 images, step 1/2, ? left\n" in printed and "sampling: 1 of 2 images, step 2/2, " in printed
+    settings = [f"data.root={photos}", "resolution=32", "trainer.max_steps=3", f"output_dir={tmp_path}/train", *common]
+    status, printed, complaint = call(train_main, *settings, "callbacks=[timing,progress]")
+    assert (status, complaint) == (0, "")
+    assert re.search(r"training: 3 of 3 steps, loss [\d.]+, samples/s [\d.]+, data wait \d+%, 00:00 left\n", printed)
+    assert "\r" not in printed
+
+
+def test_nothing_where_nothing_is_wanted(call, checkpoint, tmp_path):
+    settings = ["prompt=a", "steps=1", f"pretrained={checkpoint}", f"output_dir={tmp_path}/out", "progress=false"]
+    assert call(predict_main, *settings, "callbacks.progress.every=0")[1] == f"Wrote {tmp_path}/out/grid.png\n"

@@ -1,0 +1,226 @@
+"""Repainting: diffusers' pixels, the rest of the picture untouched, and one clear sentence for what cannot be done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionInpaintPipeline
+from PIL import Image
+
+from sdmodule.components.schedulers import make_scheduler
+from sdmodule.conditioning.inpaint import convert_to_inpaint
+from sdmodule.conditioning.inpaint_crop import InpaintSettings
+from sdmodule.errors import SettingsError
+from sdmodule.module import StableDiffusionModule
+from sdmodule.sampling.pipeline import sample
+from sdmodule.sampling.requests import build_requests
+
+PROMPT = "a blue star on a white background"
+BOX = (8, 4, 24, 20)
+
+
+def picture(width: int = 32, height: int = 32, seed: int = 0) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+def hole(width: int = 32, height: int = 32, box: tuple[int, int, int, int] = BOX) -> Image.Image:
+    mask = Image.new("L", (width, height))
+    mask.paste(255, box)
+    return mask
+
+
+@pytest.fixture(scope="module", params=[4, 9], ids=["4 channels", "9 channels"])
+def sd(request, checkpoint: Path) -> StableDiffusionModule:
+    module = StableDiffusionModule.from_pretrained(str(checkpoint), task="inpaint", sampling={"steps": 4})
+    if request.param == 9:
+        convert_to_inpaint(module.unet)
+        with torch.no_grad():  # as if trained: the new channels matter
+            generator = torch.Generator().manual_seed(0)
+            new = module.unet.conv_in.weight[:, 4:]
+            new.copy_(torch.randn(new.shape, generator=generator) * 0.1)
+    return module
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+@pytest.mark.parametrize("scheduler", [None, "euler_a", "dpmpp_2m"])
+def test_the_model_paints_what_diffusers_paints(sd, strength, scheduler):
+    parts = sd.parts
+    if scheduler == "euler_a" and parts.unet.config.in_channels == 4:
+        pytest.skip("diffusers draws the latents of the masked picture, which this UNet does not see, before the steps")
+    requests = build_requests(PROMPT, image=picture(), mask=hole(), task="inpaint")
+    settings = sd.sampling.updated(scheduler=scheduler, steps=6, inpaint=InpaintSettings(strength=strength))
+    ours = sample(parts, requests, settings, sources=[torch.Generator().manual_seed(5)]).pictures
+    pipeline = StableDiffusionInpaintPipeline(
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
+        tokenizer=parts.tokenizer,
+        unet=parts.unet,
+        scheduler=make_scheduler(scheduler, parts.scheduler.config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        PROMPT,
+        image=picture(),
+        mask_image=hole(),
+        height=32,
+        width=32,
+        num_inference_steps=6,
+        strength=strength,
+        generator=torch.Generator().manual_seed(5),
+        output_type="np",
+    ).images
+    assert np.array_equal(ours.permute(0, 2, 3, 1).numpy(), theirs)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (101, 70), (40, 110)])
+@pytest.mark.parametrize("settings", [{}, {"only_masked": True, "padding": 5}, {"mask_blur": 2.0}, {"strength": 0.5}])
+def test_outside_the_mask_the_picture_keeps_every_pixel_and_its_size(sd, size, settings):
+    before, mask = picture(*size), hole(*size)
+    result = sd.infer(PROMPT, before, mask, inpaint=settings)["samples"][0]
+    assert result.size == size
+    changed = (np.asarray(result) != np.asarray(before)).any(axis=2)
+    reach = 0 if "mask_blur" not in settings else 8
+    x0, y0, x1, y1 = BOX
+    allowed = np.zeros(changed.shape, dtype=bool)
+    allowed[max(y0 - reach, 0) : y1 + reach, max(x0 - reach, 0) : x1 + reach] = True
+    assert changed[allowed].mean() > 0.3
+    assert not changed[~allowed].any()
+
+
+def test_only_masked_paints_the_hole_in_finer_detail(sd):
+    """A hole of 32 pixels in a picture of 320 is 3 of 32 pixels without it."""
+    before, mask = picture(320, 320), hole(320, 320, (40, 40, 72, 72))
+    coarse = sd.infer(PROMPT, before, mask)["samples"][0].crop((40, 40, 72, 72))
+    fine = sd.infer(PROMPT, before, mask, inpaint={"only_masked": True, "padding": 0})["samples"][0]
+    detail = [
+        np.abs(np.diff(np.asarray(im, dtype=float), axis=1)).mean() for im in (coarse, fine.crop((40, 40, 72, 72)))
+    ]
+    assert detail[1] > detail[0]
+
+
+def test_every_form_of_a_picture_and_a_mask_means_the_same(sd, tmp_path):
+    before, mask = picture(), hole()
+    before.save(tmp_path / "photo, of ${x}.png")
+    mask.save(tmp_path / "mask.png")
+    see_through = before.copy()
+    see_through.putalpha(mask.point(lambda value: 255 - value))
+    array, white = np.asarray(before), np.asarray(mask)
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    forms = [
+        (str(tmp_path / "photo, of ${x}.png"), tmp_path / "mask.png"),
+        (array, white),
+        (array / 255.0, white > 0),
+        (tensor, torch.from_numpy(white.copy())[None]),
+        (tensor[None] / 255, torch.from_numpy(white / 255.0)),
+        (before, list(BOX)),
+        (see_through, "alpha"),
+    ]
+    wanted = np.asarray(sd.infer(PROMPT, before, mask)["samples"][0])
+    for image, form in forms:
+        assert np.array_equal(np.asarray(sd.infer(PROMPT, image, form)["samples"][0]), wanted)
+    assert np.array_equal(tensor.permute(1, 2, 0).numpy(), array)  # the caller's own are as they were
+
+
+def test_pictures_and_prompts_go_together(sd):
+    first, second = picture(seed=1), picture(seed=2)
+    one = sd.infer(PROMPT, [first, second], hole(), return_type="numpy")
+    assert one["prompts"] == [PROMPT] * 2
+    many = sd.infer([PROMPT, "a red circle"], first, hole(), return_type="numpy")
+    assert np.array_equal(one["samples"][0], many["samples"][0])
+    kept = (many["samples"][1] * 255).round()[BOX[3] :]
+    assert np.array_equal(kept, np.asarray(first)[BOX[3] :])
+    with pytest.raises(SettingsError, match="2 entries for 3 prompts"):
+        sd.infer([PROMPT] * 3, [first, second], hole())
+
+
+def test_a_mask_of_everything_works_and_says_so(sd, capfd, caplog):
+    with caplog.at_level("INFO"):
+        sd.infer(PROMPT, picture(), [0, 0, 32, 32])
+    assert "covers the whole picture" in caplog.text + capfd.readouterr().err
+
+
+def test_the_model_says_which_way_it_repaints(sd):
+    way = "9 channels" if sd.unet.config.in_channels == 9 else "known region re-noised at every step"
+    assert sd.infer(PROMPT, picture(), hole())["facts"]["inpaint"] == way
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "says"),
+    [
+        (picture(), hole(16, 16), "mask is of 16x16 pixels and image of 32x32"),
+        (picture(), Image.new("L", (32, 32)), "mask is empty"),
+        (picture(), None, "came without a mask"),
+        (picture().convert("RGBA"), None, "mask=alpha"),
+        (picture(), "alpha", "needs a picture with transparency"),
+        (picture(), [0, 0, 33, 10], "within the picture of 32x32"),
+        (picture(), [0, 0, 10], "four whole numbers"),
+        (None, hole(), "needs a picture"),
+        ("missing.png", hole(), "missing.png was not found"),
+        (__file__, hole(), "cannot be read as a picture"),
+        (np.full((32, 32, 3), 2.0), hole(), "values from 2 to 2"),
+        (np.zeros((32, 32, 7)), hole(), r"the shape \(32, 32, 7\)"),
+        (7, hole(), "is of type int"),
+    ],
+)
+def test_what_cannot_be_repainted_is_told_in_a_sentence(sd, image, mask, says):
+    with pytest.raises(SettingsError, match=says):
+        sd.infer(PROMPT, image, mask)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"strength": 0}, {"strength": 1.5}, {"strength": 0.01}, {"padding": -1}, {"mask_blur": -1}, {"only_masked": 1}],
+)
+def test_settings_out_of_range_are_refused(sd, settings):
+    with pytest.raises(SettingsError, match=next(iter(settings))):
+        sd.infer(PROMPT, picture(), hole(), inpaint=settings)
+
+
+def test_a_hole_that_vanishes_at_the_models_resolution_is_told_of(sd):
+    speck = hole(1000, 1000, (501, 501, 503, 503))
+    with pytest.raises(SettingsError, match="only_masked=true"):
+        sd.infer(PROMPT, picture(1000, 1000), speck)
+    assert sd.infer(PROMPT, picture(1000, 1000), speck, inpaint={"only_masked": True, "padding": 0})["samples"]
+
+
+def test_a_photograph_is_repainted_as_its_camera_was_held(sd, tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a quarter turn
+    picture(40, 60).save(tmp_path / "photo.png", exif=turned)
+    assert sd.infer(PROMPT, tmp_path / "photo.png", hole(60, 40))["samples"][0].size == (60, 40)
+
+
+def test_one_prompt_of_its_own_seed_counts_on_over_many_pictures(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a star", "seed": 7}')
+    images = [picture(), picture(seed=1)]
+    requests = build_requests(
+        prompts=str(tmp_path / "prompts.jsonl"), num_images_per_prompt=2, image=images, mask=hole(), task="inpaint"
+    )
+    assert [request.seed for request in requests] == [7, 8, 9, 10]
+
+
+def test_settings_of_inpainting_are_refused_by_a_model_that_makes_pictures_from_text(checkpoint):
+    module = StableDiffusionModule.from_pretrained(str(checkpoint))
+    with pytest.raises(SettingsError, match=r"strength=0\.5 was given and model=text2image"):
+        module.infer(PROMPT, inpaint={"strength": 0.5})
+
+
+def test_a_mask_is_refused_by_a_model_that_makes_pictures_from_text(checkpoint):
+    module = StableDiffusionModule.from_pretrained(str(checkpoint))
+    with pytest.raises(SettingsError, match="model=text2image"):
+        module.infer(PROMPT, mask=hole())
+
+
+def test_a_unet_that_inpaints_is_refused_for_text_alone(checkpoint, tmp_path):
+    module = StableDiffusionModule.from_pretrained(str(checkpoint))
+    convert_to_inpaint(module.unet)
+    module.save_pretrained(tmp_path)
+    with pytest.raises(SettingsError, match="use model=inpaint"):
+        StableDiffusionModule.from_pretrained(str(tmp_path))

@@ -1,0 +1,121 @@
+"""Weights in order: the same results, by layers that are ordinary ones again afterwards."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from diffusers.models.activations import GEGLU
+from torch import nn
+
+from sdmodule.speed.cpu import kernels
+from sdmodule.speed.cpu.kernels import FastestConv2d, FastestGEGLU, fastest_kernels, fastest_linears
+from sdmodule.speed.cpu.prepacked import fused_geglu, packed_convolution, packs
+from sdmodule.speed.swap_class import swapped
+
+pytestmark = pytest.mark.skipif(not packs(torch.bfloat16), reason="oneDNN has no bfloat16 on this processor")
+
+SIZE = (2, 16, 12, 10)
+SETTINGS = [{"padding": 1}, {"padding": 1, "stride": 2}, {"bias": False}, {"groups": 4, "dilation": 2}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@torch.no_grad()
+def test_a_convolution_gives_the_same(settings):
+    layer = nn.Conv2d(16, 32, 3, **settings).bfloat16()
+    for size in (SIZE, (1, 16, 12, 10), (2, 16, 9, 7)):  # of which the first decides the order of weights
+        picture = torch.randn(size).bfloat16().contiguous(memory_format=torch.channels_last)
+        expected = layer(picture)
+        with swapped(FastestConv2d, [layer], keeps=("packed",)):
+            packed_convolution(torch.randn(SIZE).bfloat16(), layer)
+            assert layer.packed is not None
+            torch.testing.assert_close(packed_convolution(picture, layer), expected)
+        assert torch.equal(layer(picture), expected)
+
+
+@pytest.fixture
+def every_way(monkeypatch):
+    """As if each were the fastest: all are computed, and what they keep is kept."""
+
+    def all_of(ways, shape, *given):
+        return [way(*given) for way in ways.values()][-1]
+
+    monkeypatch.setattr(kernels, "fastest", all_of)
+
+
+def kept(unet):
+    found = [(name, vars(part).get(name)) for part in unet.modules() for name in ("packed", "rows", "halves")]
+    return {name for name, value in found if value is not None}
+
+
+def test_afterwards_nothing_is_left(module, every_way):
+    unet = module.unet.bfloat16()
+    before = {name: set(vars(part)) for name, part in unet.named_modules()}
+    with torch.no_grad(), pytest.raises(RuntimeError, match="stop"), fastest_kernels(unet):
+        call(unet)
+        assert kept(unet) == {"packed", "rows", "halves"}
+        raise RuntimeError("stop")
+    assert {name: set(vars(part)) for name, part in unet.named_modules()} == before
+    assert not any(isinstance(part, FastestConv2d) for part in unet.modules())
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_mixed_precision_may_have_weights_of_another_type(module, weights):
+    unet = module.unet.to(weights)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = call(unet)
+        with fastest_kernels(unet):
+            assert (call(unet) - expected).norm() < 0.02 * expected.norm()
+
+
+def test_what_training_changes_is_used(module, every_way):
+    unet = module.unet.bfloat16().requires_grad_()
+    with fastest_kernels(unet):
+        with torch.no_grad():
+            call(unet)
+        call(unet).square().sum().backward()
+        with torch.no_grad():
+            for weight in unet.parameters():
+                weight -= 0.01 * weight.grad.sign()
+            found = call(unet)
+    with torch.no_grad(), fastest_kernels(unet):
+        assert torch.equal(call(unet), found)
+
+
+def test_where_gradients_are_wanted_they_come(module):
+    unet = module.unet.bfloat16().requires_grad_()
+    call(unet).square().sum().backward()
+    expected = {name: weight.grad.clone() for name, weight in unet.named_parameters()}
+    unet.zero_grad()
+    with fastest_kernels(unet):
+        call(unet).square().sum().backward()
+    assert all(torch.equal(weight.grad, expected[name]) for name, weight in unet.named_parameters())
+
+
+def call(unet):
+    generator = torch.Generator().manual_seed(0)
+    latents, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 7, 32, generator=generator)
+    return unet(latents.to(unet.dtype), 3, encoder_hidden_states=text.to(unet.dtype)).sample
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_a_gated_activation_gives_the_same_and_rounds_less(bias):
+    layer, tokens = GEGLU(16, 24, bias=bias).bfloat16(), torch.randn(2, 30, 16).bfloat16()
+    exact = copy.deepcopy(layer).double()(tokens.double())
+    theirs = (layer(tokens).double() - exact).norm()
+    with fastest_linears([nn.ModuleList([layer])]):
+        assert type(layer) is FastestGEGLU
+        for some in (tokens, tokens[:1]):  # weights that were put in order for two rows serve one
+            assert (fused_geglu(some, layer).double() - exact[: len(some)]).norm() < theirs
+
+
+@torch.no_grad()
+def test_what_listens_to_the_layer_within_is_told(monkeypatch):
+    layer, tokens, seen = GEGLU(16, 24).bfloat16(), torch.randn(2, 30, 16).bfloat16(), []
+    layer.proj.register_forward_hook(lambda *_: seen.append(1))
+    monkeypatch.setattr(kernels, "fastest", lambda ways, shape, *given: list(ways.values())[-1](*given))
+    with fastest_linears([nn.ModuleList([layer])]):
+        layer(tokens)
+    assert seen == [1]

@@ -1,0 +1,123 @@
+"""Convolutions in float32 with a quarter of the products: the same but for rounding, where they apply."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from sdmodule.speed.cpu import kernels, winograd_tiles
+from sdmodule.speed.cpu.kernels import FastestConv2d, convolution_of_tiles, fastest_convolutions
+from sdmodule.speed.cpu.prepacked import packs
+from sdmodule.speed.cpu.winograd_tiles import is_tiled
+from sdmodule.speed.swap_class import swapped
+
+pytestmark = pytest.mark.skipif(not packs(torch.float32), reason="oneDNN is not in this build of torch")
+
+
+def picture(height=32, width=32, batch=2):
+    return torch.randn(batch, 16, height, width, generator=torch.Generator().manual_seed(height))
+
+
+def convolution(**settings):
+    torch.manual_seed(0)
+    return nn.Conv2d(16, 32, **{"kernel_size": 3, "padding": 1, **settings})
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tiles", [winograd_tiles.TILES, 24, 1])  # of a picture: one strip, some and a rest, each row
+@torch.no_grad()
+def test_the_error_is_a_few_millionths(bias, tiles, monkeypatch):
+    monkeypatch.setattr(winograd_tiles, "TILES", tiles)
+    layer, exact = convolution(bias=bias), convolution(bias=bias).double()
+    with swapped(FastestConv2d, [layer], keeps=("matrices",)):
+        for given in (picture(), picture(36, 32), picture(4, 256), picture(256, 4, batch=1)):
+            for laid in (given, given.contiguous(memory_format=torch.channels_last)):
+                wanted = exact(laid.double())
+                found = convolution_of_tiles(laid, layer)
+                assert found.is_contiguous(memory_format=torch.channels_last)
+                assert (found - wanted).norm() < 5e-6 * wanted.norm()
+
+
+@torch.no_grad()
+def test_a_picture_is_the_same_whatever_its_batch():
+    layer, given = convolution(), picture(batch=3)
+    with swapped(FastestConv2d, [layer], keeps=("matrices",)):
+        together = convolution_of_tiles(given, layer)
+        assert torch.equal(convolution_of_tiles(given[1:2], layer), together[1:2])
+
+
+@pytest.fixture
+def tiles_everywhere(monkeypatch):
+    """As if they were the fastest wherever they are asked."""
+    monkeypatch.setattr(kernels, "fastest", lambda ways, shape, *given: list(ways.values())[-1](*given))
+
+
+OTHERS = [
+    ({"stride": 2}, picture()),
+    ({"kernel_size": 1, "padding": 0}, picture()),
+    ({"dilation": 2, "padding": 2}, picture()),
+    ({"groups": 4}, picture()),
+    ({}, picture(28, 32)),  # too small
+    ({}, picture(34, 32)),  # of no whole tiles
+    ({}, picture(32, 38)),
+]
+
+
+@pytest.mark.parametrize(("settings", "given"), OTHERS, ids=lambda value: str(getattr(value, "shape", value)))
+@torch.no_grad()
+def test_other_convolutions_are_as_they_were(settings, given, tiles_everywhere):
+    layer = convolution(**settings)
+    wanted = layer(given)
+    assert not is_tiled(layer, given)
+    with fastest_convolutions(layer):
+        torch.testing.assert_close(layer(given), wanted)
+        assert "matrices" not in vars(layer)
+
+
+def test_in_16_bits_there_are_none():
+    assert is_tiled(convolution(), picture())
+    assert not is_tiled(convolution().bfloat16(), picture().bfloat16())
+
+
+@pytest.fixture
+def medium_products():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@torch.no_grad()
+def test_where_products_may_be_rounded_convolutions_are_not(medium_products, tiles_everywhere):
+    layer, given = convolution(), picture()
+    assert not is_tiled(layer, given)
+    with fastest_convolutions(layer):
+        found = layer(given)
+    wanted = layer.double()(given.double())
+    assert (found - wanted).norm() < 5e-6 * wanted.norm()
+
+
+@torch.no_grad()
+def test_what_torch_makes_by_default_matters_not():
+    layer, given = convolution(), picture()
+    wanted = winograd_tiles.convolve(given, winograd_tiles.matrices_of(layer), layer.bias)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(winograd_tiles.convolve(given, winograd_tiles.matrices_of(layer), layer.bias), wanted)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_what_training_changes_is_used(tiles_everywhere):
+    layer, given = convolution(), picture()
+    with fastest_convolutions(layer):
+        with torch.no_grad():
+            layer(given)
+        assert "matrices" in vars(layer)
+        layer(given).square().sum().backward()
+        with torch.no_grad():
+            layer.weight -= 0.01 * layer.weight.grad.sign()
+            torch.testing.assert_close(layer(given), layer._conv_forward(given, layer.weight, layer.bias))
+    assert not {"matrices", "packed", "rows"} & set(vars(layer))
+    assert type(layer) is nn.Conv2d

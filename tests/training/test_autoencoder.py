@@ -1,0 +1,78 @@
+"""An autoencoder learns to give pictures back, and is written as a part of a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Trainer
+
+from sdmodule.components.checkpoint import load_components, load_part
+from sdmodule.data.toy.dataset import ShapesDataModule
+from sdmodule.training.autoencoder import AutoencoderModule
+
+
+def fit(checkpoint: Path, steps: int, **settings) -> tuple[AutoencoderModule, Trainer]:
+    torch.manual_seed(0)
+    module = AutoencoderModule(str(checkpoint), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
+    trainer = Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        **settings,
+    )
+    trainer.fit(module, ShapesDataModule(batch_size=4, train_length=1000, val_length=4, size=32))
+    return module, trainer
+
+
+def test_the_losses_of_a_picture(checkpoint):
+    module = AutoencoderModule(str(checkpoint))
+    image = torch.zeros(2, 3, 32, 32)
+    losses = module.losses(image, torch.Generator().manual_seed(0))
+    assert losses["kl"] > 0 and losses["l1"] ** 2 <= losses["mse"]
+    posterior = module.vae.encode(image).latent_dist
+    per_value = posterior.kl().mean() / posterior.mean[0].numel()  # diffusers sums over the latents of a picture
+    torch.testing.assert_close(losses["kl"], per_value)
+
+
+def test_pictures_come_back_better_after_training(checkpoint):
+    settings = {"limit_val_batches": 1, "num_sanity_val_steps": 0, "check_val_every_n_epoch": None}
+    before = fit(checkpoint, 1, val_check_interval=1, **settings)[1].callback_metrics["val/psnr"]
+    after = fit(checkpoint, 120, val_check_interval=120, **settings)[1].callback_metrics["val/psnr"]
+    assert after > before + 1.5
+
+
+def test_its_scaling_factor_gives_latents_of_unit_variance(checkpoint, tmp_path):
+    module, trainer = fit(checkpoint, 2, limit_val_batches=1, val_check_interval=2)
+    module.save_pretrained(tmp_path)
+    vae = load_part("vae", str(tmp_path / "vae"))
+    images = torch.stack([trainer.datamodule.val_set[k]["image"] for k in range(4)])
+    latents = vae.encode(images).latent_dist.mode() * vae.config.scaling_factor
+    assert latents.square().mean().item() == pytest.approx(1.0, abs=1e-3)
+
+
+def test_it_takes_the_place_of_a_checkpoints_autoencoder(checkpoint, tmp_path):
+    module = AutoencoderModule(str(checkpoint), scratch=["vae"])
+    module.save_pretrained(tmp_path)
+    parts = load_components(str(checkpoint), components={"vae": str(tmp_path / "vae")})
+    assert torch.equal(parts.vae.decoder.conv_in.weight, module.vae.decoder.conv_in.weight)
+    old = load_part("vae", str(checkpoint))
+    assert not torch.equal(parts.vae.decoder.conv_in.weight, old.decoder.conv_in.weight)
+    assert parts.vae.config.scaling_factor == old.config.scaling_factor
+
+
+def test_a_checkpoint_gives_the_module_back(checkpoint, tmp_path):
+    module, trainer = fit(checkpoint, 1, limit_val_batches=0)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    again = AutoencoderModule.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
+    assert torch.equal(again.vae.decoder.conv_in.weight, module.vae.decoder.conv_in.weight)
+
+
+def test_validation_changes_no_training(checkpoint):
+    without, _ = fit(checkpoint, 3, limit_val_batches=0)
+    with_validation, _ = fit(checkpoint, 3, limit_val_batches=1, val_check_interval=1)
+    assert torch.equal(without.vae.decoder.conv_in.weight, with_validation.vae.decoder.conv_in.weight)

@@ -1,0 +1,135 @@
+"""A step is the same however its examples are spread: over processes, over accumulated batches, or in one."""
+
+from __future__ import annotations
+
+import csv
+import random
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sdmodule.data.datamodule import ImageFolderDataModule
+from sdmodule.data.dreambooth import DreamBoothDataModule
+from sdmodule.data.toy.scenes import caption, render, sample_scene
+from sdmodule.module import StableDiffusionModule
+from tests.fitting import fit
+
+ROOT = Path(__file__).parents[2]
+ADAM = partial(torch.optim.AdamW, lr=1e-3)
+SHAPES = [(40, 40), (64, 32), (32, 64)]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fourteen pictures of three shapes: six squares, five wide and three tall ones."""
+    folder = tmp_path_factory.mktemp("photos")
+    for k in range(14):
+        scene = sample_scene(random.Random(k))
+        shape = SHAPES[0 if k < 6 else 1 if k < 11 else 2]
+        render(scene, 64).resize(shape).save(folder / f"{k:02}.png")
+        (folder / f"{k:02}.txt").write_text(caption(scene))
+    return folder
+
+
+def apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """The largest difference of weights, relative to the size of the weights of the same tensor."""
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in ours)
+
+
+def train(checkpoint: Path, photos: Path, out: Path, *settings: str) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Ten steps by the command, four pictures of one size a step, and then validation on all pictures.
+
+    Returns:
+        The UNet's weights, and what validation found of them and of their average.
+    """
+    command = [sys.executable, ROOT / "train.py", f"pretrained={checkpoint}", f"data.root={photos}", "resolution=32"]
+    command += [f"output_dir={out}", "trainer.max_steps=10", "data.val_fraction=0", "data.buckets=true"]
+    command += ["data.random_flip=true", "model.optimizer.lr=1e-4", "callbacks=[ema,export]", *settings]
+    command += [f"data.val_root={photos}", "trainer.val_check_interval=10", "callbacks.ema.start_step=5"]
+    command += ["callbacks.export.weights=raw"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    with (out / "metrics.csv").open() as file:
+        [figures] = [row for row in csv.DictReader(file) if row["val/loss"]]
+    found = {name: float(value) for name, value in figures.items() if name.startswith("val/")}
+    return load_file(out / "export" / "unet" / "diffusion_pytorch_model.safetensors"), found
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint, photos, tmp_path_factory) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Ten steps in one process."""
+    return train(checkpoint, photos, tmp_path_factory.mktemp("alone"), "data.batch_size=4")
+
+
+@pytest.mark.parametrize("cache", ["none", "all"])
+def test_two_processes_train_as_one_does(checkpoint, photos, alone, tmp_path, cache):
+    settings = ["trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=2", f"cache={cache}"]
+    if cache == "all":
+        settings.append(f"cache.folder={tmp_path / 'cache'}")
+    weights, found = train(checkpoint, photos, tmp_path / "out", *settings)
+    weights_alone, found_alone = alone
+    assert len(found) == 10 and found == pytest.approx(found_alone, rel=1e-4)
+    before = load_file(checkpoint / "unet" / "diffusion_pytorch_model.safetensors")
+    print(f"{cache}: {apart(weights, weights_alone):.1e} apart, {apart(before, weights_alone):.1e} from the start")
+    assert apart(weights, weights_alone) <= 1e-5 < 1e-2 < apart(before, weights_alone)
+    if cache == "all":
+        assert len(list((tmp_path / "cache").glob("moments-*/*"))) == 2, "each process made a share"
+
+
+def train_here(
+    checkpoint: Path,
+    photos: Path,
+    steps: int,
+    *callbacks: Any,
+    resume: Path | None = None,
+    accumulate: int = 1,
+    optimizer: Any = ADAM,
+    **data,
+) -> dict[str, Tensor]:
+    module = StableDiffusionModule(str(checkpoint), optimizer=optimizer)
+    settings = {"batch_size": 2, "val_fraction": 0, "center_crop": False, "random_flip": True, **data}
+    pictures = ImageFolderDataModule(str(photos), 32, **settings)
+    fit(module, pictures, steps, *callbacks, resume=resume, accumulate_grad_batches=accumulate)
+    return module.unet.state_dict()
+
+
+def test_accumulated_batches_train_as_one_large_one_does(checkpoint, photos):
+    """By steps in proportion to the gradients: Adam makes a whole step of one that is nothing but rounding."""
+    plain = partial(torch.optim.SGD, lr=0.1)
+    large, small = (train_here(checkpoint, photos, 3, batch_size=4 // n, accumulate=n, optimizer=plain) for n in (1, 2))
+    before = load_file(checkpoint / "unet" / "diffusion_pytorch_model.safetensors")
+    there = {name: weight for name, weight in before.items() if weight.any()}
+    assert apart(small, large) <= 1e-5 < 1e-2 < apart({name: large[name] for name in there}, there)
+
+
+def test_accumulated_pairs_train_as_one_large_batch_does(checkpoint, photos):
+    def trained(count: int, accumulate: int) -> dict[str, Tensor]:
+        plain = partial(torch.optim.SGD, lr=0.1)
+        module = StableDiffusionModule(str(checkpoint), optimizer=plain, caption_dropout=0.5)
+        kind = {"class_prompt": "a shape", "class_images": 14, "class_root": str(photos)}
+        pairs = DreamBoothDataModule(str(photos), "a star", **kind, resolution=32, batch_size=count, val_fraction=0)
+        fit(module, pairs, 3, accumulate_grad_batches=accumulate)
+        return module.unet.state_dict()
+
+    large, small, other = trained(4, 1), trained(2, 2), trained(2, 1)
+    there = {name: weight for name, weight in large.items() if weight.any()}
+    ours, others = ({name: weights[name] for name in there} for weights in (small, other))
+    assert apart(ours, there) <= 1e-5 < 1e-2 < apart(others, there)
+
+
+@pytest.mark.parametrize("stop", [3, 8, 11])
+def test_with_buckets_a_stopped_training_ends_where_an_unbroken_one_does(checkpoint, photos, tmp_path, stop):
+    """An epoch is of eight batches: three of squares, three of wide and two of tall pictures."""
+    every_step = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    straight = train_here(checkpoint, photos, 12, every_step, buckets=True)
+    resumed = train_here(checkpoint, photos, 12, resume=tmp_path / f"step={stop}.ckpt", buckets=True)
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)

@@ -1,0 +1,198 @@
+"""Fine-tuning for inpainting: what it is trained on, what it reports, and what other tools make of the result."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionInpaintPipeline
+from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
+
+from sdmodule.callbacks.latent_cache import Cache
+from sdmodule.cli.main import train_main
+from sdmodule.conditioning.inpaint import convert_to_inpaint
+from sdmodule.data.toy.dataset import ShapesDataModule
+from sdmodule.errors import SettingsError
+from sdmodule.module import StableDiffusionModule
+from tests.fitting import fit
+
+PROMPT = "a blue star on a white background"
+
+
+def fast(parameters) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-3)
+
+
+@pytest.fixture
+def build(checkpoint: Path):
+    def make(**settings) -> StableDiffusionModule:
+        return StableDiffusionModule(
+            str(checkpoint), task="inpaint", optimizer=fast, sampling={"steps": 2}, **{"convert": True, **settings}
+        )
+
+    return make
+
+
+def train_on_scenes(module: StableDiffusionModule, steps: int, *callbacks, resume: Path | None = None) -> Trainer:
+    data = ShapesDataModule(batch_size=2, train_length=6, val_length=2, size=32)
+    return fit(module, data, steps, *callbacks, resume=resume, limit_val_batches=0)
+
+
+def test_the_loss_is_that_of_the_paper_on_nine_channels(build):
+    """Ho et al. 2020, algorithm 1, written out with diffusers alone."""
+    module = build()
+    module.setup("fit")
+    picture = torch.rand(2, 3, 32, 32) * 2 - 1
+    batch = {"image": picture, "mask": (torch.rand(2, 1, 32, 32) < 0.3).float()}
+    channels = module.mask_channels(batch, torch.Generator().manual_seed(1), whole=0.0)
+    latents, noise, timesteps = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([3, 800])
+    errors = module.denoising_errors(latents, (noise, noise), timesteps, [PROMPT, ""], channels)
+
+    parts = module.parts
+    posterior = parts.vae.encode(picture * (batch["mask"] < 0.5)).latent_dist
+    drawn = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(1))
+    masked_latents = (posterior.mean + posterior.std * drawn) * parts.vae.config.scaling_factor
+    small = F.interpolate(batch["mask"], size=(8, 8))
+    tokens = parts.tokenizer([PROMPT, ""], padding="max_length", max_length=77, return_tensors="pt").input_ids
+    seen = torch.cat([parts.scheduler.add_noise(latents, noise, timesteps), small, masked_latents], dim=1)
+    predicted = parts.unet(seen, timesteps, encoder_hidden_states=parts.text_encoder(tokens)[0]).sample
+    wanted = ((predicted - noise) ** 2).mean(dim=1, keepdim=True)
+    torch.testing.assert_close(errors, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_training_begins_as_the_ordinary_model_and_learns_of_the_mask(build):
+    module = build()
+    train_on_scenes(module, 3)
+    new = module.unet.conv_in.weight[:, 4:]
+    assert module.unet.config.in_channels == 9 and new.abs().max() > 0
+
+
+def test_the_hole_can_count_for_more(build):
+    def loss(hole_weight: float) -> float:
+        module = build(hole_weight=hole_weight, whole_masks=0.0)
+        return train_on_scenes(module, 1).callback_metrics["train/loss"].item()
+
+    assert loss(1.0) == loss(1.0) != loss(5.0)
+
+
+def test_a_stopped_training_ends_where_an_unbroken_one_does(build, tmp_path):
+    unbroken, resumed = build(), build()
+    train_on_scenes(unbroken, 5, ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1))
+    train_on_scenes(resumed, 5, resume=tmp_path / "step=2.ckpt")
+    for name, value in unbroken.unet.state_dict().items():
+        assert torch.equal(resumed.unet.state_dict()[name], value)
+    again = StableDiffusionModule.load_from_checkpoint(tmp_path / "step=5.ckpt", weights_only=True)
+    assert torch.equal(again.unet.conv_in.weight, unbroken.unet.conv_in.weight)
+
+
+def test_cached_pictures_can_be_masked_anew_at_every_step(build, tmp_path):
+    plain = train_on_scenes(build(), 3).callback_metrics["train/loss"]
+    cached = train_on_scenes(build(), 3, Cache(tmp_path)).callback_metrics["train/loss"]
+    torch.testing.assert_close(cached, plain, rtol=1e-5, atol=0)
+
+
+def test_an_ordinary_unet_is_not_trained_to_inpaint_without_a_word(build, checkpoint):
+    with pytest.raises(SettingsError, match=r"4 channels .* model\.convert=true"):
+        train_on_scenes(build(convert=False), 1)
+    with pytest.raises(SettingsError, match="use model=inpaint"):
+        StableDiffusionModule(str(checkpoint), convert=True)
+
+
+@pytest.mark.parametrize("settings", [{"whole_masks": 1.5}, {"hole_weight": 0}, {"convert": 1}])
+def test_settings_out_of_range_are_refused(build, settings):
+    [(name, value)] = settings.items()
+    with pytest.raises(SettingsError, match=f"model.{name}={value} is not allowed"):
+        build(**settings)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Six pictures, each with a mask of its own."""
+    folder = tmp_path / "photos"
+    (folder / "masks").mkdir(parents=True)
+    rows = []
+    for k in range(6):
+        Image.new("RGB", (40, 48), (40 * k, 90, 200)).save(folder / f"{k}.png")
+        mask = Image.new("L", (40, 48))
+        mask.paste(255, (4 * k, 8, 4 * k + 12, 40))
+        mask.save(folder / "masks" / f"{k}.png")
+        rows.append({"file_name": f"{k}.png", "text": f"picture {k}", "mask_file_name": f"masks/{k}.png"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def train(monkeypatch, capfd, checkpoint, tmp_path):
+    def run(*arguments: str) -> tuple[int, str]:
+        settings = ["model=inpaint", f"pretrained={checkpoint}", "resolution=32", f"output_dir={tmp_path / 'out'}"]
+        monkeypatch.setattr(sys, "argv", ["command", *settings, *arguments])
+        try:
+            train_main()
+        except SystemExit as end:
+            return int(end.code or 0), capfd.readouterr().err
+        return 0, capfd.readouterr().err
+
+    return run
+
+
+def test_the_command_reports_the_hole_and_what_is_around_it_and_diffusers_repaints_alike(train, photos, tmp_path):
+    settings = ["model.convert=true", "trainer.max_steps=3", "+steps=2", "data.batch_size=2", "model.optimizer.lr=1e-2"]
+    assert train(f"data.root={photos}", *settings) == (0, "")
+    out = tmp_path / "out"
+    figures = [row for row in csv.DictReader((out / "metrics.csv").open()) if row["val/loss"]]
+    whole, hole, kept = (float(figures[-1][f"val/loss{part}"]) for part in ("", "_hole", "_kept"))
+    assert min(hole, kept) < whole < max(hole, kept)
+    with Image.open(out / "samples" / "000003.png") as sheet:
+        assert sheet.width > 3 * 192  # each picture beside what is masked and what was made of it
+
+    pipeline = StableDiffusionInpaintPipeline.from_pretrained(out / "export", safety_checker=None)
+    assert type(pipeline).__name__ == json.loads((out / "export" / "model_index.json").read_text())["_class_name"]
+    pipeline.set_progress_bar_config(disable=True)
+    picture, mask = Image.open(photos / "2.png").resize((32, 32)), Image.new("L", (32, 32))
+    mask.paste(255, (8, 8, 24, 20))
+    common = {"num_inference_steps": 3, "guidance_scale": 5.0}
+    theirs = pipeline(
+        PROMPT, picture, mask, height=32, width=32, generator=torch.Generator().manual_seed(4), **common
+    ).images[0]
+    sd = StableDiffusionModule.from_pretrained(str(out / "export"), task="inpaint")
+    ours = sd.infer(PROMPT, picture, mask, generator=torch.Generator().manual_seed(4), **common)["samples"][0]
+    hole = np.asarray(mask) > 0
+    assert np.array_equal(np.asarray(ours)[hole], np.asarray(theirs)[hole])
+
+
+def test_an_ordinary_checkpoint_is_refused_before_anything_is_written(train, photos, tmp_path):
+    status, complaint = train(f"data.root={photos}", "trainer.max_steps=1")
+    assert status == 1 and "model.convert=true" in complaint and len(complaint.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("given", [["model.convert=true"], ["model=text2image", "objective.masked=true"]])
+def test_masks_of_some_pictures_alone_are_told_of_before_anything_is_written(train, photos, tmp_path, given):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(photos / "0.png", bare)
+    (bare / "0.txt").write_text("a picture")
+    both = f"data.sources=[{{root: {photos}}}, {{root: {bare}}}]"
+    status, complaint = train("data=mixed", both, "data.val_fraction=0", "trainer.max_steps=1", *given)
+    assert status == 1 and f"{bare} has no masks" in complaint and len(complaint.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_embedded_model_repaints_with_nine_channels():
+    sd = StableDiffusionModule.from_pretrained("tiny-inpaint", task="inpaint")
+    assert sd.unet.config.in_channels == 9
+    plain = StableDiffusionModule.from_pretrained("tiny")
+    for part in ("vae", "text_encoder"):  # shared with tiny, not kept twice
+        ours, theirs = (getattr(module.parts, part).state_dict() for module in (sd, plain))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    convert_to_inpaint(plain.unet)
+    assert plain.unet.state_dict().keys() == sd.unet.state_dict().keys()

@@ -1,0 +1,143 @@
+"""The settings of the objective do what they say, in training and in what is exported."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from sdmodule.diffusion.loss_weighting import WEIGHTINGS
+from sdmodule.diffusion.noising import PREDICTION_TYPES, pseudo_huber, target
+from sdmodule.errors import SettingsError
+from sdmodule.module import StableDiffusionModule
+from sdmodule.training.objective import SQUARED_ERROR, Objective
+
+LATENTS = torch.zeros(2, 4, 32, 32)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_noise_is_standard_unless_said_otherwise():
+    noise, seen = SQUARED_ERROR.draw_noise(LATENTS, generator())
+    assert torch.equal(noise, torch.randn(LATENTS.shape, generator=generator())) and torch.equal(noise, seen)
+
+
+def test_an_offset_moves_each_channel_as_a_whole():
+    plain, _ = SQUARED_ERROR.draw_noise(LATENTS, generator())
+    noise, seen = Objective(noise_offset=0.5).draw_noise(LATENTS, generator())
+    moved = noise - plain
+    torch.testing.assert_close(moved, moved[..., :1, :1].expand_as(moved), rtol=0, atol=1e-5)
+    assert moved.std() > 0.2 and torch.equal(noise, seen)
+
+
+def test_a_perturbed_input_is_noisier_than_what_should_be_predicted():
+    plain, _ = SQUARED_ERROR.draw_noise(LATENTS, generator())
+    noise, seen = Objective(input_perturbation=0.1).draw_noise(LATENTS, generator())
+    assert torch.equal(noise, plain)
+    torch.testing.assert_close((seen - noise).std(), torch.tensor(0.1), rtol=0.05, atol=0)
+
+
+def test_huber_is_the_square_near_nothing_and_a_line_far_off():
+    near, far = torch.tensor([1e-3]), torch.tensor([1e3, 2e3])
+    torch.testing.assert_close(pseudo_huber(near, 0.1), near.square(), rtol=1e-3, atol=0)
+    line = pseudo_huber(far, 0.1)
+    torch.testing.assert_close(line[1] - line[0], torch.tensor(2 * 0.1 * 1e3), rtol=1e-3, atol=0)
+
+
+COMBINATIONS = [
+    dict(zip(("prediction_type", "zero_terminal_snr", "weighting"), values, strict=True))
+    for values in product(PREDICTION_TYPES, (False, True), WEIGHTINGS)
+    if values[:2] != ("epsilon", True)
+]
+
+
+@pytest.mark.parametrize("settings", COMBINATIONS, ids=lambda settings: "-".join(map(str, settings.values())))
+def test_every_combination_trains_with_a_finite_loss(checkpoint, settings):
+    sd = StableDiffusionModule(str(checkpoint), objective={**settings, "huber_delta": 0.1, "noise_offset": 0.05})
+    latents = torch.randn(4, 4, 8, 8, generator=generator())
+    timesteps = torch.tensor([0, 1, 500, 999])
+    noise = sd.objective.draw_noise(latents, generator(1))
+    errors = sd.denoising_errors(latents, noise, timesteps, ["a star"] * 4, objective=sd.objective)
+    errors.mean().backward()
+    assert errors.isfinite().all() and sd.unet.conv_in.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("settings", COMBINATIONS, ids=lambda settings: "-".join(map(str, settings.values())))
+def test_every_combination_is_its_closed_form_on_a_case_made_by_hand(settings):
+    """A latent of 2 under noise of 1, of which the model predicts 0, at three noise levels."""
+    kind, zero, weighting = settings.values()
+    # of 0.9, 0.5 and 0.1; Lin et al. 2023, algorithm 1, takes the last square root off all and scales the first back
+    signals = [0.9**0.5, (0.5**0.5 - 0.1**0.5) * 3 / 2, 0.0] if zero else [0.9**0.5, 0.5**0.5, 0.1**0.5]
+    schedule = torch.tensor(signals).square()
+    expected = []
+    for signal in signals:
+        share = signal**2
+        wanted = {"epsilon": 1.0, "v_prediction": signal - 2 * (1 - share) ** 0.5, "sample": 2.0}[kind]
+        snr = share / (1 - share) if share else signals[1] ** 2 / (1 - signals[1] ** 2)  # without a signal: the least
+        of_picture = {"min_snr": min(snr, 5), "soft_min_snr": 5 * snr / (snr + 5), "debiased": snr**0.5}
+        scale = {"epsilon": 1 / snr, "v_prediction": 1 / (snr + 1), "sample": 1.0}[kind]
+        expected.append(wanted**2 * (1.0 if weighting == "none" else of_picture[weighting] * scale))
+
+    latents, noise, steps = torch.full((3, 4, 2, 2), 2.0), torch.ones(3, 4, 2, 2), torch.arange(3)
+    objective = Objective(**settings)
+    errors = objective.errors(
+        torch.zeros_like(latents), target(kind, latents, noise, schedule, steps), kind, schedule, steps
+    )
+    torch.testing.assert_close(errors, torch.tensor(expected).view(3, 1, 1, 1).expand(3, 1, 2, 2))
+
+
+def test_the_schedule_of_zero_terminal_snr_is_that_of_the_paper(checkpoint):
+    """Lin et al. 2023, algorithm 1: square roots shifted so that the last is 0, scaled so that the first stays."""
+    plain = StableDiffusionModule(str(checkpoint)).alphas_cumprod.double().sqrt()
+    ours = StableDiffusionModule(
+        str(checkpoint), objective={"prediction_type": "v_prediction", "zero_terminal_snr": True}
+    ).alphas_cumprod
+    wanted = ((plain - plain[-1]) * plain[0] / (plain[0] - plain[-1])).square()
+    torch.testing.assert_close(ours.double(), wanted, rtol=1e-4, atol=1e-6)
+    assert ours[-1] == 0
+
+
+def test_the_loss_counts_where_the_mask_is_white(checkpoint):
+    sd = StableDiffusionModule(str(checkpoint), objective={"masked": True})
+    errors = torch.rand(2, 1, 8, 8, generator=generator())
+    mask = torch.zeros(2, 1, 32, 32)
+    mask[:, :, :16] = 1
+    weights = sd.weights_of_places({"mask": mask}, errors, None)
+    assert torch.equal(weights[:, :, :4], torch.ones(2, 1, 4, 8)) and not weights[:, :, 4:].any()
+    with pytest.raises(SettingsError, match=r"objective\.masked=true and the data has no masks"):
+        sd.weights_of_places({}, errors, None)
+
+
+def test_what_is_exported_is_sampled_as_it_was_trained(checkpoint, tmp_path):
+    objective = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
+    sd = StableDiffusionModule(str(checkpoint), objective=objective, sampling={"steps": 2, "scheduler": "euler"})
+    assert sd.alphas_cumprod[-1] == 0
+    sd.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
+    assert (config["prediction_type"], config["timestep_spacing"]) == ("v_prediction", "trailing")
+    assert config["rescale_betas_zero_snr"] is True
+    facts = StableDiffusionModule.from_pretrained(str(tmp_path)).infer("a star", num_inference_steps=2)["facts"]
+    assert facts["guidance_rescale"] == 0.7
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"prediction_type": "flow"}, "prediction_type=flow is not known"),
+        ({"weighting": "snr"}, "weighting=snr is not known"),
+        ({"snr_gamma": 0}, "snr_gamma=0 is not allowed"),
+        ({"noise_offset": -1}, "noise_offset=-1 is not allowed"),
+        ({"input_perturbation": "much"}, "input_perturbation=much is not allowed"),
+        ({"huber_delta": 0}, "huber_delta=0 is not allowed"),
+        ({"masked": 1}, "masked=1 is not allowed"),
+        ({"zero_terminal_snr": True}, "set objective.prediction_type=v_prediction"),
+    ],
+)
+def test_what_cannot_be_trained_is_told_in_a_sentence(checkpoint: Path, settings, says):
+    with pytest.raises(SettingsError, match=says):
+        StableDiffusionModule(str(checkpoint), objective=settings)

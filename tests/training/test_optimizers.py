@@ -1,0 +1,169 @@
+"""Optimizers in their fastest form, and activations that are computed again: the same training."""
+
+from __future__ import annotations
+
+from functools import partial
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from sdmodule.cli.main import train_main
+from sdmodule.components.checkpoint import load_components
+from sdmodule.errors import SettingsError
+from sdmodule.module import StableDiffusionModule
+from sdmodule.training.optimizers import build_optimizer
+
+
+@pytest.mark.parametrize(
+    ("make", "precision", "fused"),
+    [
+        (torch.optim.AdamW, "32-true", True),
+        (partial(torch.optim.AdamW, lr=1e-3), "bf16-mixed", True),
+        (partial(torch.optim.Adam, lr=1e-3), "", True),
+        (torch.optim.AdamW, "16-mixed", None),  # Lightning could not clip its gradients
+        (partial(torch.optim.AdamW, foreach=True), "32-true", None),
+        (partial(torch.optim.AdamW, fused=False), "32-true", False),
+    ],
+)
+def test_adam_is_fused_where_nothing_else_is_said(make, precision, fused):
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = build_optimizer(make, [weight], precision)
+    assert optimizer.defaults["fused"] is fused
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    assert (weight < 1).all()
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16", "16-mixed"])
+def test_gradients_of_a_fused_optimizer_are_clipped_in_mixed_precision(call, checkpoint, photos, tmp_path, precision):
+    """With a limit of almost nothing, AdamW's first step is one of its epsilon: the weights stay where they are."""
+    settings = [f"data.root={photos}", f"pretrained={checkpoint}", "trainer.max_steps=1", "callbacks=[export]"]
+    settings += [f"trainer.precision={precision}", "model.optimizer.lr=0.1", "model.optimizer.weight_decay=0"]
+
+    def trained(limit):
+        folder = tmp_path / str(limit)
+        call(train_main, *settings, f"trainer.gradient_clip_val={limit}", f"output_dir={folder}")
+        return load_components(str(folder / "export")).unet.state_dict()
+
+    before = load_components(str(checkpoint)).unet.state_dict()
+    moved = {limit: [float((new - before[k]).abs().max()) for k, new in trained(limit).items()] for limit in (1, 1e-12)}
+    assert max(moved[1]) > 0.09
+    assert max(moved[1e-12]) < 1e-3
+
+
+def test_other_optimizers_are_as_they_are():
+    assert isinstance(build_optimizer(torch.optim.SGD, [torch.nn.Parameter(torch.ones(1))], ""), torch.optim.SGD)
+
+
+def test_activations_computed_again_give_the_same_gradients(checkpoint):
+    def gradients(which):
+        module = StableDiffusionModule(str(checkpoint), checkpointing=which)
+        batch = {"image": torch.zeros(2, 3, 32, 32), "caption": ["a", "b"]}
+        module.log = lambda *_, **__: None
+        module.training_step(batch, 0).backward()
+        kept = [block.gradient_checkpointing for block in (*module.unet.down_blocks, *module.unet.up_blocks)]
+        return kept, [weight.grad for weight in module.unet.parameters()]
+
+    (none, plain), (outer, some), (every, all_) = map(gradients, ("none", "outer", "all"))
+    assert (none, outer, every) == ([False] * 4, [True, False, False, True], [True] * 4)
+    for ours in (some, all_):
+        assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(plain, ours, strict=True))
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="the package is there")
+def test_wrong_values_are_told(call, checkpoint, photos, tmp_path):
+    with pytest.raises(SettingsError, match=r"model\.checkpointing=some"):
+        StableDiffusionModule(str(checkpoint), checkpointing="some")
+    settings = [f"data.root={photos}", f"pretrained={checkpoint}", f"output_dir={tmp_path / 'out'}"]
+    status, _, complaint = call(train_main, *settings, "model.optimizer._target_=bitsandbytes.optim.AdamW8bit")
+    assert status == 1 and "pip install 'sdmodule[bitsandbytes]'" in complaint and "Traceback" not in complaint
+
+
+SCHEDULE = "model.lr_scheduler={_target_: torch.optim.lr_scheduler.StepLR, _partial_: true, steps: 3}"
+
+
+SCHEDULERS = "torch.optim.lr_scheduler"
+PLATEAU = f"model.lr_scheduler={{_target_: {SCHEDULERS}.ReduceLROnPlateau, _partial_: true}}"
+SHORT = f"model.lr_scheduler={{_target_: {SCHEDULERS}.OneCycleLR, _partial_: true, max_lr: 1e-4, total_steps: 999}}"
+
+
+@pytest.mark.parametrize("model", ["text2image", "autoencoder"])
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ("model.optimizer.lr=fast", "these settings cannot be used"),
+        ("model.optimizer.lr=-1", "these settings cannot be used"),
+        ("+model.optimizer.speed=1", "these settings cannot be used"),
+        (SCHEDULE, "these settings cannot be used"),
+        (PLATEAU, "ReduceLROnPlateau follows a figure"),
+        (SHORT, "OneCycleLR ends after 999 steps and trainer.max_steps=1000"),
+    ],
+)
+def test_settings_that_an_optimizer_does_not_take_are_told_of_before_anything_is_written(
+    checkpoint, photos, tmp_path, call, model, wrong, words
+):
+    out = tmp_path / "out"
+    settings = [f"model={model}", f"pretrained={checkpoint}", f"data.root={photos}", f"output_dir={out}"]
+    status, _, error = call(train_main, *settings, wrong)
+    assert status == 1 and words in error and error.count("\n") == 1 and not out.exists()
+
+
+TWO_RATES = f"{{_target_: {SCHEDULERS}.OneCycleLR, _partial_: true, max_lr: [1e-4, 1e-5], total_steps: 2}}"
+
+
+OF_MATRICES = ["tuning=lora", "~model.optimizer.betas", "model.optimizer._target_=torch.optim.Muon"]
+IN_GROUPS = ["tuning.text_encoder=true", "tuning.text_encoder_lr=1e-5", f"model.lr_scheduler={TWO_RATES}"]
+NO_MUON = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has none")
+
+
+@pytest.mark.parametrize("settings", [pytest.param(OF_MATRICES, marks=NO_MUON), IN_GROUPS], ids=["matrices", "groups"])
+def test_settings_that_suit_what_is_trained_are_taken(checkpoint, photos, tmp_path, call, settings):
+    common = [f"pretrained={checkpoint}", f"data.root={photos}", f"output_dir={tmp_path / 'out'}", "callbacks=[]"]
+    status, _, error = call(train_main, *common, "resolution=32", "trainer.max_steps=2", *settings)
+    assert (status, error) == (0, "")
+
+
+APART = ["tuning.text_encoder=true", "tuning.text_encoder_lr=1e-5"]
+STEPS = f"model.lr_scheduler={{_target_: {SCHEDULERS}.StepLR, _partial_: true, step_size: 1}}"
+
+
+def one_cycle(steps: int) -> str:
+    return SHORT.replace("999", str(steps))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (["tuning.text_encoder=true", "tuning.text_encoder_lr=1e-5"], ["tuning.text_encoder=true"], "is not AdamW"),
+        ([], ["model.optimizer._target_=torch.optim.Adagrad", "~model.optimizer.betas"], "is not Adagrad"),
+        ([], ["model.optimizer._target_=torch.optim.Adamax"], "is not Adamax"),
+        ([one_cycle(2)], [one_cycle(4)], "OneCycleLR ends after 2 steps and trainer.max_steps=4"),
+        ([], ["model.optimizer.lr=2e-5"], "model.optimizer.lr=2e-05 was given, and the checkpoint goes on with 1e-05"),
+        ([], ["model.optimizer.weight_decay=0"], "goes on with 0.01; give 0.01"),
+        (APART, [APART[0], "tuning.text_encoder_lr=1e-6"], "tuning.text_encoder_lr=1e-06 was given, and the"),
+        ([STEPS], ["model.optimizer.lr=2e-5", STEPS], "model.optimizer.lr=2e-05 was given, and the checkpoint"),
+        (
+            [STEPS],
+            [STEPS.replace("1}", "9}")],
+            "step_size=9 was given, and the checkpoint goes on with 1",
+        ),
+        ([STEPS], [], "trained with a model.lr_scheduler, and none is given"),
+        ([], [STEPS], "trained without a model.lr_scheduler, and one is given"),
+    ],
+    ids=[
+        *("groups", "optimizer", "optimizer of the same settings", "schedule", "rate", "decay", "rate of the words"),
+        *("rate of a schedule", "settings of a schedule", "no schedule", "a new schedule"),
+    ],
+)
+def test_a_checkpoint_of_another_optimizer_is_told_of(checkpoint, photos, tmp_path, call, before, after, words):
+    common = [f"pretrained={checkpoint}", f"data.root={photos}", f"output_dir={tmp_path / 'out'}", "resolution=32"]
+    common += ["callbacks=[checkpoint]"]
+    assert call(train_main, *common, "trainer.max_steps=2", *before)[0] == 0
+    same = [*common, "trainer.max_steps=4", "ckpt_path=last"]
+    held = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")}
+    status, _, error = call(train_main, *same, *after)
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")} == held, "nothing is written"
+    assert status == 1 and words in error and error.count("\n") == 1 and "Traceback" not in error
+    if before != [one_cycle(2)]:
+        assert call(train_main, *same, *before)[0] == 0
