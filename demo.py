@@ -1,4 +1,4 @@
-"""The first thing to run: fine-tune the embedded model on a few real pictures, and look at what came of it.
+"""The first thing to run: fine-tune the embedded model on a few real images, and look at what came of it.
 
 ``make demo`` runs it. It uses the two commands that everybody uses, nothing else.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 HERE = Path(__file__).parent
-PICTURES = HERE / "sdmodule" / "components" / "assets" / "emoji"
+IMAGES = HERE / "sdmodule" / "components" / "assets" / "emoji"
 OUTPUT = HERE / "outputs" / "demo"
 STEPS = 200
 
@@ -32,30 +32,30 @@ REPAINTED = [
     "a red triangle on a blue background",
 ]
 HOLE = [14, 14, 50, 50]
-"""The part of the picture that is painted anew: ``[x0, y0, x1, y1]`` in pixels."""
+"""The part of the image that is painted anew: ``[x0, y0, x1, y1]`` in pixels."""
 
 
 def main() -> None:
-    """Sample, fine-tune, sample again, and lay the pictures side by side."""
+    """Sample, fine-tune, sample again, and lay the images side by side."""
     shutil.rmtree(OUTPUT, ignore_errors=True)
     OUTPUT.mkdir(parents=True)
-    rows = [json.loads(line) for line in (PICTURES / "metadata.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (IMAGES / "metadata.jsonl").read_text().splitlines()]
     captions = [row["text"] for row in rows[:8]]
 
     shapes = predict(SHAPES, "shapes")
     masked = circle_under_a_mask()
     repainted = predict(REPAINTED, "repainted", "model=inpaint", f"image={OUTPUT / 'circle.png'}", f"mask={HOLE}")
     before = predict(captions, "before")
-    command("train.py", f"data.root={PICTURES}", "experiment=demo", f"trainer.max_steps={STEPS}", "train")
+    command("train.py", f"data.root={IMAGES}", "experiment=demo", f"trainer.max_steps={STEPS}", "train")
     after = predict(captions, "after", f"pretrained={OUTPUT / 'train' / 'export'}")
-    wanted = [Image.open(PICTURES / row["file_name"]).convert("RGB") for row in rows[:8]]
+    wanted = [Image.open(IMAGES / row["file_name"]).convert("RGB") for row in rows[:8]]
 
     grid = OUTPUT / "grid.png"
     sheet(
         {
             "the embedded model obeys its prompt": (shapes, SHAPES),
-            "and repaints the hole in a picture": ([*masked, *repainted], ["a circle", "its mask", *REPAINTED]),
-            "pictures to fine-tune on": (wanted, captions),
+            "and repaints the hole in an image": ([*masked, *repainted], ["a circle", "its mask", *REPAINTED]),
+            "images to fine-tune on": (wanted, captions),
             "before fine-tuning": (before, captions),
             f"after {STEPS} steps": (after, captions),
         }
@@ -81,13 +81,13 @@ def command(script: str, *arguments: str) -> None:
 
 
 def predict(prompts: list[str], name: str, *settings: str) -> list[Image.Image]:
-    """Sample a picture of each prompt."""
+    """Sample an image of each prompt."""
     command("predict.py", f"prompt={json.dumps(prompts)}", "steps=25", "batch_size=8", *settings, name)
     return [Image.open(file) for file in sorted((OUTPUT / name / "images").iterdir())]
 
 
 def sheet(rows: dict[str, tuple[list[Image.Image], list[str]]], tile: int = 128) -> Image.Image:
-    """Lay rows of pictures out, each under its title."""
+    """Lay rows of images out, each under its title."""
     font = ImageFont.load_default(13)
     columns = max(len(images) for images, _ in rows.values())
     height = tile + 56

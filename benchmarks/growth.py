@@ -75,7 +75,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """
     parser = Parser(description="Measure how cost grows.", allow_abbrev=False)
     parser.add_argument("--sizes", type=int, nargs="*", default=[256, 512, 768, 1024], help="pixels, at batch 1")
-    parser.add_argument("--batches", type=int, nargs="*", default=[2, 4, 8, 16], help="pictures at once, at 512 pixels")
+    parser.add_argument("--batches", type=int, nargs="*", default=[2, 4, 8, 16], help="images at once, at 512 pixels")
     parser.add_argument("--prompts", type=int, nargs="*", default=[10, 100, 1000, 10000], help="prompts of a run")
     parser.add_argument("--starts", type=int, default=5, help="how often the start is measured")
     parser.add_argument("--quick", action="store_true", help="two numbers of prompts and two starts alone")
@@ -104,7 +104,7 @@ def process(program: str, *arguments: object) -> str:
 
 
 def step_row(size: int, batch: int) -> dict[str, Any]:
-    """A guided step and its decoding; a picture that does not fit into memory says so."""
+    """A guided step and its decoding; an image that does not fit into memory says so."""
     row: dict[str, Any] = {"what": "step", "size": size, "batch": batch}
     try:
         used = json.loads(process(STEP, size, batch))
@@ -141,7 +141,7 @@ def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
     steps = [line for line in lines if line["what"] == "step" and "seconds" in line]
     groups = {
         "side in pixels": ("size", [line for line in steps if line["batch"] == 1]),
-        "pictures at once": ("batch", [line for line in steps if line["size"] == 512]),
+        "images at once": ("batch", [line for line in steps if line["size"] == 512]),
         "prompts of a run": ("prompts", [line for line in lines if line["what"] == "prompts" and "seconds" in line]),
     }
     panels = []

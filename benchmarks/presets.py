@@ -8,7 +8,7 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
-from sdmodule.cli.trainer import resolved
+from sdmodule.cli.trainer import resolve_precision
 
 SETTINGS = ("sampling", "tome", "speed")
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16}
@@ -23,7 +23,7 @@ def preset(name: str, *overrides: str) -> dict[str, Any]:
 
 def dtype(name: str) -> torch.dtype:
     """The type that weights have with ``python predict.py speed=NAME`` on a CPU."""
-    return DTYPES[resolved(_composed(name).trainer.precision, "cpu")]
+    return DTYPES[resolve_precision(_composed(name).trainer.precision, "cpu")]
 
 
 def _composed(name: str, *overrides: str) -> DictConfig:

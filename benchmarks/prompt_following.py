@@ -1,6 +1,6 @@
-"""Measure how often a picture shows what its prompt says.
+"""Measure how often an image shows what its prompt says.
 
-The prompts are captions of seeded scenes: 200 of one object, 100 of one whose colour and shape no training picture
+The prompts are captions of seeded scenes: 200 of one object, 100 of one whose colour and shape no training image
 paired, and 100 of two objects. A reader made of plain image analysis, itself checked first on rendered scenes, reads
 each sample and judges every word of its prompt.
 
@@ -44,7 +44,7 @@ KINDS: dict[str, tuple[int, int, Callable[[random.Random], Scene]]] = {
     "held-out": (100, 250, lambda rng: sample_single(rng, held_out=True)),
     "two objects": (100, 250, lambda rng: sample_double(rng, held_out=False)),
 }
-"""For each row: how many prompts to sample, how many rendered pictures to check the reader on, how to draw a scene."""
+"""For each row: how many prompts to sample, how many rendered images to check the reader on, how to draw a scene."""
 
 REPAINTED = "repainted"
 """The row of ``task=inpaint``."""
@@ -63,7 +63,7 @@ KEYS = ("task", "pretrained", "steps", "guidance_scale", "seed", "batch_size", "
 GROUPS = ("tome.", "speed.")
 
 SHEET_SIDE = 8
-"""Pictures along each side of the contact sheet."""
+"""Images along each side of the contact sheet."""
 
 Verdict = dict[str, bool]
 
@@ -74,7 +74,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     Raises:
         SettingsError: a key is unknown or a value is out of range.
     """
-    parser = Parser(description="Measure how often a picture shows what its prompt says.", allow_abbrev=False)
+    parser = Parser(description="Measure how often an image shows what its prompt says.", allow_abbrev=False)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"any of: {', '.join(KEYS)}")
     parser.add_argument("--task", default="text2image", choices=MODELS, help="what is measured")
     parser.add_argument("--pretrained", help="name or folder of the model; the embedded one of the task if not given")
@@ -82,11 +82,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--guidance-scale", type=float, help="the model's default if not given")
     parser.add_argument("--scheduler", help="sampler; the model's default if not given")
     parser.add_argument("--speed", default="exact", help="a preset, which the settings given beside it change")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the scenes and of the first picture's noise")
-    parser.add_argument("--batch-size", type=int, default=50, help="pictures sampled at once")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the scenes and of the first image's noise")
+    parser.add_argument("--batch-size", type=int, default=50, help="images sampled at once")
     parser.add_argument("--quick", action="store_true", help="a tenth of the prompts")
     parser.add_argument("--json", type=Path, help="file to write the results to")
-    parser.add_argument("--sheet", type=Path, help="file for the first 64 pictures, wrong ones framed in red")
+    parser.add_argument("--sheet", type=Path, help="file for the first 64 images, wrong ones framed in red")
     settings = parser.parse_intermixed_args(arguments)
 
     pairs = [override.partition("=") for override in settings.overrides]
@@ -132,13 +132,13 @@ def sample(
     settings: argparse.Namespace,
     masked: Sequence[tuple[Image.Image, Sequence[int]]] = (),
 ) -> list[Image.Image]:
-    """Sample a picture of each prompt; picture k comes from seed + k whatever the size of a batch.
+    """Sample an image of each prompt; image k comes from seed + k whatever the size of a batch.
 
     Args:
         module: the model.
-        prompts: one a picture.
+        prompts: one an image.
         settings: of `parse`.
-        masked: for inpainting, the picture and the box of each prompt.
+        masked: for inpainting, the image and the box of each prompt.
     """
     named = {
         "num_inference_steps": settings.steps,
@@ -146,21 +146,21 @@ def sample(
         "scheduler": settings.scheduler,
     }
     options = {key: value for key, value in named.items() if value is not None}
-    pictures: list[Image.Image] = []
-    while len(pictures) < len(prompts):
-        done = len(pictures)
+    images: list[Image.Image] = []
+    while len(images) < len(prompts):
+        done = len(images)
         batch = list(prompts[done : done + settings.batch_size])
         if masked:
             images, boxes = zip(*masked[done : done + settings.batch_size], strict=True)
             options |= {"image": list(images), "mask": [list(box) for box in boxes]}
         options |= {"seed": settings.seed + done, "return_type": "image", "show_progress": sys.stderr.isatty()}
-        pictures += module.infer(batch, **options)["samples"]
-    return pictures
+        images += module.infer(batch, **options)["samples"]
+    return images
 
 
-def judge_all(scenes: Iterable[tuple[str, Scene]], pictures: Iterable[Image.Image]) -> list[Verdict]:
-    """Read and judge the picture of each scene."""
-    return [judge(scene, read_scene(picture)) for (_, scene), picture in zip(scenes, pictures, strict=True)]
+def judge_all(scenes: Iterable[tuple[str, Scene]], images: Iterable[Image.Image]) -> list[Verdict]:
+    """Read and judge the image of each scene."""
+    return [judge(scene, read_scene(image)) for (_, scene), image in zip(scenes, images, strict=True)]
 
 
 def tally(scenes: Sequence[tuple[str, Scene]], verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
@@ -170,7 +170,7 @@ def tally(scenes: Sequence[tuple[str, Scene]], verdicts: Sequence[Verdict]) -> l
         of_kind = [verdict for (k, _), verdict in zip(scenes, verdicts, strict=True) if k == kind]
         counted = Counter(attribute for verdict in of_kind for attribute in verdict)
         right = Counter(attribute for verdict in of_kind for attribute, is_right in verdict.items() if is_right)
-        row: dict[str, Any] = {"scenes": kind, "pictures": len(of_kind)}
+        row: dict[str, Any] = {"scenes": kind, "images": len(of_kind)}
         for attribute in MEASURES:
             if n := counted[attribute]:
                 row[attribute] = {"right": right[attribute], "counted": n, "rate": round(right[attribute] / n, 4)}
@@ -189,12 +189,12 @@ def show(title: str, rows: Sequence[dict[str, Any]]) -> None:
     print_table([{key: cell(row.get(key, "")) for key in ("scenes", *counted)} for row in rows])
 
 
-def contact_sheet(pictures: Sequence[Image.Image], verdicts: Sequence[Verdict]) -> Image.Image:
-    """Arrange the first pictures in a square, wrong ones framed in red."""
+def contact_sheet(images: Sequence[Image.Image], verdicts: Sequence[Verdict]) -> Image.Image:
+    """Arrange the first images in a square, wrong ones framed in red."""
     frame, tile = 3, IMAGE_SIZE + 8
     sheet = Image.new("RGB", (SHEET_SIDE * tile, SHEET_SIDE * tile), "grey")
-    for k, (picture, verdict) in enumerate(list(zip(pictures, verdicts, strict=True))[: SHEET_SIDE**2]):
-        framed = ImageOps.expand(picture.convert("RGB"), frame, "grey" if verdict["all"] else "red")
+    for k, (image, verdict) in enumerate(list(zip(images, verdicts, strict=True))[: SHEET_SIDE**2]):
+        framed = ImageOps.expand(image.convert("RGB"), frame, "grey" if verdict["all"] else "red")
         sheet.paste(framed, (k % SHEET_SIDE * tile + 1, k // SHEET_SIDE * tile + 1))
     return sheet
 
@@ -206,7 +206,7 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
         arguments: what was typed after the name of the program.
 
     Returns:
-        The report: ``rows`` of the samples and ``reader``, the same rows of rendered pictures.
+        The report: ``rows`` of the samples and ``reader``, the same rows of rendered images.
 
     Raises:
         SettingsError: an argument cannot be used.
@@ -234,17 +234,17 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
         scenes = draw_scenes(settings.seed, share=share)
 
     reader = tally(rendered, judge_all(rendered, (render(scene) for _, scene in rendered)))
-    show(f"The reader, on {len(rendered)} rendered pictures", reader)
+    show(f"The reader, on {len(rendered)} rendered images", reader)
 
     befores = [render(repaint.before) for repaint in repaints]
     masked = [(before, repaint.box) for before, repaint in zip(befores, repaints, strict=True)]
-    pictures = sample(module, [caption(scene) for _, scene in scenes], settings, masked)
+    images = sample(module, [caption(scene) for _, scene in scenes], settings, masked)
     if repaints:
-        verdicts = [judge_repaint(*each) for each in zip(repaints, befores, pictures, strict=True)]
+        verdicts = [judge_repaint(*each) for each in zip(repaints, befores, images, strict=True)]
     else:
-        verdicts = judge_all(scenes, pictures)
+        verdicts = judge_all(scenes, images)
     rows = tally(scenes, verdicts)
-    show(f"The model, on {len(scenes)} sampled pictures", rows)
+    show(f"The model, on {len(scenes)} sampled images", rows)
 
     told = {"reader": reader, "dtype": str(weights).removeprefix("torch.")}
     result = report([__file__, *arguments], rows) | told
@@ -252,7 +252,7 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
         write_json(settings.json, result)
     if settings.sheet:
         settings.sheet.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(pictures, verdicts).save(settings.sheet)
+        contact_sheet(images, verdicts).save(settings.sheet)
     return result
 
 

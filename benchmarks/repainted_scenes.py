@@ -21,7 +21,7 @@ class Repaint:
     """A scene, the box of its object, and the scene that is asked for in its place.
 
     Attributes:
-        before: what the picture shows.
+        before: what the image shows.
         wanted: the same with an object of another shape and colour.
         box: ``(x0, y0, x1, y1)`` in pixels, the last two exclusive.
     """

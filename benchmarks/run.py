@@ -1,6 +1,6 @@
 """Measure this package beside its alternatives, all of it by one command.
 
-``sampling``: steps and whole pictures on Stable Diffusion 1.5's architecture and on the embedded model, and how often
+``sampling``: steps and whole images on Stable Diffusion 1.5's architecture and on the embedded model, and how often
 the lossy presets obey. ``training``: LoRA on the large architecture, full fine-tuning of the embedded model.
 ``growth``: how time and memory grow, and how long a start takes. Each writes JSON, and a plot where one helps, into
 ``benchmarks/results`` or the folder of ``--results``; ``--quick`` takes minutes, with fewer rounds and nothing large.

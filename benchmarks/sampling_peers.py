@@ -18,38 +18,38 @@ from torch import Tensor
 from benchmarks.presets import preset
 from sdmodule.components.checkpoint import Components
 from sdmodule.components.schedulers import make_scheduler
-from sdmodule.diffusion.guidance import guide, rescale
+from sdmodule.diffusion.guidance import classifier_free_guidance, rescale_guidance
 from sdmodule.sampling.pipeline import sample_all
 from sdmodule.sampling.requests import build_requests
 from sdmodule.sampling.settings import SamplingSettings
 from sdmodule.speed.compiled import compiled
 from sdmodule.speed.layout import channels_last
-from sdmodule.speed.prepare import prepared
+from sdmodule.speed.prepare import speed_applied
 from sdmodule.speed.settings import choose_speed
 from sdmodule.speed.steps import plan_steps
 from sdmodule.tome.settings import choose_merging
 
 PROMPT = "a red circle on a blue background"
 STEPS = 50
-"""DDIM steps of the pictures that all are compared with."""
+"""DDIM steps of the images that all are compared with."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What each is asked for: pictures of a size, B of them, from noise ``[B, 4, h, w]``."""
+    """What each is asked for: images of a size, B of them, from noise ``[B, 4, h, w]``."""
 
     size: int
     batch: int
     noise: Tensor
     guidance: float
-    rescale: float = 0.0
+    rescale_guidance: float = 0.0
 
 
 @dataclass
 class Run:
-    """One batch: its pictures ``[B, 3, H, W]`` in [0, 1], seconds of text and decoding, and of each step."""
+    """One batch: its images ``[B, 3, H, W]`` in [0, 1], seconds of text and decoding, and of each step."""
 
-    pictures: Tensor
+    images: Tensor
     text: float
     steps: list[float]
     decode: float
@@ -63,7 +63,7 @@ class Contender:
         name: what it is.
         parts: its model.
         sample: samples some work in a number of steps.
-        steps: how many a whole picture takes.
+        steps: how many a whole image takes.
         plan: for a number of steps, the kind of each; those of a kind take as long as one another.
         ready: what is switched while it is measured.
         compiled: whether its first steps compile.
@@ -79,7 +79,7 @@ class Contender:
 
     @property
     def kinds(self) -> list[Any]:
-        """The kinds of a whole picture's steps."""
+        """The kinds of a whole image's steps."""
         return self.plan(self.steps)
 
     @property
@@ -184,7 +184,7 @@ def contender(name: str, parts: Components, settings: SamplingSettings) -> Conte
         asked = replace(settings, **size, steps=steps, guidance_scale=work.guidance, guidance_rescale=work.rescale)
         requests = build_requests(PROMPT, num_images_per_prompt=work.batch)
         made = sample_all(parts, requests, asked, noise=work.noise)
-        return Run(made.pictures, made.seconds["text"], made.step_seconds, made.seconds["decode"])
+        return Run(made.decoded, made.seconds["text"], made.step_seconds, made.seconds["decode"])
 
     return Contender(
         name,
@@ -192,7 +192,7 @@ def contender(name: str, parts: Components, settings: SamplingSettings) -> Conte
         sample,
         steps=settings.steps,
         plan=plan,
-        ready=lambda: prepared(parts, settings.speed),
+        ready=lambda: speed_applied(parts, settings.speed),
         compiled=settings.speed.compile_on(parts.unet.device.type) != "none",
     )
 
@@ -224,7 +224,7 @@ def by_pipeline(pipe: StableDiffusionPipeline, work: Work, steps: int) -> Run:
         marks.append(now(pipe.device))
         return kept
 
-    pictures = pipe(
+    images = pipe(
         prompt_embeds=prompts,
         negative_prompt_embeds=negatives,
         num_images_per_prompt=1,
@@ -237,7 +237,7 @@ def by_pipeline(pipe: StableDiffusionPipeline, work: Work, steps: int) -> Run:
     ).images
     end = now(pipe.device)
     between = [after - before for before, after in pairwise(marks[1:])]
-    return Run(pictures.float().cpu(), marks[1] - marks[0], between, end - marks[-1])
+    return Run(images.float().cpu(), marks[1] - marks[0], between, end - marks[-1])
 
 
 @torch.no_grad()
@@ -253,14 +253,14 @@ def by_older_loop(parts: Components, work: Work, steps: int) -> Run:
     for timestep in scheduler.timesteps:
         both = parts.unet(torch.cat([latents] * 2), timestep, encoder_hidden_states=text).sample
         unconditional, conditional = both.chunk(2)
-        predicted = guide(unconditional, conditional, work.guidance)
-        predicted = rescale(predicted, conditional, work.rescale) if work.rescale else predicted
+        predicted = classifier_free_guidance(unconditional, conditional, work.guidance)
+        predicted = rescale_guidance(predicted, conditional, work.rescale) if work.rescale else predicted
         latents = scheduler.step(predicted, timestep, latents).prev_sample
         marks.append(now(device))
-    pictures = parts.vae.decode(latents / parts.vae.config.scaling_factor).sample / 2 + 0.5
+    images = parts.vae.decode(latents / parts.vae.config.scaling_factor).sample / 2 + 0.5
     end = now(device)
     between = [after - before for before, after in pairwise(marks)]
-    return Run(pictures.clamp(0, 1).float().cpu(), marks[0] - start, between, end - marks[-1])
+    return Run(images.clamp(0, 1).float().cpu(), marks[0] - start, between, end - marks[-1])
 
 
 def now(device: torch.device) -> float:

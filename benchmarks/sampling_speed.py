@@ -1,10 +1,10 @@
-"""Measure sampling beside its alternatives: seconds of a guided step, and of a whole picture.
+"""Measure sampling beside its alternatives: seconds of a guided step, and of a whole image.
 
 Peers: diffusers as its README shows, diffusers by its best documented recipe (bfloat16 where the device computes in
 it, channels_last, and compiled), diffusers with tomesd, and the loop of older toolkits. Ours: the presets of
 ``speed=``. All run in one process, in turn, after a warm-up each that is reported apart; medians are reported.
 
-The architecture is Stable Diffusion 1.5's with random weights, unless ``--pretrained`` names a model. A whole picture
+The architecture is Stable Diffusion 1.5's with random weights, unless ``--pretrained`` names a model. A whole image
 is text and decoding as measured, and each of its steps at the median of its kind.
 
 Example::
@@ -32,7 +32,7 @@ from benchmarks.bar_plot import Bar, draw_bars
 from benchmarks.report import Parser, print_table, report, write_json
 from benchmarks.sampling_peers import Contender, Run, Work, means, peers, presets
 from benchmarks.tome_runs import load, psnr
-from sdmodule.cli.trainer import computes_bfloat16
+from sdmodule.cli.trainer import supports_bfloat16
 from sdmodule.components.checkpoint import MODELS, Components
 from sdmodule.errors import SettingsError
 from sdmodule.sampling.pipeline import describe
@@ -42,7 +42,7 @@ BARS = (
     ("speed=rounding", "step_over_best", 1.3),
     ("speed=rounding", "step_over_diffusers", 2.7),
     ("speed=fast", "step_over_best", 1.6),
-    ("speed=turbo", "picture_over_diffusers", 8.0),
+    ("speed=turbo", "image_over_diffusers", 8.0),
     ("speed=exact", "step_over_diffusers", 1.0),
 )
 """Which figure of which preset is to be at least what, at 512 pixels on two cores that compute in bfloat16."""
@@ -57,7 +57,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     gpu = torch.cuda.is_available()
     parser = Parser(description="Measure sampling beside its alternatives.", allow_abbrev=False)
     parser.add_argument("--size", type=int, nargs="+", default=[512, 768, 1024] if gpu else [512], help="pixels")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 5, 16] if gpu else [1], help="pictures at once")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 5, 16] if gpu else [1], help="images at once")
     parser.add_argument("--rounds", type=int, default=5, help="how often each is measured")
     parser.add_argument("--pretrained", help="a model with weights; otherwise Stable Diffusion 1.5's, random")
     parser.add_argument("--guidance-scale", type=float, default=7.5)
@@ -82,7 +82,7 @@ def models(pretrained: str | None, precision: str | None = None) -> tuple[Compon
     device = plain.unet.device.type
     for name in MODELS:  # as ``from_pretrained`` leaves them
         getattr(plain, name).to(memory_format=torch.contiguous_format)
-    fastest = "bfloat16" if computes_bfloat16("gpu" if device == "cuda" else "cpu") else "float32"
+    fastest = "bfloat16" if supports_bfloat16("gpu" if device == "cuda" else "cpu") else "float32"
     if (precision or fastest) == "float32":
         return plain, plain
     best = copy.deepcopy(plain)
@@ -119,7 +119,7 @@ class Measured:
 
     @property
     def step(self) -> float:
-        """Median seconds of a step; where steps differ, the mean over a picture of the medians."""
+        """Median seconds of a step; where steps differ, the mean over an image of the medians."""
         return self._denoising / len(self.contender.kinds)
 
     @property
@@ -128,7 +128,7 @@ class Measured:
         return sum(medians[kind] for kind in self.contender.kinds)
 
     @property
-    def picture(self) -> float:
+    def image(self) -> float:
         """Seconds of a whole batch."""
         runs = self.runs[1:]
         ends = [statistics.median(getattr(run, name) for run in runs) for name in ("text", "decode")]
@@ -157,7 +157,7 @@ def measure(plain: Components, best: Components, settings: argparse.Namespace, s
 def rows(found: Sequence[Measured], settings: argparse.Namespace, size: int, batch: int) -> list[dict[str, Any]]:
     """A row of each."""
     default, recipe = found[0], found[1]
-    exact = next(one for one in found if one.contender.name == "speed=exact").runs[-1].pictures
+    exact = next(one for one in found if one.contender.name == "speed=exact").runs[-1].images
     lines = []
     for one in found:
         weights = next(one.contender.parts.unet.parameters())
@@ -172,14 +172,14 @@ def rows(found: Sequence[Measured], settings: argparse.Namespace, size: int, bat
             "step_seconds": float(f"{one.step:.4g}"),
             "step_over_diffusers": round(default.step / one.step, 3),
             "step_over_best": round(recipe.step / one.step, 3),
-            "picture_seconds": float(f"{one.picture:.4g}"),
-            "picture_over_diffusers": round(default.picture / one.picture, 3),
+            "image_seconds": float(f"{one.image:.4g}"),
+            "image_over_diffusers": round(default.image / one.image, 3),
         }
-        pictures = one.runs[-1].pictures
-        if torch.equal(pictures, exact):
-            row["pictures"] = "equal to exact"
+        images = one.runs[-1].images
+        if torch.equal(images, exact):
+            row["images"] = "equal to exact"
         elif settings.pretrained or one.contender.enough == found[0].contender.enough:
-            row["psnr_db"] = round(psnr(pictures, exact), 1)
+            row["psnr_db"] = round(psnr(images, exact), 1)
         lines.append(row)
     return lines
 
@@ -196,11 +196,11 @@ def bars(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw how many times as fast as diffusers each is: its steps, and its whole pictures."""
+    """Draw how many times as fast as diffusers each is: its steps, and its whole images."""
     charts = []
     for size, batch in dict.fromkeys((line["size"], line["batch"]) for line in lines):
         here = [line for line in lines if (line["size"], line["batch"]) == (size, batch)]
-        for what in ("step", "picture"):
+        for what in ("step", "image"):
             title = f"{size} pixels, batch {batch}: {what}, times as fast as diffusers by its README"
             bars = [Bar(x["variant"], x[f"{what}_over_diffusers"], "speed=" in x["variant"]) for x in here]
             charts.append((title, bars))

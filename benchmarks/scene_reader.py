@@ -1,8 +1,8 @@
-"""Read a scene back off a picture, and judge it against its caption.
+"""Read a scene back off an image, and judge it against its caption.
 
-The pictures of :mod:`sdmodule.data.toy.scenes` are flat colours inside known outlines, so image analysis reads them:
-the border gives the background, patches of another palette colour give the objects, and the outline that overlaps a patch
-best gives its shape, centre and radius. No network is involved, so nothing here can share a model's mistakes.
+The images of :mod:`sdmodule.data.toy.scenes` are flat colours inside known outlines, so image analysis reads them:
+the border gives the background, patches of another palette colour give the objects, and the outline that overlaps a
+patch best gives its shape, centre and radius. No network is involved, so nothing here can share a model's mistakes.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture shows.
+    """What an image shows.
 
     Attributes:
         background: name of the background's colour.
@@ -65,24 +65,24 @@ class Reading:
 
 
 def read_scene(image: Image.Image) -> Reading:
-    """Read the background and the objects off a picture.
+    """Read the background and the objects off an image.
 
     Where two colours meet, the blend may pass near a third (red to yellow passes orange). A colour therefore counts as
     present only where a patch of it survives the loss of its rim; every pixel is then given to the nearest of the
     colours that are present, which halves each edge where the outline runs.
 
     Args:
-        image: picture of 64x64 pixels.
+        image: image of 64x64 pixels.
 
     Returns:
         The background's colour, and colour, shape, centre and radius (pixels) of each object.
 
     Raises:
-        SettingsError: the picture has another size.
+        SettingsError: the image has another size.
     """
     if image.size != (IMAGE_SIZE, IMAGE_SIZE):
         raise SettingsError(
-            f"The picture has {image.width}x{image.height} pixels, but scenes are read at {IMAGE_SIZE}x{IMAGE_SIZE}."
+            f"The image has {image.width}x{image.height} pixels, but scenes are read at {IMAGE_SIZE}x{IMAGE_SIZE}."
         )
     pixels = np.asarray(image.convert("RGB"), dtype=float)
     nearest = _nearest(pixels, _PALETTE)
@@ -109,7 +109,7 @@ def read_scene(image: Image.Image) -> Reading:
 
 
 def judge(scene: Scene, reading: Reading) -> dict[str, bool]:
-    """Say which words of a scene's caption a picture obeys.
+    """Say which words of a scene's caption an image obeys.
 
     Only what the caption states is counted: size and place where it names them, the relation of two objects.
     Missing objects make every word about them wrong; of surplus ones the largest are judged, and the count is wrong.
@@ -117,7 +117,7 @@ def judge(scene: Scene, reading: Reading) -> dict[str, bool]:
 
     Args:
         scene: the scene whose caption was the prompt.
-        reading: what :func:`read_scene` made of the picture.
+        reading: what :func:`read_scene` made of the image.
 
     Returns:
         Right or wrong for each stated one of :data:`ATTRIBUTES`; ``all`` is whether every one is right.
@@ -132,7 +132,7 @@ def judge(scene: Scene, reading: Reading) -> dict[str, bool]:
 
 
 def _judge_objects(scene: Scene, seen: tuple[SceneObject | None, ...]) -> dict[str, bool]:
-    """Judge the objects of a picture, given in the order of the caption's (None where one is missing)."""
+    """Judge the objects of an image, given in the order of the caption's (None where one is missing)."""
     objects = [item for item in seen if item is not None]
     complete = len(objects) == len(scene.objects)
     pairs = list(zip(scene.objects, objects, strict=False))
@@ -177,9 +177,9 @@ def _core(mask: Mask) -> Mask:
 
 def _cover(shape: str, x: float, y: float, radius: float) -> Array:
     """Share of each pixel that a shape covers, painted by the renderer of the scenes themselves."""
-    picture = render(Scene("black", (SceneObject("white", shape, x, y, radius),)))
+    image = render(Scene("black", (SceneObject("white", shape, x, y, radius),)))
     black, white = COLOURS["black"][0], COLOURS["white"][0]
-    return (np.asarray(picture, dtype=float)[:, :, 0] - black) / (white - black)
+    return (np.asarray(image, dtype=float)[:, :, 0] - black) / (white - black)
 
 
 def _moments(cover: Array) -> tuple[float, float, float]:

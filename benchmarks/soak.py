@@ -1,7 +1,7 @@
 """Train and sample the embedded model for a time, while processes are killed, files damaged and disks filled.
 
 Every round is one of these, drawn at random: a training or a prediction that is killed again and again, whose newest
-checkpoint or picture is damaged in between, and whose disk may be full at first; or a damaged file that is offered to a
+checkpoint or image is damaged in between, and whose disk may be full at first; or a damaged file that is offered to a
 command. What is left at the end is compared with what an undisturbed run has left, bit by bit. Meanwhile one training,
 which validates and samples too, goes on for the whole time, and its memory is watched.
 
@@ -120,7 +120,7 @@ class Soak:
         self.compare(kind, out)
 
     def damage(self, kind: str, out: Path) -> None:
-        """Damage the newest checkpoint, if it is not the only one, or a picture."""
+        """Damage the newest checkpoint, if it is not the only one, or an image."""
         files = sorted(out.glob("checkpoints/*.ckpt" if kind == "train" else "images/*.png"), key=newness)
         if len(files) < 2:
             return
@@ -131,7 +131,7 @@ class Soak:
     def compare(self, kind: str, out: Path) -> None:
         """Count what differs from an undisturbed run."""
         ours, theirs = left_by(kind, out), self.straight[kind]
-        what = "trainings" if kind == "train" else "pictures"
+        what = "trainings" if kind == "train" else "images"
         names = {"a training"} if kind == "train" else set(theirs)
         wrong = [name for name in sorted({*ours, *theirs}) if not same(ours.get(name), theirs.get(name))]
         self.counts[f"{what} compared"] += len(names)
@@ -141,7 +141,7 @@ class Soak:
             self.complain(f"{kind} differs in {wrong[:5]}, or has left something half-written")
 
     def offer_a_bad_file(self) -> None:
-        """A damaged checkpoint, picture, file of prompts or of captions, each to the command that reads it."""
+        """A damaged checkpoint, image, file of prompts or of captions, each to the command that reads it."""
         good = self.place / "straight-predict" / "images" / "00000-0.png"
         checkpoint = next((self.place / "straight-train" / "checkpoints").glob("*.ckpt"))
         photos = self.place / "photos"
@@ -215,7 +215,7 @@ def damaged(content: bytes, chance: random.Random) -> bytes:
 
 
 def left_by(kind: str, out: Path) -> dict[str, Any]:
-    """What a run has left, by name: the pixels of pictures; or weights, moments and averages of a training."""
+    """What a run has left, by name: the pixels of images; or weights, moments and averages of a training."""
     if kind == "predict":
         return {file.name: Image.open(file).tobytes() for file in sorted((out / "images").glob("*.png"))}
     newest = max((out / "checkpoints").glob("*.ckpt"), key=newness)
@@ -289,8 +289,8 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
             soak.complain(words)
         steps = [torch.load(file, weights_only=True)["global_step"] for file in place.glob("steady/checkpoints/*.ckpt")]
     row = {"minutes": round(now / 60, 1), "kills": 0, "resumes": 0, "full disks": 0}
-    row |= {"bad files offered": 0, "bad files refused": 0, "bad files read": 0, "pictures compared": 0}
-    row |= {"pictures differing": 0, "trainings compared": 0, "trainings differing": 0, "files lost": 0, "failures": 0}
+    row |= {"bad files offered": 0, "bad files refused": 0, "bad files read": 0, "images compared": 0}
+    row |= {"images differing": 0, "trainings compared": 0, "trainings differing": 0, "files lost": 0, "failures": 0}
     row |= soak.counts
     slope = growth(memory)
     row |= {
@@ -310,7 +310,7 @@ def main() -> None:
     """End with status 1 if anything was lost, differed, failed or grew."""
     [row] = run(sys.argv[1:])["rows"]
     grew = (row["memory growth, % an hour"] or 0.0) > MOST_GROWTH
-    bad = ("pictures differing", "trainings differing", "files lost", "failures")
+    bad = ("images differing", "trainings differing", "files lost", "failures")
     sys.exit(int(grew or any(row[name] for name in bad)))
 
 

@@ -29,7 +29,7 @@ from sdmodule.callbacks.timing import TimingLogger
 from sdmodule.data.toy.dataset import ShapesDataModule
 
 BATCH_SIZES = (1, 4)
-"""Pictures a step; the cost is the same for any, so the smallest is the hardest."""
+"""Images a step; the cost is the same for any, so the smallest is the hardest."""
 
 LOG_EVERY = 10
 """Steps between figures for the logger, as in ``conf/trainer``."""

@@ -21,7 +21,7 @@ from sdmodule.sampling.requests import build_requests
 from sdmodule.sampling.settings import SamplingSettings
 from sdmodule.speed.cpu.kernels import fastest_kernels
 from sdmodule.speed.layout import channels_last
-from sdmodule.speed.memory import memory_kept
+from sdmodule.speed.memory import retain_freed_memory
 from sdmodule.tome.settings import OFF, TokenMerging
 
 BACKEND = "inductor"
@@ -103,7 +103,7 @@ def in_mode(unet: Any, mode: str) -> Iterator[None]:
     try:
         with ExitStack() as stack:
             if mode == ROUNDING:
-                stack.enter_context(memory_kept())
+                stack.enter_context(retain_freed_memory())
                 stack.enter_context(channels_last(unet))
                 stack.enter_context(fastest_kernels(unet))
             yield
@@ -130,7 +130,7 @@ def seconds_of(call: Callable[[], Tensor], device: torch.device, clock: str) -> 
 def forward(parts: Components, variant: Variant, size: int, clock: str = "wall", seed: int = 0) -> tuple[float, Tensor]:
     """Call the UNet on the input of a seed: the output ``[2, 4, h, w]``, and how long the next call takes.
 
-    The first call of a picture puts weights in order for all others, and one step in fifty is like it.
+    The first call of an image puts weights in order for all others, and one step in fifty is like it.
     """
     unet, side = parts.unet, size // parts.pixels_per_latent
     generator = torch.Generator().manual_seed(seed)
@@ -143,8 +143,8 @@ def forward(parts: Components, variant: Variant, size: int, clock: str = "wall",
         return seconds_of(lambda: unet(latents, 500, encoder_hidden_states=text).sample, unet.device, clock)[0], result
 
 
-def pictures(parts: Components, variant: Variant, size: int, images: int, steps: int) -> tuple[float, Tensor]:
-    """Time the published protocol, from text to decoded pictures, and give the pictures ``[images, 3, H, W]``."""
+def images(parts: Components, variant: Variant, size: int, images: int, steps: int) -> tuple[float, Tensor]:
+    """Time the published protocol, from text to decoded images, and give the images ``[images, 3, H, W]``."""
     settings = SamplingSettings(scheduler="ddim", steps=steps, height=size, width=size, merging=variant.merging)
     check_settings(parts, settings)
     rng, made, seconds = random.Random(0), [], 0.0
@@ -154,7 +154,7 @@ def pictures(parts: Components, variant: Variant, size: int, images: int, steps:
         with in_mode(parts.unet, variant.mode):
             samples = sample_all(parts, requests, settings)
         seconds += sum(samples.seconds.values())
-        made.append(samples.pictures)
+        made.append(samples.decoded)
     return seconds, torch.cat(made)
 
 
@@ -164,7 +164,7 @@ def relative_error(result: Tensor, wanted: Tensor) -> float:
 
 
 def psnr(result: Tensor, wanted: Tensor) -> float:
-    """Peak signal-to-noise ratio of pictures in [0, 1], in dB."""
+    """Peak signal-to-noise ratio of images in [0, 1], in dB."""
     return float(-10 * (result.double() - wanted.double()).square().mean().log10())
 
 

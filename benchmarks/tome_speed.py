@@ -1,8 +1,8 @@
 """Measure token merging: speed beside error, of tomesd and of this package's engines.
 
-By default the published protocol (Bolya and Hoffman 2023, table 1): 512 pixels, 100 pictures in 20 calls of 5 of one
+By default the published protocol (Bolya and Hoffman 2023, table 1): 512 pixels, 100 images in 20 calls of 5 of one
 prompt, 50 DDIM steps, ratios 0.5 and 0.75. ``--forward-only`` times single calls of the UNet instead, on the two
-halves of one guided picture, another one in each turn: the second call each, as of the steps of a picture all but one
+halves of one guided image, another one in each turn: the second call each, as of the steps of an image all but one
 are. All variants run in one process, in turn, after a warm-up each; medians of times and means of errors are
 reported.
 
@@ -38,14 +38,14 @@ from benchmarks.tome_runs import (
     Variant,
     forward,
     forward_error,
+    images,
     in_mode,
     load,
-    pictures,
     psnr,
     relative_error,
     variants,
 )
-from sdmodule.cli.trainer import computes_bfloat16
+from sdmodule.cli.trainer import supports_bfloat16
 from sdmodule.components.checkpoint import Components
 from sdmodule.errors import SettingsError
 from sdmodule.tome.settings import OFF
@@ -69,18 +69,18 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(description="Measure token merging: speed beside error.", allow_abbrev=False)
     parser.add_argument("--size", type=int, nargs="+", default=[512], help="pixels: 512, 768, 1024")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.75], help="shares of the tokens to merge")
-    parser.add_argument("--forward-only", action="store_true", help="time calls of the UNet, not whole pictures")
+    parser.add_argument("--forward-only", action="store_true", help="time calls of the UNet, not whole images")
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of the UNet each, with --forward-only")
     parser.add_argument(
         "--clock", choices=["wall", "cpu"], default="wall", help="cpu on a shared machine: forwards only"
     )
-    parser.add_argument("--images", type=int, default=PROTOCOL["images"], help="pictures each")
-    parser.add_argument("--steps", type=int, default=PROTOCOL["steps"], help="DDIM steps of a picture")
+    parser.add_argument("--images", type=int, default=PROTOCOL["images"], help="images each")
+    parser.add_argument("--steps", type=int, default=PROTOCOL["steps"], help="DDIM steps of an image")
     parser.add_argument("--precision", choices=["bfloat16", "float32", "float16"], default="bfloat16")
     parser.add_argument("--compile", action="store_true", help="each variant a second time, its blocks compiled")
     parser.add_argument("--max-downsample", type=int, default=1, help="of every variant")
     parser.add_argument("--pretrained", help="a model with weights; otherwise Stable Diffusion 1.5's, random")
-    parser.add_argument("--quick", action="store_true", help="one ratio, one round, one picture of two steps")
+    parser.add_argument("--quick", action="store_true", help="one ratio, one round, one image of two steps")
     parser.add_argument("--json", type=Path, help="file to write the results to")
     parser.add_argument("--plot", type=Path, help="PNG to draw speed-up over ratio and error over speed-up in")
     settings = parser.parse_args(arguments)
@@ -128,10 +128,10 @@ def measure(parts: Components, settings: argparse.Namespace, size: int) -> list[
         for taken in times.values():
             del taken[0]  # of the warm-up
     else:
-        for variant in listed:  # two steps of one picture are warm-up enough
-            pictures(parts, variant, size, images=1, steps=2)
+        for variant in listed:  # two steps of one image are warm-up enough
+            images(parts, variant, size, images=1, steps=2)
         for variant in listed:
-            timed(variant, partial(pictures, images=settings.images, steps=settings.steps))
+            timed(variant, partial(images, images=settings.images, steps=settings.steps))
             errors[variant].append(forward_error(parts, variant, size, unmerged[variant]))
     peers = {(v.mode, v.merging.ratio): v for v in listed if v.name == "tomesd"}
     rows = []
@@ -201,7 +201,7 @@ def protocol(parts: Components, settings: argparse.Namespace) -> str:
     """Say what was timed, and where it falls short of the published protocol."""
     device = parts.unet.device.type
     where = f"{parts.source}, {settings.precision}, channels_last, {device}, {torch.get_num_threads()} threads"
-    if settings.precision == "bfloat16" and device == "cpu" and not computes_bfloat16(device):
+    if settings.precision == "bfloat16" and device == "cpu" and not supports_bfloat16(device):
         where += (
             "; this processor has no bfloat16 of its own: its matrix products are several times slower than float32"
         )
@@ -210,7 +210,7 @@ def protocol(parts: Components, settings: argparse.Namespace) -> str:
     short = [f"{key} {getattr(settings, key)} of {PROTOCOL[key]}" for key in ("images", "steps")
              if getattr(settings, key) < PROTOCOL[key]]  # fmt: skip
     what = f"shortened: {', '.join(short)}" if short else "the published protocol"
-    return f"{what}, {IMAGES_PER_CALL} pictures a call; {where}"
+    return f"{what}, {IMAGES_PER_CALL} images a call; {where}"
 
 
 def draw(rows: Sequence[dict[str, Any]], size: int, path: Path) -> None:

@@ -16,7 +16,7 @@ from diffusers.optimization import get_scheduler
 from peft import LoraConfig
 from PIL import Image
 
-from sdmodule.callbacks.latent_cache import Cache
+from sdmodule.callbacks.latent_cache import LatentCache
 from sdmodule.callbacks.timing import TimingLogger
 from sdmodule.cli.trainer import make_trainer
 from sdmodule.components.checkpoint import Components
@@ -38,9 +38,9 @@ class Task:
     """What each is asked for.
 
     Attributes:
-        folder: pictures with captions.
+        folder: images with captions.
         size: pixels of a side.
-        batch: pictures a step.
+        batch: images a step.
         lora: train an adapter instead of the whole UNet.
         precision: Lightning's name of the precision; ``bf16-mixed`` or ``32-true``.
         work: a folder for what is left over.
@@ -62,14 +62,14 @@ def with_adapter(unet: Any, lora: bool) -> None:
 
 
 def data_of(task: Task) -> ImageFolderDataModule:
-    """The pictures, a batch a step."""
+    """The images, a batch a step."""
     return ImageFolderDataModule(str(task.folder), resolution=task.size, batch_size=task.batch, val_fraction=0.0)
 
 
 def script(parts: Components, task: Task, steps: int) -> list[float]:
     """Seconds of each step of the loop of diffusers' ``train_text_to_image.py`` and its LoRA sibling.
 
-    Pictures and captions are encoded at every step, the loss is gathered at every step, gradients are clipped at 1,
+    Images and captions are encoded at every step, the loss is gathered at every step, gradients are clipped at 1,
     AdamW is torch's own with weight decay 0.01, the learning rate constant. In mixed precision what is not trained is
     in 16 bits. ``parts.unet`` has what is to be trained, and is as it was afterwards.
     """
@@ -104,8 +104,8 @@ def _script(parts: Components, task: Task, steps: int) -> list[float]:
     while True:
         start = time.perf_counter()
         for batch in loader:
-            pictures = batch["image"].to(accelerator.device, dtype)
-            latents = frozen["vae"].encode(pictures).latent_dist.sample() * parts.vae.config.scaling_factor
+            images = batch["image"].to(accelerator.device, dtype)
+            latents = frozen["vae"].encode(images).latent_dist.sample() * parts.vae.config.scaling_factor
             noise = torch.randn_like(latents)
             timesteps = torch.randint(0, noising.config.num_train_timesteps, (len(latents),), device=latents.device)
             noisy = noising.add_noise(latents.float(), noise.float(), timesteps).to(dtype)
@@ -137,7 +137,7 @@ def ours(module: StableDiffusionModule, task: Task, steps: int) -> list[float]:
         max_steps=steps,
         val_check_interval=steps,
         precision=task.precision,
-        callbacks=[timing, Cache(task.work / "cache", "all")],
+        callbacks=[timing, LatentCache(task.work / "cache", "all")],
         gradient_clip_val=1.0,
         limit_val_batches=0,
         logger=False,
@@ -155,8 +155,8 @@ def module_of(parts: Components, compile: str = "none") -> StableDiffusionModule
     return module
 
 
-def write_pictures(folder: Path, count: int, size: int, captions: Sequence[str]) -> None:
-    """Random pictures with captions: speed does not depend on what they show."""
+def write_images(folder: Path, count: int, size: int, captions: Sequence[str]) -> None:
+    """Random images with captions: speed does not depend on what they show."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
     for k in range(count):

@@ -1,7 +1,7 @@
 """Measure training beside the loop of diffusers' scripts: samples a second, and peak memory.
 
 Stable Diffusion 1.5's architecture (random weights) with a LoRA adapter, and the embedded model in full, on the same
-pictures, batch and precision. Each is run in turn, in one process; a turn's first steps are its warm-up and medians
+images, batch and precision. Each is run in turn, in one process; a turn's first steps are its warm-up and medians
 are of the others. What fills the cache is told apart, since it is done once for all trainings.
 
 Example::
@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.bar_plot import Bar, draw_bars
 from benchmarks.report import Parser, print_table, report, write_json
 from benchmarks.tome_runs import load
-from benchmarks.training_peers import Task, module_of, ours, script, with_adapter, write_pictures
-from sdmodule.cli.trainer import computes_bfloat16
+from benchmarks.training_peers import Task, module_of, ours, script, with_adapter, write_images
+from sdmodule.cli.trainer import supports_bfloat16
 from sdmodule.components.checkpoint import MODELS, Components
 from sdmodule.errors import SettingsError
 from sdmodule.speed.compile import COMPILE
@@ -66,7 +66,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     gpu = torch.cuda.is_available()
     parser = Parser(description="Measure training beside the loop of diffusers' scripts.", allow_abbrev=False)
     parser.add_argument("--size", type=int, default=512 if gpu else 256, help="pixels, of the large model")
-    parser.add_argument("--batch", type=int, default=8 if gpu else 1, help="pictures a step, of the large model")
+    parser.add_argument("--batch", type=int, default=8 if gpu else 1, help="images a step, of the large model")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each")
     parser.add_argument("--steps", type=int, default=3, help="counted steps of a turn")
     parser.add_argument("--compile", action="store_true", help="ours again, its blocks compiled, and tiny whole")
@@ -101,11 +101,11 @@ def variants(settings: argparse.Namespace, work: Path, precision: str) -> list[V
 
 
 def prepare(parts: Components, task: Task) -> Components:
-    """Parts as a checkpoint gives them, with what is to be trained, and pictures to train on."""
+    """Parts as a checkpoint gives them, with what is to be trained, and images to train on."""
     for name in MODELS:
         getattr(parts, name).to(memory_format=torch.contiguous_format)
     with_adapter(parts.unet, task.lora)
-    write_pictures(task.folder, 8 * task.batch, task.size, CAPTIONS)
+    write_images(task.folder, 8 * task.batch, task.size, CAPTIONS)
     return parts
 
 
@@ -208,7 +208,7 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
     """
     settings = parse(arguments)
     device = "gpu" if torch.cuda.is_available() else "cpu"
-    precision = "bf16-mixed" if computes_bfloat16(device) else "32-true"
+    precision = "bf16-mixed" if supports_bfloat16(device) else "32-true"
     protocol = (
         f"{device}, {torch.get_num_threads()} threads, {precision}; medians of {settings.rounds} turns of "
         f"{settings.steps} steps each, in turn"

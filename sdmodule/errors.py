@@ -1,24 +1,121 @@
-"""The one kind of error that a wrong input ends in."""
+"""`SettingsError`, the one error that a wrong input ends in, and the checks that raise it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+MAX_SEED = 2**64 - 1
+"""Largest seed that torch's generators take."""
 
 
 class SettingsError(ValueError):
     """A setting or an input file cannot be used.
 
-    The message is one sentence for the person who typed it: what was given, what is allowed, what to do.
-    The command line prints it alone, without a traceback, and ends with status 1.
+    The message is one sentence for the person who typed it: ``key=value: what is wrong; what is allowed; what to do``.
+    The command line prints it alone, without a traceback, and exits with status 1.
     """
 
 
 def unwritable(folder: str | Path, reason: str | None) -> SettingsError:
     """The error for an output folder that cannot be written."""
-    return SettingsError(f"output_dir={folder} cannot be written ({reason}); give a folder that can be.")
+    return SettingsError(f"output_dir={folder}: cannot be written ({reason}); choose a folder that can.")
 
 
 def choices(names: Iterable[str]) -> str:
-    """Join names for the part of a message that lists what is allowed."""
+    """Names in alphabetical order, for the part of a message that lists what is allowed."""
     return ", ".join(sorted(names))
+
+
+def is_int(value: Any) -> bool:
+    """Whether a setting is a whole number; true and false are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a setting is a finite number; true and false are not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_int(key: str, value: Any, minimum: int | None = 1, maximum: int | None = None) -> None:
+    """Check that a setting is a whole number within bounds, both included.
+
+    Raises:
+        SettingsError: if it is not.
+    """
+    low, high = minimum is not None, maximum is not None
+    if is_int(value) and not (low and value < minimum) and not (high and value > maximum):  # type: ignore[operator]
+        return
+    bounds = f" from {minimum} to {maximum}" if low and high else f" of at least {minimum}" if low else ""
+    raise SettingsError(f"{key}={value}: must be a whole number{bounds}.")
+
+
+def check_number(
+    key: str,
+    value: Any,
+    *,
+    minimum: float = -math.inf,
+    maximum: float = math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> None:
+    """Check that a setting is a finite number within bounds.
+
+    Args:
+        key: name of the setting.
+        value: what was given.
+        minimum: smallest value allowed.
+        maximum: largest value allowed.
+        above: the value must be greater than this.
+        below: the value must be less than this.
+
+    Raises:
+        SettingsError: if it is not.
+    """
+    if is_number(value) and minimum <= value <= maximum and above < value < below:
+        return
+    words = (("of at least", minimum), ("greater than", above), ("of at most", maximum), ("less than", below))
+    bounds = " and ".join(f"{word} {bound:g}" for word, bound in words if math.isfinite(bound))
+    raise SettingsError(f"{key}={value}: must be a number {bounds}".rstrip() + ".")
+
+
+def check_bool(key: str, value: Any) -> None:
+    """Check that a setting is true or false; any text, even ``no``, would count as true.
+
+    Raises:
+        SettingsError: if it is neither.
+    """
+    if not isinstance(value, bool):
+        raise SettingsError(f"{key}={value}: must be true or false.")
+
+
+def check_choice(key: str, value: Any, allowed: Iterable[str]) -> None:
+    """Check that a setting is one of several names.
+
+    Raises:
+        SettingsError: if it is not.
+    """
+    allowed = list(allowed)
+    if value not in allowed:
+        raise SettingsError(f"{key}={value}: unknown; choose one of {choices(allowed)}.")
+
+
+def check_path(key: str, value: Any) -> None:
+    """Check that a setting is a non-empty path; an empty one would mean the current folder.
+
+    Raises:
+        SettingsError: if it is not.
+    """
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise SettingsError(f"{key}={value}: must be a non-empty path, in quotes if it is a number.")
+
+
+def check_seed(key: str, value: Any) -> None:
+    """Check a seed of torch's generators.
+
+    Raises:
+        SettingsError: if it is not a whole number from 0 to `MAX_SEED`.
+    """
+    check_int(key, value, minimum=0, maximum=MAX_SEED)

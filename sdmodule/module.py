@@ -1,7 +1,7 @@
 """Stable Diffusion as one LightningModule: it trains, it validates, it samples.
 
 The algorithms are those of Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models":
-an autoencoder turns a picture into latents; a UNet, told the prompt by cross-attention, learns to take noise out of
+an autoencoder turns an image into latents; a UNet, told the prompt by cross-attention, learns to take noise out of
 noisy latents; sampling starts from noise alone.
 """
 
@@ -18,25 +18,25 @@ from torch import Tensor
 from typing_extensions import override
 
 from sdmodule.cli.trainer import check_training_precision
-from sdmodule.components.adapters import chosen_adapters, use_adapters
+from sdmodule.components.adapters import parse_adapters, use_adapters
 from sdmodule.components.base_model import BaseModel
 from sdmodule.components.checkpoint import load_components
 from sdmodule.components.schedulers import make_scheduler
 from sdmodule.conditioning.control import ControlGuide, load_controlnet
-from sdmodule.conditioning.inpaint import HoleTraining, convert_to_inpaint, inpaints
-from sdmodule.conditioning.inpaint_crop import InpaintSettings, check_inpaint
-from sdmodule.conditioning.text import encode_prompts, literal
+from sdmodule.conditioning.inpaint import InpaintTraining, convert_to_inpaint, is_inpaint_unet
+from sdmodule.conditioning.inpaint_crop import InpaintSettings, check_inpaint_settings
+from sdmodule.conditioning.text import encode_prompts, escape_prompt
 from sdmodule.data.cache.latents import CachedEmbeddings
 from sdmodule.diffusion.noising import (
     add_noise,
     check_prior_weight,
     draw_timesteps,
-    example_means,
-    prior_preservation,
+    per_example_loss,
+    prior_preservation_loss,
     target,
 )
 from sdmodule.errors import SettingsError, choices
-from sdmodule.io.redact import shortened
+from sdmodule.io.redact import shorten_home
 from sdmodule.module_files import load_state_dict, on_load_checkpoint, on_save_checkpoint, save_pretrained
 from sdmodule.ranges import check_flag, check_whole, is_number
 from sdmodule.sampling.infer import infer
@@ -46,16 +46,16 @@ from sdmodule.sampling.result import Samples
 from sdmodule.sampling.settings import SamplingSettings
 from sdmodule.speed.attention import plain_attention
 from sdmodule.speed.compile import check_compile, compile_unet
-from sdmodule.speed.memory import memory_kept
-from sdmodule.speed.prepare import prepared
+from sdmodule.speed.memory import retain_freed_memory
+from sdmodule.speed.prepare import speed_applied
 from sdmodule.speed.settings import choose_speed
 from sdmodule.tome.settings import choose_merging
 from sdmodule.training.activation_checkpointing import checkpoint_blocks
-from sdmodule.training.conditions import control, mask_channels, weights_of_places
+from sdmodule.training.conditions import control, mask_channels, spatial_loss_weights
 from sdmodule.training.lora import LoraTuning
 from sdmodule.training.objective import SQUARED_ERROR, Objective
 from sdmodule.training.optimizers import build_optimizer, check_optimizer, parameter_groups
-from sdmodule.training.rng import Draws, generator_at, generators_of_examples, seeded
+from sdmodule.training.rng import Generators, generator_for, per_example_generators, seeded
 from sdmodule.training.tuning import check_scratch, choose_tuning
 from sdmodule.training.validation import validation_losses
 
@@ -76,14 +76,14 @@ class StableDiffusionModule(LightningModule):
         objective: what is predicted and how its error counts; see ``Objective``.
         task: ``text2image`` or ``inpaint``.
         convert: for ``inpaint``, widen an ordinary UNet to the mask's channels when training starts.
-        whole_masks: for ``inpaint``, share of training pictures that are masked whole.
-        prior_weight: for DreamBooth, how much pictures of the kind count beside those of the thing.
+        whole_masks: for ``inpaint``, share of training images that are masked whole.
+        prior_weight: for DreamBooth, how much images of the kind count beside those of the thing.
         hole_weight: for ``inpaint``, how many times the loss in the hole counts that of the same area around it.
-        sampling: how pictures are sampled (steps, guidance and the rest); see ``SamplingSettings``.
+        sampling: how images are sampled (steps, guidance and the rest); see ``SamplingSettings``.
         tome: token merging in sampling; see ``TokenMerging``.
         tomesd_cfg: another name for ``tome``.
         speed: means of sampling faster; see ``SpeedSettings``.
-        inpaint: how masked pictures are repainted; see ``InpaintSettings``.
+        inpaint: how masked images are repainted; see ``InpaintSettings``.
         adapters: what to sample with beside the checkpoint, ``[{"path": file, "scale": 0.8}]``; see ``ChosenAdapter``.
         controlnet: a ControlNet to sample with: a folder or a hub id.
         control_scale: how much it counts.
@@ -132,17 +132,17 @@ class StableDiffusionModule(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        pretrained = shortened(pretrained)
-        controlnet = shortened(controlnet) if controlnet else None
-        components = {name: shortened(place) for name, place in (components or {}).items() if place}
-        self.adapters = chosen_adapters(adapters)
-        adapters = [{"path": shortened(one.path), "scale": one.scale} for one in self.adapters]
+        pretrained = shorten_home(pretrained)
+        controlnet = shorten_home(controlnet) if controlnet else None
+        components = {name: shorten_home(place) for name, place in (components or {}).items() if place}
+        self.adapters = parse_adapters(adapters)
+        adapters = [{"path": shorten_home(one.path), "scale": one.scale} for one in self.adapters]
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "scratch", "compile", "checkpointing"])
         if task not in TASKS:
             raise SettingsError(f"model={task} is not known; give one of {choices(TASKS)}.")
         self.task = task
-        self.holes = HoleTraining(convert, whole_masks, hole_weight)
-        if task != INPAINT and self.holes != HoleTraining():
+        self.holes = InpaintTraining(convert, whole_masks, hole_weight)
+        if task != INPAINT and self.holes != InpaintTraining():
             raise SettingsError(
                 f"{self.holes} was given and model={task} has no holes; use model=inpaint, or leave it out."
             )
@@ -161,7 +161,7 @@ class StableDiffusionModule(LightningModule):
             control_scale=control_scale,
             speed=choose_speed(speed),
         )
-        check_inpaint(self.sampling.inpaint, task)
+        check_inpaint_settings(self.sampling.inpaint, task)
         self.objective = Objective(**(objective or {}))
         self.tuning = choose_tuning(tuning)
         check_scratch(self.tuning, scratch)
@@ -170,7 +170,7 @@ class StableDiffusionModule(LightningModule):
         if changes := self.objective.schedule(parts.scheduler.config):
             parts.scheduler = make_scheduler({"name": "ddim", **changes}, parts.scheduler.config)
         check_settings(parts, self.sampling)
-        if inpaints(parts.unet) and task != INPAINT:
+        if is_inpaint_unet(parts.unet) and task != INPAINT:
             raise SettingsError(f"pretrained={pretrained} inpaints: its UNet takes a mask; use model=inpaint.")
         use_adapters(parts, self.adapters, merge_adapters)
         if controlnet:
@@ -189,9 +189,11 @@ class StableDiffusionModule(LightningModule):
         self.seed = seed
         self.on_step: Callable[[int, Tensor], None] | None = None  # told of every denoising step of ``predict_step``
         self._prepared = ExitStack()  # what is switched for a whole run of the trainer
-        self.whole_weights: Callable[[], AbstractContextManager[None]] = nullcontext  # set while some are in 16 bits
+        self.full_precision_weights: Callable[[], AbstractContextManager[None]] = (
+            nullcontext  # set while some are in 16 bits
+        )
         self.cached_embeddings: CachedEmbeddings | None = None  # set by the cache while a training goes on
-        self.validated = ""  # end of the names under which validation is logged; set where it is of other weights
+        self.val_log_suffix = ""  # end of the names under which validation is logged; set where it is of other weights
         self.strict_loading = False  # checkpoints hold the trained weights alone
         checkpoint_blocks(self.unet, checkpointing)
         compile_unet(self.unet, compile)
@@ -215,7 +217,7 @@ class StableDiffusionModule(LightningModule):
         steps = self._trainer.max_steps if self._trainer is not None else None
         check_optimizer(self.optimizer, self.lr_scheduler, self.parameter_groups, steps)
         self.base_model.identify()
-        if self.task == INPAINT and not inpaints(self.unet):
+        if self.task == INPAINT and not is_inpaint_unet(self.unet):
             trained = "unet" in self.tuning.from_scratch
             self.holes.check(self.unet, self.parts.source, trained, self.tuning.kind)
             convert_to_inpaint(self.unet)
@@ -223,7 +225,7 @@ class StableDiffusionModule(LightningModule):
     @override
     def on_fit_start(self) -> None:
         if self.device.type == "cpu":
-            self._prepared.enter_context(memory_kept())
+            self._prepared.enter_context(retain_freed_memory())
         if self.device.type == "cpu" and "bf16" in str(self.trainer.precision):
             self._prepared.enter_context(plain_attention(self.text_encoder, self.unet, self.controlnet))
 
@@ -234,7 +236,7 @@ class StableDiffusionModule(LightningModule):
     @override
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         prior = batch.get("prior")  # of DreamBooth's pairs
-        generators = generators_of_examples(
+        generators = per_example_generators(
             self.seed, len(batch["caption"]), batch_idx, self._trainer, pairs=prior is not None
         )
         latents = self.encode_images(batch, generators)
@@ -246,12 +248,13 @@ class StableDiffusionModule(LightningModule):
         ]
         channels = self.mask_channels(batch, generators, self.holes.whole_masks) if self.task == INPAINT else None
         noise = self.objective.draw_noise(latents, generators)
-        with seeded(generator_at(self.seed, self.global_step, batch_idx, self.global_rank), self.device):  # for dropout
+        dropout = generator_for(self.seed, self.global_step, batch_idx, self.global_rank)
+        with seeded(dropout, self.device):
             errors = self.denoising_errors(
                 latents, noise, timesteps.to(self.device), captions, channels, self.objective, self.control(batch)
             )
-        losses = example_means(errors, self.weights_of_places(batch, errors, channels))
-        loss = losses.mean() if prior is None else prior_preservation(losses, prior, self.prior_weight)
+        losses = per_example_loss(errors, self.spatial_loss_weights(batch, errors, channels))
+        loss = losses.mean() if prior is None else prior_preservation_loss(losses, prior, self.prior_weight)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(latents))
         return loss
 
@@ -268,35 +271,35 @@ class StableDiffusionModule(LightningModule):
         """Error of the UNet's prediction at each place (algorithm 1 of Ho et al. 2020), ``[B, 1, h, w]``.
 
         Args:
-            latents: of the pictures, ``[B, 4, h, w]``.
+            latents: of the images, ``[B, 4, h, w]``.
             noise: what is to be predicted and what is seen; see ``Objective.draw_noise``.
             timesteps: how noisy each is made, ``[B]``.
             captions: B texts; parentheses weigh nothing in them.
             channels: what a UNet that inpaints sees beside the noisy latents, ``[B, 5, h, w]``.
             objective: how the error counts.
-            control: the ControlNet with its pictures.
+            control: the ControlNet with its images.
         """
         predictable, visible = noise
         kind = self.parts.scheduler.config.prediction_type
         noisy = add_noise(latents, visible, self.alphas_cumprod, timesteps)
         wanted = target(kind, latents, predictable, self.alphas_cumprod, timesteps)
         seen = noisy if channels is None else torch.cat([noisy, channels], dim=1)
-        embeddings = self.encode_prompts([literal(caption) for caption in captions])
+        embeddings = self.encode_prompts([escape_prompt(caption) for caption in captions])
         residuals = {} if control is None else control.residuals(seen, timesteps, embeddings)
         predicted = self.unet(seen, timesteps, encoder_hidden_states=embeddings, **residuals).sample
         return objective.errors(predicted, wanted, kind, self.alphas_cumprod, timesteps)
 
     control = control  # functions of their own file, like `infer`
-    weights_of_places = weights_of_places
+    spatial_loss_weights = spatial_loss_weights
     mask_channels = mask_channels
 
     @torch.no_grad()
     def encode_moments(self, image: Tensor) -> Tensor:
-        """Mean and standard deviation of the latents of pictures ``[B, 3, H, W]`` in [-1, 1]: ``[B, 8, h, w]``."""
+        """Mean and standard deviation of the latents of images ``[B, 3, H, W]`` in [-1, 1]: ``[B, 8, h, w]``."""
         posterior = self.vae.encode(image.to(self.vae.dtype)).latent_dist
         return torch.cat([posterior.mean, posterior.std], dim=1).float()
 
-    def encode_images(self, batch: Mapping[str, Any], generator: Draws) -> Tensor:
+    def encode_images(self, batch: Mapping[str, Any], generator: Generators) -> Tensor:
         """Latents of a batch, ``[B, 4, h, w]``, drawn anew each time from its moments, cached or computed."""
         moments = batch["moments"].float() if "moments" in batch else self.encode_moments(batch["image"])
         mean, deviation = moments.chunk(2, dim=1)
@@ -322,10 +325,10 @@ class StableDiffusionModule(LightningModule):
     @override
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         losses = validation_losses(self, batch, batch_idx)
-        named = {f"val/{name}{self.validated}": loss for name, loss in losses.items()}
-        whole = f"val/loss{self.validated}"
+        named = {f"val/{name}{self.val_log_suffix}": loss for name, loss in losses.items()}
+        whole = f"val/loss{self.val_log_suffix}"
         size = len(batch["caption"])
-        self.log(whole, named.pop(whole), prog_bar=not self.validated, sync_dist=True, batch_size=size)
+        self.log(whole, named.pop(whole), prog_bar=not self.val_log_suffix, sync_dist=True, batch_size=size)
         self.log_dict(named, sync_dist=True, batch_size=size)
 
     @property
@@ -357,7 +360,7 @@ class StableDiffusionModule(LightningModule):
 
     @property
     def resolution(self) -> int:
-        """Side in pixels of the pictures that the checkpoint was made for."""
+        """Side in pixels of the images that the checkpoint was made for."""
         return self.unet.config.sample_size * self.parts.pixels_per_latent
 
     @property
@@ -371,7 +374,7 @@ class StableDiffusionModule(LightningModule):
 
     @override
     def on_predict_start(self) -> None:
-        self._prepared.enter_context(prepared(self.parts, self.sampling.speed))
+        self._prepared.enter_context(speed_applied(self.parts, self.sampling.speed))
 
     @override
     def on_predict_end(self) -> None:
@@ -379,13 +382,13 @@ class StableDiffusionModule(LightningModule):
 
     @override
     def predict_step(self, batch: list[SampleRequest], batch_idx: int) -> Samples:
-        """Sample the pictures of a batch of requests; writing them is the callbacks' work."""
+        """Sample the images of a batch of requests; writing them is the callbacks' work."""
         samples = sample_all(self.parts, batch, self.sampling, on_step=self.on_step)
-        samples.facts |= self.origin
+        samples.metadata |= self.origin
         return samples
 
     def describe(self) -> dict[str, Any]:
-        """The settings of the pictures that ``predict_step`` makes, in plain types."""
+        """The settings of the images that ``predict_step`` makes, in plain types."""
         return describe(self.parts, self.sampling, self.task == INPAINT) | self.origin
 
     @property

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning import LightningModule
 
-from sdmodule.conditioning.inpaint import convert_to_inpaint, inpaints
+from sdmodule.conditioning.inpaint import convert_to_inpaint, is_inpaint_unet
 from sdmodule.errors import SettingsError
 from sdmodule.training.checkpoint_io import check_weights
 from sdmodule.training.optimizers import check_state, name_optimizers
@@ -21,7 +21,7 @@ def save_pretrained(module: StableDiffusionModule, folder: str | Path, dtype: st
     """Write what is trained, its weights as ``dtype``: a folder that diffusers' pipeline loads, or an adapter."""
     if module.adapters and not module.hparams["merge_adapters"]:
         raise SettingsError("adapters stand beside the weights; set merge_adapters=true to write them together.")
-    with module.whole_weights():
+    with module.full_precision_weights():
         module.tuning.export(module.parts, folder, dtype)
 
 
@@ -36,7 +36,9 @@ def on_save_checkpoint(module: StableDiffusionModule, checkpoint: dict[str, Any]
 def on_load_checkpoint(module: StableDiffusionModule, checkpoint: dict[str, Any]) -> None:
     """Check, before anything is loaded, that a checkpoint is of this base model and of what is trained here."""
     module.base_model.check(checkpoint)
-    if module.holes.convert and not inpaints(module.unet):  # loaded without a trainer, which would have set it up
+    if module.holes.convert and not is_inpaint_unet(
+        module.unet
+    ):  # loaded without a trainer, which would have set it up
         convert_to_inpaint(module.unet)
     check_weights(checkpoint["state_dict"], module)
     check_state(checkpoint, module.optimizer, module.lr_scheduler, module.parameter_groups, module._trainer)

@@ -32,7 +32,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers folder of pictures of 32 x 32 pixels, its weights random, its tokenizer that of the scenes."""
+    """A diffusers folder of images of 32 x 32 pixels, its weights random, its tokenizer that of the scenes."""
     folder = tmp_path_factory.mktemp("checkpoint")
     write_tokenizer(folder / "tokenizer", scene_captions(200), size=1024)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
@@ -109,11 +109,11 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Six pictures with a ``metadata.jsonl``."""
+    """Six images with a ``metadata.jsonl``."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for k in range(6):
         Image.new("RGB", (40, 48), (40 * k, 90, 200)).save(folder / f"{k}.png")
-    rows = [{"file_name": f"{k}.png", "text": f"picture {k}"} for k in range(6)]
+    rows = [{"file_name": f"{k}.png", "text": f"image {k}"} for k in range(6)]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

@@ -36,7 +36,7 @@ class Losses(Callback):
 def train(
     module: StableDiffusionModule, steps: int, *callbacks: Callback, resume: Path | None = None, **settings
 ) -> Trainer:
-    """Train on six pictures an epoch, two a step, so that a few steps cross the end of an epoch."""
+    """Train on six images an epoch, two a step, so that a few steps cross the end of an epoch."""
     data = ShapesDataModule(batch_size=2, train_length=6, val_length=2, size=32)
     return fit(module, data, steps, *callbacks, resume=resume, **{"limit_val_batches": 0, **settings})
 
@@ -135,7 +135,7 @@ def test_a_training_that_was_stopped_ends_where_an_unbroken_one_does(build, tmp_
     assert equal(weights(resumed), weights(straight))
 
 
-def test_validation_and_its_pictures_change_no_training(build, tmp_path):
+def test_validation_and_its_images_change_no_training(build, tmp_path):
     without, with_validation = build(), build()
     train(without, 4)
     samples = ValidationSamples(tmp_path)
@@ -259,5 +259,5 @@ def test_what_was_made_to_sample_trains_as_well(checkpoint):
     module = StableDiffusionModule.from_pretrained(str(checkpoint), tuning={"kind": "lora", "dropout": 0.5})
     dropouts = [part for part in module.unet.modules() if isinstance(part, torch.nn.Dropout) and part.p == 0.5]
     assert dropouts and all(part.training for part in dropouts)
-    pictures = [module.infer("a", num_inference_steps=1, return_type="tensor")["samples"] for _ in range(2)]
-    assert torch.equal(*pictures) and all(part.training for part in dropouts)
+    images = [module.infer("a", num_inference_steps=1, return_type="tensor")["samples"] for _ in range(2)]
+    assert torch.equal(*images) and all(part.training for part in dropouts)

@@ -14,8 +14,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
-from sdmodule.io.redact import redacted
-from sdmodule.training.loop_state import ResumePoint
+from sdmodule.io.redact import redact
+from sdmodule.training.loop_state import LoopState
 
 
 class Stopped(SystemExit):
@@ -29,7 +29,7 @@ class TrainingCheckpoint(ModelCheckpoint):
     """Lightning's `ModelCheckpoint`, exact.
 
     A checkpoint is of the end of a step, whenever it is written: batches of the next step that were seen already, and
-    a validation that was not finished, are seen and made again (`ResumePoint`). Figures of the steps that it holds are
+    a validation that was not finished, are seen and made again (`LoopState`). Figures of the steps that it holds are
     in the loggers' files before it is written. There is one of the last step, whatever ``every_n_train_steps``.
 
     Ctrl-C and SIGTERM leave one too: at once, in a validation or a wait for data as well, but for an optimizer's step,
@@ -39,7 +39,7 @@ class TrainingCheckpoint(ModelCheckpoint):
     Paths in its state, which every checkpoint holds, begin with ``~`` for the home folder.
     """
 
-    _point: ResumePoint | None = None
+    _point: LoopState | None = None
     _busy = False
     _received: int | None = None
 
@@ -66,7 +66,7 @@ class TrainingCheckpoint(ModelCheckpoint):
     ) -> None:
         if trainer.global_step != (self._point.step if self._point else self._start_step):
             self._busy = True
-            self._point = ResumePoint(trainer)
+            self._point = LoopState(trainer)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -136,7 +136,7 @@ class TrainingCheckpoint(ModelCheckpoint):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return _with_paths(super().state_dict(), redacted)
+        return _with_paths(super().state_dict(), redact)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Pictures of a kind, made by the model before it is trained on one thing of that kind."""
+"""Images of a kind, made by the model before it is trained on one thing of that kind."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from sdmodule.conditioning.text import literal
+from sdmodule.conditioning.text import escape_prompt
 from sdmodule.io.png_metadata import save_png
-from sdmodule.io.progress import counting
+from sdmodule.io.progress import progress
 
 
-class PriorPictures(Callback):
-    """Make what is missing of the pictures that `DreamBoothDataModule` asks for; devices make a share each.
+class ClassImages(Callback):
+    """Make what is missing of the images that `DreamBoothDataModule` asks for; devices make a share each.
 
-    The picture of number k, which its name has, is drawn from seed k, and what an interrupted making left is kept.
+    The image of number k, which its name has, is drawn from seed k, and what an interrupted making left is kept.
 
     Args:
-        batch_size: pictures at once.
+        batch_size: images at once.
     """
 
     def __init__(self, batch_size: int = 4) -> None:
@@ -30,20 +30,20 @@ class PriorPictures(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         files = [file for file in getattr(data, "priors", []) if not file.is_file()]
-        trainer.strategy.barrier("prior pictures counted")
+        trainer.strategy.barrier("prior images counted")
         share = files[trainer.global_rank :: trainer.world_size]
         if share:
             share[0].parent.mkdir(parents=True, exist_ok=True)
-            with counting(len(share), f"Making pictures of {data.class_prompt!r} in {data.class_root}") as on_done:
+            with progress(len(share), f"Making images of {data.class_prompt!r} in {data.class_root}") as on_done:
                 for start in range(0, len(share), self.batch_size):
                     batch = share[start : start + self.batch_size]
                     self._make(pl_module, data, batch)
                     on_done(len(batch))
-        trainer.strategy.barrier("prior pictures made")
+        trainer.strategy.barrier("prior images made")
 
     def _make(self, module: Any, data: Any, batch: list[Path]) -> None:
         height, width = data.size
-        prompt = literal(data.class_prompt)  # as it is read in training
+        prompt = escape_prompt(data.class_prompt)  # as it is read in training
         made = module.infer(
             [prompt] * len(batch),
             generator=[torch.Generator().manual_seed(int(file.stem.rpartition("-")[2])) for file in batch],

@@ -56,7 +56,7 @@ class EMA(Callback):
         if trainer.global_step == self._step or trainer.global_step < self.start_step:
             return
         self._step = trainer.global_step
-        weights = trainable(pl_module)
+        weights = trainable_parameters(pl_module)
         if not self.average:
             self.average = {name: value.detach().clone() for name, value in weights.items()}
             return
@@ -77,7 +77,7 @@ class EMA(Callback):
     def _swap_in(self, module: LightningModule) -> None:
         if not self.average or self._raw is not None:
             return
-        weights = trainable(module)
+        weights = trainable_parameters(module)
         self._raw = {name: value.detach().clone() for name, value in weights.items()}
         for name, value in weights.items():
             value.data.copy_(self.average[name])
@@ -85,7 +85,7 @@ class EMA(Callback):
     def _swap_out(self, module: LightningModule) -> None:
         if self._raw is None:
             return
-        for name, value in trainable(module).items():
+        for name, value in trainable_parameters(module).items():
             value.data.copy_(self._raw[name])
         self._raw = None
 
@@ -103,7 +103,7 @@ class EMA(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self._raw is None or trainer.sanity_checking or not hasattr(pl_module, "validated"):
+        if self._raw is None or trainer.sanity_checking or not hasattr(pl_module, "val_log_suffix"):
             return
         with self._withdrawn(pl_module):
             trainer.strategy.validation_step(batch, batch_idx)  # the strategy's, which knows precision and devices
@@ -112,11 +112,11 @@ class EMA(Callback):
     def _withdrawn(self, module: Any) -> Iterator[None]:
         """Validate the raw weights inside the block, under names of their own."""
         self._swap_out(module)
-        module.validated = "_raw"
+        module.val_log_suffix = "_raw"
         try:
             yield
         finally:
-            module.validated = ""
+            module.val_log_suffix = ""
             self._swap_in(module)
 
     @override
@@ -137,7 +137,7 @@ class EMA(Callback):
         self.updates = state_dict["updates"]
 
 
-def use_average(module: LightningModule, checkpoint: str | Path) -> None:
+def load_average(module: LightningModule, checkpoint: str | Path) -> None:
     """Put the average that a checkpoint holds in the place of a module's trained weights.
 
     Args:
@@ -149,7 +149,7 @@ def use_average(module: LightningModule, checkpoint: str | Path) -> None:
     """
     callbacks = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True).get("callbacks", {})
     average = callbacks.get(EMA.__qualname__, {}).get("average")
-    weights = trainable(module)
+    weights = trainable_parameters(module)
     if not average or average.keys() != weights.keys():
         raise SettingsError(
             f"{checkpoint} holds no average of what this module trains; give a checkpoint of its own training, from "
@@ -159,6 +159,6 @@ def use_average(module: LightningModule, checkpoint: str | Path) -> None:
         value.data.copy_(average[name])
 
 
-def trainable(module: LightningModule) -> dict[str, torch.nn.Parameter]:
+def trainable_parameters(module: LightningModule) -> dict[str, torch.nn.Parameter]:
     """The parameters that are trained, by name."""
     return {name: value for name, value in module.named_parameters() if value.requires_grad}

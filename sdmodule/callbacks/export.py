@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from sdmodule.callbacks.ema import EMA
 from sdmodule.errors import SettingsError
-from sdmodule.io.atomic import whole_folder
+from sdmodule.io.atomic import atomic_replace_dir
 
 
 class Export(Callback):
@@ -52,18 +52,22 @@ class Export(Callback):
             return
         averages = (c for c in trainer.callbacks if isinstance(c, EMA))  # type: ignore[attr-defined]
         ema = next(averages, None) if self.weights == "ema" else None
-        facts = {"weights": "ema" if ema and ema.average else "raw", "steps": trainer.global_step, "dtype": self.dtype}
+        metadata = {
+            "weights": "ema" if ema and ema.average else "raw",
+            "steps": trainer.global_step,
+            "dtype": self.dtype,
+        }
         with ema.applied(pl_module) if ema else nullcontext():
-            self._write(pl_module, facts)
+            self._write(pl_module, metadata)
         for logger in trainer.loggers:
             if log_folder := getattr(logger, "log_folder", None):  # W&B's
                 log_folder(self.folder, "export")
 
-    def _write(self, module: LightningModule, facts: dict[str, Any]) -> None:
+    def _write(self, module: LightningModule, metadata: dict[str, Any]) -> None:
         try:
-            with whole_folder(self.folder) as folder:
+            with atomic_replace_dir(self.folder) as folder:
                 module.save_pretrained(folder, dtype=self.dtype)  # type: ignore[operator]
-                (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+                (folder / "training.json").write_text(json.dumps(metadata, indent=2) + "\n")
         except (OSError, SafetensorError) as error:
             raise SettingsError(
                 f"callbacks.export.folder={self.folder} cannot be written ({error}); give a folder with room, and "

@@ -19,7 +19,7 @@ IN_A_ROW = 50
 """Skipped steps after which a training is taken for lost."""
 
 
-class FiniteLoss(Callback):
+class NonFiniteLoss(Callback):
     """Stop before a loss of NaN or infinity reaches the weights, or leave its step out and count it.
 
     All devices do the same: a step is bad if its loss is bad on one of them, or in one of its accumulated batches.
@@ -54,7 +54,7 @@ class FiniteLoss(Callback):
             self._in_a_row = 0
             return
         step = trainer.global_step + 1
-        advice = "lower model.optimizer.lr, use trainer.precision=32-true, or look at the pictures"
+        advice = "lower model.optimizer.lr, use trainer.precision=32-true, or look at the images"
         if self.nan_loss == STOP:
             raise SettingsError(
                 f"the loss of step {step} is no number; {advice}, or leave such steps out with trainer.nan_loss=skip."

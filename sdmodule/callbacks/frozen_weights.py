@@ -24,7 +24,7 @@ STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
 """Those under which a weight is whole on every device; what is made of them may cut it up."""
 
 
-class FrozenWeights(Callback):
+class CastFrozenWeights(Callback):
     """In mixed precision, keep frozen linear layers and convolutions in 16 bits while steps are taken.
 
     Autocast converts the weights of these at every step, and what it made of them is kept for the backward pass beside
@@ -68,12 +68,12 @@ class FrozenWeights(Callback):
             layers = [layer for layer in network.modules() if type(layer) in LAYERS]
             frozen = [weight for layer in layers for weight in layer.parameters() if not weight.requires_grad]
             self._whole += [(weight, weight.data.cpu()) for weight in frozen]
-            pictures = all(not weight.requires_grad for weight in network.parameters() if weight.ndim == 4)
+            images = all(not weight.requires_grad for weight in network.parameters() if weight.ndim == 4)
             for weight in frozen:
                 weight.data = weight.data.to(dtype)
-                if pictures and weight.ndim == 4:
+                if images and weight.ndim == 4:
                     weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-            if pictures:
+            if images:
                 self._switched.enter_context(tokens_in_place(network))
 
         @contextmanager
@@ -84,11 +84,11 @@ class FrozenWeights(Callback):
             finally:
                 self._convert(module, dtype)
 
-        module.whole_weights = whole
+        module.full_precision_weights = whole
 
     def _restore(self, module: Any, device: torch.device | None = None) -> None:
         self._switched.close()
         for weight, whole in self._whole:
             weight.data = whole.to(device or weight.device)
         self._whole, self._converted = [], False
-        module.whole_weights = nullcontext
+        module.full_precision_weights = nullcontext

@@ -10,8 +10,8 @@ from typing_extensions import override
 from sdmodule.io.html_report import Job, write_page
 
 
-class RunPage(Callback):
-    """Write ``index.html`` at the end, of what the writer of pictures and the timing have left before it.
+class HTMLReport(Callback):
+    """Write ``index.html`` at the end, of what the writer of images and the timing have left before it.
 
     Args:
         output_dir: folder of the run.

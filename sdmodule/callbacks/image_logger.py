@@ -1,4 +1,4 @@
-"""Show the pictures of a predict run to its loggers."""
+"""Show the images of a predict run to its loggers."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from typing_extensions import override
 
-from sdmodule.callbacks.log_images import log_pictures, log_table
+from sdmodule.callbacks.log_images import log_images, log_table
 from sdmodule.callbacks.prediction_writer import PredictionWriter
 from sdmodule.sampling.result import Samples
 
 
 class ImageLogger(Callback):
-    """Log every batch's pictures as ``predict/samples``, over the number of pictures made, and at the end a table.
+    """Log every batch's images as ``predict/samples``, over the number of images made, and at the end a table.
 
-    It comes after the `PredictionWriter`, whose records are the table's rows. The pictures of a training's validations
+    It comes after the `PredictionWriter`, whose records are the table's rows. The images of a training's validations
     are logged by `ValidationSamples`, in the same way.
 
     Args:
-        most: pictures of a batch that are shown.
+        most: images of a batch that are shown.
     """
 
     def __init__(self, most: int = 16) -> None:
@@ -51,7 +51,7 @@ class ImageLogger(Callback):
         self.made += len(kept)
         images = [image for _, image in kept[: self.most]]
         captions = [f"{request.prompt} · {request.seed}" for request, _ in kept[: self.most]]
-        log_pictures(trainer.loggers, "predict/samples", images, captions, self.made, axis="predict/images")
+        log_images(trainer.loggers, "predict/samples", images, captions, self.made, axis="predict/images")
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

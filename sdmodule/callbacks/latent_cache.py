@@ -1,4 +1,4 @@
-"""Encode the training pictures, and their captions, once: before the first step, and only what is not there yet."""
+"""Encode the training images, and their captions, once: before the first step, and only what is not there yet."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from sdmodule.conditioning.text import count_chunks, literal
-from sdmodule.data.cache.latents import CachedEmbeddings, CachedPictures, Pictures, picture_keys
+from sdmodule.conditioning.text import count_chunks, escape_prompt
+from sdmodule.data.cache.latents import CachedEmbeddings, CachedMomentsDataset, ImageDataset, moments_keys
 from sdmodule.data.cache.tensor_store import TensorStore
 from sdmodule.data.toy.dataset import View
 from sdmodule.errors import SettingsError
 from sdmodule.io.fingerprint import fingerprint, model_fingerprint
-from sdmodule.io.progress import counting
+from sdmodule.io.progress import progress
 from sdmodule.sampling.requests import INPAINT
 
 LATENTS, ALL = "latents", "all"
@@ -29,14 +29,14 @@ PIXELS_AT_ONCE = 8 * 512 * 512
 CAPTIONS_AT_ONCE = 64
 
 Sight = tuple[str, int, View]
-"""The key of a picture's moments, its index, and how it is shown."""
+"""The key of an image's moments, its index, and how it is shown."""
 
 
-class Cache(Callback):
+class LatentCache(Callback):
     """Train on moments of latents and on embeddings that are read from disk instead of computed at every step.
 
     Moments are mean and standard deviation: latents are drawn from them anew each time, so that training is the same.
-    Both are kept under what they are made of, in a folder for each model's weights: moments under the picture's bytes,
+    Both are kept under what they are made of, in a folder for each model's weights: moments under the image's bytes,
     its size, and whether it is mirrored; embeddings under the caption. What has changed is made anew, the rest is
     found. Devices make a share each. An interrupted making goes on where it stopped.
 
@@ -53,7 +53,7 @@ class Cache(Callback):
             raise SettingsError(f"cache.what={what} is not known; give {LATENTS} or {ALL}.")
         self.folder = Path(folder).expanduser()
         self.what = what
-        self._pictures: Pictures | None = None
+        self._images: ImageDataset | None = None
 
     def check(self, data: Any, module: Any) -> None:
         """Whether this can be cached; nothing is read or written.
@@ -65,21 +65,21 @@ class Cache(Callback):
         Raises:
             SettingsError: if not.
         """
-        pictures: Any = getattr(data, "train_set", None)
-        if not hasattr(pictures, "content"):
+        images: Any = getattr(data, "train_set", None)
+        if not hasattr(images, "content"):
             raise SettingsError(
-                f"cache={self.what} does not know the pictures of these data; use those of conf/data, or cache=none."
+                f"cache={self.what} does not know the images of these data; use those of conf/data, or cache=none."
             )
         if not hasattr(module, "encode_moments"):
             raise SettingsError(f"cache={self.what} has nothing to do for this model; use cache=none.")
-        if not pictures.center_crop:
+        if not images.center_crop:
             raise SettingsError(
                 f"data.center_crop=false crops another part at each time, which cache={self.what} cannot know; set "
                 "data.center_crop=true, or cache=none."
             )
-        if self.what == ALL and not pictures.fixed_captions:
+        if self.what == ALL and not images.fixed_captions:
             raise SettingsError(
-                "data.shuffle_tags=true and several templates give pictures another caption at each time, which "
+                "data.shuffle_tags=true and several templates give images another caption at each time, which "
                 "cache=all cannot know; do without, or use cache=latents."
             )
         if self.what == ALL and any(weight.requires_grad for weight in module.text_encoder.parameters()):
@@ -94,10 +94,10 @@ class Cache(Callback):
         self.check(data, pl_module)
         if isinstance(trainer.strategy, FSDPStrategy):
             raise SettingsError(f"cache={self.what} needs whole models on each device; use trainer=ddp, or cache=none.")
-        self._pictures = data.train_set
-        data.train_set = self._cached_pictures(trainer, pl_module, data)
+        self._images = data.train_set
+        data.train_set = self._cached_images(trainer, pl_module, data)
         if self.what == ALL:
-            embeddings = self._cached_embeddings(trainer, pl_module, data.train_set.pictures)
+            embeddings = self._cached_embeddings(trainer, pl_module, data.train_set.images)
             pl_module.cached_embeddings = embeddings  # type: ignore[assignment]
 
     @override
@@ -109,20 +109,20 @@ class Cache(Callback):
         self._give_back(trainer, pl_module)
 
     def _give_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._pictures is None:
+        if self._images is None:
             return
-        trainer.datamodule.train_set = self._pictures  # type: ignore[attr-defined]
+        trainer.datamodule.train_set = self._images  # type: ignore[attr-defined]
         pl_module.cached_embeddings = None  # type: ignore[assignment]
-        self._pictures = None
+        self._images = None
 
-    def _cached_pictures(self, trainer: Trainer, module: Any, data: Any) -> CachedPictures:
-        pictures: Pictures = data.train_set
+    def _cached_images(self, trainer: Trainer, module: Any, data: Any) -> CachedMomentsDataset:
+        images: ImageDataset = data.train_set
         store = TensorStore(self.folder / f"moments-{model_fingerprint(module.vae, module.vae.config)}")
 
         def keys_of(index: int) -> list[str]:
-            return picture_keys(pictures.content(index), pictures.size_of(index), pictures.random_flip)
+            return moments_keys(images.content(index), images.size_of(index), images.random_flip)
 
-        keys = _shared(trainer, range(len(pictures)), keys_of)
+        keys = _shared(trainer, range(len(images)), keys_of)
         sights: dict[str, Sight] = {}
         for index, own in enumerate(keys):
             for mirrored, key in enumerate(own):
@@ -131,8 +131,8 @@ class Cache(Callback):
 
         def make(share: Sequence[Sight]) -> Iterator[dict[str, Tensor]]:
             loader = DataLoader(
-                _Sights(pictures, share),
-                batch_sampler=_batches_of_one_size([pictures.size_of(index) for _, index, _ in share]),
+                _Sights(images, share),
+                batch_sampler=_batches_of_one_size([images.size_of(index) for _, index, _ in share]),
                 num_workers=getattr(data, "num_workers", 0),
                 generator=torch.Generator(),
             )
@@ -140,17 +140,17 @@ class Cache(Callback):
                 moments = module.encode_moments(batch["image"].to(module.device)).cpu()
                 yield {key: moments[k] for k, key in enumerate(batch["key"])}
 
-        self._fill(trainer, store, list(sights.values()), make, "Encoding pictures")
-        # masks and edges are of the picture itself
+        self._fill(trainer, store, list(sights.values()), make, "Encoding images")
+        # masks and edges are of the image itself
         beside = module.task == INPAINT or module.controlnet is not None or module.objective.masked
-        return CachedPictures(pictures, store, keys, with_pictures=beside)
+        return CachedMomentsDataset(images, store, keys, with_images=beside)
 
-    def _cached_embeddings(self, trainer: Trainer, module: Any, pictures: Pictures) -> CachedEmbeddings:
+    def _cached_embeddings(self, trainer: Trainer, module: Any, images: ImageDataset) -> CachedEmbeddings:
         tokenizer, encoder = module.parts.tokenizer, module.text_encoder
         model = model_fingerprint(encoder, encoder.config.to_dict())
         words = fingerprint(tokenizer.model_max_length, sorted(tokenizer.get_vocab().items()))
         store = TensorStore(self.folder / f"embeddings-{fingerprint(model, words)}")
-        prompts = dict.fromkeys(["", *(literal(pictures.caption(index)) for index in range(len(pictures)))])
+        prompts = dict.fromkeys(["", *(escape_prompt(images.caption(index)) for index in range(len(images)))])
         missing = [prompt for prompt in prompts if fingerprint(prompt) not in store]
 
         @torch.no_grad()
@@ -176,7 +176,7 @@ class Cache(Callback):
         trainer.strategy.barrier()  # or a fast device's first file is taken into account by a slow one
         share = missing[trainer.global_rank :: trainer.world_size]
         if share:
-            with counting(len(share), f"{what} into {store.folder}") as on_done:
+            with progress(len(share), f"{what} into {store.folder}") as on_done:
 
                 def counted() -> Iterator[dict[str, Tensor]]:
                     for tensors in make(share):
@@ -189,10 +189,10 @@ class Cache(Callback):
 
 
 class _Sights(Dataset[dict[str, Any]]):
-    """Pictures as they are to be encoded, each with its key."""
+    """Images as they are to be encoded, each with its key."""
 
-    def __init__(self, pictures: Pictures, sights: Sequence[Sight]) -> None:
-        self.pictures = pictures
+    def __init__(self, images: ImageDataset, sights: Sequence[Sight]) -> None:
+        self.images = images
         self.sights = sights
 
     def __len__(self) -> int:
@@ -201,11 +201,11 @@ class _Sights(Dataset[dict[str, Any]]):
     @override
     def __getitem__(self, position: int) -> dict[str, Any]:
         key, index, view = self.sights[position]
-        return {"key": key, "image": self.pictures.seen(index, view)["image"]}
+        return {"key": key, "image": self.images.seen(index, view)["image"]}
 
 
 def _batches_of_one_size(sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
-    """Positions of pictures of one size, as many at once as a device can hold."""
+    """Positions of images of one size, as many at once as a device can hold."""
     order = sorted(range(len(sizes)), key=lambda position: sizes[position])
     for (height, width), group in groupby(order, key=lambda position: sizes[position]):
         positions = list(group)

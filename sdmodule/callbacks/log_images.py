@@ -1,4 +1,4 @@
-"""Pictures for whichever logger can hold them."""
+"""Images for whichever logger can hold them."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ COLUMNS = (
     "seconds",
     "image",
 )
-"""Columns of the table of predictions; pictures that were repainted have two more."""
+"""Columns of the table of predictions; images that were repainted have two more."""
 
-INPAINT_COLUMNS = ("picture", "mask")
+INPAINT_COLUMNS = ("input_image", "mask")
 
 
-def log_pictures(
+def log_images(
     loggers: Iterable[Logger],
     key: str,
     images: Sequence[Image.Image],
@@ -38,12 +38,12 @@ def log_pictures(
     step: int,
     axis: str | None = None,
 ) -> None:
-    """Give pictures to every logger that can hold them; others are passed over.
+    """Give images to every logger that can hold them; others are passed over.
 
     Args:
         loggers: of any kind.
         key: name of the series, the same at every step, so that a slider can go through it.
-        images: pictures of any sizes.
+        images: images of any sizes.
         captions: a line for each.
         step: where in the series they belong.
         axis: the name of what ``step`` counts; optimizer steps if None.
@@ -64,12 +64,12 @@ def log_pictures(
 
 
 def sheet(images: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
-    """A captioned grid, its pictures about as large as they are."""
+    """A captioned grid, its images about as large as they are."""
     return captioned_sheet(images, captions, tile=min(max(max(max(image.size) for image in images), 128), 512))
 
 
 def log_table(loggers: Iterable[Logger], records: Iterable[Mapping[str, Any]], folder: Path) -> None:
-    """Log the table ``predictions``, a row a picture, to W&B, the one that has tables.
+    """Log the table ``predictions``, a row an image, to W&B, the one that has tables.
 
     Args:
         loggers: of any kind.

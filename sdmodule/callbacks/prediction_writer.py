@@ -1,4 +1,4 @@
-"""Write the pictures of a predict run, as they are made."""
+"""Write the images of a predict run, as they are made."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from sdmodule.io.run_folder import (
     IMAGES,
     INPUTS,
     RECORDS,
-    each_record,
     gather_records,
-    picture_name,
-    request_facts,
+    image_name,
+    read_records,
+    request_metadata,
     to_line,
     write_records,
 )
@@ -37,15 +37,15 @@ from sdmodule.sampling.result import Samples
 from sdmodule.version import __version__
 
 SHEET_LIMIT = 64
-"""Pictures on the contact sheet; a larger run shows its first ones."""
+"""Images on the contact sheet; a larger run shows its first ones."""
 
 
 class PredictionWriter(BasePredictionWriter):
     """Write ``images/<index>-<seed>.png``, ``predictions.jsonl`` and, at the end, ``grid.png``.
 
-    Threads write while the next batch is sampled. Every picture carries the facts of its making in PNG text chunks,
+    Threads write while the next batch is sampled. Every image carries the metadata in PNG text chunks,
     under the names that ``predictions.jsonl`` uses; what was repainted lies in ``inputs/``, named by its content.
-    Every process of a distributed run writes its own pictures and lines; the first gathers the lines at the end.
+    Every process of a distributed run writes its own images and lines; the first gathers the lines at the end.
 
     Args:
         output_dir: folder of the run.
@@ -64,8 +64,8 @@ class PredictionWriter(BasePredictionWriter):
 
     @property
     def records(self) -> Iterator[dict[str, Any]]:
-        """What ``predictions.jsonl`` holds, a picture at a time."""
-        return each_record(self._file(0))
+        """What ``predictions.jsonl`` holds, an image at a time."""
+        return read_records(self._file(0))
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -78,7 +78,7 @@ class PredictionWriter(BasePredictionWriter):
             trainer.strategy.barrier("folder ready")
         except OSError as error:
             raise unwritable(self.output_dir, error.strerror) from error
-        self._pool = ThreadPoolExecutor(self.workers, "pictures")
+        self._pool = ThreadPoolExecutor(self.workers, "images")
 
     @override
     def write_on_batch_end(
@@ -94,7 +94,7 @@ class PredictionWriter(BasePredictionWriter):
         assert self._pool is not None
         file = self._file(trainer.global_rank)
         shared = {
-            **prediction.facts,
+            **prediction.metadata,
             "precision": str(trainer.precision),
             "device": device_name(pl_module.device),
             "software": f"sdmodule {__version__}, torch {torch.__version__}",
@@ -104,28 +104,28 @@ class PredictionWriter(BasePredictionWriter):
             prediction.requests, prediction.images(), prediction.places, strict=True
         ):
             if request.kept:
-                facts = {**shared, "batch_size": rows, "batch_row": row}
-                self._pending.append(self._pool.submit(self._write, file, request, image, facts))
+                metadata = {**shared, "batch_size": rows, "batch_row": row}
+                self._pending.append(self._pool.submit(self._write, file, request, image, metadata))
         self._wait(at_most=8 * self.workers)
 
-    def _write(self, file: Path, request: SampleRequest, image: Image.Image, facts: dict[str, Any]) -> None:
-        """One picture's files: its inputs, itself, its line; whoever sees a line finds the picture too."""
+    def _write(self, file: Path, request: SampleRequest, image: Image.Image, metadata: dict[str, Any]) -> None:
+        """One image's files: its inputs, itself, its line; whoever sees a line finds the image too."""
         start = time.perf_counter()
-        facts = {**request_facts(request), **facts}
+        metadata = {**request_metadata(request), **metadata}
         for key, given in request.inputs().items():
-            if not (self.output_dir / facts[key]).is_file():
+            if not (self.output_dir / metadata[key]).is_file():
                 with self._lock:
                     (self.output_dir / INPUTS).mkdir(exist_ok=True)
-                    save_png(given, self.output_dir / facts[key], {})
-        name = picture_name(request)
-        save_png(image, self.output_dir / name, facts)
+                    save_png(given, self.output_dir / metadata[key], {})
+        name = image_name(request)
+        save_png(image, self.output_dir / name, metadata)
         with self._lock:
             with file.open("a", encoding="utf-8") as lines:
-                lines.write(to_line({"file": name, **facts}))
+                lines.write(to_line({"file": name, **metadata}))
             self.seconds += time.perf_counter() - start
 
     def _wait(self, at_most: int = 0) -> None:
-        """Let no more than ``at_most`` pictures wait for being written, and tell of what could not be.
+        """Let no more than ``at_most`` images wait for being written, and tell of what could not be.
 
         Raises:
             SettingsError: if the folder cannot be written.

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
 from sdmodule.callbacks.prediction_writer import PredictionWriter
-from sdmodule.io.atomic import write_whole
+from sdmodule.io.atomic import atomic_write_text
 from sdmodule.io.run_folder import TIMINGS
 from sdmodule.sampling.result import Samples
 
@@ -90,7 +90,7 @@ class TimingLogger(Callback):
         self._ended = now
         if trainer.global_step % trainer.log_every_n_steps == 0 and len(self.steps) > self.warmup_steps:  # type: ignore[attr-defined]
             # not by ``self.log``, whose bookkeeping takes a millisecond for each of them
-            figures = dict(flat(self.training_figures(trainer, pl_module, WINDOW)))
+            figures = dict(flatten(self.training_figures(trainer, pl_module, WINDOW)))
             for logger in trainer.loggers if trainer.is_global_zero else ():
                 logger.log_metrics({f"train/{name}": value for name, value in figures.items()}, trainer.global_step)
             self._ended = time.perf_counter()  # figures are not part of the step
@@ -106,7 +106,7 @@ class TimingLogger(Callback):
         steps, waits = self.steps[first:], self.waits[first:]
         figures = {
             "samples_per_second": sum(self.samples[first:]) * trainer.world_size / sum(steps),
-            "step_seconds": spread(steps),
+            "step_seconds": median_and_p95(steps),
             "data_wait": sum(waits) / sum(steps),
             "peak_memory_gib": peak_memory(pl_module.device) / 2**30,
         }
@@ -175,7 +175,7 @@ class TimingLogger(Callback):
             "images": sum(self.images),
             "seconds": {**stages, "save": sum(saved)},
             "seconds_total": total,
-            "step_seconds": spread([step for steps in self.denoising[skip:] for step in steps]),
+            "step_seconds": median_and_p95([step for steps in self.denoising[skip:] for step in steps]),
             "images_per_second": each,
             "warmup": {"images": self.images[0], "seconds": self.batches[0]} if skip else None,
             "peak_memory_bytes": peak_memory(pl_module.device),
@@ -188,7 +188,7 @@ class TimingLogger(Callback):
         names = ("seconds", "step_seconds", "images_per_second", "mfu")
         logged = {name: timings[name] for name in names if name in timings}
         for logger in trainer.loggers:
-            logger.log_metrics({f"predict/{name}": value for name, value in flat(logged)})
+            logger.log_metrics({f"predict/{name}": value for name, value in flatten(logged)})
             logger.save()
 
     # ---------------------------------------------------------------------------------------------- both
@@ -207,21 +207,21 @@ class TimingLogger(Callback):
 
     def _write(self, timings: Mapping[str, Any]) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.file, json.dumps(timings, indent=2) + "\n")
+        atomic_write_text(self.file, json.dumps(timings, indent=2) + "\n")
 
 
-def spread(seconds: Sequence[float]) -> dict[str, float]:
+def median_and_p95(seconds: Sequence[float]) -> dict[str, float]:
     """Median and 95th percentile."""
     if not seconds:
         return {}
     return {"median": float(np.median(seconds)), "p95": float(np.percentile(seconds, 95))}
 
 
-def flat(figures: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+def flatten(figures: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """Figures with one name each: those inside others are joined to their names."""
     for name, value in figures.items():
         if isinstance(value, Mapping):
-            yield from ((f"{name}_{inner}", number) for inner, number in flat(value))
+            yield from ((f"{name}_{inner}", number) for inner, number in flatten(value))
         else:
             yield name, value
 

@@ -13,27 +13,27 @@ from PIL import Image
 from typing_extensions import override
 
 from sdmodule.callbacks.ema import EMA
-from sdmodule.callbacks.log_images import log_pictures
+from sdmodule.callbacks.log_images import log_images
 from sdmodule.callbacks.validation_interval import ValidationInterval
-from sdmodule.conditioning.inpaint import masked
+from sdmodule.conditioning.inpaint import mask_out
 from sdmodule.conditioning.random_masks import draw_masks
-from sdmodule.conditioning.text import literal
+from sdmodule.conditioning.text import escape_prompt
 from sdmodule.io.images import captioned_sheet, contact_sheet, to_images
 from sdmodule.io.png_metadata import save_png
 from sdmodule.ranges import check_whole
 from sdmodule.sampling.requests import INPAINT, build_requests
 
 TILE = 192
-"""Pixels of a picture's side on the sheet."""
+"""Pixels of an image's side on the sheet."""
 
 
 class ValidationSamples(Callback):
-    """Write a captioned sheet ``<step>.png`` at every validation, and hand the pictures to the loggers that take them.
+    """Write a captioned sheet ``<step>.png`` at every validation, and hand the images to the loggers that take them.
 
-    Where no pictures are kept to validate on, there are sheets at the same steps, of pictures that are trained on. The
+    Where no images are kept to validate on, there are sheets at the same steps, of images that are trained on. The
     end of the training has its sheet too, whether or not that step is validated. Nothing of it touches the random
-    numbers of the training. For inpainting each picture stands beside the one that it repaints and beside what is left
-    of that under its mask; with a ControlNet beside its control picture. All of these are the same at every validation.
+    numbers of the training. For inpainting each image stands beside the one that it repaints and beside what is left
+    of that under its mask; with a ControlNet beside its control image. All of these are the same at every validation.
     A module that samples nothing, such as an autoencoder, is left alone.
 
     Args:
@@ -41,7 +41,7 @@ class ValidationSamples(Callback):
         prompts: what to sample; the first captions of the validation data if None, or of the training data where there
             is none to validate on.
         num_prompts: how many of those captions.
-        seed: seed of the first picture.
+        seed: seed of the first image.
 
     Raises:
         SettingsError: for a prompt that cannot be read, and a number that is out of range.
@@ -99,7 +99,7 @@ class ValidationSamples(Callback):
         if not self.prompts and not self._captions:
             self._captions = self._first_captions(trainer)
         shown = self.prompts or self._captions
-        prompts = self.prompts or [literal(caption) for caption in shown]
+        prompts = self.prompts or [escape_prompt(caption) for caption in shown]
         if pl_module.task == INPAINT:
             images, across = self._repainted(trainer, pl_module, prompts), 3
         elif pl_module.controlnet is not None:
@@ -111,25 +111,25 @@ class ValidationSamples(Callback):
         save_png(
             captioned_sheet(images, captions, across * TILE), self.output_dir / f"{trainer.global_step:06d}.png", {}
         )
-        log_pictures(trainer.loggers, "val/samples", images, captions, trainer.global_step)
+        log_images(trainer.loggers, "val/samples", images, captions, trainer.global_step)
 
     def _repainted(self, trainer: Trainer, pl_module: Any, prompts: Sequence[str]) -> list[Image.Image]:
-        """For each prompt a picture of the data, what its mask leaves of it, and the picture repainted."""
+        """For each prompt an image of the data, what its mask leaves of it, and the image repainted."""
         before: list[Image.Image] = []
         left: list[Image.Image] = []
         masks: list[torch.Tensor] = []
         generator = torch.Generator().manual_seed(self.seed)
         for example in self._examples(trainer, len(prompts)):
-            picture, mask = example["image"][None], example.get("mask")
-            hole = draw_masks(1, picture.shape[-2:], 0.0, generator) if mask is None else mask[None]
-            before += to_images(picture / 2 + 0.5)
-            left += to_images(masked(picture, hole) / 2 + 0.5)
+            image, mask = example["image"][None], example.get("mask")
+            hole = draw_masks(1, image.shape[-2:], 0.0, generator) if mask is None else mask[None]
+            before += to_images(image / 2 + 0.5)
+            left += to_images(mask_out(image, hole) / 2 + 0.5)
             masks += hole
         after = pl_module.infer(prompts, before, masks, seed=self.seed, show_progress=False)["samples"]
         return [contact_sheet(list(row), columns=3) for row in zip(before, left, after, strict=True)]
 
     def _controlled(self, trainer: Trainer, pl_module: Any, prompts: Sequence[str]) -> list[Image.Image]:
-        """For each prompt a control picture of the data, and the picture that follows it."""
+        """For each prompt a control image of the data, and the image that follows it."""
         examples = self._examples(trainer, len(prompts))
         controls = [to_images(example["conditioning"][None])[0] for example in examples]
         made = pl_module.infer(prompts, control=controls, seed=self.seed, show_progress=False)["samples"]
@@ -137,14 +137,14 @@ class ValidationSamples(Callback):
         return [contact_sheet(list(row), columns=2) for row in zip(seen, made, strict=True)]
 
     def _examples(self, trainer: Trainer, count: int) -> list[dict[str, torch.Tensor]]:
-        """The pictures of the first ``count`` examples of the data, again from the first if there are too few."""
+        """The images of the first ``count`` examples of the data, again from the first if there are too few."""
         if not trainer.val_dataloaders and (shown := _shown(trainer)):
             return [shown[k % len(shown)] for k in range(count)]
         examples: list[dict[str, torch.Tensor]] = []
         batches = iter(trainer.val_dataloaders or trainer.train_dataloader)  # type: ignore[arg-type]
         while len(examples) < count and (batch := next(batches, None)):
-            pictures = {name: rows for name, rows in batch.items() if name != "caption"}
-            examples += [{name: rows[k] for name, rows in pictures.items()} for k in range(len(batch["caption"]))]
+            images = {name: rows for name, rows in batch.items() if name != "caption"}
+            examples += [{name: rows[k] for name, rows in images.items()} for k in range(len(batch["caption"]))]
         return [examples[k % len(examples)] for k in range(count)]
 
     def _first_captions(self, trainer: Trainer) -> list[str]:
@@ -159,5 +159,5 @@ class ValidationSamples(Callback):
 
 
 def _shown(trainer: Trainer) -> Any:
-    """The pictures of training, each always in the same way; none for data that do not have them."""
+    """The images of training, each always in the same way; none for data that do not have them."""
     return getattr(trainer.datamodule, "shown_set", None)  # type: ignore[attr-defined]

@@ -13,10 +13,10 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from typing_extensions import override
 
-from sdmodule.io.atomic import whole_file, write_whole
+from sdmodule.io.atomic import atomic_write, atomic_write_text
 
 
-class WholeCSVLogger(CSVLogger):
+class AtomicCSVLogger(CSVLogger):
     """Lightning's `CSVLogger`; a new column, for which the file is written anew, never leaves half of it."""
 
     @property
@@ -32,7 +32,7 @@ class _WholeWriter(ExperimentWriter):
     @override
     def log_hparams(self, params: dict[str, Any]) -> None:
         self.hparams.update(params)
-        with whole_file(Path(self.log_dir) / self.NAME_HPARAMS_FILE) as aside:
+        with atomic_write(Path(self.log_dir) / self.NAME_HPARAMS_FILE) as aside:
             save_hparams_to_yaml(str(aside), self.hparams)
 
     @override
@@ -53,7 +53,7 @@ class _WholeWriter(ExperimentWriter):
             writer.writeheader()
         writer.writerows(rows)
         if anew:
-            write_whole(file, text.getvalue())
+            atomic_write_text(file, text.getvalue())
         else:
             with file.open("a", newline="", encoding="utf-8") as end:
                 end.write(text.getvalue())

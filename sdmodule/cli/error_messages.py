@@ -18,7 +18,7 @@ from sdmodule.errors import SettingsError, unwritable
 
 
 @contextmanager
-def composing(at_work: Callable[[], bool]) -> Iterator[None]:
+def report_composition_errors(at_work: Callable[[], bool]) -> Iterator[None]:
     """Tell in a sentence what Hydra has no error of its own for: a folder of a sweep, a group of no text.
 
     Args:
@@ -40,7 +40,7 @@ def composing(at_work: Callable[[], bool]) -> Iterator[None]:
 
 
 @contextmanager
-def one_sentence(config_name: str, always: bool = False) -> Iterator[None]:
+def report_user_errors(config_name: str, always: bool = False) -> Iterator[None]:
     """End the process with one sentence for a wrong input; with the traceback where HYDRA_FULL_ERROR=1 asks for it."""
     try:
         yield

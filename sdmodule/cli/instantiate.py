@@ -23,13 +23,13 @@ EXTRAS = ("bitsandbytes", "deepspeed", "mlflow", "tensorboard")
 
 def build_trainer(cfg: DictConfig) -> Trainer:
     """Build callbacks and loggers, and the trainer that has them."""
-    callbacks = build_chosen(cfg, "callbacks")
+    callbacks = build_entries(cfg, "callbacks")
     if cfg.get("cache"):
         callbacks.append(instantiate(cfg.cache))
-    return instantiate(cfg.trainer, callbacks=callbacks, logger=build_chosen(cfg, "logger"))
+    return instantiate(cfg.trainer, callbacks=callbacks, logger=build_entries(cfg, "logger"))
 
 
-def build_chosen(cfg: DictConfig, group: str) -> list[Any]:
+def build_entries(cfg: DictConfig, group: str) -> list[Any]:
     """Build every entry of a group that has several, or none; one that is null is left out.
 
     Raises:
@@ -74,7 +74,7 @@ def instantiate(node: DictConfig, **extra: Any) -> Any:
                 if package in str(error.__cause__) and isinstance(error.__cause__, ImportError):
                     install = f"pip install 'sdmodule[{package}]'"
                     raise SettingsError(f"{name}={package} needs the package {package}; {install}.") from error
-            cause = not_taken(error, name) or SettingsError(
+            cause = unknown_argument(error, name) or SettingsError(
                 f"{name}: these settings cannot be used: {one_line(error.__cause__)}"
             )
         raise (cause or error) from error
@@ -83,7 +83,7 @@ def instantiate(node: DictConfig, **extra: Any) -> Any:
         raise SettingsError(f"{name}: these settings cannot be used: {one_line(error)}") from error
 
 
-def not_taken(error: InstantiationException, name: str) -> SettingsError | None:
+def unknown_argument(error: InstantiationException, name: str) -> SettingsError | None:
     """What to do with a setting that a target does not take; None for an error of another kind."""
     found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error.__cause__))
     if found is None:

@@ -16,14 +16,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from sdmodule.cli.error_messages import composing, one_sentence
+from sdmodule.cli.error_messages import report_composition_errors, report_user_errors
 from sdmodule.cli.instantiate import build_trainer, instantiate
-from sdmodule.cli.overrides import quoted, with_recipe
-from sdmodule.cli.quiet import quiet
-from sdmodule.cli.startup import imported, importing
+from sdmodule.cli.overrides import quote_overrides, with_png_settings
+from sdmodule.cli.quiet import filter_library_messages
+from sdmodule.cli.startup import gc_paused, gc_resume
 from sdmodule.errors import unwritable
-from sdmodule.io.atomic import remove_leftovers, write_whole
-from sdmodule.io.redact import redacted
+from sdmodule.io.atomic import atomic_write_text, remove_leftovers
+from sdmodule.io.redact import redact
 from sdmodule.ranges import check_flag, check_seed
 
 if TYPE_CHECKING:
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 def train(cfg: DictConfig) -> None:
     """Fine-tune a model: data, callbacks, loggers, trainer, model, fit."""
     from sdmodule.callbacks.export import Export
-    from sdmodule.cli.preflight import check_together
-    from sdmodule.training.resume import Ending, check_fits, find_checkpoint
+    from sdmodule.cli.preflight import check_compatible
+    from sdmodule.training.resume import FinishTraining, check_fits, find_checkpoint
 
     check_seed("seed", cfg.seed)
     check_flag("validate_first", cfg.validate_first)
-    output_dir = choose_output(cfg)
+    output_dir = prepare_output_dir(cfg)
     model = None
     if cfg.resolution is None and cfg.data.get("resolution", 0) is None:
         model = build_model(cfg)
@@ -50,46 +50,46 @@ def train(cfg: DictConfig) -> None:
     ended = all(export.holds(trainer.max_steps) for export in exports)
     cfg.ckpt_path = find_checkpoint(cfg.ckpt_path, output_dir, trainer.max_steps, ended)
     if cfg.ckpt_path:
-        trainer.callbacks.insert(0, Ending(trainer.max_steps))  # type: ignore[attr-defined]
+        trainer.callbacks.insert(0, FinishTraining(trainer.max_steps))  # type: ignore[attr-defined]
     model = model or build_model(cfg)
     model.trainer = trainer
     model.setup("fit")  # as is a model that cannot be trained like this
-    check_together(model, data, trainer.callbacks)  # type: ignore[attr-defined]
+    check_compatible(model, data, trainer.callbacks)  # type: ignore[attr-defined]
     if cfg.ckpt_path:
         check_fits(cfg.ckpt_path, model, trainer)
     write_config(cfg, output_dir)
-    config = redacted(OmegaConf.to_container(cfg, resolve=True))
+    config = redact(OmegaConf.to_container(cfg, resolve=True))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     every = sum(p.numel() for p in model.parameters())
-    say(f"Training {trained:,} of {every:,} parameters for {trainer.max_steps:,} steps; writing to {output_dir}")
-    with finishing(trainer, output_dir), logging_to(trainer, config, output_dir):
+    echo(f"Training {trained:,} of {every:,} parameters for {trainer.max_steps:,} steps; writing to {output_dir}")
+    with report_interrupts(trainer, output_dir), configured_loggers(trainer, config, output_dir):
         if cfg.validate_first and cfg.ckpt_path is None:
             trainer.validate(model, datamodule=data, verbose=False)
         trainer.fit(model, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
-    say(f"Wrote {output_dir}")
+    echo(f"Wrote {output_dir}")
 
 
 def predict(cfg: DictConfig) -> None:
-    """Sample pictures: requests, callbacks, loggers, trainer, model, predict."""
-    from sdmodule.io.run_folder import finished, set_aside
+    """Sample images: requests, callbacks, loggers, trainer, model, predict."""
+    from sdmodule.io.run_folder import find_finished, set_aside
 
     check_flag("resume", cfg.resume)
-    output_dir = choose_output(cfg)
+    output_dir = prepare_output_dir(cfg)
     data = instantiate(cfg.data)
     trainer = build_trainer(cfg)
     model = instantiate(cfg.model)
     if cfg.resume:
-        data.done = finished(output_dir, data.requests, model.describe() | {"precision": str(trainer.precision)})
-        say(f"Resuming: {len(data.done)} of {len(data.requests)} pictures are there")
+        data.done = find_finished(output_dir, data.requests, model.describe() | {"precision": str(trainer.precision)})
+        echo(f"Resuming: {len(data.done)} of {len(data.requests)} images are there")
     if effect := model.sampling.speed.effect:
-        say(effect if preset_alone(HydraConfig.get().overrides.task) else effect.partition(";")[0])
+        echo(effect if preset_alone(HydraConfig.get().overrides.task) else effect.partition(";")[0])
     write_config(cfg, output_dir)
-    if not cfg.resume and is_first_device() and (earlier := set_aside(output_dir)):
-        say(f"The pictures of an earlier run are in {earlier} now")
-    config = redacted(OmegaConf.to_container(cfg, resolve=True))
-    with finishing(trainer, output_dir), logging_to(trainer, config, output_dir):
+    if not cfg.resume and is_rank_zero() and (earlier := set_aside(output_dir)):
+        echo(f"The images of an earlier run are in {earlier} now")
+    config = redact(OmegaConf.to_container(cfg, resolve=True))
+    with report_interrupts(trainer, output_dir), configured_loggers(trainer, config, output_dir):
         trainer.predict(model, datamodule=data, return_predictions=False)
-    say(f"Wrote {output_dir / 'grid.png'}")
+    echo(f"Wrote {output_dir / 'grid.png'}")
 
 
 def preset_alone(overrides: Sequence[str]) -> bool:
@@ -110,7 +110,7 @@ def build_model(cfg: DictConfig) -> Any:
     return instantiate(cfg.model)
 
 
-def choose_output(cfg: DictConfig) -> Path:
+def prepare_output_dir(cfg: DictConfig) -> Path:
     """Settle the output folder, one for each job of a sweep, and check that it can be written; nothing is written yet.
 
     Raises:
@@ -142,7 +142,7 @@ def write_config(cfg: DictConfig, folder: Path) -> None:
     Raises:
         SettingsError: if the folder cannot be written.
     """
-    if not is_first_device():
+    if not is_rank_zero():
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -150,22 +150,22 @@ def write_config(cfg: DictConfig, folder: Path) -> None:
             remove_leftovers(place)
         if (metrics := folder / "metrics.csv").exists():
             metrics.rename(folder / f"metrics-{len(list(folder.glob('metrics-*.csv'))) + 1}.csv")
-        written = OmegaConf.create(redacted(OmegaConf.to_container(cfg, resolve=False)))
-        write_whole(folder / "config.yaml", OmegaConf.to_yaml(written))
+        written = OmegaConf.create(redact(OmegaConf.to_container(cfg, resolve=False)))
+        atomic_write_text(folder / "config.yaml", OmegaConf.to_yaml(written))
         if (sweep := folder.parent / "multirun.yaml").is_file() and HydraConfig.get().mode == RunMode.MULTIRUN:
-            written = OmegaConf.create(redacted(OmegaConf.to_container(OmegaConf.load(sweep), resolve=False)))
-            write_whole(sweep, OmegaConf.to_yaml(written))
+            written = OmegaConf.create(redact(OmegaConf.to_container(OmegaConf.load(sweep), resolve=False)))
+            atomic_write_text(sweep, OmegaConf.to_yaml(written))
     except OSError as error:
         raise unwritable(folder, error.strerror) from error
 
 
-def say(text: str) -> None:
+def echo(text: str) -> None:
     """Print a line, once for all devices."""
-    if is_first_device():
+    if is_rank_zero():
         print(text, flush=True)
 
 
-def is_first_device() -> bool:
+def is_rank_zero() -> bool:
     """Whether this process is the one that writes for all devices."""
     from lightning.pytorch.utilities import rank_zero_only
 
@@ -173,7 +173,7 @@ def is_first_device() -> bool:
 
 
 @contextmanager
-def finishing(trainer: Trainer, output_dir: Path) -> Iterator[None]:
+def report_interrupts(trainer: Trainer, output_dir: Path) -> Iterator[None]:
     """After Ctrl-C say how to go on, with status 130; after SIGTERM too, which a scheduler sends first, with 143.
 
     Training saves a checkpoint before it stops.
@@ -190,22 +190,22 @@ def finishing(trainer: Trainer, output_dir: Path) -> Iterator[None]:
 
 
 @contextmanager
-def logging_to(trainer: Trainer, config: dict[str, Any], output_dir: Path) -> Iterator[None]:
+def configured_loggers(trainer: Trainer, config: dict[str, Any], output_dir: Path) -> Iterator[None]:
     """Tell the loggers the configuration, and close what the next job of a sweep must not inherit."""
     with ExitStack() as stack:
         if any("wandb" in type(logger).__name__.lower() for logger in trainer.loggers):
-            from sdmodule.cli.wandb_logger import one_run
+            from sdmodule.cli.wandb_logger import wandb_run
 
-            stack.enter_context(one_run(output_dir))
+            stack.enter_context(wandb_run(output_dir))
         for logger in trainer.loggers:
             logger.log_hyperparams(config)
-            if is_first_device() and (whereabouts := getattr(logger, "whereabouts", str)()):
-                say(whereabouts)
+            if is_rank_zero() and (location := getattr(logger, "whereabouts", str)()):
+                echo(location)
         yield
 
 
 @contextmanager
-def stopping_at_once() -> Iterator[None]:
+def exit_on_sigterm() -> Iterator[None]:
     """Let SIGTERM end the block at once: Lightning only notes it, and a prediction would go on to its end."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
@@ -225,12 +225,12 @@ def run(job: Callable[[DictConfig], None], config_name: str) -> None:
         # as they were given: the processes of other devices are started with these again
         sys.argv[1:] = arguments
         os.environ["HYDRA_FULL_ERROR"] = full_error
-        quiet()
-        from sdmodule.cli.resource_errors import told_in_a_sentence
+        filter_library_messages()
+        from sdmodule.cli.resource_errors import report_resource_errors
 
-        imported()
+        gc_resume()
 
-        with one_sentence(config_name), told_in_a_sentence(cfg), stopping_at_once():
+        with report_user_errors(config_name), report_resource_errors(cfg), exit_on_sigterm():
             job(cfg)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             finished_jobs.append((Path(cfg.output_dir), list(HydraConfig.get().overrides.task)))
@@ -239,9 +239,9 @@ def run(job: Callable[[DictConfig], None], config_name: str) -> None:
     os.environ.setdefault("SDMODULE_STARTED", time.strftime("%Y-%m-%d/%H-%M-%S"))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints its errors itself
     try:
-        with one_sentence(config_name, always=full_error != "1"):
-            sys.argv[1:] = quoted(arguments) if job is train else with_recipe(arguments)
-            with importing(), composing(lambda: not began):
+        with report_user_errors(config_name, always=full_error != "1"):
+            sys.argv[1:] = quote_overrides(arguments) if job is train else with_png_settings(arguments)
+            with gc_paused(), report_composition_errors(lambda: not began):
                 hydra.main(config_path="pkg://sdmodule.conf", config_name=config_name, version_base="1.3")(checked)()
     finally:
         if finished_jobs and job is predict:
@@ -254,10 +254,10 @@ def summarize_sweep(finished_jobs: list[tuple[Path, list[str]]]) -> None:
     """Lay the jobs of a sweep that came to their end side by side, in the sweep's own folder."""
     from sdmodule.io.sweep_report import summarize
 
-    if is_first_device():
+    if is_rank_zero():
         folder = finished_jobs[0][0].parent
         summarize(folder, finished_jobs)
-        say(f"Wrote {folder / 'index.html'}")
+        echo(f"Wrote {folder / 'index.html'}")
 
 
 def train_main() -> None:

@@ -32,7 +32,7 @@ MISSING = "???"
 """What OmegaConf takes for a value that is not given."""
 
 
-def quoted(arguments: Sequence[str]) -> list[str]:
+def quote_overrides(arguments: Sequence[str]) -> list[str]:
     """Quote the values of free-text keys, so that they reach the configuration letter for letter.
 
     A list in brackets stays a list, and ``null`` stays null. Paths that Hydra cannot read are quoted as well.
@@ -99,23 +99,23 @@ def _in_quotes(text: str) -> str:
     return f"'{text}'"
 
 
-def with_recipe(arguments: Sequence[str]) -> list[str]:
-    """The arguments, quoted, behind the settings of the picture that ``from=`` or ``--from`` names.
+def with_png_settings(arguments: Sequence[str]) -> list[str]:
+    """The arguments, quoted, behind the settings of the image that ``from=`` or ``--from`` names.
 
-    A key that is given beside it wins: its setting, or those of its whole group, are not taken from the picture.
+    A key that is given beside it wins: its setting, or those of its whole group, are not taken from the image.
 
     Raises:
-        SettingsError: if the picture does not tell how it was made.
+        SettingsError: if the image does not tell how it was made.
     """
     arguments = _without_option(arguments)
     given = {argument.partition("=")[0].lstrip("+~") for argument in arguments}
     [path] = [a.partition("=")[2] for a in arguments if re.match(r"\+*from=", a)][-1:] or [""]
     if path in ("", "null"):
-        return quoted(arguments)
-    from sdmodule.io.png_metadata import settings_of
+        return quote_overrides(arguments)
+    from sdmodule.io.png_metadata import settings_from_png
 
-    settings = settings_of(path)
-    if given & {"prompts", "prompt", "num_images_per_prompt", "batch_size"}:  # then no batch is like the picture's
+    settings = settings_from_png(path)
+    if given & {"prompts", "prompt", "num_images_per_prompt", "batch_size"}:  # then no batch is like the image's
         given |= {"batch_size", "data.batch_row"}
     if "prompts" in given:
         given.add("prompt")
@@ -127,11 +127,13 @@ def with_recipe(arguments: Sequence[str]) -> list[str]:
     needed |= {"control"} if "controlnet" in settings else set()
     if missing := needed - given - set(settings):
         raise SettingsError(
-            f"from={path} was made from pictures, and the inputs/ of its run are not beside its folder; "
+            f"from={path} was made from images, and the inputs/ of its run are not beside its folder; "
             f"give {' and '.join(f'{name}=…' for name in sorted(missing))} too."
         )
     taken = {k: v for k, v in settings.items() if not given & {k, k.partition(".")[0], f"sampler.{k}"}}
-    return _options_first([*(f"{key}={_expression(value)}" for key, value in taken.items()), *quoted(arguments)])
+    return _options_first(
+        [*(f"{key}={_expression(value)}" for key, value in taken.items()), *quote_overrides(arguments)]
+    )
 
 
 def _keys_of_presets(arguments: Sequence[str]) -> set[str]:
@@ -143,13 +145,13 @@ def _keys_of_presets(arguments: Sequence[str]) -> set[str]:
 
 
 def _without_option(arguments: Sequence[str]) -> list[str]:
-    """``--from PICTURE`` and ``--from=PICTURE`` as ``from=PICTURE``."""
+    """``--from IMAGE`` and ``--from=IMAGE`` as ``from=IMAGE``."""
     rest, result = list(arguments), []
     while rest:
         argument = rest.pop(0)
         if argument == "--from":
             if not rest:
-                raise SettingsError("--from names no picture; give --from PICTURE.png.")
+                raise SettingsError("--from names no image; give --from IMAGE.png.")
             argument = f"from={rest.pop(0)}"
         result.append(argument.removeprefix("--") if argument.startswith("--from=") else argument)
     return result

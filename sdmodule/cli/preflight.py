@@ -9,15 +9,15 @@ from typing import Any
 from lightning import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
-from sdmodule.callbacks.class_images import PriorPictures
-from sdmodule.callbacks.latent_cache import Cache
+from sdmodule.callbacks.class_images import ClassImages
+from sdmodule.callbacks.latent_cache import LatentCache
 from sdmodule.data.sources.folder import Example
 from sdmodule.errors import SettingsError
 from sdmodule.sampling.requests import INPAINT, TEXT2IMAGE
 from sdmodule.training.textual_inversion import TextualInversion
 
 
-def check_together(model: Any, data: Any, callbacks: Sequence[Callback]) -> None:
+def check_compatible(model: Any, data: Any, callbacks: Sequence[Callback]) -> None:
     """Check what only several of them know; nothing is read but captions.
 
     Args:
@@ -33,12 +33,12 @@ def check_together(model: Any, data: Any, callbacks: Sequence[Callback]) -> None
     _check_word(model, data)
     _check_priors(model, data, callbacks)
     for callback in callbacks:
-        if isinstance(callback, Cache):
+        if isinstance(callback, LatentCache):
             callback.check(data, model)
 
 
 def _check_size(model: Any, data: Any) -> None:
-    """Whether the autoencoder makes whole latents of pictures of this size."""
+    """Whether the autoencoder makes whole latents of images of this size."""
     autoencoder, size = getattr(model, "vae", None), getattr(data, "size", None)
     if autoencoder is None or size is None:
         return
@@ -52,7 +52,7 @@ def _check_size(model: Any, data: Any) -> None:
 
 
 def _check_masks(model: Any, data: Any) -> None:
-    """Whether all pictures have masks where the loss needs them, and all or none where they are repainted."""
+    """Whether all images have masks where the loss needs them, and all or none where they are repainted."""
     bare = getattr(data, "bare", [])
     if not bare:
         return
@@ -69,13 +69,13 @@ def _check_masks(model: Any, data: Any) -> None:
 def _check_word(model: Any, data: Any) -> None:
     """Whether captions name the word that is to be learned; without it nothing is."""
     tuning = getattr(model, "tuning", None)
-    pictures: Any = getattr(data, "train_set", None)
-    if not isinstance(tuning, TextualInversion) or not hasattr(pictures, "examples"):
+    images: Any = getattr(data, "train_set", None)
+    if not isinstance(tuning, TextualInversion) or not hasattr(images, "examples"):
         return
     tokenizer = model.parts.tokenizer
     word = tokenizer.convert_tokens_to_ids(tuning.placeholder)
-    of_the_thing = getattr(data, "instances", 0) or len(pictures)  # of DreamBooth's others none should name it
-    texts = dict.fromkeys(_texts(pictures.examples[index]) for index in range(of_the_thing))
+    of_the_thing = getattr(data, "instances", 0) or len(images)  # of DreamBooth's others none should name it
+    texts = dict.fromkeys(_texts(images.examples[index]) for index in range(of_the_thing))
     captions = {text: tokenizer(list(text), add_special_tokens=False, verbose=False).input_ids for text in texts}
     bare = [text[0] for text, tokens in captions.items() if not any(word in own for own in tokens)]
     if len(bare) == len(captions):
@@ -86,7 +86,7 @@ def _check_word(model: Any, data: Any) -> None:
     if bare:
         rank_zero_warn(
             f"tuning.placeholder={tuning.placeholder} is not in {len(bare)} of {len(captions)} captions, such as "
-            f"{shorten(bare[0], 60)!r}; their pictures do not teach it."
+            f"{shorten(bare[0], 60)!r}; their images do not teach it."
         )
 
 
@@ -97,15 +97,15 @@ def _texts(example: Example) -> tuple[str, ...]:
 
 
 def _check_priors(model: Any, data: Any, callbacks: Sequence[Callback]) -> None:
-    """Whether somebody makes the pictures of DreamBooth's kind that are not there."""
+    """Whether somebody makes the images of DreamBooth's kind that are not there."""
     missing = sum(not file.is_file() for file in getattr(data, "priors", []))
     if missing and getattr(model, "task", None) != TEXT2IMAGE:
         raise SettingsError(
-            f"data.class_prompt={data.class_prompt} needs {missing} pictures that are not in {data.class_root}, and "
+            f"data.class_prompt={data.class_prompt} needs {missing} images that are not in {data.class_root}, and "
             "model=text2image alone can make them; put them there."
         )
-    if missing and not any(isinstance(callback, PriorPictures) for callback in callbacks):
+    if missing and not any(isinstance(callback, ClassImages) for callback in callbacks):
         raise SettingsError(
-            f"data.class_prompt={data.class_prompt} needs {missing} pictures that are not in {data.class_root}; add "
+            f"data.class_prompt={data.class_prompt} needs {missing} images that are not in {data.class_root}; add "
             "prior to callbacks=[…], which makes them, or put them there."
         )

@@ -8,7 +8,7 @@ import sys
 import warnings
 
 
-def quiet() -> None:
+def filter_library_messages() -> None:
     """Keep messages that nobody can act on out of the terminal."""
     import diffusers
     import transformers
@@ -24,7 +24,7 @@ def quiet() -> None:
     # the package that is imported last of these lends its logger to all of them
     for package in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):
         for module in ("utilities.rank_zero", "utilities.distributed", "trainer.connectors.signal_connector"):
-            logging.getLogger(f"{package}.{module}").addFilter(worth_reading)
+            logging.getLogger(f"{package}.{module}").addFilter(is_relevant)
 
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     for category in (PossibleUserWarning, DeprecationWarning, FutureWarning):
@@ -41,6 +41,6 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", message=f".*{part}.*")
 
 
-def worth_reading(record: logging.LogRecord) -> bool:
+def is_relevant(record: logging.LogRecord) -> bool:
     """Whether a line is more than Lightning's news of what it found on the machine."""
     return record.levelno > logging.INFO or f"{os.sep}lightning{os.sep}" not in record.pathname

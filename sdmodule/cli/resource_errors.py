@@ -1,4 +1,4 @@
-"""What a machine runs out of in the middle of a run: memory, room on a disk, a process that read pictures."""
+"""What a machine runs out of in the middle of a run: memory, room on a disk, a process that read images."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TRAIN = (
 
 
 @contextmanager
-def told_in_a_sentence(cfg: DictConfig) -> Iterator[None]:
+def report_resource_errors(cfg: DictConfig) -> Iterator[None]:
     """Turn errors that no setting is to blame for alone into a sentence that says what to do.
 
     Raises:
@@ -40,11 +40,11 @@ def told_in_a_sentence(cfg: DictConfig) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or OUT_OF_MEMORY.search(str(error)):
-            advice = ", then ".join(lower(cfg))
+            advice = ", then ".join(memory_advice(cfg))
             raise SettingsError(f"the memory does not suffice; lower, in this order: {advice}.") from error
         if WORKER_DIED.search(str(error)):
             raise SettingsError(
-                "a process that reads pictures died, as it does where memory runs out; set data.num_workers="
+                "a process that reads images died, as it does where memory runs out; set data.num_workers="
                 f"{max(0, OmegaConf.select(cfg, 'data.num_workers', default=0) // 2)}, and go on with ckpt_path=last."
             ) from error
         raise
@@ -61,7 +61,7 @@ def told_in_a_sentence(cfg: DictConfig) -> Iterator[None]:
         ) from error
 
 
-def lower(cfg: DictConfig) -> list[str]:
+def memory_advice(cfg: DictConfig) -> list[str]:
     """Which settings to lower for less memory, those first that cost least."""
     advice = []
     for key, lowest, text in TRAIN if "ckpt_path" in cfg else PREDICT:

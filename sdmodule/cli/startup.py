@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def importing() -> Iterator[None]:
-    """Collect no garbage inside a ``with`` block, or until `imported` is called.
+def gc_paused() -> Iterator[None]:
+    """Collect no garbage inside a ``with`` block, or until `gc_resume` is called.
 
     Importing makes a million objects and no garbage: looking for it among them took a fifth of a command's start.
     """
@@ -20,7 +20,7 @@ def importing() -> Iterator[None]:
         gc.enable()
 
 
-def imported() -> None:
+def gc_resume() -> None:
     """Collect garbage from here on, without looking through all that was imported.
 
     That is done once in a process: what a sweep's earlier jobs have left behind must remain to be found.

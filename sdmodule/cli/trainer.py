@@ -15,12 +15,12 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from sdmodule.callbacks.finite_loss import STOP, FiniteLoss
-from sdmodule.callbacks.frozen_weights import FrozenWeights
+from sdmodule.callbacks.finite_loss import STOP, NonFiniteLoss
+from sdmodule.callbacks.frozen_weights import CastFrozenWeights
 from sdmodule.callbacks.validation_interval import ValidationInterval
 from sdmodule.errors import SettingsError
 from sdmodule.ranges import check_whole
-from sdmodule.training.checkpoint_io import WholeCheckpoints
+from sdmodule.training.checkpoint_io import AtomicCheckpointIO
 
 BF16_MIXED: Final = "bf16-mixed"
 
@@ -60,8 +60,8 @@ def make_trainer(
     check_whole("trainer.val_check_interval", val_check_interval)
     check_whole("trainer.accumulate_grad_batches", accumulate_grad_batches)
     check_whole("trainer.log_every_n_steps", log_every_n_steps)
-    precision = resolved(precision, accelerator)
-    if "bf16" in str(precision) and not computes_bfloat16(accelerator):
+    precision = resolve_precision(precision, accelerator)
+    if "bf16" in str(precision) and not supports_bfloat16(accelerator):
         rank_zero_warn(
             f"precision={precision}: this device emulates bfloat16, many times slower than float32; "
             "precision=32-true is faster here."
@@ -69,10 +69,10 @@ def make_trainer(
     plugins = list(settings.pop("plugins", None) or [])
     strategy = str(settings.get("strategy"))
     if "deepspeed" not in strategy:  # which writes checkpoints of its own kind
-        plugins.append(WholeCheckpoints())
+        plugins.append(AtomicCheckpointIO())
     own = "deepspeed" in strategy or "fsdp" in strategy  # these bring a precision of their own kind
     if precision == BF16_MIXED and accelerator in ("cpu", "gpu") and not own:
-        plugins.append(Unscaled("cpu" if accelerator == "cpu" else "cuda" if torch.cuda.is_available() else "mps"))
+        plugins.append(BFloat16Mixed("cpu" if accelerator == "cpu" else "cuda" if torch.cuda.is_available() else "mps"))
     # a dry run validates at its end by itself
     interval = [] if settings.get("fast_dev_run") else [ValidationInterval(min(val_check_interval, max_steps))]
     try:
@@ -85,7 +85,7 @@ def make_trainer(
             precision=None if any(isinstance(one, Precision) for one in plugins) else precision,  # type: ignore[arg-type]
             log_every_n_steps=min(log_every_n_steps, max_steps),
             # weights are whole again before any other callback validates or exports them
-            callbacks=[FrozenWeights(), *callbacks, *interval, FiniteLoss(nan_loss)],
+            callbacks=[CastFrozenWeights(), *callbacks, *interval, NonFiniteLoss(nan_loss)],
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
             enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
             enable_model_summary=False,
@@ -100,7 +100,7 @@ def make_trainer(
 
 
 def check_training_precision(trainer: Trainer | None) -> None:
-    """Check that a trainer leaves the weights that it trains, and the pictures, in float32.
+    """Check that a trainer leaves the weights that it trains, and the images, in float32.
 
     Raises:
         SettingsError: if not.
@@ -112,12 +112,12 @@ def check_training_precision(trainer: Trainer | None) -> None:
         )
 
 
-def resolved(precision: str, accelerator: str) -> str:
+def resolve_precision(precision: str, accelerator: str) -> str:
     """A precision under the name that Lightning has for it; what ``auto`` and ``auto-true`` are on a device."""
     if precision == "auto":
-        return BF16_MIXED if computes_bfloat16(accelerator) else "32-true"
+        return BF16_MIXED if supports_bfloat16(accelerator) else "32-true"
     if precision == "auto-true":
-        return "bf16-true" if computes_bfloat16(accelerator) else "16-true" if accelerator == "gpu" else "32-true"
+        return "bf16-true" if supports_bfloat16(accelerator) else "16-true" if accelerator == "gpu" else "32-true"
     if str(precision) in ("16", "bf16"):  # as older releases of Lightning named them
         precision = f"{precision}-mixed"
     if precision == "16-mixed" and accelerator == "cpu":
@@ -126,7 +126,7 @@ def resolved(precision: str, accelerator: str) -> str:
     return precision
 
 
-class Unscaled(MixedPrecision):
+class BFloat16Mixed(MixedPrecision):
     """``bf16-mixed``, with gradients that can be clipped whatever the optimizer.
 
     Lightning refuses to clip those of a fused optimizer in any mixed precision, since it would scale float16's back
@@ -153,7 +153,7 @@ class Unscaled(MixedPrecision):
         clip_grads_with_norm_(weights, clip_val, norm)
 
 
-def computes_bfloat16(accelerator: str) -> bool:
+def supports_bfloat16(accelerator: str) -> bool:
     """Whether the device multiplies in bfloat16 itself; most x86 processors before 2022 convert each number."""
     if accelerator == "gpu":
         return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)

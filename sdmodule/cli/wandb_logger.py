@@ -14,7 +14,7 @@ import wandb
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from sdmodule.io.redact import redacted, shortened
+from sdmodule.io.redact import redact, shorten_home
 
 
 class PrivateWandbLogger(WandbLogger):
@@ -58,11 +58,11 @@ class PrivateWandbLogger(WandbLogger):
             group=group,
             settings=wandb.Settings(**{**private, **(settings or {})}),
             mode="offline" if self.keyless else mode,
-            **redacted(others),
+            **redact(others),
         )
         self._wandb_init.pop("anonymous")  # W&B warns of whoever names it
 
-    def whereabouts(self) -> str:
+    def location(self) -> str:
         """One line on where the run is to be found."""
         run = self.experiment
         if not getattr(run, "offline", False):
@@ -89,14 +89,14 @@ def has_key(settings: Mapping[str, Any]) -> bool:
 
 
 @contextmanager
-def one_run(output_dir: Path) -> Iterator[None]:
+def wandb_run(output_dir: Path) -> Iterator[None]:
     """A run of W&B within the block: it ends with it, and leaves nothing in the process.
 
     What artifacts are made of is kept in the folder of the run and not in the home folder.
     """
     before = os.environ.get("WANDB_DATA_DIR")
     if before is None:
-        os.environ["WANDB_DATA_DIR"] = staging(output_dir.absolute())
+        os.environ["WANDB_DATA_DIR"] = artifact_staging_dir(output_dir.absolute())
     try:
         yield
     finally:
@@ -109,7 +109,7 @@ def one_run(output_dir: Path) -> Iterator[None]:
             hide_home(folder)
 
 
-def staging(output_dir: Path) -> str:
+def artifact_staging_dir(output_dir: Path) -> str:
     """Where the files of artifacts wait for their upload.
 
     W&B writes the place into the file of the run. Linux can say it without naming the home folder, for as long as
@@ -124,5 +124,5 @@ def hide_home(folder: Path) -> None:
     """Take the home folder out of W&B's own logs of a run, which name every path."""
     for file in folder.glob("logs/*.log"):
         text = file.read_text(encoding="utf-8", errors="replace")
-        if (short := shortened(text)) != text:
+        if (short := shorten_home(text)) != text:
             file.write_text(short, encoding="utf-8")

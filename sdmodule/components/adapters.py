@@ -12,7 +12,7 @@ from torch import Tensor
 from sdmodule.components.adapter_file import DIFFUSERS_FILE, KOHYA_FILE, is_adapter, read_tensors, to_adapter
 from sdmodule.components.checkpoint import Components
 from sdmodule.components.learned_words import add_word
-from sdmodule.components.lora_layers import LOHA, LOKR, Adapter, make_active, merge, put_on
+from sdmodule.components.lora_layers import LOHA, LOKR, Adapter, attach_adapter, make_active, merge
 from sdmodule.errors import SettingsError, choices
 from sdmodule.training.textual_inversion import EMBEDDING_FILE
 
@@ -21,7 +21,7 @@ WHOLE = "emb_params"
 
 
 @dataclass(frozen=True)
-class ChosenAdapter:
+class AdapterChoice:
     """An adapter to sample with.
 
     Args:
@@ -58,7 +58,7 @@ class ChosenAdapter:
         raise SettingsError(f"adapters: {self.path} holds none of {choices(names)}; give the path of a file.")
 
 
-def chosen_adapters(adapters: Sequence[Mapping[str, Any]] | None) -> list[ChosenAdapter]:
+def parse_adapters(adapters: Sequence[Mapping[str, Any]] | None) -> list[AdapterChoice]:
     """Adapters as a configuration names them.
 
     Raises:
@@ -70,11 +70,11 @@ def chosen_adapters(adapters: Sequence[Mapping[str, Any]] | None) -> list[Chosen
     for one in adapters or []:
         if not isinstance(one, Mapping) or "path" not in one or one.keys() - {"path", "scale"}:
             raise SettingsError(f"adapters has {one!r}; each is {{path: FILE, scale: 0.8}}.")
-        chosen.append(ChosenAdapter(**dict(one)))
+        chosen.append(AdapterChoice(**dict(one)))
     return chosen
 
 
-def use_adapters(parts: Components, chosen: Sequence[ChosenAdapter], merged: bool) -> None:
+def use_adapters(parts: Components, chosen: Sequence[AdapterChoice], merged: bool) -> None:
     """Put adapters on a model, in place, in order.
 
     Args:
@@ -97,7 +97,7 @@ def use_adapters(parts: Components, chosen: Sequence[ChosenAdapter], merged: boo
                 f"adapters: {choices(kinds)} cannot stand beside the same weights; set merge_adapters=true."
             )
         name = f"adapter_{number}"
-        put_on(parts, adapter, one.scale, name)
+        attach_adapter(parts, adapter, one.scale, name)
         if merged:
             merge(parts, name)
         else:
@@ -105,7 +105,7 @@ def use_adapters(parts: Components, chosen: Sequence[ChosenAdapter], merged: boo
     make_active(parts, [name for name, _ in beside])
 
 
-def _add_word(parts: Components, one: ChosenAdapter, tensors: Mapping[str, Tensor]) -> None:
+def _add_word(parts: Components, one: AdapterChoice, tensors: Mapping[str, Tensor]) -> None:
     width = parts.text_encoder.config.hidden_size
     name, vectors = next(iter(tensors.items())) if len(tensors) == 1 else ("", None)
     if vectors is None or vectors.ndim not in (1, 2):

@@ -18,7 +18,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 
 from sdmodule.components.schedulers import make_scheduler
-from sdmodule.conditioning.inpaint import inpaints
+from sdmodule.conditioning.inpaint import is_inpaint_unet
 from sdmodule.errors import SettingsError, choices
 
 ASSETS = Path(__file__).parent / "assets"
@@ -151,7 +151,7 @@ def save_components(parts: Components, folder: str | Path, dtype: str = "float32
     folder = Path(folder)
     for name in PARTS:
         save_part(name, getattr(parts, name), folder, dtype)
-    pipeline = "StableDiffusionInpaintPipeline" if inpaints(parts.unet) else "StableDiffusionPipeline"
+    pipeline = "StableDiffusionInpaintPipeline" if is_inpaint_unet(parts.unet) else "StableDiffusionPipeline"
     index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__}
     index["requires_safety_checker"] = False
     index |= {name: _library_and_class(getattr(parts, name)) for name in PARTS}
@@ -282,7 +282,7 @@ def _from_scratch(name: str, source: Source, options: dict[str, Any]) -> Any:
 def _part_words(encoder: CLIPTextModel) -> None:
     """Start the words of a new text encoder far apart.
 
-    CLIP starts them within 0.02 of each other. Trained on pictures alone, words of similar pictures then soon move as
+    CLIP starts them within 0.02 of each other. Trained on images alone, words of similar images then soon move as
     one: after 5,000 steps of the embedded model, "circle" and "square" were 1% apart for the UNet. Started like this
     they are 41% apart after 800.
     """

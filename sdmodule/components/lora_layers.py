@@ -89,7 +89,7 @@ def split_key(key: str) -> tuple[str, str]:
     return (key[: found.start()], found[1]) if found else (key, "")
 
 
-def taken_from(parts: Components, method: str, name: str = TRAINED) -> Adapter:
+def extract_adapter(parts: Components, method: str, name: str = TRAINED) -> Adapter:
     """The adapter that is on a model."""
     weights, alphas = {}, {}
     for part in ("unet", "text_encoder"):
@@ -126,7 +126,7 @@ def _adapted(model: nn.Module, name: str) -> Iterator[tuple[str, Any]]:
             yield place, layer
 
 
-def put_on(parts: Components, adapter: Adapter, scale: float, name: str) -> None:
+def attach_adapter(parts: Components, adapter: Adapter, scale: float, name: str) -> None:
     """Put an adapter beside the weights of a model, in place; nothing of it is trained.
 
     Raises:

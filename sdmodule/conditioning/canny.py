@@ -1,4 +1,4 @@
-"""Edges of a picture (Canny 1986, "A Computational Approach to Edge Detection"), as ControlNets are trained on them.
+"""Edges of an image (Canny 1986, "A Computational Approach to Edge Detection"), as ControlNets are trained on them.
 
 The result is that of OpenCV's ``Canny(image, 100, 200)``, to the pixel: Sobel gradients of three by three pixels, the
 sum of their absolute values as strength, and no blur before.
@@ -18,7 +18,7 @@ TANGENT = 13573
 
 
 def canny_edges(image: Image.Image) -> Image.Image:
-    """White edges on black, RGB, of the size of the picture."""
+    """White edges on black, RGB, of the size of the image."""
     across, down, strength = _gradients(np.asarray(image.convert("RGB")))
     thin = _is_ridge(across, down, strength) & (strength > LOW)
     connected, _ = ndimage.label(thin, structure=np.ones((3, 3)))

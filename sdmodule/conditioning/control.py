@@ -1,4 +1,4 @@
-"""A control picture to residuals: a ControlNet beside the UNet (Zhang et al. 2023)."""
+"""A control image to residuals: a ControlNet beside the UNet (Zhang et al. 2023)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from sdmodule.conditioning.canny import canny_edges
-from sdmodule.conditioning.masked_image import read_picture
+from sdmodule.conditioning.masked_image import read_image
 from sdmodule.errors import SettingsError
 
 if TYPE_CHECKING:
     from sdmodule.components.checkpoint import Components
 
 EMBEDDING_CHANNELS = (16, 32, 96, 256)
-"""Widths of the layers that bring a control picture to the latents' size, each half as high and wide."""
+"""Widths of the layers that bring a control image to the latents' size, each half as high and wide."""
 
 
 def from_unet(parts: Components) -> ControlNetModel:
@@ -61,38 +61,38 @@ def load_controlnet(place: str, parts: Components) -> ControlNetModel:
 
 
 def read_controls(control: Any, edges: bool, count: int) -> list[Image.Image]:
-    """The control picture of each of ``count`` prompts.
+    """The control image of each of ``count`` prompts.
 
     Args:
         control: a path, a PIL image, an array or a tensor; or a list, one for each prompt.
         edges: it is a photo, of which the edges are taken; see `canny_edges`.
-        count: prompts; one prompt takes as many pictures as there are.
+        count: prompts; one prompt takes as many images as there are.
 
     Raises:
-        SettingsError: for a picture that cannot be read, or another number of them.
+        SettingsError: for an image that cannot be read, or another number of them.
     """
     given = list(control) if isinstance(control, (list, tuple)) else [control]
     if len(given) not in (1, count):
-        raise SettingsError(f"control has {len(given)} pictures for {count} prompts; give one, or one for each prompt.")
-    pictures = []
+        raise SettingsError(f"control has {len(given)} images for {count} prompts; give one, or one for each prompt.")
+    images = []
     for k, one in enumerate(given):
-        picture = read_picture(one, "control" if len(given) == 1 else f"control[{k}]").convert("RGB")
-        pictures.append(canny_edges(picture) if edges else picture)
-    return pictures * (count // len(pictures))
+        image = read_image(one, "control" if len(given) == 1 else f"control[{k}]").convert("RGB")
+        images.append(canny_edges(image) if edges else image)
+    return images * (count // len(images))
 
 
 @dataclass
 class ControlGuide:
-    """The control pictures of a batch, ready for the denoising loop.
+    """The control images of a batch, ready for the denoising loop.
 
     Attributes:
         controlnet: the network.
-        pictures: at the size of the samples, ``[B, 3, H, W]`` in [0, 1].
+        images: at the size of the samples, ``[B, 3, H, W]`` in [0, 1].
         scale: how much the network counts.
     """
 
     controlnet: Any
-    pictures: Tensor
+    images: Tensor
     scale: float = 1.0
 
     def residuals(self, latents: Tensor, timestep: Tensor, embeddings: Tensor) -> dict[str, Any]:
@@ -103,12 +103,12 @@ class ControlGuide:
             timestep: a scalar, or ``[B]``.
             embeddings: of the prompts, ``[B or 2B, L, D]``.
         """
-        pictures = self.pictures.repeat(len(latents) // len(self.pictures), 1, 1, 1).to(embeddings)
+        images = self.images.repeat(len(latents) // len(self.images), 1, 1, 1).to(embeddings)
         down, middle = self.controlnet(
             latents[:, : self.controlnet.config.in_channels],  # one of text-to-image beside a UNet that inpaints
             timestep,
             encoder_hidden_states=embeddings,
-            controlnet_cond=pictures,
+            controlnet_cond=images,
             conditioning_scale=self.scale,
             return_dict=False,
         )
@@ -116,33 +116,33 @@ class ControlGuide:
 
 
 def prepare_control(parts: Components, controls: Sequence[Image.Image], size: Sequence[int], scale: float) -> Any:
-    """The guide of a batch; None without control pictures.
+    """The guide of a batch; None without control images.
 
     Args:
         parts: the model.
-        controls: one for each picture of the batch, or none.
+        controls: one for each image of the batch, or none.
         size: ``(h, w)`` of the latents.
         scale: how much the network counts.
 
     Raises:
-        SettingsError: for control pictures without a ControlNet, or the reverse.
+        SettingsError: for control images without a ControlNet, or the reverse.
     """
     check_control(bool(controls), parts.controlnet is not None)
     if not controls:
         return None
     height, width = (side * parts.pixels_per_latent for side in size)
-    return ControlGuide(parts.controlnet, as_tensor(controls, (height, width)).to(parts.unet.device), scale)
+    return ControlGuide(parts.controlnet, controls_to_tensor(controls, (height, width)).to(parts.unet.device), scale)
 
 
-def as_tensor(controls: Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
-    """Control pictures as ``[B, 3, H, W]`` in [0, 1], brought to ``size`` ``(H, W)`` where they are of another."""
+def controls_to_tensor(controls: Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
+    """Control images as ``[B, 3, H, W]`` in [0, 1], brought to ``size`` ``(H, W)`` where they are of another."""
     height, width = size
     arrays = [np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)) for image in controls]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
 
 
 def check_control(controls: bool, controlnet: bool) -> None:
-    """Whether there are both a control picture and a ControlNet, or neither.
+    """Whether there are both a control image and a ControlNet, or neither.
 
     Raises:
         SettingsError: if there is one of them.
@@ -150,4 +150,4 @@ def check_control(controls: bool, controlnet: bool) -> None:
     if controls and not controlnet:
         raise SettingsError("control was given and there is no ControlNet to follow it; add controlnet=FOLDER.")
     if controlnet and not controls:
-        raise SettingsError("controlnet was given and there is no picture to follow; add control=PICTURE.png.")
+        raise SettingsError("controlnet was given and there is no image to follow; add control=IMAGE.png.")

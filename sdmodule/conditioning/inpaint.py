@@ -1,8 +1,8 @@
 """What a UNet that inpaints sees beside the noisy latents, and how an ordinary UNet becomes one.
 
 The nine channels are those of Stable Diffusion's inpainting checkpoints (Rombach et al. 2022, section 4.5 and the
-published weights): noisy latents 4, mask 1, latents of the masked picture 4. A mask is ``[B, 1, H, W]``, 1 where the
-picture is repainted and 0 where it stays.
+published weights): noisy latents 4, mask 1, latents of the masked image 4. A mask is ``[B, 1, H, W]``, 1 where the
+image is repainted and 0 where it stays.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from sdmodule.ranges import check_flag
 
 
 @dataclass(frozen=True)
-class HoleTraining:
+class InpaintTraining:
     """How a UNet is trained to inpaint.
 
     Args:
         convert: widen an ordinary UNet to the mask's channels when training starts.
-        whole_masks: share of training pictures that are masked whole.
+        whole_masks: share of training images that are masked whole.
         hole_weight: how many times the loss in the hole counts that of the same area around it.
 
     Raises:
@@ -70,28 +70,28 @@ class HoleTraining:
         return ", ".join(f"model.{name}={value}" for name, value in asdict(self).items())
 
 
-def masked(images: Tensor, masks: Tensor) -> Tensor:
-    """Pictures ``[B, 3, H, W]`` in [-1, 1] with the hole at mid-grey, which is 0."""
+def mask_out(images: Tensor, masks: Tensor) -> Tensor:
+    """Images ``[B, 3, H, W]`` in [-1, 1] with the hole at mid-grey, which is 0."""
     return images * (masks < 0.5)
 
 
-def latent_masks(masks: Tensor, size: Sequence[int]) -> Tensor:
+def masks_to_latents(masks: Tensor, size: Sequence[int]) -> Tensor:
     """Masks at the size ``(h, w)`` of the latents, by nearest neighbour: ``[B, 1, h, w]``."""
     return F.interpolate(masks, size=list(size))
 
 
-def mask_channels(masks: Tensor, masked_latents: Tensor) -> Tensor:
+def inpaint_channels(masks: Tensor, masked_latents: Tensor) -> Tensor:
     """The five channels beside the noisy latents, ``[B, 5, h, w]``.
 
     Args:
         masks: ``[B, 1, H, W]`` in pixels.
-        masked_latents: scaled latents of the masked pictures, ``[B, 4, h, w]``.
+        masked_latents: scaled latents of the masked images, ``[B, 4, h, w]``.
     """
     height, width = masked_latents.shape[-2:]
-    return torch.cat([latent_masks(masks, (height, width)).to(masked_latents), masked_latents], dim=1)
+    return torch.cat([masks_to_latents(masks, (height, width)).to(masked_latents), masked_latents], dim=1)
 
 
-def inpaints(unet: UNet2DConditionModel) -> bool:
+def is_inpaint_unet(unet: UNet2DConditionModel) -> bool:
     """Whether a UNet takes the mask's channels beside the noisy latents.
 
     Raises:

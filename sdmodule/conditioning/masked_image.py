@@ -1,4 +1,4 @@
-"""Pictures and masks as people have them: files, PIL images, arrays, tensors, a box, an alpha channel."""
+"""Images and masks as people have them: files, PIL images, arrays, tensors, a box, an alpha channel."""
 
 from __future__ import annotations
 
@@ -17,74 +17,77 @@ from sdmodule.errors import SettingsError, choices
 from sdmodule.io.image_files import FORMATS, open_upright
 
 ALPHA = "alpha"
-"""What stands for a mask where the picture's own transparent part is meant."""
+"""What stands for a mask where the image's own transparent part is meant."""
 
 
 @dataclass
-class MaskedPicture:
-    """A picture and where it is repainted.
+class MaskedImage:
+    """An image and where it is repainted.
 
     Attributes:
-        picture: RGB.
+        image: RGB.
         mask: of the same size, mode L, with nothing but 255, repaint, and 0, keep.
     """
 
-    picture: Image.Image
+    image: Image.Image
     mask: Image.Image
 
 
-def pair(images: Any, masks: Any, count: int) -> list[MaskedPicture]:
-    """Read pictures and masks for ``count`` prompts: one for all of them, or one for each.
+def pair_images_and_masks(images: Any, masks: Any, count: int) -> list[MaskedImage]:
+    """Read images and masks for ``count`` prompts: one for all of them, or one for each.
 
     Args:
-        images: one picture or a list: a path, a PIL image, an array ``[H, W, 3]`` or a tensor ``[3, H, W]``, of 0 to
+        images: one image or a list: a path, a PIL image, an array ``[H, W, 3]`` or a tensor ``[3, H, W]``, of 0 to
             255 if of whole numbers and of 0 to 1 if not. A tensor or an array with one more dimension is a list.
         masks: likewise, but of one channel, more than half of white repainted; or a box ``[x0, y0, x1, y1]`` in
-            pixels; or ``alpha``, for the transparent part of the picture.
+            pixels; or ``alpha``, for the transparent part of the image.
         count: number of prompts.
 
     Raises:
-        SettingsError: for a picture or a mask that cannot be used, or lists that do not match.
+        SettingsError: for an image or a mask that cannot be used, or lists that do not match.
     """
-    pictures, holes = _listed(images), _listed(masks)
-    total = max(len(pictures), len(holes))
-    for name, given in (("image", pictures), ("mask", holes)):
+    given_images, given_masks = _listed(images), _listed(masks)
+    total = max(len(given_images), len(given_masks))
+    for name, given in (("image", given_images), ("mask", given_masks)):
         if len(given) not in (1, total):
             raise SettingsError(f"{name} has {len(given)} entries for {total}; give one, or one for each of {total}.")
     if total not in (1, count):
-        raise SettingsError(f"image has {total} entries for {count} prompts; give one picture, or one a prompt.")
+        raise SettingsError(f"image has {total} entries for {count} prompts; give one image, or one a prompt.")
     read = [
-        read_masked(pictures[k % len(pictures)], holes[k % len(holes)], k if total > 1 else None) for k in range(total)
+        read_masked_image(
+            given_images[k % len(given_images)], given_masks[k % len(given_masks)], k if total > 1 else None
+        )
+        for k in range(total)
     ]
     return read * (count // total)
 
 
-def count_pictures(images: Any, masks: Any) -> int:
-    """How many masked pictures `pair` would make of these for one prompt or for as many."""
+def count_images(images: Any, masks: Any) -> int:
+    """How many masked images `pair_images_and_masks` would make of these for one prompt or for as many."""
     return max(len(_listed(images)), len(_listed(masks)))
 
 
-def read_masked(image: Any, mask: Any, position: int | None = None) -> MaskedPicture:
-    """Read a picture and its mask; ``position`` is its place in a list, for messages. See `pair`."""
+def read_masked_image(image: Any, mask: Any, position: int | None = None) -> MaskedImage:
+    """Read an image and its mask; ``position`` is its place in a list, for messages. See `pair_images_and_masks`."""
     at = "" if position is None else f"[{position}]"
-    picture = read_picture(image, f"image{at}")
+    source = read_image(image, f"image{at}")
     if mask is None:
-        own = picture.has_transparency_data
+        own = source.has_transparency_data
         hint = "for its transparent part give mask=alpha" if own else "give a mask, such as mask=[x0,y0,x1,y1]"
         raise SettingsError(f"image{at}{' with transparency' if own else ''} came without a mask; {hint}.")
     if isinstance(mask, str) and mask == ALPHA:
-        if not picture.has_transparency_data:
+        if not source.has_transparency_data:
             raise SettingsError(
-                f"mask{at}=alpha needs a picture with transparency, and image{at} has none; give a mask."
+                f"mask{at}=alpha needs an image with transparency, and image{at} has none; give a mask."
             )
-        hole = picture.convert("RGBA").getchannel("A").point([255] * 128 + [0] * 128)
+        hole = source.convert("RGBA").getchannel("A").point([255] * 128 + [0] * 128)
     elif _is_box(mask):
-        hole = _box(mask, picture.size, at)
+        hole = _box(mask, source.size, at)
     else:
-        hole = read_picture(mask, f"mask{at}").convert("L").point([0] * 128 + [255] * 128)
-    if hole.size != picture.size:
+        hole = read_image(mask, f"mask{at}").convert("L").point([0] * 128 + [255] * 128)
+    if hole.size != source.size:
         raise SettingsError(
-            f"mask{at} is of {_size(hole)} pixels and image{at} of {_size(picture)}; give a mask of the picture's size."
+            f"mask{at} is of {_size(hole)} pixels and image{at} of {_size(source)}; give a mask of the image's size."
         )
     darkest, lightest = hole.getextrema()
     if not lightest:
@@ -92,8 +95,8 @@ def read_masked(image: Any, mask: Any, position: int | None = None) -> MaskedPic
             f"mask{at} is empty: nothing in it is white, so nothing would be repainted; paint it white."
         )
     if darkest:
-        rank_zero_info(f"mask{at} covers the whole picture: nothing of image{at} is kept.")
-    return MaskedPicture(picture.convert("RGB"), hole)
+        rank_zero_info(f"mask{at} covers the whole image: nothing of image{at} is kept.")
+    return MaskedImage(source.convert("RGB"), hole)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -121,8 +124,8 @@ def _box(box: Sequence[float], size: tuple[int, int], at: str) -> Image.Image:
     x0, y0, x1, y1 = map(int, box)
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
         raise SettingsError(
-            f"mask{at}={given} is no box within the picture of {width}x{height} pixels; "
-            "give [x0,y0,x1,y1] with 0 <= x0 < x1 and 0 <= y0 < y1, and at most the picture's size."
+            f"mask{at}={given} is no box within the image of {width}x{height} pixels; "
+            "give [x0,y0,x1,y1] with 0 <= x0 < x1 and 0 <= y0 < y1, and at most the image's size."
         )
     mask = Image.new("L", size, 0)
     ImageDraw.Draw(mask).rectangle((x0, y0, x1 - 1, y1 - 1), fill=255)
@@ -133,19 +136,19 @@ def _size(image: Image.Image) -> str:
     return f"{image.width}x{image.height}"
 
 
-def read_picture(value: Any, name: str) -> Image.Image:
-    """A copy of a picture in whatever form; the caller's own is never changed."""
+def read_image(value: Any, name: str) -> Image.Image:
+    """A copy of an image in whatever form; the caller's own is never changed."""
     if isinstance(value, Image.Image):
         return value.copy()
     if isinstance(value, (str, Path)):
         path = Path(value).expanduser()
         if not os.path.isfile(path):
-            raise SettingsError(f"{name}={value} was not found; give the path of a picture.")
+            raise SettingsError(f"{name}={value} was not found; give the path of an image.")
         try:
             return open_upright(path)
         except Exception as error:  # PIL's readers let many kinds through
             raise SettingsError(
-                f"{name}={value} cannot be read as a picture ({error}); give one of {choices(FORMATS)}."
+                f"{name}={value} cannot be read as an image ({error}); give one of {choices(FORMATS)}."
             ) from error
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()

@@ -1,8 +1,8 @@
 """Masks to train inpainting on: brush strokes and boxes, drawn anew for each example.
 
 The recipe is that of large-mask inpainting (Suvorov et al. 2022, section 3.3): half of the masks are polygonal chains
-of wide strokes, half are boxes, all scaled to the picture. Stable Diffusion's inpainting checkpoints were trained with
-such masks and with a quarter of the pictures masked whole.
+of wide strokes, half are boxes, all scaled to the image. Stable Diffusion's inpainting checkpoints were trained with
+such masks and with a quarter of the images masked whole.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor
 def draw_masks(
     count: int, size: Sequence[int], whole: float, generator: torch.Generator | list[torch.Generator]
 ) -> Tensor:
-    """Draw masks ``[count, 1, H, W]``, 1 where the picture is repainted and 0 where it stays.
+    """Draw masks ``[count, 1, H, W]``, 1 where the image is repainted and 0 where it stays.
 
     Args:
         count: how many.
         size: height and width in pixels.
-        whole: share of masks that cover the whole picture.
+        whole: share of masks that cover the whole image.
         generator: source of the draw, one for all masks or one for each; mask k does not depend on ``count``.
     """
     height, width = size
@@ -48,7 +48,7 @@ def draw_mask(rng: random.Random, height: int, width: int, whole: float = 0.0) -
 
 
 def _boxes(draw: ImageDraw.ImageDraw, rng: random.Random, height: int, width: int) -> None:
-    """One to three boxes, each side an eighth to three quarters of the picture's."""
+    """One to three boxes, each side an eighth to three quarters of the image's."""
     for _ in range(rng.randint(1, 3)):
         w, h = (max(1, round(rng.uniform(1 / 8, 3 / 4) * side)) for side in (width, height))
         x, y = rng.randint(0, width - w), rng.randint(0, height - h)
@@ -56,7 +56,7 @@ def _boxes(draw: ImageDraw.ImageDraw, rng: random.Random, height: int, width: in
 
 
 def _strokes(draw: ImageDraw.ImageDraw, rng: random.Random, height: int, width: int) -> None:
-    """One to four chains of strokes that turn back and forth, up to two fifths of the picture wide."""
+    """One to four chains of strokes that turn back and forth, up to two fifths of the image wide."""
     side = min(height, width)
     for _ in range(rng.randint(1, 4)):
         x, y = rng.uniform(0, width), rng.uniform(0, height)

@@ -73,7 +73,7 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
     return [piece for piece in joined if piece[0]] or [("", 1.0)]
 
 
-def literal(text: str) -> str:
+def escape_prompt(text: str) -> str:
     r"""The prompt that is read as a text is written, whatever its parentheses hold.
 
     Example:
@@ -207,11 +207,11 @@ def encode_prompts(
     hidden: Tensor = text_encoder(tokens.input_ids.flatten(0, 1).to(device), attention_mask=mask)[0]
     weights = tokens.weights.flatten(0, 1)
     if (weights != 1).any():
-        hidden = weigh(hidden, weights.to(device))
+        hidden = apply_prompt_weights(hidden, weights.to(device))
     return hidden.to(text_encoder.dtype).reshape(len(prompts), -1, hidden.shape[-1])
 
 
-def weigh(hidden: Tensor, weights: Tensor) -> Tensor:
+def apply_prompt_weights(hidden: Tensor, weights: Tensor) -> Tensor:
     """Multiply hidden states by their tokens' weights and keep each chunk's mean.
 
     This is the convention of AUTOMATIC1111's web UI. Its ratio of means is meaningless where the mean is next to

@@ -1,6 +1,6 @@
-"""Sizes of about one area and of many shapes, so that pictures are cropped little (aspect-ratio buckets).
+"""Sizes of about one area and of many shapes, so that images are cropped little (aspect-ratio buckets).
 
-The idea is that of NovelAI's "aspect ratio bucketing" (2022): each picture goes to the size of the most similar shape,
+The idea is that of NovelAI's "aspect ratio bucketing" (2022): each image goes to the size of the most similar shape,
 and a batch is of one size.
 """
 
@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 MAX_RATIO = 2.0
-"""Of the longer side to the shorter one; a picture of a more extreme shape is cropped to this."""
+"""Of the longer side to the shorter one; an image of a more extreme shape is cropped to this."""
 
 Size = tuple[int, int]
 """Height and width in pixels."""
@@ -34,7 +34,7 @@ def bucket_sizes(size: Size) -> list[Size]:
 
 
 def nearest_bucket(width: int, height: int, sizes: Sequence[Size]) -> Size:
-    """The size whose shape is most like that of a picture; the larger of two alike."""
+    """The size whose shape is most like that of an image; the larger of two alike."""
 
     def difference(size: Size) -> tuple[float, int]:
         return abs(math.log(width / height) - math.log(size[1] / size[0])), -size[0] * size[1]

@@ -1,4 +1,4 @@
-"""Batches of pictures with captions: of one place, or of several mixed."""
+"""Batches of images with captions: of one place, or of several mixed."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from sdmodule.data.buckets import Size
 from sdmodule.data.dataset import CANNY, FILES, ImageFolderDataset
 from sdmodule.data.sampler import training_loader
 from sdmodule.data.sources.huggingface import HuggingFaceData
-from sdmodule.data.sources.mix import Folder, Source, mixed
+from sdmodule.data.sources.mix import Folder, Source, mix_sources
 from sdmodule.data.sources.tar_shards import Shards
 from sdmodule.errors import SettingsError, choices
 from sdmodule.ranges import check_flag, check_seed, check_whole, is_number
 
 
-class PicturesDataModule(LightningDataModule):
-    """Batches of pictures, ``image`` ``[B, 3, H, W]`` in [-1, 1] and ``caption``, a list of strings.
+class ImageDataModule(LightningDataModule):
+    """Batches of images, ``image`` ``[B, 3, H, W]`` in [-1, 1] and ``caption``, a list of strings.
 
-    Where the pictures have masks, ``mask`` ``[B, 1, H, W]`` is 1 where they are white and 0 elsewhere; where those of
+    Where the images have masks, ``mask`` ``[B, 1, H, W]`` is 1 where they are white and 0 elsewhere; where those of
     some sources alone have, masks are left out.
 
     Attributes:
-        bare: the sources whose pictures have no masks, known after `setup`.
-        shown_set: the pictures of training as validation would show them, for who looks at them where it has none.
+        bare: the sources whose images have no masks, known after `setup`.
+        shown_set: the images of training as validation would show them, for who looks at them where it has none.
 
     Args:
-        sources: where the pictures come from.
+        sources: where the images come from.
         validation: where those for validation come from; ``val_fraction`` is then unused.
         resolution: height and width in pixels; one number gives squares.
-        batch_size: pictures a step on each device; fewer pictures give one smaller batch.
-        val_fraction: share of each source for validation, at least one picture, chosen by a hash of the name; 0
+        batch_size: images a step on each device; fewer images give one smaller batch.
+        val_fraction: share of each source for validation, at least one image, chosen by a hash of the name; 0
             validates on none.
         center_crop: crop the middle; otherwise training crops a random part.
-        random_flip: mirror half of the pictures in training.
-        buckets: train on each picture in the size, of about the same area, that is most like its shape; a batch is of
+        random_flip: mirror half of the images in training.
+        buckets: train on each image in the size, of about the same area, that is most like its shape; a batch is of
             one size. Validation crops to ``resolution`` all the same.
-        conditioning: control pictures for a ControlNet, ``conditioning`` ``[B, 3, H, W]`` in [0, 1]: ``canny`` for the
-            pictures' own edges, ``files`` for those that the metadata name.
-        skip_bad: leave files that are no pictures out with a warning, instead of an error.
-        num_workers: processes that read pictures; 0 reads in the training process.
+        conditioning: control images for a ControlNet, ``conditioning`` ``[B, 3, H, W]`` in [0, 1]: ``canny`` for the
+            images' own edges, ``files`` for those that the metadata name.
+        skip_bad: leave files that are no images out with a warning, instead of an error.
+        num_workers: processes that read images; 0 reads in the training process.
         seed: names the order, the crops, the flips and the shuffling of tags.
 
     Raises:
@@ -105,14 +105,14 @@ class PicturesDataModule(LightningDataModule):
             return
         found = [source.examples(self.skip_bad) for source in self.sources]
         self.bare = [source for source, own in zip(self.sources, found, strict=True) if own[0].mask is None]
-        if self.bare:  # a batch could not hold the masks of some pictures
+        if self.bare:  # a batch could not hold the masks of some images
             found = [own.without_masks() for own in found]
         if self.validation is not None:
             val = [self.validation.examples(self.skip_bad)]
         else:
             parts = [source.split(own, self.val_fraction) for source, own in zip(self.sources, found, strict=True)]
             found, val = [train for train, _ in parts], [val for _, val in parts]
-        train = mixed(found, [source.weight for source in self.sources])
+        train = mix_sources(found, [source.weight for source in self.sources])
         varied = any(source.varied for source in self.sources)
         self.train_set = ImageFolderDataset(
             train, self.size, self.center_crop, self.random_flip, self.seed, self.buckets, varied, self.conditioning
@@ -123,13 +123,13 @@ class PicturesDataModule(LightningDataModule):
         self._check_conditioning()
 
     def _check_conditioning(self) -> None:
-        """Whether all pictures have a control picture, where files of them are asked for."""
+        """Whether all images have a control image, where files of them are asked for."""
         assert self.train_set is not None and self.val_set is not None
         for shown in (self.train_set.examples, self.val_set.examples):
             without = (shown[k].path for k in range(len(shown)) if shown[k].control is None)
             if self.conditioning == FILES and (bare := next(without, None)) is not None:
                 raise SettingsError(
-                    f"data.conditioning={FILES} and {bare} has no control picture; name it in a column "
+                    f"data.conditioning={FILES} and {bare} has no control image; name it in a column "
                     f"conditioning_image_file_name of the metadata, or set data.conditioning={CANNY}."
                 )
 
@@ -139,7 +139,7 @@ class PicturesDataModule(LightningDataModule):
         together = self.batch_size * (self.trainer.world_size if self.trainer else 1)
         if small := [f"{len(g)} of {h}x{w}" for (h, w), g in (self._groups or {}).items() if len(g) < together]:
             rank_zero_warn(
-                f"data.buckets: {', '.join(small)} pixels (height x width) are fewer than the {together} pictures of a "
+                f"data.buckets: {', '.join(small)} pixels (height x width) are fewer than the {together} images of a "
                 "batch, so an epoch shows them more than once; a smaller data.batch_size changes that."
             )
         groups = None if self._groups is None else list(self._groups.values())
@@ -153,23 +153,23 @@ class PicturesDataModule(LightningDataModule):
         return DataLoader(self.val_set, batch_size=self.batch_size, num_workers=self.num_workers)
 
 
-class ImageFolderDataModule(PicturesDataModule):
-    """Batches of a folder's pictures, or of several sources mixed.
+class ImageFolderDataModule(ImageDataModule):
+    """Batches of a folder's images, or of several sources mixed.
 
     See `find_examples` for where captions come from. Nothing but paths and captions is held in memory.
 
     Args:
-        root: folder of pictures with captions.
+        root: folder of images with captions.
         resolution: height and width in pixels; one number gives squares.
-        batch_size: pictures a step on each device.
+        batch_size: images a step on each device.
         val_root: another folder, for validation.
-        prompt: one caption for all pictures, which then need none of their own; in ``sources``, for those of folders.
+        prompt: one caption for all images, which then need none of their own; in ``sources``, for those of folders.
         template: a text that captions are put into, in the place of ``{}``; of several one is drawn each time.
         shuffle_tags: put the parts of captions between commas in another order each time, in training.
         keep_tags: how many of the first parts stay where they are.
         sources: several instead of ``root``: each names ``root``, ``shards`` or ``name``, and what else `Folder`,
             `Shards` or `HuggingFaceData` takes and `Source`; settings of captions that one leaves out are those above.
-        settings: those of `PicturesDataModule`.
+        settings: those of `ImageDataModule`.
 
     Raises:
         SettingsError: for a setting out of range; in `setup`, for a folder that cannot be used.

@@ -1,4 +1,4 @@
-"""Pictures with captions as they are shown in training: cut out, mirrored, with masks and control pictures."""
+"""Images with captions as they are shown in training: cut out, mirrored, with masks and control images."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from sdmodule.io.image_files import upright_size
 from sdmodule.io.images import image_to_tensor
 
 CANNY, FILES = "canny", "files"
-"""Where the control pictures of a ControlNet come from."""
+"""Where the control images of a ControlNet come from."""
 
 
 class ImageFolderDataset(Dataset[CaptionedImage]):
-    """Pictures resized to cover ``size`` and cropped to it.
+    """Images resized to cover ``size`` and cropped to it.
 
     A random crop or flip depends on (seed, epoch, index) alone, whatever the order or the number of workers.
 
     Args:
-        examples: the pictures' files and captions; pixels are read when asked for.
+        examples: the images' files and captions; pixels are read when asked for.
         size: height and width in pixels.
         center_crop: crop the middle instead of a random part.
-        random_flip: mirror half of the pictures.
+        random_flip: mirror half of the images.
         seed: names the sequence of crops and flips.
-        buckets: give each picture, instead of ``size``, the size of `bucket_sizes` that is most like its shape.
+        buckets: give each image, instead of ``size``, the size of `bucket_sizes` that is most like its shape.
         vary_captions: shuffle the tags of captions whose style asks for it, and draw from several templates.
-        conditioning: ``canny`` or ``files``, for the control pictures of a ControlNet.
+        conditioning: ``canny`` or ``files``, for the control images of a ControlNet.
     """
 
     def __init__(
@@ -75,11 +75,11 @@ class ImageFolderDataset(Dataset[CaptionedImage]):
         return len(self.examples)
 
     def size_of(self, index: int) -> tuple[int, int]:
-        """Height and width that a picture is shown in."""
+        """Height and width that an image is shown in."""
         return self.sizes[index] if self.sizes else self.size
 
     def groups(self) -> dict[Size, list[int]] | None:
-        """Indices of the pictures of each size, where sizes differ."""
+        """Indices of the images of each size, where sizes differ."""
         if self.sizes is None:
             return None
         groups: dict[Size, list[int]] = {size: [] for size in sorted(set(self.sizes))}
@@ -88,30 +88,30 @@ class ImageFolderDataset(Dataset[CaptionedImage]):
         return groups
 
     def content(self, index: int) -> str:
-        """Names what a picture shows, by the bytes of its file."""
+        """Names what an image shows, by the bytes of its file."""
         return file_fingerprint(self.examples[index].path)
 
     def caption(self, index: int) -> str:
-        """What a picture is said to show in this epoch."""
+        """What an image is said to show in this epoch."""
         example = self.examples[index]
         return example.style.text(example.caption, self._random(index, "tags") if self.vary_captions else None)
 
     @property
     def fixed_captions(self) -> bool:
-        """Whether a picture has the same caption each time."""
+        """Whether an image has the same caption each time."""
         return not self.vary_captions
 
     def _random(self, *what: object) -> random.Random:
         return random.Random("/".join(map(str, (self.seed, int(self._epoch), *what))))
 
     def view(self, index: int) -> View:
-        """How a picture is shown in this epoch."""
+        """How an image is shown in this epoch."""
         rng = self._random(index)
         x, y = (0.5, 0.5) if self.center_crop else (rng.random(), rng.random())
         return View(x, y, mirrored=self.random_flip and rng.random() < 0.5)
 
     def seen(self, index: int, view: View) -> dict[str, Tensor]:
-        """A picture as it is shown, ``image`` ``[3, H, W]``.
+        """An image as it is shown, ``image`` ``[3, H, W]``.
 
         Beside it its ``mask`` ``[1, H, W]`` if it has one, and ``conditioning`` ``[3, H, W]`` in [0, 1] if that is
         asked for.
@@ -123,16 +123,16 @@ class ImageFolderDataset(Dataset[CaptionedImage]):
         covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
         left, top = round(view.x * (covering[0] - width)), round(view.y * (covering[1] - height))
 
-        def shown(picture: Image.Image, resampling: Image.Resampling) -> Image.Image:
-            part = picture.resize(covering, resampling).crop((left, top, left + width, top + height))
+        def shown(whole: Image.Image, resampling: Image.Resampling) -> Image.Image:
+            part = whole.resize(covering, resampling).crop((left, top, left + width, top + height))
             return ImageOps.mirror(part) if view.mirrored else part
 
-        picture = shown(image, Image.Resampling.BICUBIC)
-        example = {"image": image_to_tensor(picture)}
+        crop = shown(image, Image.Resampling.BICUBIC)
+        example = {"image": image_to_tensor(crop)}
         if self.conditioning == CANNY:
-            example["conditioning"] = image_to_tensor(canny_edges(picture)) / 2 + 0.5
+            example["conditioning"] = image_to_tensor(canny_edges(crop)) / 2 + 0.5
         elif control is not None and self.conditioning == FILES:
-            followed = shown(load_beside(control, path, image.size, "control picture"), Image.Resampling.BICUBIC)
+            followed = shown(load_beside(control, path, image.size, "control image"), Image.Resampling.BICUBIC)
             example["conditioning"] = image_to_tensor(followed) / 2 + 0.5
         if mask is not None:
             grey = load_beside(mask, path, image.size, "mask").convert("L")

@@ -20,7 +20,7 @@ class Batches(IterableDataset[list[SampleRequest]]):
 
     Args:
         batches: of requests.
-        done: indices of the pictures that are there already, and are made for company alone.
+        done: indices of the images that are there already, and are made for company alone.
     """
 
     def __init__(self, batches: Sequence[list[SampleRequest]], done: Container[int]) -> None:
@@ -36,7 +36,7 @@ class Batches(IterableDataset[list[SampleRequest]]):
 class PromptDataModule(LightningDataModule):
     """Batches of a predict run: lists of `SampleRequest`.
 
-    Pictures that share a batch do so whatever has been done already, so that a run which is resumed rounds its sums as
+    Images that share a batch do so whatever has been done already, so that a run which is resumed rounds its sums as
     one that was never stopped.
 
     Args:
@@ -45,10 +45,10 @@ class PromptDataModule(LightningDataModule):
         negative_prompt: what guidance leads away from.
         num_images_per_prompt: images of each prompt.
         seed: seed of the first image.
-        image: for inpainting, the picture to repaint, or one for each prompt.
+        image: for inpainting, the image to repaint, or one for each prompt.
         mask: where to repaint it, or one for each.
         task: what the model is asked to do.
-        control: the picture that a ControlNet follows, or one for each prompt.
+        control: the image that a ControlNet follows, or one for each prompt.
         control_edges: the edges of ``control`` are followed.
         controlnet: the ControlNet, without which nothing follows ``control``.
         batch_size: images sampled at once; it does not change them, but for their last bit.

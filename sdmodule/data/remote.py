@@ -1,4 +1,4 @@
-"""Batches of pictures that are no files in a folder: in tar shards, or in a data set of Hugging Face."""
+"""Batches of images that are no files in a folder: in tar shards, or in a data set of Hugging Face."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from sdmodule.data.datamodule import PicturesDataModule
+from sdmodule.data.datamodule import ImageDataModule
 from sdmodule.data.sources.huggingface import HuggingFaceData
 from sdmodule.data.sources.mix import Source
 from sdmodule.data.sources.tar_shards import Shards
 
 
-class HuggingFaceDataModule(PicturesDataModule):
-    """Batches of a data set's pictures; see `HuggingFaceData`.
+class HuggingFaceDataModule(ImageDataModule):
+    """Batches of a data set's images; see `HuggingFaceData`.
 
     Args:
         name: a hub id, or a folder.
@@ -21,12 +21,12 @@ class HuggingFaceDataModule(PicturesDataModule):
         val_split: another part, for validation.
         subset: which of its configurations.
         revision: branch, tag or commit of a hub id.
-        image_column: of pictures.
+        image_column: of images.
         caption_column: of texts.
         template: a text that captions are put into, in the place of ``{}``.
         shuffle_tags: put the parts of captions between commas in another order each time, in training.
         keep_tags: how many of the first parts stay where they are.
-        settings: those of `PicturesDataModule`.
+        settings: those of `ImageDataModule`.
 
     Raises:
         SettingsError: for a setting out of range; in `setup`, for a data set that cannot be used.
@@ -53,8 +53,8 @@ class HuggingFaceDataModule(PicturesDataModule):
         super().__init__([source], validation, **settings)
 
 
-class ShardsDataModule(PicturesDataModule):
-    """Batches of pictures in tar shards; see `Shards`.
+class ShardsDataModule(ImageDataModule):
+    """Batches of images in tar shards; see `Shards`.
 
     Args:
         shards: a path with ``{000..009}``, ``{a,b}`` or ``*`` in it, or several.
@@ -63,7 +63,7 @@ class ShardsDataModule(PicturesDataModule):
         template: a text that captions are put into, in the place of ``{}``.
         shuffle_tags: put the parts of captions between commas in another order each time, in training.
         keep_tags: how many of the first parts stay where they are.
-        settings: those of `PicturesDataModule`.
+        settings: those of `ImageDataModule`.
 
     Raises:
         SettingsError: for a setting out of range; in `setup`, for shards that cannot be used.

@@ -119,7 +119,7 @@ def training_loader(
     if sampler.together < batch_size * devices:
         count, together = len(data), sampler.together // devices  # type: ignore[arg-type]
         rank_zero_warn(
-            f"data.batch_size={batch_size}: there are {count} pictures to train on, so a batch is of {together}."
+            f"data.batch_size={batch_size}: there are {count} images to train on, so a batch is of {together}."
         )
     loader = DataLoader(
         data,

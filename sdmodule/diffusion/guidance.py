@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
+def classifier_free_guidance(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
     """Push a prediction away from the unconditional one (Ho and Salimans 2022, equation 6, with w = scale - 1).
 
     Args:
@@ -16,11 +16,11 @@ def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
     return unconditional + scale * (conditional - unconditional)
 
 
-def rescale(guided: Tensor, conditional: Tensor, amount: float) -> Tensor:
+def rescale_guidance(guided: Tensor, conditional: Tensor, amount: float) -> Tensor:
     """Give a guided prediction back the spread of the conditional one (Lin et al. 2023, equations 15 and 16).
 
     Args:
-        guided: result of :func:`guide`, ``[B, C, h, w]``.
+        guided: result of :func:`classifier_free_guidance`, ``[B, C, h, w]``.
         conditional: prediction for the prompt, same shape.
         amount: 0 keeps ``guided``, 1 takes the whole correction.
     """

@@ -1,6 +1,6 @@
 """How much each noise level counts in the loss.
 
-The papers weigh the error of the predicted picture. A weight ``w`` of that is ``w / SNR`` of the error of predicted
+The papers weigh the error of the predicted image. A weight ``w`` of that is ``w / SNR`` of the error of predicted
 noise and ``w / (SNR + 1)`` of that of predicted velocity (Salimans and Ho 2022, appendix D; Hang et al. 2023, section
 3.4), where SNR is the signal-to-noise ratio ``alphas_cumprod / (1 - alphas_cumprod)``.
 """
@@ -29,7 +29,7 @@ def loss_weights(
 ) -> Tensor:
     """Weights of the squared error of what a model predicts, ``[B]``.
 
-    ``min_snr`` is ``min(SNR, gamma)`` on the picture (Hang et al. 2023, section 3.4); ``soft_min_snr`` is its smooth
+    ``min_snr`` is ``min(SNR, gamma)`` on the image (Hang et al. 2023, section 3.4); ``soft_min_snr`` is its smooth
     form ``SNR * gamma / (SNR + gamma)`` (Crowson et al. 2024, section 4.4); ``debiased`` is ``sqrt(SNR)`` (Yu et al.
     2023, equation 13, which has ``1 / sqrt(SNR)`` on the noise). ``none`` weighs what is predicted alike everywhere.
 

@@ -29,7 +29,7 @@ def target(prediction_type: str, latents: Tensor, noise: Tensor, alphas_cumprod:
     """What the model should predict, ``[B, C, h, w]``.
 
     ``epsilon`` is the noise (Ho et al. 2020, equation 14); ``v_prediction`` is the velocity of Salimans and Ho 2022,
-    appendix D; ``sample`` is the picture's latents.
+    appendix D; ``sample`` is the image's latents.
 
     Raises:
         SettingsError: for another prediction type.
@@ -54,7 +54,7 @@ def pseudo_huber(difference: Tensor, delta: float) -> Tensor:
     return 2.0 * delta * ((difference.square() + delta**2).sqrt() - delta)
 
 
-def example_means(errors: Tensor, weights: Tensor) -> Tensor:
+def per_example_loss(errors: Tensor, weights: Tensor) -> Tensor:
     """Weighted mean of each example, ``[B]``, so that an example counts the same however it is weighted.
 
     Args:
@@ -65,7 +65,7 @@ def example_means(errors: Tensor, weights: Tensor) -> Tensor:
     return (errors * weights).sum(dim=axes) / weights.sum(dim=axes).clamp(min=1e-6)
 
 
-def prior_preservation(losses: Tensor, prior: Tensor, weight: float) -> Tensor:
+def prior_preservation_loss(losses: Tensor, prior: Tensor, weight: float) -> Tensor:
     """The loss of DreamBooth, a scalar (Ruiz et al. 2023, equation 2).
 
     Args:
@@ -77,7 +77,7 @@ def prior_preservation(losses: Tensor, prior: Tensor, weight: float) -> Tensor:
 
 
 def check_prior_weight(weight: float) -> None:
-    """Check the weight of `prior_preservation`.
+    """Check the weight of `prior_preservation_loss`.
 
     Raises:
         SettingsError: if it is none.
@@ -93,7 +93,7 @@ def draw_timesteps(count: int, total: int, generator: torch.Generator, shift: fl
         count: how many.
         total: number of timesteps of the schedule.
         generator: source of the draw.
-        shift: 1 draws uniformly; a greater value prefers noisy timesteps, where the layout of a picture is decided
+        shift: 1 draws uniformly; a greater value prefers noisy timesteps, where the layout of an image is decided
             (Esser et al. 2024, equation 23, applied to the share of all timesteps).
     """
     share = torch.rand(count, generator=generator)

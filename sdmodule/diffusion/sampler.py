@@ -13,7 +13,7 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 """Takes noisy latents ``[B, C, h, w]`` and a timestep (a scalar); returns the UNet's guided prediction."""
 
 
-def generators(seeds: Sequence[int]) -> list[torch.Generator]:
+def seed_generators(seeds: Sequence[int]) -> list[torch.Generator]:
     """One CPU generator an image, so that an image depends on its own seed and on nothing else in its batch."""
     return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
@@ -35,7 +35,7 @@ def denoise(
     keep: Callable[[Tensor, Tensor | None], Tensor] | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Walk from noise to a picture's latents (algorithm 2 of Ho et al. 2020, with the scheduler's own update).
+    """Walk from noise to an image's latents (algorithm 2 of Ho et al. 2020, with the scheduler's own update).
 
     Args:
         predict: the guided model.

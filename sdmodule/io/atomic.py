@@ -20,7 +20,7 @@ HERE = -100
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """Write a file aside: it takes its place, on the disk, when the block ends, and is removed if the block fails.
 
     Args:
@@ -43,14 +43,14 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a text as `whole_file` does."""
-    with whole_file(file) as aside:
+def atomic_write_text(file: Path, text: str) -> None:
+    """Write a text as `atomic_write` does."""
+    with atomic_write(file) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
-def settle(file: Path, text: str) -> str:
-    """Write a text as `whole_file` does, unless another process was first; give what the file holds."""
+def write_text_once(file: Path, text: str) -> str:
+    """Write a text as `atomic_write` does, unless another process was first; give what the file holds."""
     aside = _beside(file)
     try:
         aside.write_text(text, encoding="utf-8")
@@ -62,7 +62,7 @@ def settle(file: Path, text: str) -> str:
 
 
 @contextmanager
-def whole_folder(folder: str | Path) -> Iterator[Path]:
+def atomic_replace_dir(folder: str | Path) -> Iterator[Path]:
     """Write a folder aside; it takes the place of the one that is there, at once, when the block ends.
 
     Where that one holds other files too, it is not ours alone: these stay, and the new files are put there one by one.

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sdmodule.errors import SettingsError
-from sdmodule.io.image_files import PictureFile
+from sdmodule.io.image_files import ImageFile
 
 SIZE = 16
 """Bytes of a fingerprint: two of a billion contents share one with a probability of 1e-21."""
@@ -26,7 +26,7 @@ def fingerprint(*texts: object) -> str:
     return hashlib.blake2b(json.dumps([str(text) for text in texts]).encode(), digest_size=SIZE).hexdigest()
 
 
-def file_fingerprint(path: PictureFile) -> str:
+def file_fingerprint(path: ImageFile) -> str:
     """The fingerprint of a file's bytes, the same wherever they are stored.
 
     Raises:

@@ -10,8 +10,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sdmodule.io.atomic import whole_file
-from sdmodule.io.run_folder import RECORDS, TIMINGS, each_record
+from sdmodule.io.atomic import atomic_write
+from sdmodule.io.run_folder import RECORDS, TIMINGS, read_records
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Job:
     Attributes:
         root: its folder.
         name: what tells it from the others of its sweep.
-        folder: where its pictures are, seen from the page; empty if beside it.
+        folder: where its images are, seen from the page; empty if beside it.
         swept: the settings that differ between the jobs of a sweep.
     """
 
@@ -32,8 +32,8 @@ class Job:
 
     @property
     def records(self) -> Iterator[dict[str, Any]]:
-        """What ``predictions.jsonl`` holds, a picture at a time."""
-        return each_record(self.root / RECORDS)
+        """What ``predictions.jsonl`` holds, an image at a time."""
+        return read_records(self.root / RECORDS)
 
     @cached_property
     def timings(self) -> dict[str, Any]:
@@ -43,7 +43,7 @@ class Job:
 
 
 def write_page(folder: Path, title: str, jobs: Sequence[Job], plot: str | None = None) -> None:
-    """Write ``index.html``, without more than a picture's facts in memory.
+    """Write ``index.html``, without more than an image's metadata in memory.
 
     Prompts are anybody's text: they stand in the page as data alone, with nothing in them that ends the data.
 
@@ -51,18 +51,18 @@ def write_page(folder: Path, title: str, jobs: Sequence[Job], plot: str | None =
         folder: where.
         title: of the page.
         jobs: the runs to show.
-        plot: a picture of the seconds, in the same folder.
+        plot: an image of the seconds, in the same folder.
     """
     template = (resources.files("sdmodule.io") / "report.html").read_text(encoding="utf-8")
     head, tail = template.split("@DATA@")
-    with whole_file(folder / "index.html") as aside, aside.open("w", encoding="utf-8") as page:
+    with atomic_write(folder / "index.html") as aside, aside.open("w", encoding="utf-8") as page:
         page.write(head)
         page.writelines(piece.replace("<", "\\u003c") for piece in _pieces(title, jobs, plot))
         page.write(tail)
 
 
 def _pieces(title: str, jobs: Sequence[Job], plot: str | None) -> Iterator[str]:
-    """The page's data as JSON, a picture at a time."""
+    """The page's data as JSON, an image at a time."""
     yield f'{{"title": {_json(title)}, "plot": {_json(plot)}, "jobs": ['
     for number, job in enumerate(jobs):
         told = {"name": job.name, "folder": job.folder, "swept": job.swept, "timings": job.timings}

@@ -1,4 +1,4 @@
-"""Files of pictures: which kinds are read, and how their pixels come out."""
+"""Files of images: which kinds are read, and how their pixels come out."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """What PIL may take a file for; others of its readers start programs."""
 
 
-class StoredPicture(Protocol):
-    """A picture that is no file of its own but a part of one; as a text, what people find it by."""
+class StoredImage(Protocol):
+    """An image that is no file of its own but a part of one; as a text, what people find it by."""
 
     def read(self) -> bytes:
         """The bytes that its file would have."""
         ...
 
 
-PictureFile = Path | StoredPicture
+ImageFile = Path | StoredImage
 
 
-def readable_by_pil(picture: PictureFile) -> Path | BytesIO:
-    """A picture as PIL opens it."""
-    return picture if isinstance(picture, Path) else BytesIO(picture.read())
+def pil_source(image: ImageFile) -> Path | BytesIO:
+    """An image as PIL opens it."""
+    return image if isinstance(image, Path) else BytesIO(image.read())
 
 
 @contextmanager
-def opened(path: PictureFile, formats: tuple[str, ...] = FORMATS) -> Iterator[Image.Image]:
-    """Open a picture; its pixels are not read yet.
+def open_image(path: ImageFile, formats: tuple[str, ...] = FORMATS) -> Iterator[Image.Image]:
+    """Open an image; its pixels are not read yet.
 
     Raises:
         Exception: of many kinds, from PIL's readers; one of them for more than PIL's ``MAX_IMAGE_PIXELS``, 89 million,
@@ -43,18 +43,18 @@ def opened(path: PictureFile, formats: tuple[str, ...] = FORMATS) -> Iterator[Im
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        file = Image.open(readable_by_pil(path), formats=formats)
+        file = Image.open(pil_source(path), formats=formats)
     with file:
         yield file
 
 
-def open_upright(path: PictureFile) -> Image.Image:
-    """Read a picture's first frame, turned as its camera was held, 16 bits scaled to 8, in whatever mode it has.
+def open_upright(path: ImageFile) -> Image.Image:
+    """Read an image's first frame, turned as its camera was held, 16 bits scaled to 8, in whatever mode it has.
 
     Raises:
         Exception: of many kinds, from PIL's readers, for a file whose pixels cannot be decoded.
     """
-    with opened(path) as file:
+    with open_image(path) as file:
         image = ImageOps.exif_transpose(file)
         image.load()
     if image.mode.startswith("I"):
@@ -62,13 +62,13 @@ def open_upright(path: PictureFile) -> Image.Image:
     return image
 
 
-def upright_size(path: PictureFile) -> tuple[int, int]:
-    """Width and height of a picture once it is upright; its pixels are not read.
+def upright_size(path: ImageFile) -> tuple[int, int]:
+    """Width and height of an image once it is upright; its pixels are not read.
 
     Raises:
         Exception: of many kinds, as `open_upright` does.
     """
-    with opened(path) as file:
+    with open_image(path) as file:
         width, height = file.size
         sideways = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
     return (height, width) if sideways else (width, height)

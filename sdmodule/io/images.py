@@ -1,4 +1,4 @@
-"""Pictures as files, arrays and tensors."""
+"""Images as files, arrays and tensors."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from sdmodule.errors import SettingsError, choices
 
 
 def image_to_tensor(image: Image.Image) -> Tensor:
-    """Turn an RGB picture into a tensor ``[3, H, W]`` in [-1, 1]."""
+    """Turn an RGB image into a tensor ``[3, H, W]`` in [-1, 1]."""
     array = np.asarray(image, dtype=np.float32) / 255.0
     return torch.from_numpy(2.0 * array - 1.0).permute(2, 0, 1).contiguous()  # diffusers' arithmetic, to the bit
 
 
-def to_images(pictures: Tensor) -> list[Image.Image]:
-    """Turn pictures ``[B, 3, H, W]`` in [0, 1] into PIL images, each value rounded to the nearest of 256."""
-    arrays = (pictures.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
+def to_images(images: Tensor) -> list[Image.Image]:
+    """Turn images ``[B, 3, H, W]`` in [0, 1] into PIL images, each value rounded to the nearest of 256."""
+    arrays = (images.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
     return [Image.fromarray(array) for array in arrays]
 
 
-def converted(pictures: Tensor, return_type: str) -> Any:
-    """Pictures ``[B, 3, H, W]`` in [0, 1] as PIL images, as an array ``[B, H, W, 3]``, or as they are.
+def convert_images(images: Tensor, return_type: str) -> Any:
+    """Images ``[B, 3, H, W]`` in [0, 1] as PIL images, as an array ``[B, H, W, 3]``, or as they are.
 
     Raises:
         SettingsError: for another return type.
@@ -35,7 +35,7 @@ def converted(pictures: Tensor, return_type: str) -> Any:
     forms = {"image": to_images, "numpy": lambda p: p.permute(0, 2, 3, 1).numpy(), "tensor": lambda p: p}
     if return_type not in forms:
         raise SettingsError(f"return_type={return_type!r} is not known; give one of {choices(forms)}.")
-    return forms[return_type](pictures)
+    return forms[return_type](images)
 
 
 def contact_sheet(images: list[Image.Image], columns: int) -> Image.Image:
@@ -52,9 +52,9 @@ def captioned_sheet(images: Sequence[Image.Image], captions: Sequence[str], tile
     """Put images side by side, each above its caption, in a sheet about as wide as it is high.
 
     Args:
-        images: pictures of any sizes; each is fitted into a square of ``tile`` pixels.
+        images: images of any sizes; each is fitted into a square of ``tile`` pixels.
         captions: one line of text each, broken into as many lines as it takes.
-        tile: side of a picture's square in pixels.
+        tile: side of an image's square in pixels.
     """
     font = ImageFont.load_default(12)
     columns = math.ceil(math.sqrt(len(images)))

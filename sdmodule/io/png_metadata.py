@@ -1,4 +1,4 @@
-"""How a picture was made: written into its PNG text, read from it, and turned into settings that make it again."""
+"""How an image was made: written into its PNG text, read from it, and turned into settings that make it again."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sdmodule.errors import SettingsError, choices
-from sdmodule.io.atomic import whole_file
-from sdmodule.io.image_files import opened
+from sdmodule.io.atomic import atomic_write
+from sdmodule.io.image_files import open_image
 
 
 def _is_text(value: object) -> bool:
@@ -53,7 +53,7 @@ def _is_adapters(value: object) -> bool:
     )
 
 
-FACTS: dict[str, Callable[[object], bool]] = {
+FIELDS: dict[str, Callable[[object], bool]] = {
     "index": _is_count,
     "prompt": _is_text,
     "negative_prompt": _is_text,
@@ -91,10 +91,10 @@ FACTS: dict[str, Callable[[object], bool]] = {
     "software": _is_text,
     "seconds": _is_number,
 }
-"""What a picture's text may tell, and what each of it must be; anything else in a PNG's text is another program's."""
+"""What an image's text may tell, and what each of it must be; anything else in a PNG's text is another program's."""
 
 NEEDED = ("prompt", "negative_prompt", "seed", "steps", "guidance_scale", "scheduler", "model")
-"""Without these a picture is not one of ours."""
+"""Without these an image is not one of ours."""
 
 KEYS = {
     **{name: name for name in ("prompt", "negative_prompt", "seed", "steps", "guidance_scale", "height", "width")},
@@ -106,32 +106,32 @@ KEYS = {
     "model": "pretrained",
     "batch_row": "data.batch_row",
 }
-"""Keys of predict's configuration for facts of one value."""
+"""Keys of predict's configuration for metadata of one value."""
 
 
-def save_png(image: Image.Image, path: Path, facts: Mapping[str, Any]) -> None:
-    """Write a picture with its facts as PNG text; no half-written picture is ever seen."""
+def save_png(image: Image.Image, path: Path, metadata: Mapping[str, Any]) -> None:
+    """Write an image with its metadata as PNG text; no half-written image is ever seen."""
     text = PngInfo()
-    for name, value in facts.items():
+    for name, value in metadata.items():
         text.add_itxt(name, value if isinstance(value, str) else json.dumps(value))
-    with whole_file(path) as aside:
+    with atomic_write(path) as aside:
         image.save(aside, format="PNG", pnginfo=text)
 
 
-def read_facts(path: str | Path) -> dict[str, Any]:
-    """What a picture's text tells of its making, each of it of the type that it must be.
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """What an image's text tells of its making, each of it of the type that it must be.
 
     The text is data of whoever made the file: what is not known is left out, and nothing in it is ever built or run.
 
     Raises:
-        SettingsError: if the file is no whole PNG, or its text is not that of a picture made here.
+        SettingsError: if the file is no whole PNG, or its text is not that of an image made here.
     """
     try:
-        with opened(Path(path).expanduser(), formats=("PNG",)) as file:
+        with open_image(Path(path).expanduser(), formats=("PNG",)) as file:
             file.load()
             text = dict(file.text)  # type: ignore[attr-defined]
     except FileNotFoundError as error:
-        raise SettingsError(f"from={path} was not found; give the path of a picture that predict wrote.") from error
+        raise SettingsError(f"from={path} was not found; give the path of an image that predict wrote.") from error
     except Exception as error:  # a damaged file ends in many kinds
         raise SettingsError(f"from={path} cannot be read as a PNG ({error}); give one that predict wrote.") from error
     if missing := [name for name in NEEDED if name not in text]:
@@ -139,41 +139,41 @@ def read_facts(path: str | Path) -> dict[str, Any]:
             f"from={path} does not tell how it was made (no {choices(missing)} in its text); give a PNG that predict "
             "wrote, as it wrote it."
         )
-    return {name: _parse(text[name], name, path) for name in FACTS if name in text}
+    return {name: _parse(text[name], name, path) for name in FIELDS if name in text}
 
 
 def _parse(text: str, name: str, path: str | Path) -> Any:
-    if FACTS[name] is _is_text:
+    if FIELDS[name] is _is_text:
         return str(text)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         value = None
-    if not FACTS[name](value):
-        raise SettingsError(f"from={path} has {name}={text[:80]!r} in its text, which cannot be; give another picture.")
+    if not FIELDS[name](value):
+        raise SettingsError(f"from={path} has {name}={text[:80]!r} in its text, which cannot be; give another image.")
     return value
 
 
-def settings_of(path: str | Path) -> dict[str, Any]:
-    """The keys of predict's configuration, with the values that make a picture again.
+def settings_from_png(path: str | Path) -> dict[str, Any]:
+    """The keys of predict's configuration, with the values that make an image again.
 
     Args:
-        path: a picture that predict wrote; one that was repainted needs the ``inputs/`` of its run.
+        path: an image that predict wrote; one that was repainted needs the ``inputs/`` of its run.
 
     Raises:
         SettingsError: if it does not tell how it was made.
     """
-    facts = read_facts(path)
-    settings = {KEYS[name]: value for name, value in facts.items() if name in KEYS}
-    settings["sampler.scheduler"] = {"name": facts["scheduler"], **facts.get("scheduler_settings", {})}
-    settings |= {f"components.{part}": place for part, place in facts.get("components", {}).items()}
-    settings |= {f"tome.{name}": value for name, value in facts.get("tome", {"ratio": 0.0}).items()}
-    settings |= {f"speed.{name}": value for name, value in facts.get("speed", {}).items()}
-    if "inpaint" in facts:
+    metadata = read_metadata(path)
+    settings = {KEYS[name]: value for name, value in metadata.items() if name in KEYS}
+    settings["sampler.scheduler"] = {"name": metadata["scheduler"], **metadata.get("scheduler_settings", {})}
+    settings |= {f"components.{part}": place for part, place in metadata.get("components", {}).items()}
+    settings |= {f"tome.{name}": value for name, value in metadata.get("tome", {"ratio": 0.0}).items()}
+    settings |= {f"speed.{name}": value for name, value in metadata.get("speed", {}).items()}
+    if "inpaint" in metadata:
         settings["model"] = "inpaint"
     run = Path(path).expanduser().parent.parent
     for name in ("image", "mask", "control"):
-        kept = facts.get(name, "")
+        kept = metadata.get(name, "")
         if re.fullmatch(r"inputs/[0-9a-f]{16}\.png", kept) and (run / kept).is_file():
             settings[name] = str(run / kept)
     return settings

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 
 @contextmanager
-def steps_bar(total: int, show: bool = True) -> Iterator[Callable[[int, Tensor], None]]:
+def denoising_bar(total: int, show: bool = True) -> Iterator[Callable[[int, Tensor], None]]:
     """A bar of denoising steps; yields what to call after each step. Draws nothing where output is no terminal."""
     visible = show and sys.stderr.isatty()
     with tqdm(total=total, desc="denoising", unit="step", leave=False, disable=not visible) as bar:
@@ -24,7 +24,7 @@ def steps_bar(total: int, show: bool = True) -> Iterator[Callable[[int, Tensor],
 
 
 @contextmanager
-def counting(total: int, what: str) -> Iterator[Callable[[int], None]]:
+def progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
     """Show how far a long work is; yields what to call with the number of things just done.
 
     A bar in a terminal; elsewhere a line at the start and at each tenth. The first device shows its own share.

@@ -12,7 +12,7 @@ SECRET_WORDS = frozenset(
 """A setting with one of these words in its name is not written down."""
 
 FREE_TEXT = frozenset({"prompt", "negative_prompt"})
-"""Settings that are what a picture shows, and are written as they are."""
+"""Settings that are what an image shows, and are written as they are."""
 
 HIDDEN = "…"
 
@@ -23,7 +23,7 @@ def is_secret(name: str) -> bool:
     return not SECRET_WORDS.isdisjoint(word.lower() for word in words)
 
 
-def shortened(text: str) -> str:
+def shorten_home(text: str) -> str:
     """A path, or a text with paths in it, with ``~`` for the home folder; what reads paths here expands it again."""
     home = str(Path.home())
     if home in ("/", "."):
@@ -31,7 +31,7 @@ def shortened(text: str) -> str:
     return re.sub(rf"(?<![\w/.-]){re.escape(home)}(?=[/\s'\":,;)\]}}]|\Z)", "~", text)
 
 
-def redacted(value: Any, name: str = "") -> Any:
+def redact(value: Any, name: str = "") -> Any:
     """A configuration without secrets and home folders, to be written down or logged.
 
     Args:
@@ -39,9 +39,9 @@ def redacted(value: Any, name: str = "") -> Any:
         name: the name of the setting that has this value.
     """
     if isinstance(value, dict):
-        return {key: redacted(item, str(key)) for key, item in value.items()}
+        return {key: redact(item, str(key)) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [redacted(item, name) for item in value]
+        return [redact(item, name) for item in value]
     if value is not None and not isinstance(value, bool) and is_secret(name):
         return HIDDEN
     if not isinstance(value, str) or name in FREE_TEXT:
@@ -49,4 +49,4 @@ def redacted(value: Any, name: str = "") -> Any:
     override = re.match(r"([+~]*)([\w./@]+)=", value)
     if override and is_secret(override[2]):
         return f"{override[0]}{HIDDEN}"
-    return shortened(re.sub(r"(?<=://)[^/@\s]+@", f"{HIDDEN}@", value))
+    return shorten_home(re.sub(r"(?<=://)[^/@\s]+@", f"{HIDDEN}@", value))

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from sdmodule.io.atomic import write_whole
+from sdmodule.io.atomic import atomic_write_text
 from sdmodule.io.html_report import Job, write_page
 from sdmodule.io.images import break_lines
 from sdmodule.io.png_metadata import save_png
-from sdmodule.io.redact import redacted
+from sdmodule.io.redact import redact
 
 SHEET_ROWS = 24
 """Rows of the sheet; a larger sweep shows its first ones."""
@@ -33,11 +33,11 @@ def summarize(folder: Path, finished: Sequence[tuple[Path, Sequence[str]]]) -> N
     swept = [key for key in keys if len({overrides.get(key) for overrides in given}) > 1]
     jobs = []
     for (place, _), overrides in zip(finished, given, strict=True):
-        values = {key: str(redacted(overrides.get(key, ""), key)).strip("'\"") for key in swept}
+        values = {key: str(redact(overrides.get(key, ""), key)).strip("'\"") for key in swept}
         name = ", ".join(f"{key}={value}" for key, value in values.items()) or place.name
         jobs.append(Job(place, name, place.relative_to(folder).as_posix(), values))
-    write_whole(folder / "summary.csv", table(jobs))
-    write_whole(folder / "seconds.svg", plot(jobs))
+    atomic_write_text(folder / "summary.csv", table(jobs))
+    atomic_write_text(folder / "seconds.svg", plot(jobs))
     if any(True for job in jobs for _ in job.records):
         save_png(sheet(folder, jobs), folder / "sheet.png", {})
     write_page(folder, folder.absolute().name, jobs, "seconds.svg")
@@ -61,13 +61,13 @@ def table(jobs: Sequence[Job]) -> str:
 
 
 def seconds_per_image(job: Job) -> float | None:
-    """Seconds of text, denoising and decoding for a picture, without the warm-up; None if it was not timed."""
+    """Seconds of text, denoising and decoding for an image, without the warm-up; None if it was not timed."""
     rate = job.timings.get("images_per_second")
     return 1 / rate if rate else None
 
 
 def sheet(folder: Path, jobs: Sequence[Job], tile: int = 160, margin: int = 180) -> Image.Image:
-    """Pictures in a table: a column a job, a row a prompt and seed."""
+    """Images in a table: a column a job, a row a prompt and seed."""
     rows: dict[tuple[str, int], dict[str, str]] = {}
     for job in jobs:
         for record in job.records:
@@ -93,7 +93,7 @@ def sheet(folder: Path, jobs: Sequence[Job], tile: int = 160, margin: int = 180)
 
 
 def plot(jobs: Sequence[Job]) -> str:
-    """Seconds for a picture against the swept value, as SVG: on a scale for numbers, side by side for anything else."""
+    """Seconds for an image against the swept value, as SVG: on a scale for numbers, side by side for anything else."""
     timed = [(job, seconds) for job in jobs if (seconds := seconds_per_image(job)) is not None]
     key = next(iter(jobs[0].swept)) if len(jobs[0].swept) == 1 else ""
     values = [_number(job.swept.get(key, "")) for job, _ in timed]

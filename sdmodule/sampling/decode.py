@@ -1,4 +1,4 @@
-"""From latents to pictures, with a second try where half precision does not suffice."""
+"""From latents to images, with a second try where half precision does not suffice."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 
 
 def decode(parts: Components, latents: Tensor) -> Tensor:
-    """Pictures ``[B, 3, H, W]`` in [0, 1], float32, of latents ``[B, 4, h, w]``.
+    """Images ``[B, 3, H, W]`` in [0, 1], float32, of latents ``[B, 4, h, w]``.
 
-    Activations of Stable Diffusion's autoencoder overflow half precision at times, which gives black pictures; such a
+    Activations of Stable Diffusion's autoencoder overflow half precision at times, which gives black images; such a
     batch is decoded again in float32.
 
     Raises:
-        SettingsError: if the latents, or the pictures in float32 too, are no numbers.
+        SettingsError: if the latents, or the images in float32 too, are no numbers.
     """
     scaled = latents / parts.vae.config.scaling_factor
     images = parts.vae.decode(scaled.to(parts.vae.dtype)).sample
     if not torch.isfinite(images).all() and torch.isfinite(latents).all():
-        rank_zero_warn("The autoencoder overflows in half precision; such pictures are decoded again in float32.")
+        rank_zero_warn("The autoencoder overflows in half precision; such images are decoded again in float32.")
         with _in_float32(parts.vae):
             images = parts.vae.decode(scaled.float()).sample
     if not torch.isfinite(images).all():
         raise SettingsError(
-            "the model makes pictures of values that are no numbers; use precision=32-true or bf16-mixed, or another "
+            "the model makes images of values that are no numbers; use precision=32-true or bf16-mixed, or another "
             "checkpoint, if it does so in these too."
         )
     return (images.float() / 2 + 0.5).clamp(0, 1)

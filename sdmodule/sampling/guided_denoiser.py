@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from sdmodule.conditioning.control import ControlGuide
-from sdmodule.diffusion.guidance import guide, rescale
+from sdmodule.diffusion.guidance import classifier_free_guidance, rescale_guidance
 from sdmodule.speed.steps import StepPlan
 
 
 @dataclass
-class GuidedUNet:
-    """A UNet, the text of a batch of B pictures, and what each step does.
+class GuidedDenoiser:
+    """A UNet, the text of a batch of B images, and what each step does.
 
     Attributes:
         unet: predicts for noisy latents.
@@ -29,7 +29,7 @@ class GuidedUNet:
         seen: makes what the UNet is given of latents.
         start_merging: told the number of a call before it.
         start_caching: told before a call whether it runs all of the UNet.
-        control: a ControlNet with the pictures that it follows.
+        control: a ControlNet with the images that it follows.
     """
 
     unet: Any
@@ -52,8 +52,8 @@ class GuidedUNet:
         if not guided:
             return self._ask(latents, timestep)
         unconditional, conditional = self._ask(torch.cat([latents, latents]), timestep).chunk(2)
-        prediction = guide(unconditional, conditional, self.scale)
-        return rescale(prediction, conditional, self.correction) if self.correction else prediction
+        prediction = classifier_free_guidance(unconditional, conditional, self.scale)
+        return rescale_guidance(prediction, conditional, self.correction) if self.correction else prediction
 
     def _ask(self, latents: Tensor, timestep: Tensor) -> Tensor:
         text, seen = self.text[-len(latents) :], self.seen(latents)

@@ -1,4 +1,4 @@
-"""Pictures from Python, in one call."""
+"""Images from Python, in one call."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from sdmodule.conditioning.inpaint_crop import check_inpaint
-from sdmodule.io.progress import steps_bar
+from sdmodule.conditioning.inpaint_crop import check_inpaint_settings
+from sdmodule.io.progress import denoising_bar
 from sdmodule.modes import evaluating
 from sdmodule.sampling.pipeline import sample_all
 from sdmodule.sampling.requests import build_requests
-from sdmodule.speed.prepare import prepared
+from sdmodule.speed.prepare import speed_applied
 from sdmodule.speed.settings import choose_speed
 from sdmodule.tome.settings import choose_merging
 
@@ -48,7 +48,7 @@ def infer(
     return_type: Literal["image", "numpy", "tensor"] = "image",
     show_progress: bool = True,
 ) -> dict[str, Any]:
-    """Sample pictures.
+    """Sample images.
 
     Settings left out are those of the module's ``sampling``; if nothing was said, 50 steps and the checkpoint's
     own guidance: 2 for the embedded model, 7.5 for any that names none.
@@ -56,9 +56,9 @@ def infer(
     Args:
         module: the model; as its method, itself.
         prompt: one prompt or several; of any length, with ``(words:1.3)`` to weigh words.
-        image: for ``task="inpaint"``, the picture to repaint: a path, a PIL image, an array or a tensor, or a list.
-        mask: where: white in a picture of the same size, a box ``[x0, y0, x1, y1]``, ``"alpha"``, or a list.
-        control: the picture that a ControlNet follows, in any form of ``image``; or one for each prompt.
+        image: for ``task="inpaint"``, the image to repaint: a path, a PIL image, an array or a tensor, or a list.
+        mask: where: white in an image of the same size, a box ``[x0, y0, x1, y1]``, ``"alpha"``, or a list.
+        control: the image that a ControlNet follows, in any form of ``image``; or one for each prompt.
         control_scale: how much the ControlNet counts.
         height: pixels, a multiple of the autoencoder's factor.
         width: pixels, likewise.
@@ -66,11 +66,11 @@ def infer(
         guidance_scale: strength of classifier-free guidance; 1 or less is none.
         guidance_rescale: share of the correction of guidance's overexposure.
         negative_prompt: what to keep away from: one for all prompts, or one for each.
-        num_images_per_prompt: pictures of each prompt.
+        num_images_per_prompt: images of each prompt.
         eta: share of DDPM noise in DDIM, 0 to 1.
-        generator: source of all noise instead of ``seed``: one for all pictures, or one for each.
-        latents: initial noise instead of the seed's, ``[pictures, 4, height / factor, width / factor]``.
-        seed: picture k is drawn from ``seed + k``.
+        generator: source of all noise instead of ``seed``: one for all images, or one for each.
+        latents: initial noise instead of the seed's, ``[images, 4, height / factor, width / factor]``.
+        seed: image k is drawn from ``seed + k``.
         scheduler: name or settings of a scheduler.
         inpaint: strength, mask_blur, only_masked and padding; see ``InpaintSettings``.
         tome: token merging, ``{"ratio": 0}`` for none; see ``TokenMerging``.
@@ -79,8 +79,8 @@ def infer(
         show_progress: show a bar of the steps, in a terminal.
 
     Returns:
-        ``samples``, all pictures of the first prompt first; ``seeds`` and ``prompts`` beside them; ``seconds`` of
-        the stages text, denoise and decode; and ``facts``, the settings in plain types.
+        ``samples``, all images of the first prompt first; ``seeds`` and ``prompts`` beside them; ``seconds`` of
+        the stages text, denoise and decode; and ``metadata``, the settings in plain types.
 
     Raises:
         SettingsError: for an input that cannot be used.
@@ -98,7 +98,7 @@ def infer(
         merging=None if tome is None else choose_merging(tome),
         speed=None if speed is None else choose_speed(speed),
     )
-    check_inpaint(settings.inpaint, module.task)
+    check_inpaint_settings(settings.inpaint, module.task)
     requests = build_requests(
         prompt,
         None,
@@ -110,13 +110,18 @@ def infer(
         task=module.task,
         control=control,
     )
-    bar = steps_bar(settings.steps_taken, show_progress)
-    with module.whole_weights(), evaluating(module), prepared(module.parts, settings.speed), bar as on_step:
+    bar = denoising_bar(settings.steps_taken, show_progress)
+    with (
+        module.full_precision_weights(),
+        evaluating(module),
+        speed_applied(module.parts, settings.speed),
+        bar as on_step,
+    ):
         samples = sample_all(module.parts, requests, settings, noise=latents, generator=generator, on_step=on_step)
     return {
         "samples": samples.converted(return_type),
         "prompts": [r.prompt for r in requests],
         "seeds": [r.seed for r in requests],
         "seconds": samples.seconds,
-        "facts": samples.facts,
+        "metadata": samples.metadata,
     }

@@ -1,4 +1,4 @@
-"""From prompts to pictures: settings, checks, and the sampling of one batch."""
+"""From prompts to images: settings, checks, and the sampling of one batch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from sdmodule.components.schedulers import make_scheduler, resolve
 from sdmodule.conditioning.control import prepare_control
-from sdmodule.conditioning.inpaint import inpaints
-from sdmodule.conditioning.inpaint_crop import Canvas, lay_out
-from sdmodule.conditioning.inpaint_latents import Repainting, prepare
+from sdmodule.conditioning.inpaint import is_inpaint_unet
+from sdmodule.conditioning.inpaint_crop import InpaintCrop, crop_for_inpainting
+from sdmodule.conditioning.inpaint_latents import InpaintLatents, prepare_inpaint_latents
 from sdmodule.conditioning.text import count_chunks, encode_prompts
-from sdmodule.diffusion.sampler import denoise, draw_latents, generators
+from sdmodule.diffusion.sampler import denoise, draw_latents, seed_generators
 from sdmodule.errors import SettingsError
 from sdmodule.sampling.decode import decode
-from sdmodule.sampling.guided_denoiser import GuidedUNet
+from sdmodule.sampling.guided_denoiser import GuidedDenoiser
 from sdmodule.sampling.requests import SampleRequest
 from sdmodule.sampling.result import Samples
 from sdmodule.sampling.settings import SamplingSettings
@@ -29,20 +29,20 @@ from sdmodule.sampling.stopwatch import Stopwatch
 from sdmodule.speed.attention import check_attention
 from sdmodule.speed.deep_cache import always_whole, caching, check_cache
 from sdmodule.speed.steps import plan_steps
-from sdmodule.speed.text_kv_cache import text_remembered
+from sdmodule.speed.text_kv_cache import text_kv_cache
 
 if TYPE_CHECKING:
     from sdmodule.components.checkpoint import Components
 
 LARGEST_SIDE = 65536
-"""Pixels of a picture's side; attention over one of such a size would need petabytes."""
+"""Pixels of an image's side; attention over one of such a size would need petabytes."""
 
 ZERO_SNR_RESCALE = 0.7
 """Guidance rescale for models of zero terminal SNR (Lin et al. 2023, section 3.4)."""
 
 
 def latent_shape(parts: Components, settings: SamplingSettings) -> tuple[int, int, int]:
-    """Shape ``(C, h, w)`` of one picture's latents.
+    """Shape ``(C, h, w)`` of one image's latents.
 
     Raises:
         SettingsError: for a height or width that the autoencoder's factor does not divide.
@@ -96,7 +96,7 @@ def skipped_timesteps(scheduler: Any, settings: SamplingSettings) -> int:
 
 
 def check_settings(parts: Components, settings: SamplingSettings) -> None:
-    """Check what only the checkpoint can tell, long before the first picture: its sizes, its schedule.
+    """Check what only the checkpoint can tell, long before the first image: its sizes, its schedule.
 
     Raises:
         SettingsError: for a size, a scheduler or a number of steps that it does not take.
@@ -137,7 +137,7 @@ def sample(
     sources: Sequence[torch.Generator] | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Samples:
-    """Sample one batch of pictures, all of the same size and length of text.
+    """Sample one batch of images, all of the same size and length of text.
 
     Args:
         parts: the model.
@@ -150,9 +150,9 @@ def sample(
     watch = Stopwatch(parts.unet.device)
     scheduler = sampling_scheduler(parts, settings)
     shape = latent_shape(parts, settings)
-    canvases = lay_out_all(parts, requests, settings)
-    facts = describe(parts, settings, bool(canvases))
-    scale, correction = facts["guidance_scale"], facts["guidance_rescale"]
+    crops = lay_out_all(parts, requests, settings)
+    metadata = describe(parts, settings, bool(crops))
+    scale, correction = metadata["guidance_scale"], metadata["guidance_rescale"]
     guided = scale > 1.0
     controls = [request.control for request in requests if request.control is not None]
     control = prepare_control(parts, controls, shape[1:], settings.control_scale)
@@ -160,15 +160,15 @@ def sample(
     with watch.stage("text"):
         embeddings = encode_requests(parts, requests, guided).to(parts.unet.dtype)
 
-    sources = generators([r.seed for r in requests]) if sources is None else sources
+    sources = seed_generators([r.seed for r in requests]) if sources is None else sources
     whole, skipped = settings.inpaint.strength >= 1.0, skipped_timesteps(scheduler, settings)
-    repainting: Repainting | None = None
-    if canvases:
+    repainting: InpaintLatents | None = None
+    if crops:
         with watch.stage("encode"):
-            repainting = prepare(parts, canvases, noise, shape, sources, whole)
+            repainting = prepare_inpaint_latents(parts, crops, noise, shape, sources, whole)
 
     steps = plan_steps(scheduler.timesteps[skipped:], scheduler.config.num_train_timesteps, settings.speed, guided)
-    merging, draws = settings.merging.for_pictures([r.seed for r in requests], all(step.guided for step in steps))
+    merging, draws = settings.merging.for_images([r.seed for r in requests], all(step.guided for step in steps))
     merged = merging.applied(parts.unet, draws, shape[1:], len(steps))
     every, layers = settings.speed.cache_every, settings.speed.cache_layers
     cached = caching(parts.unet, layers) if every > 1 else nullcontext(always_whole)
@@ -179,8 +179,8 @@ def sample(
         if on_step is not None:
             on_step(done, latents)
 
-    with watch.stage("denoise"), merged as merge, cached as cache, text_remembered(parts.unet, embeddings):
-        predict = GuidedUNet(parts.unet, embeddings, steps, scale, correction, seen, merge, cache, control)
+    with watch.stage("denoise"), merged as merge, cached as cache, text_kv_cache(parts.unet, embeddings):
+        predict = GuidedDenoiser(parts.unet, embeddings, steps, scale, correction, seen, merge, cache, control)
         if repainting is None:
             noise = draw_latents(shape, sources, like=embeddings) if noise is None else noise.to(embeddings)
             start, keep = noise * scheduler.init_noise_sigma, None
@@ -191,20 +191,20 @@ def sample(
         latents = denoise(predict, start, scheduler, sources, settings.eta, skipped=skipped, keep=keep, on_step=stepped)
 
     with watch.stage("decode"):
-        pictures = decode(parts, latents).cpu()
+        images = decode(parts, latents).cpu()
     places = [(row, len(requests)) for row in range(len(requests))]
-    return Samples(pictures, list(requests), watch.seconds, facts, canvases, places, watch.steps())
+    return Samples(images, list(requests), watch.seconds, metadata, crops, places, watch.steps())
 
 
 def describe(parts: Components, settings: SamplingSettings, inpainting: bool) -> dict[str, Any]:
-    """The settings of a picture in plain types: what ``from=`` needs to make it again."""
+    """The settings of an image in plain types: what ``from=`` needs to make it again."""
     scheduler, changed = resolve(settings.scheduler, parts.scheduler.config)
     _, *sides = latent_shape(parts, settings)
     correction = settings.guidance_rescale
     if correction is None:
         zero_snr = make_scheduler(settings.scheduler, parts.scheduler.config).config.get("rescale_betas_zero_snr")
         correction = ZERO_SNR_RESCALE if zero_snr else 0.0
-    facts = {
+    metadata = {
         "steps": settings.steps,
         "guidance_scale": parts.guidance_scale if settings.guidance_scale is None else settings.guidance_scale,
         "guidance_rescale": correction,
@@ -216,26 +216,26 @@ def describe(parts: Components, settings: SamplingSettings, inpainting: bool) ->
         "model": parts.source,
     }
     if settings.merging.ratio:
-        facts["tome"] = asdict(settings.merging)
+        metadata["tome"] = asdict(settings.merging)
     if parts.controlnet is not None:
-        facts["control_scale"] = settings.control_scale
-    if speed := settings.speed.facts():
-        facts["speed"] = speed
+        metadata["control_scale"] = settings.control_scale
+    if speed := settings.speed.metadata():
+        metadata["speed"] = speed
     if inpainting:
-        facts |= {"inpaint": way_to_inpaint(parts), **asdict(settings.inpaint)}
-    return facts
+        metadata |= {"inpaint": way_to_inpaint(parts), **asdict(settings.inpaint)}
+    return metadata
 
 
 def way_to_inpaint(parts: Components) -> str:
     """How this checkpoint repaints: its UNet is told of the mask, or the known region is put back at every step."""
-    return "9 channels" if inpaints(parts.unet) else "known region re-noised at every step"
+    return "9 channels" if is_inpaint_unet(parts.unet) else "known region re-noised at every step"
 
 
-def lay_out_all(parts: Components, requests: Sequence[SampleRequest], settings: SamplingSettings) -> list[Canvas]:
-    """What the model works on of each masked picture; nothing for pictures from text alone."""
+def lay_out_all(parts: Components, requests: Sequence[SampleRequest], settings: SamplingSettings) -> list[InpaintCrop]:
+    """What the model works on of each masked image; nothing for images from text alone."""
     _, *sides = latent_shape(parts, settings)
     height, width = (side * parts.pixels_per_latent for side in sides)
-    return [lay_out(r.masked, height, width, settings.inpaint) for r in requests if r.masked is not None]
+    return [crop_for_inpainting(r.masked, height, width, settings.inpaint) for r in requests if r.masked is not None]
 
 
 def sample_all(
@@ -247,9 +247,9 @@ def sample_all(
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Samples:
-    """Sample pictures whose prompts may need different lengths of text, and return them in the order asked for.
+    """Sample images whose prompts may need different lengths of text, and return them in the order asked for.
 
-    Prompts of one length share a batch: padding a short prompt to its neighbour's length would change its picture.
+    Prompts of one length share a batch: padding a short prompt to its neighbour's length would change its image.
 
     Args:
         parts: the model.
@@ -267,7 +267,7 @@ def sample_all(
     if noise is not None and tuple(noise.shape) != shape:
         raise SettingsError(f"latents have the shape {tuple(noise.shape)}; give {shape}.")
     if sources is not None and len(sources) != len(requests):
-        raise SettingsError(f"{len(sources)} generators were given for {len(requests)} pictures; give one for each.")
+        raise SettingsError(f"{len(sources)} generators were given for {len(requests)} images; give one for each.")
     groups: dict[int, list[int]] = {}
     for position, request in enumerate(requests):
         groups.setdefault(chunks_needed(parts, request), []).append(position)
@@ -288,14 +288,14 @@ def sample_all(
     seconds: dict[str, float] = {}
     for stage in done[0].seconds:
         seconds[stage] = sum(samples.seconds[stage] for samples in done)
-    canvases = [canvas for samples in done for canvas in samples.canvases]
+    crops = [canvas for samples in done for canvas in samples.crops]
     places = [place for samples in done for place in samples.places]
     return Samples(
-        torch.cat([s.pictures for s in done])[order],
+        torch.cat([s.decoded for s in done])[order],
         list(requests),
         seconds,
-        done[0].facts,
-        [canvases[k] for k in order] if canvases else [],
+        done[0].metadata,
+        [crops[k] for k in order] if crops else [],
         [places[k] for k in order],
         [step for samples in done for step in samples.step_seconds],
     )

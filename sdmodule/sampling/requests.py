@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from sdmodule.conditioning.control import read_controls
-from sdmodule.conditioning.masked_image import MaskedPicture, count_pictures, pair
+from sdmodule.conditioning.masked_image import MaskedImage, count_images, pair_images_and_masks
 from sdmodule.conditioning.text import parse_weights
 from sdmodule.errors import SettingsError, choices
 from sdmodule.ranges import check_flag
@@ -35,25 +35,25 @@ class SampleRequest:
         prompt: what it shows; empty for unconditional.
         negative_prompt: what guidance leads away from.
         seed: seed of its initial noise.
-        masked: the picture to repaint, and where; None for a picture from text alone.
-        control: the picture that a ControlNet follows; None where there is none.
-        kept: False for a picture that is not written: it only fills up the batch of others.
+        masked: the image to repaint, and where; None for an image from text alone.
+        control: the image that a ControlNet follows; None where there is none.
+        kept: False for an image that is not written: it only fills up the batch of others.
     """
 
     index: int
     prompt: str
     negative_prompt: str
     seed: int
-    masked: MaskedPicture | None = None
+    masked: MaskedImage | None = None
     control: Image.Image | None = None
     kept: bool = True
 
     def inputs(self) -> dict[str, Image.Image]:
-        """The pictures that it was given, by the names of the settings that gave them."""
+        """The images that it was given, by the names of the settings that gave them."""
         given = {"control": self.control}
         if self.masked is not None:
-            given |= {"image": self.masked.picture, "mask": self.masked.mask}
-        return {name: picture for name, picture in given.items() if picture is not None}
+            given |= {"image": self.masked.image, "mask": self.masked.mask}
+        return {name: image for name, image in given.items() if image is not None}
 
 
 def build_requests(
@@ -79,10 +79,10 @@ def build_requests(
         negative_prompt: one for all prompts, or one for each.
         num_images_per_prompt: images of each prompt.
         seed: seed of the first image.
-        image: for inpainting, the picture to repaint, or one for each prompt; see ``masked_picture.pair``.
+        image: for inpainting, the image to repaint, or one for each prompt; see ``masked_image.pair_images_and_masks``.
         mask: where to repaint it, or one for each.
         task: ``text2image`` or ``inpaint``.
-        control: the picture that a ControlNet follows, or one for each prompt; see ``controlnet.read_controls``.
+        control: the image that a ControlNet follows, or one for each prompt; see ``controlnet.read_controls``.
         control_edges: ``control`` is a photo, of which the edges are followed.
 
     Raises:
@@ -101,8 +101,8 @@ def build_requests(
     else:
         raise SettingsError("No prompt is given; set prompt to a text or prompts to a .txt or .jsonl file.")
 
-    if task == INPAINT and len(rows) == 1 and (count := count_pictures(image, mask)) > 1:
-        # one prompt for many pictures; a seed of its own counts on, as over its images
+    if task == INPAINT and len(rows) == 1 and (count := count_images(image, mask)) > 1:
+        # one prompt for many images; a seed of its own counts on, as over its images
         own = rows[0].get("seed")
         steps = range(0, count * num_images_per_prompt, num_images_per_prompt)
         rows = [rows[0] if own is None else {**rows[0], "seed": own + k} for k in steps]
@@ -113,17 +113,17 @@ def build_requests(
         raise SettingsError(
             f"negative_prompt has {len(negatives)} texts for {len(rows)} prompts; give one text, or one a prompt."
         )
-    pictures = _pictures(image, mask, len(rows), task)
+    images = _images(image, mask, len(rows), task)
     controls = _controls(control, control_edges, len(rows))
     for text in {*negatives, *(text for row in rows for text in row.values() if isinstance(text, str))}:
         check_text(text)
         parse_weights(text)  # a wrong weight is told of before anything is sampled
     requests: list[SampleRequest] = []
-    for row, negative, masked, followed in zip(rows, negatives, pictures, controls, strict=True):
+    for row, negative, masked, followed in zip(rows, negatives, images, controls, strict=True):
         first = len(requests)
         first_seed = row.get("seed", seed + first)
         if (last := first_seed + num_images_per_prompt - 1) > LARGEST_SEED:
-            raise SettingsError(f"seed={last} of a picture is more than {LARGEST_SEED}; give a smaller seed.")
+            raise SettingsError(f"seed={last} of an image is more than {LARGEST_SEED}; give a smaller seed.")
         requests += [
             SampleRequest(
                 first + i, row["prompt"], row.get("negative_prompt", negative), first_seed + i, masked, followed
@@ -145,28 +145,28 @@ def check_text(text: str) -> None:
         raise SettingsError(f"prompt {text!r} has half of a character ({error.reason}); write it anew.") from error
 
 
-def _pictures(image: Any, mask: Any, count: int, task: str) -> Sequence[MaskedPicture | None]:
-    """The masked picture of each of ``count`` prompts; None for each where pictures come from text alone."""
+def _images(image: Any, mask: Any, count: int, task: str) -> Sequence[MaskedImage | None]:
+    """The masked image of each of ``count`` prompts; None for each where images come from text alone."""
     if task == TEXT2IMAGE:
         for name, value in (("image", image), ("mask", mask)):
             if value is not None:
                 raise SettingsError(
-                    f"{name} was given and model=text2image makes pictures from text alone; use model=inpaint or leave "
+                    f"{name} was given and model=text2image makes images from text alone; use model=inpaint or leave "
                     f"{name} out."
                 )
         return [None] * count
     if image is None:
-        raise SettingsError("model=inpaint needs a picture to repaint; give image=… and mask=….")
-    return pair(image, mask, count)
+        raise SettingsError("model=inpaint needs an image to repaint; give image=… and mask=….")
+    return pair_images_and_masks(image, mask, count)
 
 
 def _controls(control: Any, edges: bool, count: int) -> Sequence[Image.Image | None]:
-    """The control picture of each of ``count`` prompts; None for each where there is none."""
+    """The control image of each of ``count`` prompts; None for each where there is none."""
     check_flag("control_edges", edges)
     if control is not None:
         return read_controls(control, edges, count)
     if edges:
-        raise SettingsError("control_edges=true was given and no picture to take edges of; add control=PHOTO.")
+        raise SettingsError("control_edges=true was given and no image to take edges of; add control=PHOTO.")
     return [None] * count
 
 

@@ -1,4 +1,4 @@
-"""The pictures of one batch, and how they came about."""
+"""The images of one batch, and how they came about."""
 
 from __future__ import annotations
 
@@ -9,54 +9,54 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sdmodule.conditioning.inpaint_crop import Canvas, paste
+from sdmodule.conditioning.inpaint_crop import InpaintCrop, paste_back
 from sdmodule.errors import SettingsError
-from sdmodule.io.images import converted, image_to_tensor, to_images
+from sdmodule.io.images import convert_images, image_to_tensor, to_images
 from sdmodule.sampling.requests import SampleRequest
 
 
 @dataclass
 class Samples:
-    """Pictures of one batch.
+    """Images of one batch.
 
     Attributes:
-        pictures: what the model made, ``[B, 3, H, W]`` in [0, 1], float32, on the CPU.
-        requests: what each picture was asked to be.
+        decoded: what the model made, ``[B, 3, H, W]`` in [0, 1], float32, on the CPU.
+        requests: what each image was asked to be.
         seconds: time of each stage: ``text``, ``denoise``, ``decode``.
-        facts: settings that hold for the whole batch, in plain types.
-        canvases: for inpainting, the part of each picture that the model worked on.
-        places: each picture's row in the tensors that were computed at once, and how many rows they had; sums of
-            floating-point numbers, and so the last bit of a picture, may depend on it.
+        metadata: settings that hold for the whole batch, in plain types.
+        crops: for inpainting, the part of each image that the model worked on.
+        places: each image's row in the tensors that were computed at once, and how many rows they had; sums of
+            floating-point numbers, and so the last bit of an image, may depend on it.
         step_seconds: time of each denoising step.
     """
 
-    pictures: Tensor
+    decoded: Tensor
     requests: list[SampleRequest]
     seconds: dict[str, float]
-    facts: dict[str, Any] = field(default_factory=dict)
-    canvases: list[Canvas] = field(default_factory=list)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    crops: list[InpaintCrop] = field(default_factory=list)
     places: list[tuple[int, int]] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
 
     def images(self) -> list[Image.Image]:
-        """The finished pictures; what was repainted lies in its picture, at that picture's own size."""
-        made = to_images(self.pictures)
-        if not self.canvases:
+        """The finished images; what was repainted lies in its image, at that image's own size."""
+        made = to_images(self.decoded)
+        if not self.crops:
             return made
-        originals = [request.masked.picture for request in self.requests if request.masked is not None]
-        return [paste(*parts) for parts in zip(self.canvases, made, originals, strict=True)]
+        originals = [request.masked.image for request in self.requests if request.masked is not None]
+        return [paste_back(*parts) for parts in zip(self.crops, made, originals, strict=True)]
 
     def converted(self, return_type: str) -> Any:
-        """The finished pictures as `pictures.converted` gives them.
+        """The finished images as `images.convert_images` gives them.
 
         Raises:
-            SettingsError: for an array or a tensor of pictures of different sizes.
+            SettingsError: for an array or a tensor of images of different sizes.
         """
-        if not self.canvases:
-            return converted(self.pictures, return_type)
+        if not self.crops:
+            return convert_images(self.decoded, return_type)
         images = self.images()
         if return_type == "image":
             return images
         if len({image.size for image in images}) > 1:
-            raise SettingsError(f"return_type={return_type!r} needs pictures of one size; use return_type='image'.")
-        return converted(torch.stack([image_to_tensor(image) for image in images]) / 2 + 0.5, return_type)
+            raise SettingsError(f"return_type={return_type!r} needs images of one size; use return_type='image'.")
+        return convert_images(torch.stack([image_to_tensor(image) for image in images]) / 2 + 0.5, return_type)

@@ -1,4 +1,4 @@
-"""How pictures are sampled."""
+"""How images are sampled."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sdmodule.tome.settings import OFF, TokenMerging
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How pictures are sampled.
+    """How images are sampled.
 
     Args:
         scheduler: a scheduler's name or settings (see ``make_scheduler``); the checkpoint's own if None.
@@ -26,9 +26,9 @@ class SamplingSettings:
         height: pixels; the checkpoint's own size if None.
         width: pixels; the checkpoint's own size if None.
         merging: token merging; off unless its ratio is more than 0.
-        inpaint: how masked pictures are repainted.
+        inpaint: how masked images are repainted.
         control_scale: how much a ControlNet counts; 0 is not at all.
-        speed: means of sampling faster; none that changes a picture unless given.
+        speed: means of sampling faster; none that changes an image unless given.
 
     Raises:
         SettingsError: for a value out of range.

@@ -60,7 +60,7 @@ class PixelwiseConv2d(nn.Conv2d):
 
     @override
     def forward(self, input: Tensor) -> Tensor:
-        """Convolve a picture ``[B, C, h, w]``."""
+        """Convolve an image ``[B, C, h, w]``."""
         if not torch.compiler.is_compiling() or input.device.type != "cpu" or self.padding != (0, 0):
             return super().forward(input)
         return F.linear(input.permute(0, 2, 3, 1), self.weight[:, :, 0, 0], self.bias).permute(0, 3, 1, 2)

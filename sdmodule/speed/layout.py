@@ -11,7 +11,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel, Tra
 from torch import Tensor, nn
 from typing_extensions import override
 
-from sdmodule.speed.swap_class import swapped
+from sdmodule.speed.swap_class import swap_class
 
 
 @contextmanager
@@ -43,7 +43,7 @@ def is_channels_last(module: nn.Module) -> bool:
 def tokens_in_place(*modules: nn.Module) -> Iterator[None]:
     """Let the transformers of modules leave their results as their tokens lie, inside a ``with`` block."""
     every = (part for module in modules for part in module.modules())
-    with swapped(TokensInPlace, [part for part in every if type(part) is Transformer2DModel]):
+    with swap_class(TokensInPlace, [part for part in every if type(part) is Transformer2DModel]):
         yield
 
 
@@ -65,7 +65,7 @@ class TokensInPlace(Transformer2DModel):
         return_dict: bool = True,
         **options: Any,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Run the blocks on a picture ``[B, C, h, w]``; ``options`` are the blocks' own."""
+        """Run the blocks on an image ``[B, C, h, w]``; ``options`` are the blocks' own."""
         if torch.is_grad_enabled() and self.gradient_checkpointing:  # which needs more than the blocks
             given = (encoder_hidden_states, timestep, added_cond_kwargs, class_labels)
             return super().forward(hidden_states, *given, return_dict=return_dict, **options)
@@ -81,18 +81,18 @@ class TokensInPlace(Transformer2DModel):
                 **options,
             )
         if self.use_linear_projection:
-            picture = _picture(self.proj_out(tokens), height)
+            image = _image(self.proj_out(tokens), height)
         else:
-            picture = self.proj_out(_picture(tokens, height))
-        picture = picture + hidden_states
-        return Transformer2DModelOutput(sample=picture) if return_dict else (picture,)
+            image = self.proj_out(_image(tokens, height))
+        image = image + hidden_states
+        return Transformer2DModelOutput(sample=image) if return_dict else (image,)
 
 
-def _tokens(picture: Tensor) -> Tensor:
+def _tokens(image: Tensor) -> Tensor:
     """``[B, C, h, w]`` to ``[B, h * w, C]``, of the same memory where channels are innermost."""
-    return picture.permute(0, 2, 3, 1).flatten(1, 2)
+    return image.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def _picture(tokens: Tensor, height: int) -> Tensor:
+def _image(tokens: Tensor, height: int) -> Tensor:
     """``[B, h * w, C]`` to ``[B, C, h, w]``, of the same memory."""
     return tokens.unflatten(1, (height, -1)).permute(0, 3, 1, 2)

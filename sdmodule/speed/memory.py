@@ -21,12 +21,12 @@ blocks: list[ctypes.CDLL] = []
 
 
 @contextmanager
-def memory_kept() -> Iterator[None]:
+def retain_freed_memory() -> Iterator[None]:
     """Inside a ``with`` block, let freed memory wait for the next layer instead of giving it back to the system.
 
     glibc takes every large tensor from the system and gives it back when it is freed, so that each layer's result is
     zeroed page by page before it is written. The switch is of the whole process: the last block that ends turns it
-    back, so that pictures sampled amid a training leave its memory alone. Does nothing where the C library is another.
+    back, so that images sampled amid a training leave its memory alone. Does nothing where the C library is another.
     """
     if platform.libc_ver()[0] != "glibc":
         yield

@@ -12,8 +12,8 @@ from sdmodule.speed.attention import attention_by
 from sdmodule.speed.compiled import compiled
 from sdmodule.speed.cpu.kernels import fastest_convolutions, fastest_kernels
 from sdmodule.speed.layout import channels_last
-from sdmodule.speed.memory import memory_kept
-from sdmodule.speed.vae_slicing import decoding
+from sdmodule.speed.memory import retain_freed_memory
+from sdmodule.speed.vae_slicing import vae_slicing
 
 if TYPE_CHECKING:
     from sdmodule.components.checkpoint import Components
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def prepared(parts: Components, settings: SpeedSettings) -> Iterator[None]:
+def speed_applied(parts: Components, settings: SpeedSettings) -> Iterator[None]:
     """Make a model ready to sample as ``settings`` say, inside a ``with`` block; afterwards it is as it was.
 
     Raises:
@@ -30,10 +30,10 @@ def prepared(parts: Components, settings: SpeedSettings) -> Iterator[None]:
     device = parts.unet.device.type
     with ExitStack() as stack:
         if settings.keep_memory and device == "cpu":
-            stack.enter_context(memory_kept())
+            stack.enter_context(retain_freed_memory())
         if settings.channels_last_in(parts.unet.dtype, device):
             stack.enter_context(channels_last(parts.unet, parts.vae))
-        stack.enter_context(decoding(parts.vae, settings.decode))
+        stack.enter_context(vae_slicing(parts.vae, settings.decode))
         stack.enter_context(attention_by(parts.unet, settings.attention))
         if settings.fastest_on(device):
             stack.enter_context(fastest_kernels(parts.unet))

@@ -20,10 +20,10 @@ ATTENTION = ("sdpa", "flash", "efficient", "cudnn", "math", "plain", "xformers")
 
 @dataclass(frozen=True)
 class SpeedSettings:
-    """What is done to sample faster; as it stands, nothing that changes a picture.
+    """What is done to sample faster; as it stands, nothing that changes an image.
 
     Args:
-        guidance_interval: the share of the timesteps, from 0 (a picture) to 1 (noise), within which guidance is used;
+        guidance_interval: the share of the timesteps, from 0 (an image) to 1 (noise), within which guidance is used;
             outside it the UNet is asked for the prompt alone, which is half of the work (Kynkäänniemi et al. 2024).
         cache_every: run the whole UNet at every so many steps; in between its deep layers are not run and what they
             gave last is used again (Ma et al. 2024, "DeepCache"). 1 runs all of it always.
@@ -37,10 +37,10 @@ class SpeedSettings:
         kernels: ``torch``, or on CPU, where nothing is compiled, ``fastest``: of several ways to compute attention,
             linear layers and convolutions the one that was fastest when it was measured on this machine. In large
             blocks that merge tokens it is that in bfloat16 either way; see ``tome.apply.merged``.
-        decode: what the autoencoder decodes at once: the ``whole`` batch, a picture of it (``sliced``), or a tile of a
-            picture (``tiled``, whose seams are blended), each in less memory than the one before.
+        decode: what the autoencoder decodes at once: the ``whole`` batch, an image of it (``sliced``), or a tile of a
+            image (``tiled``, whose seams are blended), each in less memory than the one before.
         keep_memory: on CPU, do not give freed memory back to the system between layers.
-        effect: what a preset does to the picture, in a line.
+        effect: what a preset does to the image, in a line.
 
     Raises:
         SettingsError: for a value out of range.
@@ -67,7 +67,7 @@ class SpeedSettings:
         ):
             raise SettingsError(
                 f"speed.guidance_interval={interval} is not allowed; give two shares of the timesteps, from 0 "
-                "(a picture) to 1 (noise), such as [0.2,0.8]."
+                "(an image) to 1 (noise), such as [0.2,0.8]."
             )
         object.__setattr__(self, "guidance_interval", (float(interval[0]), float(interval[1])))
         for name in ("cache_every", "cache_layers"):
@@ -100,8 +100,8 @@ class SpeedSettings:
             return dtype.itemsize == 2 or self.fastest_on(device)
         return self.channels_last
 
-    def facts(self) -> dict[str, Any]:
-        """What a picture depends on, in plain types; nothing if it is made as plain diffusers makes it."""
+    def metadata(self) -> dict[str, Any]:
+        """What an image depends on, in plain types; nothing if it is made as plain diffusers makes it."""
         changed = {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
@@ -111,7 +111,7 @@ class SpeedSettings:
 
 
 EXACT = SpeedSettings()
-"""Nothing that changes a picture."""
+"""Nothing that changes an image."""
 
 
 def choose_speed(settings: Mapping[str, Any] | None) -> SpeedSettings:

@@ -1,4 +1,4 @@
-"""Which steps are guided, and which run the whole UNet: settled before the first, whatever the pictures."""
+"""Which steps are guided, and which run the whole UNet: settled before the first, whatever the images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def plan_steps(timesteps: Iterable[float], total: int, settings: SpeedSettings, 
     """Settle what each step does.
 
     Args:
-        timesteps: of the steps, from noise to picture.
+        timesteps: of the steps, from noise to image.
         total: timesteps of the schedule that the model was trained with.
         settings: the interval of guidance, and how often the whole UNet is run.
         guided: whether anything is guided at all.

@@ -9,7 +9,7 @@ from torch import nn
 
 
 @contextmanager
-def swapped(kind: type[nn.Module], layers: Iterable[nn.Module], keeps: tuple[str, ...] = ()) -> Iterator[None]:
+def swap_class(kind: type[nn.Module], layers: Iterable[nn.Module], keeps: tuple[str, ...] = ()) -> Iterator[None]:
     """Have modules be of another class inside a ``with`` block: their weights, names and hooks stay as they are.
 
     Args:

@@ -29,7 +29,7 @@ class Remembered(nn.Module):
 
 
 @contextmanager
-def text_remembered(unet: Any, embeddings: Tensor) -> Iterator[None]:
+def text_kv_cache(unet: Any, embeddings: Tensor) -> Iterator[None]:
     """Compute keys and values of a text once, for all calls of a UNet inside a ``with`` block.
 
     Args:

@@ -8,12 +8,12 @@ from typing import Any
 
 
 @contextmanager
-def decoding(vae: Any, how: str) -> Iterator[None]:
+def vae_slicing(vae: Any, how: str) -> Iterator[None]:
     """Let an ``AutoencoderKL`` decode in parts inside a ``with`` block.
 
     Args:
         vae: the autoencoder.
-        how: ``whole``; ``sliced``, picture by picture; or ``tiled``, which also decodes large pictures in tiles that
+        how: ``whole``; ``sliced``, image by image; or ``tiled``, which also decodes large images in tiles that
             overlap, and blends their seams.
     """
     before = vae.use_slicing, vae.use_tiling

@@ -29,7 +29,7 @@ MANY = 1024
 """Tokens of a block whose layers are worth measuring: those of Stable Diffusion's larger blocks at 512 pixels."""
 
 
-def stay_at_the_first_step(step: int) -> None:
+def noop_step(step: int) -> None:
     """What starts a step where steps do not differ, or where the engine counts them itself."""
 
 
@@ -102,7 +102,7 @@ def merged_by_tomesd(unet: Any, settings: TokenMerging, seed: int) -> Iterator[C
     """Merge by the authors' package, unchanged.
 
     It draws its cells from a copy of torch's global generator, made at the first forward pass. That is seeded here,
-    and given back untouched, so that a picture depends on its seed and not on what was drawn before. It draws for each
+    and given back untouched, so that an image depends on its seed and not on what was drawn before. It draws for each
     call, so a second run of the same steps needs a second ``with`` block.
     """
     device = unet.device
@@ -120,6 +120,6 @@ def merged_by_tomesd(unet: Any, settings: TokenMerging, seed: int) -> Iterator[C
             merge_mlp=settings.merge_mlp,
         )
         try:
-            yield stay_at_the_first_step
+            yield noop_step
         finally:
             tomesd.remove_patch(unet)

@@ -16,7 +16,7 @@ Grid = tuple[int, int]
 
 
 class PlacedBlock(NamedTuple):
-    """A transformer block, how much smaller than the latents its picture is, and in which part of the UNet it lies."""
+    """A transformer block, how much smaller than the latents its image is, and in which part of the UNet it lies."""
 
     block: BasicTransformerBlock
     downsample: int

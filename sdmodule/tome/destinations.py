@@ -13,14 +13,14 @@ from sdmodule.tome.blocks import Grid
 def draw_destinations(
     grids: Sequence[Grid], seeds: Sequence[int], steps: int, sx: int, sy: int, use_rand: bool
 ) -> list[Tensor]:
-    """Draw the token that stays in each cell, for each block, step and picture.
+    """Draw the token that stays in each cell, for each block, step and image.
 
-    A picture's draws come from a CPU generator of its own seed, step by step and block by block, in the order in which
+    An image's draws come from a CPU generator of its own seed, step by step and block by block, in the order in which
     tomesd draws from its one generator: with one seed they are the same draws. They do not depend on the batch.
 
     Args:
         grids: height and width in tokens of each block.
-        seeds: one for each picture, or a single one for all.
+        seeds: one for each image, or a single one for all.
         steps: how many times the UNet will be called.
         sx: width of a cell.
         sy: height of a cell.
@@ -34,11 +34,11 @@ def draw_destinations(
     if not use_rand:
         return [torch.zeros(steps, 1, *shape, dtype=kind) for shape in cells]
     draws = [torch.empty(steps, len(seeds), *shape, dtype=kind) for shape in cells]
-    for picture, seed in enumerate(seeds):
+    for image, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed)
         for step in range(steps):
             for block, shape in zip(draws, cells, strict=True):
-                block[step, picture] = torch.randint(sy * sx, size=(*shape, 1), generator=generator)[..., 0]
+                block[step, image] = torch.randint(sy * sx, size=(*shape, 1), generator=generator)[..., 0]
     return draws
 
 
@@ -55,10 +55,10 @@ def destination_mask(draws: Tensor, grid: Grid, sx: int, sy: int) -> Tensor:
         ``[R, h * w]``, boolean.
     """
     h, w = grid
-    pictures, rows, columns = draws.shape
+    images, rows, columns = draws.shape
     inside = torch.arange(sy * sx) == draws[..., None]
-    mask = torch.zeros(pictures, h, w, dtype=torch.bool)
+    mask = torch.zeros(images, h, w, dtype=torch.bool)
     mask[:, : rows * sy, : columns * sx] = (
-        inside.view(pictures, rows, columns, sy, sx).transpose(2, 3).reshape(pictures, rows * sy, columns * sx)
+        inside.view(images, rows, columns, sy, sx).transpose(2, 3).reshape(images, rows * sy, columns * sx)
     )
     return mask.flatten(1)

@@ -1,4 +1,4 @@
-"""Bipartite soft matching over the whole picture (Bolya and Hoffman 2023, section 4), with tomesd's own result.
+"""Bipartite soft matching over the whole image (Bolya and Hoffman 2023, section 4), with tomesd's own result.
 
 tomesd moves tokens by ``gather`` and ``scatter`` with an index for every channel. Here a match becomes one integer a
 token, worked out once, and rows of channels are moved whole.
@@ -69,10 +69,10 @@ def most_similar(tokens: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Two of ``[B, N]``.
     """
-    # of a pooling's threads each takes a picture, so that most of many would wait; no graph may ask for their number
+    # of a pooling's threads each takes an image, so that most of many would wait; no graph may ask for their number
     if torch.compiler.is_compiling() or tokens.device.type != "cpu" or torch.get_num_threads() > 4:
         return (tokens @ others.transpose(1, 2)).max(dim=-1)
-    # the largest over a window as high as the picture: the same, in a quarter of the time of `max` on two cores
+    # the largest over a window as high as the image: the same, in a quarter of the time of `max` on two cores
     similarities = (others @ tokens.transpose(1, 2)).unsqueeze(2).permute(0, 3, 1, 2)
     largest, place = F.max_pool2d(similarities, (others.shape[1], 1), return_indices=True)
     return largest.flatten(1), place.flatten(1)

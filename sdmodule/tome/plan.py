@@ -25,7 +25,7 @@ class Plan(NamedTuple):
 
         Args:
             positions: the merged token of each token, ``[B, N]``, each from 0 to M - 1.
-            merged: M, how many merged tokens a picture has.
+            merged: M, how many merged tokens an image has.
         """
         batch = len(positions)
         first = torch.arange(batch, device=positions.device)[:, None] * merged

@@ -9,7 +9,7 @@ from typing import Any
 
 from sdmodule.errors import SettingsError, choices
 from sdmodule.ranges import check_flag, check_whole
-from sdmodule.tome.apply import StartStep, merged, merged_by_tomesd, stay_at_the_first_step
+from sdmodule.tome.apply import StartStep, merged, merged_by_tomesd, noop_step
 from sdmodule.tome.blocks import DOWNSAMPLES, Grid, blocks_to_merge
 from sdmodule.tome.tomesd_limits import check_tomesd
 from sdmodule.tome.window import tokens_merged
@@ -26,7 +26,7 @@ class TokenMerging:
         max_downsample: merge in blocks whose latents are at most this much smaller than the input: 1, 2, 4 or 8.
         sx: one token of each ``sx`` by ``sy`` cell stays; its width.
         sy: its height.
-        use_rand: draw which token of a cell stays, for each picture from its own seed; otherwise the first.
+        use_rand: draw which token of a cell stays, for each image from its own seed; otherwise the first.
         merge_attn: merge for self-attention.
         merge_crossattn: merge for cross-attention.
         merge_mlp: merge for the feed-forward layer.
@@ -82,15 +82,15 @@ class TokenMerging:
         """Whether one merge and one unmerge serve a whole block: engine ``window`` with all three merges."""
         return self.engine == "window" and self.merge_attn and self.merge_crossattn and self.merge_mlp
 
-    def for_pictures(self, seeds: Sequence[int], guided: bool) -> tuple[TokenMerging, Sequence[int]]:
-        """What to apply to a batch of pictures, such that none depends on the batch that it is in.
+    def for_images(self, seeds: Sequence[int], guided: bool) -> tuple[TokenMerging, Sequence[int]]:
+        """What to apply to a batch of images, such that none depends on the batch that it is in.
 
         tomesd has one generator for the whole batch, and draws nothing where the batch has an odd number of rows. So
-        its draws are the same for every picture, and without guidance, which doubles the rows, there are none.
+        its draws are the same for every image, and without guidance, which doubles the rows, there are none.
 
         Args:
-            seeds: of the pictures.
-            guided: whether the UNet sees every picture twice.
+            seeds: of the images.
+            guided: whether the UNet sees every image twice.
 
         Returns:
             The settings that hold, and the seeds of the draws.
@@ -104,7 +104,7 @@ class TokenMerging:
 
         Raises:
             SettingsError: for a ``max_downsample`` that merges nothing in this UNet, a cell larger than a block's
-                picture, or a size that tomesd fails at.
+                image, or a size that tomesd fails at.
         """
         if self.ratio == 0:
             return
@@ -127,7 +127,7 @@ class TokenMerging:
 
         Args:
             unet: a ``UNet2DConditionModel``.
-            seeds: of the draws: one for each picture of the batch, whose halves for guidance share it, or a single one
+            seeds: of the draws: one for each image of the batch, whose halves for guidance share it, or a single one
                 for all. tomesd has one for all and takes the first.
             size: height and width of the latents; the UNet's own if None.
             steps: how many steps are drawn for.
@@ -139,7 +139,7 @@ class TokenMerging:
             SettingsError: as ``check`` does.
         """
         if self.ratio == 0:
-            return nullcontext(stay_at_the_first_step)
+            return nullcontext(noop_step)
         own = unet.config.sample_size
         size = size or ((own, own) if isinstance(own, int) else tuple(own))
         self.check(unet, size)

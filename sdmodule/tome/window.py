@@ -1,8 +1,8 @@
-"""Bipartite matching inside small windows: no search over the picture, no sort, nothing of a shape that varies.
+"""Bipartite matching inside small windows: no search over the image, no sort, nothing of a shape that varies.
 
 The idea is that of Bolya and Hoffman 2023, with the search for a partner kept to a token's neighbourhood: a window of
 two by two cells, 4x4 tokens for the usual strides, of which 4 stay. The 16x16 similarities of each window replace a
-matrix over the whole picture, and each token's rank among its 15 neighbours, counted by comparison, replaces sorting.
+matrix over the whole image, and each token's rank among its 15 neighbours, counted by comparison, replaces sorting.
 """
 
 from __future__ import annotations

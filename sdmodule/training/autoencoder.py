@@ -16,12 +16,12 @@ from typing_extensions import override
 from sdmodule.cli.trainer import check_training_precision
 from sdmodule.components.checkpoint import load_part, save_part
 from sdmodule.errors import SettingsError
-from sdmodule.io.redact import shortened
+from sdmodule.io.redact import shorten_home
 from sdmodule.ranges import check_whole
 from sdmodule.training.checkpoint_io import check_weights
 from sdmodule.training.full import FullTuning
 from sdmodule.training.optimizers import check_optimizer, check_state, name_optimizers
-from sdmodule.training.rng import Draws, generators_of_examples
+from sdmodule.training.rng import Generators, per_example_generators
 from sdmodule.training.tuning import choose_tuning
 
 
@@ -60,21 +60,21 @@ class AutoencoderModule(LightningModule):
         if choose_tuning(tuning) != FullTuning():
             raise SettingsError(f"tuning={tuning} is for UNets, and model=autoencoder has none; leave it out.")
         check_whole("model.seed", seed, least=0)
-        pretrained = shortened(pretrained)
+        pretrained = shorten_home(pretrained)
         self.save_hyperparameters("pretrained", "l1_weight", "kl_weight", "seed")
         self.vae = load_part("vae", pretrained, scratch="vae" in scratch)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.seed = seed
         self.latent_variance: float | None = None  # of the last validation
-        self.validated = ""  # end of the names under which validation is logged; set where it is of other weights
+        self.val_log_suffix = ""  # end of the names under which validation is logged; set where it is of other weights
 
     @property
     def resolution(self) -> int:
-        """Side in pixels of the pictures that the checkpoint was made for."""
+        """Side in pixels of the images that the checkpoint was made for."""
         return self.vae.config.sample_size
 
-    def losses(self, image: Tensor, generators: Draws) -> dict[str, Tensor]:
+    def losses(self, image: Tensor, generators: Generators) -> dict[str, Tensor]:
         """Squared, absolute and KL error of the reconstruction of ``image`` ``[B, 3, H, W]``, each a mean."""
         posterior = self.vae.encode(image).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
@@ -88,7 +88,7 @@ class AutoencoderModule(LightningModule):
 
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        generators = generators_of_examples(self.seed, len(batch["image"]), batch_idx, self._trainer)
+        generators = per_example_generators(self.seed, len(batch["image"]), batch_idx, self._trainer)
         losses = self.losses(batch["image"], generators)
         loss = losses["mse"] + self.hparams["l1_weight"] * losses["l1"] + self.hparams["kl_weight"] * losses["kl"]
         self.log("train/loss", loss, prog_bar=True)
@@ -101,8 +101,8 @@ class AutoencoderModule(LightningModule):
         reconstruction = self.vae.decode(posterior.mode()).sample.float().clamp(-1, 1)
         errors = (reconstruction - batch["image"]).square().mean(dim=(1, 2, 3))
         found = {"val/psnr": _psnr(errors).mean(), "val/latent_variance": posterior.mode().float().square().mean()}
-        named = {f"{name}{self.validated}": value for name, value in found.items()}
-        self.log_dict(named, prog_bar=not self.validated, sync_dist=True, batch_size=len(errors))
+        named = {f"{name}{self.val_log_suffix}": value for name, value in found.items()}
+        self.log_dict(named, prog_bar=not self.val_log_suffix, sync_dist=True, batch_size=len(errors))
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -142,5 +142,5 @@ class AutoencoderModule(LightningModule):
 
 
 def _psnr(mean_squared_error: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in decibels, for pictures in [-1, 1]."""
+    """Peak signal-to-noise ratio in decibels, for images in [-1, 1]."""
     return 10.0 * torch.log10(4.0 / mean_squared_error.detach())

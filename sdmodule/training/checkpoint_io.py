@@ -13,10 +13,10 @@ from torch import nn
 from typing_extensions import override
 
 from sdmodule.errors import SettingsError
-from sdmodule.io.atomic import whole_file
+from sdmodule.io.atomic import atomic_write
 
 
-class WholeCheckpoints(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoints, each moved into place once it lies whole on the disk.
 
     Lightning writes into the folder for temporary files first and moves from there, which on another disk is a copy
@@ -34,7 +34,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # into a file of Python's, which tells why it cannot be written
-            with whole_file(path) as aside, aside.open("wb") as file:
+            with atomic_write(path) as aside, aside.open("wb") as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:  # the latter from torch, while it handles the former
             reason = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None) or error
@@ -44,7 +44,7 @@ class WholeCheckpoints(TorchCheckpointIO):
             ) from error
 
 
-def is_whole(file: Path) -> bool:
+def is_intact(file: Path) -> bool:
     """Whether a checkpoint is complete: a zip archive with an index, each of whose entries has its checksum."""
     try:
         with zipfile.ZipFile(file) as archive:
@@ -57,14 +57,14 @@ PARTS = {"global_step": int, "state_dict": dict, "loops": dict, "callbacks": dic
 """What a checkpoint of a training has, and of which type."""
 
 
-def read_head(file: Path) -> dict[str, Any]:
+def read_checkpoint(file: Path) -> dict[str, Any]:
     """A checkpoint as data alone, its tensors left on the disk.
 
     Raises:
         SettingsError: if it is broken, or is none of a training run.
     """
     try:
-        if not is_whole(file):
+        if not is_intact(file):
             raise ValueError("its checksums do not hold")
         checkpoint = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         if wrong := [name for name, kind in PARTS.items() if not isinstance(checkpoint[name], kind)]:

@@ -14,7 +14,7 @@ from sdmodule.conditioning.control import from_unet
 
 @dataclass(frozen=True)
 class ControlNetTuning:
-    """Train a copy of the UNet's encoder that is shown a control picture (Zhang et al. 2023)."""
+    """Train a copy of the UNet's encoder that is shown a control image (Zhang et al. 2023)."""
 
     kind: ClassVar[str] = "controlnet"
     from_scratch: ClassVar[set[str]] = set()

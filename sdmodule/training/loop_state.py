@@ -16,7 +16,7 @@ PROGRESS = "epoch_loop.batch_progress"
 VALIDATION = "epoch_loop.val_loop.batch_progress"
 
 
-class ResumePoint:
+class LoopState:
     """The loops after a step.
 
     Args:

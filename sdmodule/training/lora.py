@@ -14,7 +14,7 @@ from torch import nn
 
 from sdmodule.components.adapter_file import write_diffusers, write_kohya
 from sdmodule.components.checkpoint import Components
-from sdmodule.components.lora_layers import DORA, LOHA, LOKR, LORA, METHODS, taken_from
+from sdmodule.components.lora_layers import DORA, LOHA, LOKR, LORA, METHODS, extract_adapter
 from sdmodule.errors import SettingsError, choices
 from sdmodule.ranges import check_whole
 from sdmodule.training.text_encoder import TextEncoderTraining
@@ -121,7 +121,7 @@ class LoraTuning(TextEncoderTraining):
         """Write the adapter: for diffusers, where it reads the method, and in the layout of kohya's scripts."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        adapter = taken_from(parts, self.method)
+        adapter = extract_adapter(parts, self.method)
         if self.method in (LORA, DORA):
             write_diffusers(adapter, folder, dtype)
         write_kohya(adapter, folder, dtype)

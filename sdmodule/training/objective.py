@@ -28,7 +28,7 @@ class Objective:
         weighting: how much each noise level counts: ``none``, ``min_snr``, ``soft_min_snr`` or ``debiased``.
         snr_gamma: where ``min_snr`` and ``soft_min_snr`` hold the weight back.
         noise_offset: deviation of a constant that is added to each channel's noise, which lets a model learn very dark
-            and very bright pictures (Guttenberg 2023, "Diffusion with Offset Noise").
+            and very bright images (Guttenberg 2023, "Diffusion with Offset Noise").
         input_perturbation: share of more noise in what the UNet sees, but not in what it should predict (Ning et al.
             2023, algorithm 1).
         huber_delta: error from which on the loss grows linearly (pseudo-Huber, Song and Dhariwal 2023, section 3.3);
@@ -82,7 +82,7 @@ class Objective:
         zero = changes.get("rescale_betas_zero_snr", config.get("rescale_betas_zero_snr", False))
         if changes and zero and {**config, **changes}.get("prediction_type", "epsilon") == "epsilon":
             raise SettingsError(
-                "objective.zero_terminal_snr=true with prediction_type=epsilon asks nothing of the picture where there "
+                "objective.zero_terminal_snr=true with prediction_type=epsilon asks nothing of the image where there "
                 "is noise alone; set objective.prediction_type=v_prediction."
             )
         return changes
@@ -91,7 +91,7 @@ class Objective:
         """Noise to be predicted and noise to be seen, both ``[B, C, h, w]``; the same unless the input is perturbed.
 
         Args:
-            latents: of the pictures, of that shape.
+            latents: of the images, of that shape.
             generator: source of the noise, one for all examples or one for each.
         """
         noise = randn_tensor(latents.shape, generator=generator)

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from sdmodule.errors import SettingsError
-from sdmodule.training.checkpoint_io import is_whole, read_head
+from sdmodule.training.checkpoint_io import is_intact, read_checkpoint
 
 
 def find_checkpoint(ckpt_path: str | None, output_dir: Path, max_steps: int, ended: bool = True) -> str | None:
@@ -30,12 +30,12 @@ def find_checkpoint(ckpt_path: str | None, output_dir: Path, max_steps: int, end
     """
     if ckpt_path is None:
         return None
-    path = newest_whole(output_dir / "checkpoints") if ckpt_path == "last" else Path(ckpt_path).expanduser()
+    path = newest_intact(output_dir / "checkpoints") if ckpt_path == "last" else Path(ckpt_path).expanduser()
     if os.path.isdir(path):  # in shards: a folder, which only its own strategy can read
         return str(path)
     if not os.path.isfile(path):
         raise SettingsError(f"ckpt_path={ckpt_path} was not found; give a .ckpt file of an earlier run.")
-    step = read_head(path)["global_step"]
+    step = read_checkpoint(path)["global_step"]
     if step > max_steps or (step == max_steps and ended):
         raise SettingsError(
             f"ckpt_path={path} is of step {step} and trainer.max_steps={max_steps}, which leaves nothing to train; "
@@ -63,7 +63,7 @@ def check_fits(path: str, model: LightningModule, trainer: Trainer) -> None:
         )
 
 
-def newest_whole(folder: Path) -> Path:
+def newest_intact(folder: Path) -> Path:
     """The newest checkpoint of a folder whose bytes are those that were written; broken ones are named and passed over.
 
     Raises:
@@ -71,7 +71,7 @@ def newest_whole(folder: Path) -> Path:
     """
     files = sorted(folder.glob("*.ckpt"), key=lambda file: (file.stat().st_mtime_ns, file.name), reverse=True)
     for file in files:
-        if file.is_dir() or is_whole(file):
+        if file.is_dir() or is_intact(file):
             return file
         rank_zero_warn(f"{file} is broken and is passed over.")
     broken = f"; the {len(files)} that are there are broken" if files else ""
@@ -80,7 +80,7 @@ def newest_whole(folder: Path) -> Path:
     )
 
 
-class Ending(Callback):
+class FinishTraining(Callback):
     """Lets a training that has made all its steps, and was stopped before its end, come to it.
 
     Lightning leaves such a one alone: nothing is validated, sampled or exported. So it is allowed one step more, until

@@ -9,17 +9,17 @@ from contextlib import contextmanager
 import torch
 from lightning import Trainer
 
-Draws = torch.Generator | list[torch.Generator]
+Generators = torch.Generator | list[torch.Generator]
 """Source of random numbers: one for a whole batch, or one for each of its examples."""
 
 
-def generator_at(seed: int, *place: int) -> torch.Generator:
+def generator_for(seed: int, *place: int) -> torch.Generator:
     """A generator for one place of the training that ``seed`` names."""
     digest = hashlib.blake2b(repr((seed, *place)).encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest))
 
 
-def generators_of_examples(
+def per_example_generators(
     seed: int, count: int, batch_idx: int, trainer: Trainer | None, pairs: bool = False
 ) -> list[torch.Generator]:
     """A generator for each example of a batch, by its place among all that the optimizer's step is made of.
@@ -34,13 +34,13 @@ def generators_of_examples(
         pairs: the batch is of pairs, the first of each in its first half: places are then those of pairs.
     """
     if pairs:
-        firsts = generators_of_examples(seed, count // 2, batch_idx, trainer)
-        return [*firsts, *(generator_at(each.initial_seed(), 1) for each in firsts)]
+        firsts = per_example_generators(seed, count // 2, batch_idx, trainer)
+        return [*firsts, *(generator_for(each.initial_seed(), 1) for each in firsts)]
     if trainer is None:
-        return [generator_at(seed, 0, place) for place in range(count)]
+        return [generator_for(seed, 0, place) for place in range(count)]
     first = batch_idx % trainer.accumulate_grad_batches * count
     places = [(first + k) * trainer.world_size + trainer.global_rank for k in range(count)]
-    return [generator_at(seed, trainer.global_step, place) for place in places]
+    return [generator_for(seed, trainer.global_step, place) for place in places]
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def seeded(generator: torch.Generator, device: torch.device) -> Iterator[None]:
         yield
 
 
-def generators_of_validation(seed: int, count: int, batch_idx: int, trainer: Trainer | None) -> list[torch.Generator]:
+def validation_generators(seed: int, count: int, batch_idx: int, trainer: Trainer | None) -> list[torch.Generator]:
     """A generator for each example of a batch that is validated, by its place in the data: the same at all times.
 
     The data are not shuffled, and every batch but the last is full.
@@ -67,4 +67,4 @@ def generators_of_validation(seed: int, count: int, batch_idx: int, trainer: Tra
     """
     full = getattr(trainer.val_dataloaders, "batch_size", count) if trainer else count
     devices, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
-    return [generator_at(seed, 0, (batch_idx * full + k) * devices + rank) for k in range(count)]
+    return [generator_for(seed, 0, (batch_idx * full + k) * devices + rank) for k in range(count)]

@@ -1,4 +1,4 @@
-"""The loss on pictures that are not trained on, measured so that runs can be compared."""
+"""The loss on images that are not trained on, measured so that runs can be compared."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from torch import Tensor
 
 from sdmodule.sampling.requests import INPAINT
 from sdmodule.training.objective import SQUARED_ERROR
-from sdmodule.training.rng import generators_of_validation
+from sdmodule.training.rng import validation_generators
 
 if TYPE_CHECKING:
     from sdmodule.module import StableDiffusionModule
 
 RANGES = 4
-"""Equal ranges of timesteps, in the middle of each of which every picture is tried."""
+"""Equal ranges of timesteps, in the middle of each of which every image is tried."""
 
 
 def validation_losses(module: StableDiffusionModule, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
-    """Mean squared errors of a batch, whatever the objective of training: a picture's noise is the same in every run.
+    """Mean squared errors of a batch, whatever the objective of training: an image's noise is the same in every run.
 
     Args:
         module: the model.
-        batch: pictures with captions.
+        batch: images with captions.
         batch_idx: its number.
 
     Returns:
         ``loss``, the mean over all ranges of timesteps; ``loss_FIRST_LAST`` of each of them; and for a model that
         inpaints ``loss_hole`` and ``loss_kept``, inside and outside of the mask.
     """
-    generators = generators_of_validation(module.seed, len(batch["caption"]), batch_idx, module._trainer)
+    generators = validation_generators(module.seed, len(batch["caption"]), batch_idx, module._trainer)
     latents = module.encode_images(batch, generators)
     channels = module.mask_channels(batch, generators, whole=0.0) if module.task == INPAINT else None
     width = len(module.alphas_cumprod) // RANGES

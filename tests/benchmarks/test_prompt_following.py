@@ -78,7 +78,7 @@ def test_patch_without_a_known_outline_has_no_shape() -> None:
     assert [item.shape for item in read_scene(image).objects] == [UNCLEAR]
 
 
-def test_empty_picture_has_only_a_background() -> None:
+def test_empty_image_has_only_a_background() -> None:
     reading = read_scene(Image.new("RGB", (64, 64), (48, 88, 220)))
     assert reading == Reading("blue", ())
     assert judge(RED_HEART, reading) == {
@@ -125,7 +125,7 @@ def test_judge_sees_swapped_places_and_swapped_colours() -> None:
     assert judge(PAIR, Reading("white", (star, circle)))["all"]
 
 
-def test_picture_of_another_size_is_refused() -> None:
+def test_image_of_another_size_is_refused() -> None:
     with pytest.raises(SettingsError, match="512x512"):
         read_scene(Image.new("RGB", (512, 512)))
 
@@ -171,7 +171,7 @@ def test_benchmark_counts_what_the_model_gets_wrong(
     for row in result["rows"]:
         scenes = [scene for kind, scene in drawn if kind == row["scenes"]]
         paintable = sum(all(item.shape != "heart" for item in scene.objects) for scene in scenes)
-        assert row["pictures"] == len(scenes)
+        assert row["images"] == len(scenes)
         assert row["shape"]["right"] == row["all"]["right"] == paintable
         assert row["colour"]["rate"] == 1.0
     assert result["rows"][0]["shape"]["rate"] == 0.8
@@ -179,7 +179,7 @@ def test_benchmark_counts_what_the_model_gets_wrong(
     assert "two objects" in capsys.readouterr().out
 
 
-def test_every_picture_keeps_its_seed_whatever_the_batch() -> None:
+def test_every_image_keeps_its_seed_whatever_the_batch() -> None:
     painter: Any = _Painter()
     prompts = list(painter.scenes)[:20]
     prompt_following.sample(painter, prompts, prompt_following.parse(["batch_size=8", "seed=5", "--steps", "3"]))

@@ -9,7 +9,7 @@ def test_half_a_minute_loses_nothing(tmp_path, capsys):
     [row] = run(["--quick", "--json", str(tmp_path / "soak.json")])["rows"]
     assert json.loads((tmp_path / "soak.json").read_text())["rows"] == [row]
     assert "kills" in capsys.readouterr().out
-    lost = [name for name in ("pictures differing", "trainings differing", "files lost", "failures") if row[name]]
+    lost = [name for name in ("images differing", "trainings differing", "files lost", "failures") if row[name]]
     assert not lost and row["kills"] + row["bad files offered"] > 0
 
 

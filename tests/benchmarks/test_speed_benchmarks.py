@@ -26,11 +26,11 @@ def test_sampling_is_beside_its_alternatives(checkpoint, tmp_path):
     assert "float32" in result["protocol"] or "bfloat16" in result["protocol"]
     assert str(tmp_path) not in written["command"]
     rows = {row["variant"]: row for row in written["rows"]}
-    assert rows["diffusers"]["pictures"] == rows["speed=exact"]["pictures"] == "equal to exact"
+    assert rows["diffusers"]["images"] == rows["speed=exact"]["images"] == "equal to exact"
     assert rows["diffusers"]["step_over_diffusers"] == rows["diffusers, best recipe"]["step_over_best"] == 1.0
-    assert rows["exact, keep_memory=false"]["pictures"] == "equal to exact"
+    assert rows["exact, keep_memory=false"]["images"] == "equal to exact"
     assert rows["speed=turbo"]["steps"] < rows["speed=fast"]["steps"] < rows["speed=exact"]["steps"] == 50
-    assert all(row["step_seconds"] > 0 and row["picture_seconds"] > 0 for row in rows.values())
+    assert all(row["step_seconds"] > 0 and row["image_seconds"] > 0 for row in rows.values())
     assert Image.open(plot).height > 2 * 20 * len(rows)
 
 
@@ -79,7 +79,7 @@ def test_one_command_runs_all(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["rounding", "fast", "turbo"])
-def test_what_a_preset_says_of_pictures_is_what_was_measured(name):
+def test_what_a_preset_says_of_images_is_what_was_measured(name):
     """Its line quotes the share of prompts that were obeyed, of one object, held-out and of two objects."""
     effect = yaml.safe_load((ROOT / "conf" / "speed" / f"{name}.yaml").read_text())["speed"]["effect"]
     found = [float(share) for share in re.findall(r"([\d.]+)%", effect)]

@@ -38,7 +38,7 @@ def test_forward_passes_are_rows_with_speed_error_and_label(checkpoint, tmp_path
     assert Image.open(plot).size == (2 * 620, len(modes) * 440)
 
 
-def test_pictures_are_labelled_where_the_protocol_is_shortened(checkpoint):
+def test_images_are_labelled_where_the_protocol_is_shortened(checkpoint):
     given = ["--pretrained", str(checkpoint), "--size", "32", "--precision", "float32", "--quick"]
     result = tome_speed.run(given)
     assert "shortened: images 1 of 100, steps 2 of 50" in result["protocol"]

@@ -12,7 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from sdmodule.callbacks.ema import EMA, trainable, use_average
+from sdmodule.callbacks.ema import EMA, load_average, trainable_parameters
 from sdmodule.data.toy.dataset import ShapesDataModule
 from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
@@ -34,7 +34,7 @@ class Recorder(Callback):
 
 
 def copied(module: LightningModule) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in trainable(module).items()}
+    return {name: value.detach().clone() for name, value in trainable_parameters(module).items()}
 
 
 def assert_equal(weights: dict[str, Tensor], others: dict[str, Tensor], **tolerance) -> None:
@@ -114,7 +114,7 @@ def test_the_average_is_taken_from_a_checkpoint_later(checkpoint, tmp_path):
     trainer.save_checkpoint(tmp_path / "three.ckpt")
     again = StableDiffusionModule.load_from_checkpoint(tmp_path / "three.ckpt", weights_only=True)
     assert_equal(copied(again), copied(module))
-    use_average(again, tmp_path / "three.ckpt")
+    load_average(again, tmp_path / "three.ckpt")
     assert_equal(copied(again), ema.average)
 
 
@@ -123,7 +123,7 @@ def test_a_checkpoint_without_an_average_is_told_of(checkpoint, tmp_path, callba
     module, trainer = train(checkpoint, 1, *callbacks)
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     with pytest.raises(SettingsError, match=r"one\.ckpt holds no average"):
-        use_average(module, tmp_path / "one.ckpt")
+        load_average(module, tmp_path / "one.ckpt")
 
 
 def test_the_average_can_be_used_for_a_while(checkpoint):

@@ -36,7 +36,7 @@ def test_diffusers_samples_the_trained_weights(checkpoint, tmp_path):
     module = fit(checkpoint, Export(tmp_path))
     ours = module.infer("a red star", num_inference_steps=2, return_type="numpy")["samples"]
     np.testing.assert_allclose(sample(tmp_path), ours, rtol=0, atol=1 / 255)
-    assert not np.allclose(sample(tmp_path), sample(checkpoint), atol=0.05), "training has changed the picture"
+    assert not np.allclose(sample(tmp_path), sample(checkpoint), atol=0.05), "training has changed the image"
     assert json.loads((tmp_path / "training.json").read_text()) == {"weights": "raw", "steps": 2, "dtype": "float32"}
 
 
@@ -60,8 +60,8 @@ def test_a_training_shorter_than_the_average_exports_its_weights(checkpoint, tmp
     module = fit(checkpoint, Export(tmp_path, dtype="float16"), EMA(start_step=100))
     exported = StableDiffusionModule.from_pretrained(str(tmp_path)).unet.conv_in.weight
     torch.testing.assert_close(exported, module.unet.conv_in.weight, rtol=1e-3, atol=1e-3)
-    facts = {"weights": "raw", "steps": 2, "dtype": "float16"}
-    assert json.loads((tmp_path / "training.json").read_text()) == facts
+    metadata = {"weights": "raw", "steps": 2, "dtype": "float16"}
+    assert json.loads((tmp_path / "training.json").read_text()) == metadata
 
 
 def test_an_unknown_type_is_refused(tmp_path):

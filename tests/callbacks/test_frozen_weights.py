@@ -7,7 +7,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from lightning import Callback
 
-from sdmodule.callbacks.frozen_weights import FrozenWeights
+from sdmodule.callbacks.frozen_weights import CastFrozenWeights
 from sdmodule.callbacks.validation_samples import ValidationSamples
 from sdmodule.components.checkpoint import load_components
 from sdmodule.data.toy.dataset import ShapesDataModule
@@ -71,7 +71,7 @@ def train(checkpoint, *callbacks, tuning=LORA, precision="bf16-mixed", sanity=0,
 
 
 def test_they_are_in_16_bits_at_a_step_and_whole_in_validation(checkpoint, tmp_path):
-    module, seen = train(checkpoint, FrozenWeights(), ValidationSamples(tmp_path, num_prompts=1))
+    module, seen = train(checkpoint, CastFrozenWeights(), ValidationSamples(tmp_path, num_prompts=1))
     step = seen.types["step"]
     for name, dtype in step.items():
         small = "norm" not in name and "lora" not in name and "embedding." not in name.replace("time_embedding.", "")
@@ -87,7 +87,7 @@ def test_they_are_in_16_bits_at_a_step_and_whole_in_validation(checkpoint, tmp_p
 @pytest.mark.parametrize("tuning", [LORA, {"kind": "full"}, WORD], ids=str)
 def test_the_training_is_the_same(checkpoint, tuning):
     """But for the order in which convolutions sum, which their layout may change."""
-    one, converted = train(checkpoint, FrozenWeights(), tuning=tuning)
+    one, converted = train(checkpoint, CastFrozenWeights(), tuning=tuning)
     other, plain = train(checkpoint, tuning=tuning)
     assert converted.losses == pytest.approx(plain.losses, rel=2e-3)
     trained = {name for name, weight in other.named_parameters() if weight.requires_grad}
@@ -97,31 +97,31 @@ def test_the_training_is_the_same(checkpoint, tuning):
 
 @pytest.mark.parametrize(("tuning", "precision"), [(LORA, "32-true"), ({**LORA, "method": "dora"}, "bf16-mixed")])
 def test_where_they_stay_as_they_are(checkpoint, tuning, precision):
-    _, seen = train(checkpoint, FrozenWeights(), tuning=tuning, precision=precision)
+    _, seen = train(checkpoint, CastFrozenWeights(), tuning=tuning, precision=precision)
     assert {dtype for name, dtype in seen.types["step"].items() if "unet" in name} == {torch.float32}
 
 
-def test_pictures_and_files_are_of_whole_weights_at_any_time(checkpoint, tmp_path):
+def test_images_and_files_are_of_whole_weights_at_any_time(checkpoint, tmp_path):
     class Curious(Callback):
         def on_train_batch_end(self, trainer, pl_module, *_) -> None:
             assert pl_module.vae.dtype == torch.bfloat16
-            self.picture = pl_module.infer("a star", return_type="tensor", show_progress=False)["samples"]
+            self.image = pl_module.infer("a star", return_type="tensor", show_progress=False)["samples"]
             pl_module.save_pretrained(tmp_path)
             assert pl_module.vae.dtype == torch.bfloat16
 
     curious = Curious()
-    module, _ = train(checkpoint, FrozenWeights(), curious, tuning={"kind": "full"})
+    module, _ = train(checkpoint, CastFrozenWeights(), curious, tuning={"kind": "full"})
     later = module.infer("a star", return_type="tensor", show_progress=False)["samples"]
-    assert torch.allclose(curious.picture, later, atol=1e-4)  # another attention, and weights that were never rounded
+    assert torch.allclose(curious.image, later, atol=1e-4)  # another attention, and weights that were never rounded
     written = load_components(str(tmp_path)).vae.state_dict()
     assert all(torch.equal(weight, written[name]) for name, weight in module.vae.state_dict().items())
 
 
 def test_what_is_converted_is_not_taken_for_whole(checkpoint):
     """Lightning validates before the first step too, unless it is told not to."""
-    train(checkpoint, FrozenWeights(), sanity=1)
+    train(checkpoint, CastFrozenWeights(), sanity=1)
 
 
 def test_an_error_leaves_them_whole(checkpoint):
     with pytest.raises(RuntimeError, match="stop"):
-        train(checkpoint, FrozenWeights(), stop=3)
+        train(checkpoint, CastFrozenWeights(), stop=3)

@@ -1,4 +1,4 @@
-"""Training with a cache is training with the pictures, and the cache holds what they are now."""
+"""Training with a cache is training with the images, and the cache holds what they are now."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from lightning import Callback, Trainer
 from PIL import Image
 from safetensors import safe_open
 
-from sdmodule.callbacks.latent_cache import Cache
+from sdmodule.callbacks.latent_cache import LatentCache
 from sdmodule.callbacks.validation_samples import ValidationSamples
 from sdmodule.cli.main import train_main
-from sdmodule.conditioning.text import literal
+from sdmodule.conditioning.text import escape_prompt
 from sdmodule.data.cache.latents import CachedEmbeddings
 from sdmodule.data.cache.tensor_store import TensorStore
 from sdmodule.data.datamodule import ImageFolderDataModule
@@ -36,14 +36,14 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Five pictures, one with a caption of more than 77 tokens."""
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    """Five images, one with a caption of more than 77 tokens."""
+    images = tmp_path / "images"
+    images.mkdir()
     for k in range(5):
         scene = sample_scene(random.Random(k))
-        render(scene, 32).save(pictures / f"{k}.png")
-        (pictures / f"{k}.txt").write_text(", ".join([caption(scene)] * (12 if k == 2 else 1)))
-    return pictures
+        render(scene, 32).save(images / f"{k}.png")
+        (images / f"{k}.txt").write_text(", ".join([caption(scene)] * (12 if k == 2 else 1)))
+    return images
 
 
 class Losses(Callback):
@@ -55,7 +55,7 @@ class Losses(Callback):
 
 
 def fit(
-    checkpoint: Path, data: Any, cache: Cache | None, steps: int = 3, *callbacks: Callback, **settings: Any
+    checkpoint: Path, data: Any, cache: LatentCache | None, steps: int = 3, *callbacks: Callback, **settings: Any
 ) -> list[float]:
     module = StableDiffusionModule(str(checkpoint), sampling={"steps": 2}, **settings)
     losses = Losses()
@@ -73,7 +73,7 @@ def fit(
     return losses.values
 
 
-def pictures_of(folder: Path, **settings: Any) -> ImageFolderDataModule:
+def images_of(folder: Path, **settings: Any) -> ImageFolderDataModule:
     return ImageFolderDataModule(str(folder), **{"batch_size": 2, "resolution": 32, "val_fraction": 0, **settings})
 
 
@@ -88,24 +88,26 @@ def held(cache: Path, kind: str = "moments") -> dict[str, str]:
 
 @pytest.mark.parametrize("flip", [False, True], ids=["", "flipped"])
 @pytest.mark.parametrize("what", ["latents", "all"])
-def test_the_losses_are_those_of_training_on_pictures(checkpoint, folder, tmp_path, what, flip):
+def test_the_losses_are_those_of_training_on_images(checkpoint, folder, tmp_path, what, flip):
     settings = {"caption_dropout": 0.5, "optimizer": lambda weights: torch.optim.AdamW(weights, lr=1e-3)}
-    plain = fit(checkpoint, pictures_of(folder, random_flip=flip), None, 8, **settings)
+    plain = fit(checkpoint, images_of(folder, random_flip=flip), None, 8, **settings)
     for _ in range(2):  # made, then found
-        data = pictures_of(folder, random_flip=flip)
-        assert fit(checkpoint, data, Cache(tmp_path / "cache", what), 8, **settings) == pytest.approx(plain, rel=1e-5)
+        data = images_of(folder, random_flip=flip)
+        assert fit(checkpoint, data, LatentCache(tmp_path / "cache", what), 8, **settings) == pytest.approx(
+            plain, rel=1e-5
+        )
     assert len(held(tmp_path / "cache")) == (10 if flip else 5)
     assert len(held(tmp_path / "cache", "embeddings")) == (6 if what == "all" else 0)
 
 
 @pytest.mark.parametrize("what", ["latents", "all"])
-def test_the_loss_counts_under_masks_as_it_does_on_pictures(checkpoint, folder, tmp_path, what):
+def test_the_loss_counts_under_masks_as_it_does_on_images(checkpoint, folder, tmp_path, what):
     Image.linear_gradient("L").resize((32, 32)).save(folder / "mask.png")
     rows = [{"file_name": f"{k}.png", "text": "a", "mask_file_name": "mask.png"} for k in range(5)]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     plain, cached = (
-        fit(checkpoint, pictures_of(folder, random_flip=True), cache, objective={"masked": True})
-        for cache in (None, Cache(tmp_path / "cache", what))
+        fit(checkpoint, images_of(folder, random_flip=True), cache, objective={"masked": True})
+        for cache in (None, LatentCache(tmp_path / "cache", what))
     )
     assert cached == pytest.approx(plain, rel=1e-5)
 
@@ -115,20 +117,20 @@ def test_captions_are_read_as_they_are_written_in_every_place(checkpoint, folder
     text = "a clock (12:30) in a frame (4:3)"
     for k in range(5):
         (folder / f"{k}.txt").write_text(text)
-    plain = fit(checkpoint, pictures_of(folder), None, caption_dropout=0.0)
+    plain = fit(checkpoint, images_of(folder), None, caption_dropout=0.0)
     samples = ValidationSamples(tmp_path / "samples", num_prompts=1)
-    cached = fit(checkpoint, pictures_of(folder), Cache(tmp_path / "cache", "all"), 3, samples, caption_dropout=0.0)
+    cached = fit(checkpoint, images_of(folder), LatentCache(tmp_path / "cache", "all"), 3, samples, caption_dropout=0.0)
     assert cached == pytest.approx(plain, rel=1e-5)
     assert (tmp_path / "samples" / "000003.png").is_file()
     [store] = tmp_path.glob("cache/embeddings-*")
     pipeline = StableDiffusionPipeline.from_pretrained(checkpoint)
     theirs = pipeline.encode_prompt(text, torch.device("cpu"), 1, False)[0]
-    torch.testing.assert_close(CachedEmbeddings(TensorStore(store))([literal(text)]), theirs)
+    torch.testing.assert_close(CachedEmbeddings(TensorStore(store))([escape_prompt(text)]), theirs)
 
 
-def test_painted_pictures_are_cached_too(checkpoint, module, tmp_path):
+def test_painted_images_are_cached_too(checkpoint, module, tmp_path):
     data = ShapesDataModule(batch_size=2, train_length=6, val_length=2, size=32)
-    fit(checkpoint, data, Cache(tmp_path))
+    fit(checkpoint, data, LatentCache(tmp_path))
     assert data.train_set[0].keys() == {"image", "caption"}, "the data is as it was"
     [folder] = tmp_path.iterdir()
     store = TensorStore(folder)
@@ -139,13 +141,13 @@ def test_painted_pictures_are_cached_too(checkpoint, module, tmp_path):
 
 
 def test_embeddings_are_filled_up_as_the_text_encoder_does_it(checkpoint, module, folder, tmp_path):
-    fit(checkpoint, pictures_of(folder), Cache(tmp_path, "all"))
+    fit(checkpoint, images_of(folder), LatentCache(tmp_path, "all"))
     [store] = tmp_path.glob("embeddings-*")
     embeddings = CachedEmbeddings(TensorStore(store))
     captions = ["", *((folder / f"{k}.txt").read_text() for k in range(5))]
     for batch in (captions, captions[:2]):
         torch.testing.assert_close(embeddings(batch), module.encode_prompts(batch))
-    assert "a picture of nothing" not in embeddings
+    assert "an image of nothing" not in embeddings
 
 
 def test_only_what_has_changed_is_made_anew(checkpoint, folder, tmp_path):
@@ -153,7 +155,7 @@ def test_only_what_has_changed_is_made_anew(checkpoint, folder, tmp_path):
 
     def made(base: Path = checkpoint, **settings: Any) -> tuple[int, int]:
         before = [held(cache, kind) for kind in ("moments", "embeddings")]
-        fit(base, pictures_of(folder, **settings), Cache(cache, "all"), steps=1)
+        fit(base, images_of(folder, **settings), LatentCache(cache, "all"), steps=1)
         now = [held(cache, kind) for kind in ("moments", "embeddings")]
         assert all(old.items() <= new.items() for old, new in zip(before, now)), "what was there is untouched"
         moments, embeddings = (len(new) - len(old) for old, new in zip(before, now))
@@ -163,7 +165,7 @@ def test_only_what_has_changed_is_made_anew(checkpoint, folder, tmp_path):
     assert made() == (0, 0)
     (folder / "4.png").rename(folder / "9.png")
     (folder / "4.txt").rename(folder / "9.txt")
-    assert made() == (0, 0), "a name is not a picture"
+    assert made() == (0, 0), "a name is not an image"
     render(sample_scene(random.Random(77)), 32).save(folder / "1.png")
     assert made() == (1, 0)
     (folder / "1.txt").write_text("something else")
@@ -181,11 +183,11 @@ def test_only_what_has_changed_is_made_anew(checkpoint, folder, tmp_path):
 
 
 def test_a_broken_file_is_passed_over_and_made_anew(checkpoint, folder, tmp_path):
-    plain = fit(checkpoint, pictures_of(folder), Cache(tmp_path))
+    plain = fit(checkpoint, images_of(folder), LatentCache(tmp_path))
     [file] = tmp_path.glob("*/*.safetensors")
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.warns(UserWarning, match=r"safetensors is broken and is passed over"):
-        assert fit(checkpoint, pictures_of(folder), Cache(tmp_path)) == plain
+        assert fit(checkpoint, images_of(folder), LatentCache(tmp_path)) == plain
     assert len(held(tmp_path)) == 5
 
 
@@ -213,11 +215,11 @@ def test_what_cannot_be_cached_is_told_before_anything_is_written(
 
 
 def test_data_that_no_cache_knows_is_refused(checkpoint, folder, tmp_path):
-    data = pictures_of(folder)
+    data = images_of(folder)
     data.setup()
     data.train_set = torch.utils.data.Subset(data.train_set, [0])
-    with pytest.raises(SettingsError, match="does not know the pictures of these data"):
-        fit(checkpoint, data, Cache(tmp_path))
+    with pytest.raises(SettingsError, match="does not know the images of these data"):
+        fit(checkpoint, data, LatentCache(tmp_path))
 
 
 def test_an_interrupted_making_goes_on_where_it_stopped(checkpoint, tmp_path):
@@ -244,7 +246,7 @@ def test_an_interrupted_making_goes_on_where_it_stopped(checkpoint, tmp_path):
     assert 256 <= len(before) < 1500
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f"Encoding pictures into {next(cache.iterdir())}: {1500 - len(before):,}\n" in done.stdout
+    assert f"Encoding images into {next(cache.iterdir())}: {1500 - len(before):,}\n" in done.stdout
     after = held(cache)
     assert len(after) == 1500 and before.items() <= after.items()
     assert not [file for file in cache.rglob("*") if file.is_file() and file.suffix != ".safetensors"]

@@ -24,16 +24,16 @@ def trainer(*callbacks, **settings):
     )
 
 
-def predicted(checkpoint, folder, steps, pictures=1, **settings):
+def predicted(checkpoint, folder, steps, images=1, **settings):
     module = StableDiffusionModule.from_pretrained(str(checkpoint), sampling={"steps": steps})
-    data = PromptDataModule(["a"] * pictures, batch_size=1)
+    data = PromptDataModule(["a"] * images, batch_size=1)
     callbacks = [PredictionWriter(folder), TimingLogger(folder, **settings)]
     trainer(*callbacks).predict(module, data, return_predictions=False)
     return json.loads((folder / "timings.json").read_text())
 
 
 def test_the_first_batch_is_kept_apart(checkpoint, tmp_path):
-    timings = predicted(checkpoint, tmp_path, steps=2, pictures=3)
+    timings = predicted(checkpoint, tmp_path, steps=2, images=3)
     assert timings["images"] == 3 and timings["warmup"]["images"] == 1 and "mfu" not in timings
     assert timings["seconds"].keys() == {"text", "denoise", "decode", "save"}
     assert timings["warmup"]["seconds"].keys() == {"text", "denoise", "decode"}
@@ -44,7 +44,7 @@ def test_the_first_batch_is_kept_apart(checkpoint, tmp_path):
 def test_operations_are_counted_step_by_step(checkpoint, tmp_path):
     flops = [predicted(checkpoint, tmp_path / str(n), n, peak_flops=1e12)["flops_per_image"] for n in (1, 2, 3)]
     assert flops[2] - flops[1] == flops[1] - flops[0] > 0
-    more = predicted(checkpoint, tmp_path / "more", 1, pictures=2, peak_flops=1e12)
+    more = predicted(checkpoint, tmp_path / "more", 1, images=2, peak_flops=1e12)
     assert more["flops_per_image"] == flops[0] and more["mfu"] > 0
 
 

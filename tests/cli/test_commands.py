@@ -55,7 +55,7 @@ def test_predict_repaints_a_photograph_under_its_mask(call, checkpoint, tmp_path
     assert np.array_equal(pixels(tmp_path / "box" / record["file"]), after)
 
 
-def test_predict_writes_pictures_facts_and_times(call, checkpoint, tmp_path):
+def test_predict_writes_images_facts_and_times(call, checkpoint, tmp_path):
     common = [
         f"prompt={json.dumps(PROMPTS)}",
         f"pretrained={checkpoint}",
@@ -83,9 +83,9 @@ def test_predict_writes_pictures_facts_and_times(call, checkpoint, tmp_path):
         assert record["model"] == str(checkpoint) and record["scheduler"] == "DDIMScheduler"
         text = Image.open(out / record["file"]).text
         assert text["prompt"] == record["prompt"]
-        facts = {key: value for key, value in record.items() if key not in ("file", "seconds")}
-        assert {key: text[key] for key in facts} == {
-            k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()
+        metadata = {key: value for key, value in record.items() if key not in ("file", "seconds")}
+        assert {key: text[key] for key in metadata} == {
+            k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()
         }
 
     timings = json.loads((out / "timings.json").read_text())
@@ -103,7 +103,7 @@ def test_train_writes_checkpoints_samples_figures_and_a_pipeline(call, checkpoin
     if captions == "txt":
         (photos / "metadata.jsonl").unlink()
         for k in range(6):
-            (photos / f"{k}.txt").write_text(f"picture {k}")
+            (photos / f"{k}.txt").write_text(f"image {k}")
     out = tmp_path / "out"
     settings = [f"data.root={photos}", f"pretrained={checkpoint}", f"output_dir={out}", "steps=2", "resolution=32"]
     status, printed, complaint = call(
@@ -121,12 +121,10 @@ def test_train_writes_checkpoints_samples_figures_and_a_pipeline(call, checkpoin
     assert pipeline("a cat", num_inference_steps=2, height=32, width=32).images[0].size == (32, 32)
 
 
-def test_train_takes_fewer_pictures_than_a_batch_and_none_to_validate_on(call, checkpoint, photos, tmp_path):
+def test_train_takes_fewer_images_than_a_batch_and_none_to_validate_on(call, checkpoint, photos, tmp_path):
     settings = [f"data.root={photos}", f"pretrained={checkpoint}", f"output_dir={tmp_path / 'out'}", "+steps=2"]
     settings += ["data.batch_size=16", "data.val_fraction=0", "trainer.max_steps=3", "trainer.val_check_interval=2"]
-    with pytest.warns(
-        UserWarning, match=r"data\.batch_size=16: there are 6 pictures to train on, so a batch is of 6\."
-    ):
+    with pytest.warns(UserWarning, match=r"data\.batch_size=16: there are 6 images to train on, so a batch is of 6\."):
         status, _, complaint = call(train_main, *settings, "resolution=32")
     assert (status, complaint) == (0, "")
     assert (tmp_path / "out" / "samples" / "000003.png").is_file()
@@ -251,8 +249,8 @@ WRONG_PREDICT = {
     "grammar": (["prompts=a(b"], ["a(b"]),
     "mask for text": (["mask=[0,0,8,8]"], ["mask", "model=inpaint"]),
     "strength for text": (["strength=0.5"], ["strength=0.5", "model=inpaint"]),
-    "no picture": (["model=inpaint"], ["model=inpaint", "image="]),
-    "picture not there": (["model=inpaint", "image=a.png", "mask=[0,0,8,8]"], ["image=a.png", "not found"]),
+    "no image": (["model=inpaint"], ["model=inpaint", "image="]),
+    "image not there": (["model=inpaint", "image=a.png", "mask=[0,0,8,8]"], ["image=a.png", "not found"]),
     "precision": (["precision=5"], ["trainer", "precision", "5"]),
     "resumed or not": (["resume=no"], ["resume=no", "true or false"]),
     "merged or not": (["merge_adapters=no"], ["merge_adapters=no", "true or false"]),
@@ -308,11 +306,11 @@ def test_a_gpu_that_is_not_there(call, checkpoint, tmp_path):
     told(result, "trainer=gpu", "trainer=cpu")
 
 
-def bad_picture(photos):
-    (photos / "0.png").write_text("no picture")
+def bad_image(photos):
+    (photos / "0.png").write_text("no image")
 
 
-def absent_picture(photos):
+def absent_image(photos):
     (photos / "0.png").unlink()
 
 
@@ -321,10 +319,8 @@ def empty(photos):
     photos.mkdir()
 
 
-@pytest.mark.parametrize(
-    ("damage", "word"), [(bad_picture, "0.png"), (absent_picture, "0.png"), (empty, "no pictures")]
-)
-def test_a_bad_folder_of_pictures_is_told_before_anything_is_written(call, checkpoint, photos, tmp_path, damage, word):
+@pytest.mark.parametrize(("damage", "word"), [(bad_image, "0.png"), (absent_image, "0.png"), (empty, "no images")])
+def test_a_bad_folder_of_images_is_told_before_anything_is_written(call, checkpoint, photos, tmp_path, damage, word):
     damage(photos)
     out = tmp_path / "out"
     told(call(train_main, f"data.root={photos}", f"pretrained={checkpoint}", f"output_dir={out}"), "data.root", word)
@@ -350,7 +346,7 @@ WRONG_TRAIN = {
     "a seed below 0": (["data.root=PHOTOS", "seed=-1"], ["seed=-1", "4294967295"]),
     "a seed of words": (["data.root=PHOTOS", "seed=abc"], ["seed=abc", "4294967295"]),
     "half a seed": (["data.root=PHOTOS", "model.seed=1.5"], ["model.seed=1.5", "whole number"]),
-    "half a picture": (["data.root=PHOTOS", "data.batch_size=2.5"], ["data.batch_size=2.5", "at least 1"]),
+    "half an image": (["data.root=PHOTOS", "data.batch_size=2.5"], ["data.batch_size=2.5", "at least 1"]),
     "half a process": (["data.root=PHOTOS", "data.num_workers=1.5"], ["data.num_workers=1.5", "at least 0"]),
     "more than all captions": (["data.root=PHOTOS", "model.caption_dropout=1.5"], ["caption_dropout=1.5", "0 to 1"]),
     "captions of words": (["data.root=PHOTOS", "model.caption_dropout=abc"], ["caption_dropout=abc", "0 to 1"]),
@@ -369,7 +365,7 @@ WRONG_TRAIN = {
         ["tuning.dropout=0.5", "ddp_find_unused_parameters_true"],
     ),
     "an export in bytes": (["data.root=PHOTOS", "callbacks.export.dtype=int8"], ["export.dtype=int8", "float16"]),
-    "no pictures of validation": (
+    "no images of validation": (
         ["data.root=PHOTOS", "callbacks.samples.num_prompts=0"],
         ["num_prompts=0", "at least 1"],
     ),
@@ -400,8 +396,8 @@ def test_train_says_in_one_sentence_what_is_wrong(call, checkpoint, photos, tmp_
     assert not out.exists()
 
 
-def test_a_bad_picture_can_be_skipped_with_a_warning(call, checkpoint, photos, tmp_path):
-    bad_picture(photos)
+def test_a_bad_image_can_be_skipped_with_a_warning(call, checkpoint, photos, tmp_path):
+    bad_image(photos)
     settings = [
         f"data.root={photos}",
         f"pretrained={checkpoint}",
@@ -423,7 +419,7 @@ def test_the_whole_traceback_is_there_for_who_asks(call, checkpoint, tmp_path, m
 # ---------------------------------------------------------------------------------------------- real processes
 
 
-def test_a_prompt_reaches_the_pictures_letter_for_letter_in_a_real_sweep(checkpoint, tmp_path):
+def test_a_prompt_reaches_the_images_letter_for_letter_in_a_real_sweep(checkpoint, tmp_path):
     prompt = "a cat, (fluffy:1.2), 50% off = {fun} ünïcode 'it\\'s' \"q\" \\ ${x} $5 [a] ??? 🦊\n #x: \\"
     command = [sys.executable, ROOT / "predict.py", "-m", f"prompt={prompt}", "negative_prompt=???", "steps=1"]
     command += [f"pretrained={checkpoint}", f"output_dir={tmp_path / 'out'}"]

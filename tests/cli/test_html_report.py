@@ -36,7 +36,7 @@ def sweep(checkpoint, tmp_path_factory):
 
 
 def loaded(browser):
-    """Whether every picture on the page has loaded, those that are out of sight too."""
+    """Whether every image on the page has loaded, those that are out of sight too."""
     return browser.run(
         "Promise.all([...document.images].map(async (image) => { image.loading = 'eager'; await image.decode();"
         " return image.naturalWidth; }))"
@@ -45,7 +45,7 @@ def loaded(browser):
 
 def test_the_page_of_a_sweep_in_a_browser(browser, sweep):
     browser.open((sweep / "index.html").as_uri())
-    assert loaded(browser) == [32] * 12 + [640]  # pictures of 32 pixels, and the plot
+    assert loaded(browser) == [32] * 12 + [640]  # images of 32 pixels, and the plot
     assert browser.run("document.title") == "a sweep? 50%"
     assert browser.run("[...document.querySelectorAll('thead th')].map((head) => head.textContent)") == [
         "tome.ratio=0",
@@ -61,7 +61,7 @@ def test_the_page_of_a_sweep_in_a_browser(browser, sweep):
     browser.run("document.querySelector('#filter').focus()")
     browser.type("CIRCLE red")
     assert browser.run("document.querySelectorAll('tbody tr').length") == 2
-    assert browser.run("document.querySelector('#count').textContent") == "6 of 12 pictures"
+    assert browser.run("document.querySelector('#count').textContent") == "6 of 12 images"
     browser.type(" nothing like it")
     assert browser.run("document.querySelectorAll('tbody tr').length") == 0
     browser.run(

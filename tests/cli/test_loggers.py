@@ -27,7 +27,7 @@ def scalars(folder):
     return events
 
 
-def test_predict_tells_its_loggers_of_pictures_table_times_and_configuration(call, checkpoint, tmp_path):
+def test_predict_tells_its_loggers_of_images_table_times_and_configuration(call, checkpoint, tmp_path):
     photo = tmp_path / "photo.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 40, 3), dtype=np.uint8)).save(photo)
     out = tmp_path / "out"
@@ -46,7 +46,7 @@ def test_predict_tells_its_loggers_of_pictures_table_times_and_configuration(cal
     [artifact] = [a for a in run.artifacts if a.type == "run_table"]
     held = {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents}
     table = json.loads(held["predictions.table.json"].read_text())
-    assert table["columns"] == [*COLUMNS, "picture", "mask"]
+    assert table["columns"] == [*COLUMNS, "input_image", "mask"]
     assert [row[:6] for row in table["data"]] == [
         ["a red circle", "", 7, 2, 7.5, "DDIMScheduler"],
         ["a star", "", 8, 2, 7.5, "DDIMScheduler"],
@@ -69,7 +69,7 @@ def test_predict_tells_its_loggers_of_pictures_table_times_and_configuration(cal
     assert "predict/images_per_second" in (out / "metrics.csv").read_text()
 
 
-def test_train_tells_its_loggers_of_pictures_figures_times_and_configuration(call, checkpoint, photos, tmp_path):
+def test_train_tells_its_loggers_of_images_figures_times_and_configuration(call, checkpoint, photos, tmp_path):
     out = tmp_path / "out"
     settings = [f"data.root={photos}", f"pretrained={checkpoint}", "resolution=32", "+steps=1", "trainer.max_steps=6"]
     settings += ["trainer.val_check_interval=2", "trainer.log_every_n_steps=1", "callbacks.samples.num_prompts=1"]
@@ -160,6 +160,6 @@ def test_neither_keys_nor_the_home_folder_are_in_any_file_of_a_run(
         found = [word for word in (SECRET, str(home)) if word.encode() in content]
         assert not found, f"{path} holds {found}"
     if name == "predict":  # and what was written down is found again from it
-        [picture] = (home / "run").glob("images/*.png")
-        assert call(predict_main, f"from={picture}", f"output_dir={home}/again")[0] == 0
-        assert np.array_equal(pixels(home / "again" / "images" / picture.name), pixels(picture))
+        [image] = (home / "run").glob("images/*.png")
+        assert call(predict_main, f"from={image}", f"output_dir={home}/again")[0] == 0
+        assert np.array_equal(pixels(home / "again" / "images" / image.name), pixels(image))

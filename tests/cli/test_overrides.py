@@ -9,7 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from sdmodule.cli.instantiate import instantiate
-from sdmodule.cli.overrides import quoted
+from sdmodule.cli.overrides import quote_overrides
 
 LETTERS = ["a", "é", " ", "'", '"', "\\", "$", "{", "}", "[", "]", "(", ")", ",", ":", "=", "?", "#", "\n", "\t", "🦊"]
 
@@ -56,7 +56,7 @@ NASTY = [
 
 def parsed(argument, sweep=False):
     """The requests that come of an argument, read by Hydra alone or handed on by its sweeper to a job."""
-    [override] = OverridesParser.create().parse_overrides(quoted([argument]))
+    [override] = OverridesParser.create().parse_overrides(quote_overrides([argument]))
     if sweep:
         [[[argument]]] = BasicSweeper.split_arguments([override], None)
         [override] = OverridesParser.create().parse_overrides([argument])
@@ -80,7 +80,7 @@ def test_random_letters_arrive_too():
 @pytest.mark.parametrize("text", ["???", "${x}\\", " it's: (a, b) "])
 def test_prompts_arrive_through_the_whole_configuration(text):
     with initialize_config_module("sdmodule.conf", version_base="1.3"):
-        cfg = compose("predict", quoted([f"prompt={text}", f"negative_prompt={text}"]))
+        cfg = compose("predict", quote_overrides([f"prompt={text}", f"negative_prompt={text}"]))
     [request] = instantiate(cfg.data).requests
     assert (request.prompt, request.negative_prompt) == (text, text)
 
@@ -92,19 +92,19 @@ def test_a_value_in_brackets_is_a_list(sweep):
 
 
 def test_null_is_no_text():
-    assert quoted(["prompt=null"]) == ["prompt=null"]
+    assert quote_overrides(["prompt=null"]) == ["prompt=null"]
 
 
 def test_other_arguments_are_left_alone():
     arguments = ["steps=20", "-m", "sampler=ddim,euler", "prompts=a.txt", "+x='a b'", "~logger", "prompt"]
-    assert sorted(quoted(arguments)) == sorted(arguments)
+    assert sorted(quote_overrides(arguments)) == sorted(arguments)
 
 
 def test_options_stand_before_settings():
-    assert quoted(["steps=3", "-m", "prompt=a -m", "~logger", "--cfg", "job"]) == [
+    assert quote_overrides(["steps=3", "-m", "prompt=a -m", "~logger", "--cfg", "job"]) == [
         *("-m", "--cfg", "job", "steps=3", "prompt='a -m'", "~logger")
     ]
-    assert quoted(["steps=3", "--config-dir", "runs/a=b"]) == ["--config-dir", "runs/a=b", "steps=3"]
+    assert quote_overrides(["steps=3", "--config-dir", "runs/a=b"]) == ["--config-dir", "runs/a=b", "steps=3"]
 
 
 @pytest.mark.parametrize("key", ["ckpt_path", "pretrained", "data.root", "output_dir", "prompts", "+cache.folder"])
@@ -113,15 +113,15 @@ def test_options_stand_before_settings():
     ["runs/checkpoints/step=7.ckpt", "2024", "1_000", "my photos (2)/a", "it's {here}", "C:\\photos\\", "a = b, c"],
 )
 def test_a_path_arrives_letter_for_letter(key, path):
-    [override] = OverridesParser.create().parse_overrides(quoted([f"{key}={path}"]))
+    [override] = OverridesParser.create().parse_overrides(quote_overrides([f"{key}={path}"]))
     assert OmegaConf.create({"value": override.value()}).value == path
 
 
 def test_a_path_may_name_other_settings():
-    [override] = OverridesParser.create().parse_overrides(quoted(["output_dir=runs/seed=${seed}"]))
+    [override] = OverridesParser.create().parse_overrides(quote_overrides(["output_dir=runs/seed=${seed}"]))
     assert OmegaConf.create({"output_dir": override.value(), "seed": 3}).output_dir == "runs/seed=3"
 
 
 def test_a_path_that_hydra_reads_is_left_to_it():
     arguments = ["pretrained=a,b", "output_dir=runs/${seed}", "ckpt_path=null"]
-    assert quoted(arguments) == arguments
+    assert quote_overrides(arguments) == arguments

@@ -1,4 +1,4 @@
-"""A run that was killed is finished, and a picture is made again from the picture alone."""
+"""A run that was killed is finished, and an image is made again from the image alone."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ def made(folder):
     return {file.name: pixels(file) for file in (folder / "images").glob("*.png")}
 
 
-def same_pictures(ours, others):
+def same_images(ours, others):
     return ours.keys() == others.keys() and all(np.array_equal(ours[name], others[name]) for name in ours)
 
 
@@ -69,8 +69,8 @@ def test_a_run_killed_at_ten_random_moments_is_finished_as_if_it_never_was(call,
 
     dates = {name: (out / "images" / name).stat().st_mtime_ns for name in left}
     status, printed, complaint = call(predict_main, *common, "resume=true", f"output_dir={out}")
-    assert (status, complaint) == (0, "") and f"{len(left)} of 48 pictures are there" in printed, done.stdout
-    assert same_pictures(made(out), made(tmp_path / "straight"))
+    assert (status, complaint) == (0, "") and f"{len(left)} of 48 images are there" in printed, done.stdout
+    assert same_images(made(out), made(tmp_path / "straight"))
     assert {name: (out / "images" / name).stat().st_mtime_ns for name in left} == dates  # not made twice
     assert [record["index"] for record in records(out)] == list(range(48))
     assert records(out)[0].keys() == records(tmp_path / "straight")[0].keys()
@@ -81,12 +81,12 @@ def test_what_is_done_is_not_done_again(call, checkpoint, tmp_path):
     common = ["prompt=[a,b,c]", "batch_size=1", "steps=2", f"pretrained={checkpoint}", f"output_dir={tmp_path / 'out'}"]
     assert call(predict_main, *common)[0] == 0
     before = made(tmp_path / "out")
-    (tmp_path / "out" / "images" / "00001-1.png").write_bytes(b"no picture")
+    (tmp_path / "out" / "images" / "00001-1.png").write_bytes(b"no image")
     (tmp_path / "out" / "images" / "00002-2.png").unlink()
     status, printed, _ = call(predict_main, *common, "resume=true")
-    assert status == 0 and "1 of 3 pictures are there" in printed and same_pictures(made(tmp_path / "out"), before)
+    assert status == 0 and "1 of 3 images are there" in printed and same_images(made(tmp_path / "out"), before)
     status, printed, _ = call(predict_main, *common, "resume=true")
-    assert status == 0 and "3 of 3 pictures are there" in printed and len(records(tmp_path / "out")) == 3
+    assert status == 0 and "3 of 3 images are there" in printed and len(records(tmp_path / "out")) == 3
 
 
 @pytest.mark.parametrize(
@@ -116,14 +116,14 @@ def test_several_processes_fill_one_folder(monkeypatch, checkpoint, tmp_path):
         command = [sys.executable, ROOT / "predict.py", *common, f"output_dir={tmp_path / name}", *more]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    assert same_pictures(made(tmp_path / "two"), made(tmp_path / "one"))
+    assert same_images(made(tmp_path / "two"), made(tmp_path / "one"))
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(
         path.name for path in (tmp_path / "one").iterdir()
     )
     assert [record["index"] for record in records(tmp_path / "two")] == list(range(9))
 
 
-# ---------------------------------------------------------------------------------------------- from a picture
+# ---------------------------------------------------------------------------------------------- from an image
 
 KINDS = {
     "text-to-image": ["sampler=ddim_sd15", "guidance_scale=3", "negative_prompt=it's ${x}", "height=40", "seed=9"],
@@ -136,7 +136,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_picture_is_made_again_with_equal_pixels(call, checkpoint, tmp_path, kind):
+def test_an_image_is_made_again_with_equal_pixels(call, checkpoint, tmp_path, kind):
     photo = tmp_path / "my photo, 1.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8)).save(photo)
     settings = [*KINDS[kind], f"prompt={PROMPTS}", "num_images_per_prompt=2", "steps=3", f"pretrained={checkpoint}"]
@@ -147,36 +147,36 @@ def test_a_picture_is_made_again_with_equal_pixels(call, checkpoint, tmp_path, k
     before = made(tmp_path / "out")
     assert len({array.tobytes() for array in before.values()}) == 6
     for k, name in enumerate(("00003-", "00004-", "00005-")):
-        [picture] = (tmp_path / "out" / "images").glob(f"{name}*.png")
-        arguments = ["--from", picture] if k else [f"from={picture}"]
+        [image] = (tmp_path / "out" / "images").glob(f"{name}*.png")
+        arguments = ["--from", image] if k else [f"from={image}"]
         status, _, complaint = call(predict_main, *arguments, f"output_dir={tmp_path / str(k)}")
         assert (status, complaint) == (0, "")
         [again] = made(tmp_path / str(k)).values()
-        assert np.array_equal(again, before[picture.name])
-    # and from the picture that was made again
+        assert np.array_equal(again, before[image.name])
+    # and from the image that was made again
     [once] = (tmp_path / "2" / "images").iterdir()
     assert call(predict_main, f"from={once}", f"output_dir={tmp_path / 'twice'}")[0] == 0
-    assert np.array_equal(next(iter(made(tmp_path / "twice").values())), before[picture.name])
+    assert np.array_equal(next(iter(made(tmp_path / "twice").values())), before[image.name])
 
 
 @pytest.fixture
-def picture(call, checkpoint, tmp_path):
+def image(call, checkpoint, tmp_path):
     settings = ["prompt=a cat", "steps=2", "seed=3", f"pretrained={checkpoint}", f"output_dir={tmp_path / 'first'}"]
     assert call(predict_main, *settings)[0] == 0
     return tmp_path / "first" / "images" / "00000-3.png"
 
 
-def test_what_is_given_beside_a_picture_wins(call, picture, tmp_path):
+def test_what_is_given_beside_an_image_wins(call, image, tmp_path):
     changed = ["steps=1", "sampler=euler", "prompt=[a dog,a cat]", "num_images_per_prompt=2"]
-    assert call(predict_main, f"from={picture}", *changed, f"output_dir={tmp_path / 'out'}")[0] == 0
+    assert call(predict_main, f"from={image}", *changed, f"output_dir={tmp_path / 'out'}")[0] == 0
     found = [(r["prompt"], r["seed"], r["steps"], r["scheduler"]) for r in records(tmp_path / "out")]
     prompts = ["a dog", "a dog", "a cat", "a cat"]
     assert found == [(text, 3 + k, 1, "EulerDiscreteScheduler") for k, text in enumerate(prompts)]
 
 
-def test_a_preset_beside_a_picture_is_the_whole_preset(call, picture, tmp_path):
+def test_a_preset_beside_an_image_is_the_whole_preset(call, image, tmp_path):
     changed = ["speed=turbo", "speed.compile=none", "precision=32-true", "steps=3"]
-    assert call(predict_main, f"from={picture}", *changed, f"output_dir={tmp_path / 'out'}")[0] == 0
+    assert call(predict_main, f"from={image}", *changed, f"output_dir={tmp_path / 'out'}")[0] == 0
     [record] = records(tmp_path / "out")
     assert (record["seed"], record["steps"], record["scheduler"]) == (3, 3, "DPMSolverMultistepScheduler")
     assert record["tome"]["ratio"] == 0.5 and record["speed"]["channels_last"]
@@ -184,36 +184,36 @@ def test_a_preset_beside_a_picture_is_the_whole_preset(call, picture, tmp_path):
 
 @pytest.mark.parametrize("of", ["exact", "rounding"])
 @pytest.mark.parametrize(("preset", "kept"), [("exact", True), ("rounding", True), ("fast", False)])
-def test_a_preset_replaces_of_a_picture_what_it_sets_itself(call, checkpoint, tmp_path, of, preset, kept):
+def test_a_preset_replaces_of_an_image_what_it_sets_itself(call, checkpoint, tmp_path, of, preset, kept):
     own = [f"speed={of}", "speed.compile=none", "precision=32-true"]
     own += ["sampler=euler", "steps=4", "tome.ratio=0.25", f"pretrained={checkpoint}"]
     assert call(predict_main, "prompt=a", *own, f"output_dir={tmp_path / 'first'}")[0] == 0
     changed = [f"speed={preset}", "speed.compile=none", "precision=32-true"]
-    picture = tmp_path / "first" / "images" / "00000-0.png"
-    assert call(predict_main, "--from", picture, *changed, f"output_dir={tmp_path / 'out'}")[0] == 0
+    image = tmp_path / "first" / "images" / "00000-0.png"
+    assert call(predict_main, "--from", image, *changed, f"output_dir={tmp_path / 'out'}")[0] == 0
     [record] = records(tmp_path / "out")
     found = (record["scheduler"], record["steps"], record["tome"]["ratio"])
     assert (found == ("EulerDiscreteScheduler", 4, 0.25)) == kept
 
 
-def test_token_merging_by_its_other_name_replaces_a_pictures_own(call, checkpoint, tmp_path):
+def test_token_merging_by_its_other_name_replaces_an_images_own(call, checkpoint, tmp_path):
     common = ["prompt=a", "steps=1", f"pretrained={checkpoint}"]
     assert call(predict_main, *common, "tome.ratio=0.5", f"output_dir={tmp_path / 'first'}")[0] == 0
-    picture = tmp_path / "first" / "images" / "00000-0.png"
+    image = tmp_path / "first" / "images" / "00000-0.png"
     changed = ["tomesd_cfg={ratio: 0.25}", f"output_dir={tmp_path / 'out'}"]
-    assert call(predict_main, f"from={picture}", *changed)[0] == 0
+    assert call(predict_main, f"from={image}", *changed)[0] == 0
     assert records(tmp_path / "out")[0]["tome"]["ratio"] == 0.25
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_sweep_over_a_picture(call, picture, tmp_path, first):
-    line = ["--from", picture, "steps=1,2", f"output_dir={tmp_path / 'out'}"]
+def test_a_sweep_over_an_image(call, image, tmp_path, first):
+    line = ["--from", image, "steps=1,2", f"output_dir={tmp_path / 'out'}"]
     status, _, complaint = call(predict_main, *(["-m", *line] if first else [*line[:2], "-m", *line[2:]]))
     assert (status, complaint) == (0, "")
     assert [records(tmp_path / "out" / str(job))[0]["steps"] for job in (0, 1)] == [1, 2]
 
 
-def test_pictures_of_an_earlier_run_are_set_aside(call, checkpoint, tmp_path):
+def test_images_of_an_earlier_run_are_set_aside(call, checkpoint, tmp_path):
     out = tmp_path / "out"
     common = ["steps=1", f"pretrained={checkpoint}", f"output_dir={out}"]
     assert call(predict_main, "prompt=[a,b]", *common)[0] == 0
@@ -226,9 +226,9 @@ def test_pictures_of_an_earlier_run_are_set_aside(call, checkpoint, tmp_path):
     assert (out / "predictions-1.jsonl").read_text() == lines
 
 
-def altered(picture, path, **changes):
+def altered(original, path, **changes):
     """The same pixels with another text, as anybody may write it."""
-    image, text = Image.open(picture), PngInfo()
+    image, text = Image.open(original), PngInfo()
     for name, value in {**image.text, **changes}.items():
         if value is not None:
             text.add_itxt(name, value)
@@ -240,8 +240,8 @@ NASTY = "x' +hydra.run.dir=/ ${oc.env:HOME} [a] \\' \" {b: c}, null\n???"
 
 
 @pytest.mark.parametrize("prompt", [NASTY, "null", "[a,b]", "???", ""])
-def test_a_text_in_a_picture_is_a_text(call, picture, tmp_path, prompt):
-    told_otherwise = altered(picture, tmp_path / "x.png", prompt=prompt, parameters="_target_: os.system")
+def test_a_text_in_an_image_is_a_text(call, image, tmp_path, prompt):
+    told_otherwise = altered(image, tmp_path / "x.png", prompt=prompt, parameters="_target_: os.system")
     assert call(predict_main, f"from={told_otherwise}", f"output_dir={tmp_path / 'out'}")[0] == 0
     assert [record["prompt"] for record in records(tmp_path / "out")] == [prompt]
 
@@ -260,18 +260,18 @@ def test_a_text_in_a_picture_is_a_text(call, picture, tmp_path, prompt):
         ({"model": "nothing_like_it"}, ["nothing_like_it"]),
     ],
 )
-def test_a_picture_that_tells_nonsense(call, picture, tmp_path, changes, words):
-    path = altered(picture, tmp_path / "x.png", **changes)
+def test_an_image_that_tells_nonsense(call, image, tmp_path, changes, words):
+    path = altered(image, tmp_path / "x.png", **changes)
     told(call(predict_main, f"from={path}", f"output_dir={tmp_path / 'out'}"), *words)
 
 
 @pytest.mark.parametrize("name", ["nothing.png", "text.png"])
-def test_what_is_no_picture(call, tmp_path, name):
-    (tmp_path / "text.png").write_text("no picture")
+def test_what_is_no_image(call, tmp_path, name):
+    (tmp_path / "text.png").write_text("no image")
     told(call(predict_main, "--from", tmp_path / name), f"from={tmp_path / name}", "predict wrote")
 
 
-def test_a_repainted_picture_without_its_run_asks_for_what_it_was_made_from(call, checkpoint, tmp_path):
+def test_a_repainted_image_without_its_run_asks_for_what_it_was_made_from(call, checkpoint, tmp_path):
     photo = tmp_path / "photo.png"
     Image.new("RGB", (32, 32), "red").save(photo)
     settings = ["model=inpaint", f"image={photo}", "mask=[0,0,16,16]", "prompt=a", "steps=1"]

@@ -7,14 +7,14 @@ import weakref
 
 import pytest
 
-from sdmodule.cli.startup import imported, importing
+from sdmodule.cli.startup import gc_paused, gc_resume
 
 
 def test_garbage_is_collected_again_afterwards():
-    with importing():
+    with gc_paused():
         assert not gc.isenabled()
     assert gc.isenabled()
-    with pytest.raises(RuntimeError), importing():
+    with pytest.raises(RuntimeError), gc_paused():
         raise RuntimeError
     assert gc.isenabled()
 
@@ -24,12 +24,12 @@ def test_what_is_left_behind_after_the_first_job_can_be_found():
         pass
 
     gone = []
-    with importing():
-        imported()
+    with gc_paused():
+        gc_resume()
         left = Left()
         left.itself = left
         weakref.finalize(left, gone.append, True)
         del left
-        imported()  # the next job of a sweep
+        gc_resume()  # the next job of a sweep
     gc.collect()
     assert gone

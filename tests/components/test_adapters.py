@@ -1,4 +1,4 @@
-"""Adapters out of a training and into a picture: here, in diffusers, and in the layout of other tools."""
+"""Adapters out of a training and into an image: here, in diffusers, and in the layout of other tools."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sdmodule.components.adapter_file import read_tensors, to_adapter
-from sdmodule.components.lora_layers import METHODS, taken_from
+from sdmodule.components.lora_layers import METHODS, extract_adapter
 from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
 
@@ -32,18 +32,18 @@ def adapted(checkpoint: Path, method: str = "lora", seed: int = 0, **settings) -
     return module
 
 
-def picture(module: StableDiffusionModule, **settings) -> np.ndarray:
+def image(module: StableDiffusionModule, **settings) -> np.ndarray:
     settings = {"num_inference_steps": 4, "return_type": "numpy", "seed": 3, **settings}
     return module.infer(PROMPT, **settings)["samples"]
 
 
 def with_adapters(checkpoint: Path, *adapters: dict, **settings) -> np.ndarray:
-    return picture(StableDiffusionModule.from_pretrained(str(checkpoint), adapters=list(adapters), **settings))
+    return image(StableDiffusionModule.from_pretrained(str(checkpoint), adapters=list(adapters), **settings))
 
 
 @pytest.fixture(scope="module")
 def plain(checkpoint) -> np.ndarray:
-    """The picture of the checkpoint alone."""
+    """The image of the checkpoint alone."""
     return with_adapters(checkpoint)
 
 
@@ -59,10 +59,10 @@ def export(checkpoint, tmp_path) -> Path:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("merged", [False, True], ids=["beside the weights", "merged"])
-def test_what_was_exported_gives_the_trained_pictures(checkpoint, plain, tmp_path, method, merged):
+def test_what_was_exported_gives_the_trained_images(checkpoint, plain, tmp_path, method, merged):
     module = adapted(checkpoint, method)
     module.save_pretrained(tmp_path)
-    trained = picture(module)
+    trained = image(module)
     assert np.abs(trained - plain).max() > 5 / 255
     files = [DIFFUSERS, KOHYA] if method in ("lora", "dora") else [KOHYA]
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(files)
@@ -75,7 +75,7 @@ def test_what_was_exported_gives_the_trained_pictures(checkpoint, plain, tmp_pat
 def test_the_layout_of_kohya_is_read_back_with_equal_weights(checkpoint, tmp_path, method):
     module = adapted(checkpoint, method, alpha=None)
     module.save_pretrained(tmp_path)
-    ours = taken_from(module.parts, method)
+    ours = extract_adapter(module.parts, method)
     file = tmp_path / KOHYA
     theirs = to_adapter(*read_tensors(file), file, StableDiffusionModule(str(checkpoint)).parts)
     assert theirs.method == method and theirs.weights.keys() == ours.weights.keys() == {"unet", "text_encoder"}
@@ -87,7 +87,7 @@ def test_the_layout_of_kohya_is_read_back_with_equal_weights(checkpoint, tmp_pat
 
 
 @pytest.mark.parametrize(("method", "file"), [("lora", DIFFUSERS), ("lora", KOHYA), ("dora", DIFFUSERS)])
-def test_diffusers_loads_it_and_gives_equal_pictures(checkpoint, plain, tmp_path, method, file):
+def test_diffusers_loads_it_and_gives_equal_images(checkpoint, plain, tmp_path, method, file):
     adapted(checkpoint, method).save_pretrained(tmp_path)
     pipeline = StableDiffusionPipeline.from_pretrained(checkpoint)
     pipeline.set_progress_bar_config(disable=True)
@@ -102,11 +102,11 @@ def test_diffusers_loads_it_and_gives_equal_pictures(checkpoint, plain, tmp_path
 def test_a_file_that_diffusers_saved_is_read(checkpoint, tmp_path):
     """Without a word on alpha, each layer counts once."""
     module = adapted(checkpoint, alpha=None)
-    adapter = taken_from(module.parts, "lora")
+    adapter = extract_adapter(module.parts, "lora")
     StableDiffusionPipeline.save_lora_weights(
         tmp_path, unet_lora_layers=adapter.weights["unet"], text_encoder_lora_layers=adapter.weights["text_encoder"]
     )
-    assert np.array_equal(with_adapters(checkpoint, {"path": str(tmp_path)}), picture(module))
+    assert np.array_equal(with_adapters(checkpoint, {"path": str(tmp_path)}), image(module))
 
 
 # ------------------------------------------------------------------------------------------ several, at any scale
@@ -145,7 +145,7 @@ def test_a_checkpoint_with_adapters_merged_is_written_as_one(checkpoint, export,
         beside.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
     merged.save_pretrained(tmp_path / "out")
-    np.testing.assert_allclose(with_adapters(tmp_path / "out"), picture(beside), atol=1e-4)
+    np.testing.assert_allclose(with_adapters(tmp_path / "out"), image(beside), atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------ what cannot be used

@@ -138,7 +138,7 @@ def test_from_scratch_is_the_same_architecture_with_other_weights(checkpoint, pa
 
 def test_guidance_is_that_of_the_checkpoint_and_of_what_is_made_from_it(copy, tmp_path):
     tiny = StableDiffusionModule.from_pretrained("tiny")
-    assert tiny.infer("a star", num_inference_steps=1)["facts"]["guidance_scale"] == 2.0
+    assert tiny.infer("a star", num_inference_steps=1)["metadata"]["guidance_scale"] == 2.0
     tiny.save_pretrained(tmp_path / "own")
     assert load_components(str(tmp_path / "own")).guidance_scale == 2.0
     (copy / "sampling.json").unlink(missing_ok=True)
@@ -165,7 +165,7 @@ def test_a_new_text_encoder_starts_with_its_words_far_apart(checkpoint):
 def test_the_scheduler_of_a_checkpoint_is_the_one_that_samples(copy):
     PNDMScheduler(steps_offset=1, skip_prk_steps=True).save_pretrained(copy / "scheduler")
     out = StableDiffusionModule.from_pretrained(str(copy)).infer("a red circle", num_inference_steps=2)
-    assert out["facts"]["scheduler"] == "PNDMScheduler"
+    assert out["metadata"]["scheduler"] == "PNDMScheduler"
 
 
 # ------------------------------------------------------------------------------------------ what is written
@@ -183,7 +183,7 @@ def test_text_encoders_carry_the_prefix_that_other_tools_expect(checkpoint):
     assert all(name.startswith("text_model.") for name in load_file(checkpoint / "text_encoder" / "model.safetensors"))
 
 
-def test_diffusers_reads_the_folder_and_makes_the_same_pictures(module, tmp_path):
+def test_diffusers_reads_the_folder_and_makes_the_same_images(module, tmp_path):
     module.save_pretrained(tmp_path)
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path)
     pipeline.set_progress_bar_config(disable=True)
@@ -200,8 +200,8 @@ def test_half_precision_halves_the_files_and_changes_little(module, checkpoint, 
     again = StableDiffusionModule.from_pretrained(str(tmp_path))
     assert {p.dtype for p in again.parameters()} == {torch.float32}, "it is used in float32 all the same"
     settings = {"num_inference_steps": 2, "return_type": "numpy"}
-    pictures = [sd.infer("a red circle", **settings)["samples"] for sd in (module, again)]
-    np.testing.assert_allclose(*pictures, atol=0.02)
+    images = [sd.infer("a red circle", **settings)["samples"] for sd in (module, again)]
+    np.testing.assert_allclose(*images, atol=0.02)
 
 
 def test_the_index_names_each_part(checkpoint):

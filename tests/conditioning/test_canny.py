@@ -9,7 +9,7 @@ from PIL import Image
 from sdmodule.conditioning.canny import canny_edges
 
 
-def mixed_picture(seed: int, height: int, width: int) -> np.ndarray:
+def mixed_image(seed: int, height: int, width: int) -> np.ndarray:
     """Noise that whole numbers have smoothed, so that it is the same everywhere, with a box in it."""
     noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.int64)
     for _ in range(2):
@@ -20,15 +20,15 @@ def mixed_picture(seed: int, height: int, width: int) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("seed", "height", "width", "digest"),
-    # of cv2.Canny(picture, 100, 200), opencv-python-headless 5.0.0
+    # of cv2.Canny(image, 100, 200), opencv-python-headless 5.0.0
     [(0, 64, 64, "0f72ab2a4aac70bd"), (1, 37, 90, "8e677fc63aca32a8"), (2, 120, 75, "22cc51e0b8b5f2b6")],
 )
 def test_edges_are_those_of_opencv(seed, height, width, digest):
-    edges = np.asarray(canny_edges(Image.fromarray(mixed_picture(seed, height, width))))
+    edges = np.asarray(canny_edges(Image.fromarray(mixed_image(seed, height, width))))
     assert edges.shape == (height, width, 3) and set(np.unique(edges)) == {0, 255}
     assert (edges[..., 0] == edges[..., 1]).all() and (edges[..., 0] == edges[..., 2]).all()
     assert hashlib.sha256(edges[..., 0].tobytes()).hexdigest()[:16] == digest
 
 
-def test_a_picture_of_one_colour_has_no_edges():
+def test_an_image_of_one_colour_has_no_edges():
     assert not np.asarray(canny_edges(Image.new("RGB", (20, 30), "teal"))).any()

@@ -1,4 +1,4 @@
-"""A ControlNet beside the UNet: the pictures of diffusers' pipeline, from Python and by the command."""
+"""A ControlNet beside the UNet: the images of diffusers' pipeline, from Python and by the command."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def photo() -> Image.Image:
 
 
 @pytest.mark.parametrize("settings", [{}, {"control_scale": 0.4}, {"guidance_scale": 1.0}], ids=str)
-def test_pictures_are_those_of_diffusers(checkpoint, controlnet, photo, settings):
+def test_images_are_those_of_diffusers(checkpoint, controlnet, photo, settings):
     sd = StableDiffusionModule.from_pretrained(str(checkpoint), controlnet=str(controlnet))
     settings = {"num_inference_steps": 4, "guidance_scale": 7.5, "negative_prompt": OTHER, **settings}
     edges = canny_edges(photo)
@@ -89,11 +89,11 @@ def test_the_command_follows_a_photo_and_makes_it_again(checkpoint, controlnet, 
     ("arguments", "message"),
     [
         (["control=photo.png"], "add controlnet=FOLDER"),
-        (["controlnet=net"], "add control=PICTURE.png"),
+        (["controlnet=net"], "add control=IMAGE.png"),
         (["control_edges=true"], "add control=PHOTO"),
         (["controlnet=nowhere", "control=photo.png"], "controlnet=nowhere was not found"),
         (["controlnet=net", "control=nowhere.png"], "control=nowhere.png was not found"),
-        (["controlnet=net", "control=[photo.png,photo.png]"], "2 pictures for 1 prompts"),
+        (["controlnet=net", "control=[photo.png,photo.png]"], "2 images for 1 prompts"),
         (["controlnet=net", "control=photo.png", "control_scale=-1"], "control_scale=-1"),
         (["controlnet=net", "control=photo.png", "pretrained=tiny"], "trained on a model of this architecture"),
     ],

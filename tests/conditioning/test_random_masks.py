@@ -21,7 +21,7 @@ def test_a_quarter_of_everything_is_a_quarter() -> None:
     assert 0.22 < whole < 0.28
 
 
-def test_masks_grow_with_the_picture() -> None:
+def test_masks_grow_with_the_image() -> None:
     small, large = (draw(200, size).mean() for size in ((64, 64), (256, 256)))
     assert abs(small - large) < 0.02
     assert 0.2 < small < 0.4

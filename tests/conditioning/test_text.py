@@ -13,12 +13,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sdmodule.conditioning.text import (
     TokenChunks,
+    apply_prompt_weights,
     count_chunks,
     encode_prompts,
-    literal,
+    escape_prompt,
     parse_weights,
     tokenize,
-    weigh,
 )
 from sdmodule.errors import SettingsError
 
@@ -139,7 +139,7 @@ def test_weights_are_read(prompt: str, pieces: list[tuple[str, float]]) -> None:
 
 @pytest.mark.parametrize("text", [*ORDINARY, "a clock (12:30)", "(4:3)", r"a \(cat:2\)", r"\(:1)", "((cat:2):0.5)"])
 def test_a_text_can_be_read_as_it_is_written(text: str) -> None:
-    assert parse_weights(literal(text)) == [(text, 1.0)]
+    assert parse_weights(escape_prompt(text)) == [(text, 1.0)]
 
 
 @pytest.mark.parametrize("weight", ["-1", "10.5", "30", "1e999"])
@@ -227,7 +227,7 @@ def test_weights_follow_their_words_over_chunks(tokenizer: CLIPTokenizer) -> Non
 
 def test_a_chunk_without_a_mean_is_only_multiplied() -> None:
     centred = torch.tensor([[[1.0, -1.0], [2.0, -2.0]]], requires_grad=True)
-    weighted = weigh(centred, torch.tensor([[1.0, 3.0]]))
+    weighted = apply_prompt_weights(centred, torch.tensor([[1.0, 3.0]]))
     weighted.square().sum().backward()
     assert torch.equal(weighted, torch.tensor([[[1.0, -1.0], [6.0, -6.0]]]))
     assert centred.grad is not None

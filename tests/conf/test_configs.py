@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from sdmodule import StableDiffusionModule
-from sdmodule.callbacks.latent_cache import Cache
+from sdmodule.callbacks.latent_cache import LatentCache
 from sdmodule.cli.instantiate import build_trainer, instantiate
 from sdmodule.components.checkpoint import ASSETS
 from sdmodule.components.schedulers import SHORT_NAMES
@@ -207,7 +207,7 @@ def test_callbacks(name):
 @pytest.mark.parametrize(("name", "what"), [("none", None), ("latents", "latents"), ("all", "all")])
 def test_caches(name, what):
     assert options("cache") == ["all", "latents", "none"]
-    caches = [c for c in build_trainer(configuration("train", f"cache={name}")).callbacks if isinstance(c, Cache)]
+    caches = [c for c in build_trainer(configuration("train", f"cache={name}")).callbacks if isinstance(c, LatentCache)]
     assert [cache.what for cache in caches] == ([what] if what else [])
 
 
@@ -240,7 +240,7 @@ def test_experiments(command, name, checkpoint, tmp_path):
     ],
 )
 def test_an_experiment_takes_data_of_any_kind(name, data):
-    """With the settings that it has for them, and without the pictures that it shows itself with."""
+    """With the settings that it has for them, and without the images that it shows itself with."""
     built = instantiate(configuration("train", f"experiment={name}", *data, given=["resolution=64"]).data)
     assert isinstance(built, LightningDataModule) and "emoji" not in str(built.sources)
     assert built.random_flip == (name in ("full", "inpaint"))

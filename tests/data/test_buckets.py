@@ -1,4 +1,4 @@
-"""Pictures keep their shapes: each goes to the size most like it, and a batch is of one size."""
+"""Images keep their shapes: each goes to the size most like it, and a batch is of one size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sdmodule.data.datamodule import ImageFolderDataModule
 from sdmodule.io.image_files import upright_size
 
 SHAPES = [(40, 40), (64, 32), (32, 64), (60, 31), (38, 41), (36, 72)]
-"""Width and height of pictures: two squares, two wide ones, two tall ones."""
+"""Width and height of images: two squares, two wide ones, two tall ones."""
 
 
 @pytest.fixture
@@ -42,14 +42,14 @@ def test_stable_diffusion_has_its_five_shapes():
     assert nearest_bucket(3000, 3001, bucket_sizes((512, 512))) == (512, 512)
 
 
-def test_the_shape_is_that_of_the_upright_picture(tmp_path):
+def test_the_shape_is_that_of_the_upright_image(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned a quarter
     Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
     assert upright_size(tmp_path / "a.jpg") == (20, 30)
 
 
-def test_a_batch_is_of_one_size_and_every_picture_is_seen(folder):
+def test_a_batch_is_of_one_size_and_every_image_is_seen(folder):
     data = ImageFolderDataModule(str(folder), resolution=32, batch_size=2, val_fraction=0, buckets=True)
     data.setup()
     seen = {}
@@ -59,10 +59,10 @@ def test_a_batch_is_of_one_size_and_every_picture_is_seen(folder):
     assert seen == sizes
 
 
-def test_pictures_that_are_shown_more_often_are_told_of(folder):
+def test_images_that_are_shown_more_often_are_told_of(folder):
     data = ImageFolderDataModule(str(folder), resolution=32, batch_size=3, val_fraction=0, buckets=True)
     data.setup()
-    with pytest.warns(UserWarning, match=r"2 of 24x40, 2 of 32x32, 2 of 40x24 pixels .* fewer than the 3 pictures"):
+    with pytest.warns(UserWarning, match=r"2 of 24x40, 2 of 32x32, 2 of 40x24 pixels .* fewer than the 3 images"):
         batches = list(data.train_dataloader())
     assert sorted(len(set(batch["caption"])) for batch in batches) == [2, 2, 2]
     assert [len(batch["caption"]) for batch in batches] == [3, 3, 3]

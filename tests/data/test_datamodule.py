@@ -1,4 +1,4 @@
-"""A folder of captioned pictures."""
+"""A folder of captioned images."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def paint(path: Path, color: str | tuple[int, ...] = "red", size: tuple[int, int
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Six grey pictures, each with a ``.txt``."""
+    """Six grey images, each with a ``.txt``."""
     for k in range(6):
         paint(tmp_path / f"{k}.png", (40 * k,) * 3).with_suffix(".txt").write_text(f"grey {k}\n")
     return tmp_path
@@ -60,14 +60,14 @@ def test_the_shipped_emoji_make_batches() -> None:
     assert len(find_examples(EMOJI)) == 24
 
 
-def test_captions_beside_the_pictures(folder: Path) -> None:
+def test_captions_beside_the_images(folder: Path) -> None:
     assert [example.caption for example in find_examples(folder)] == [f"grey {k}" for k in range(6)]
 
 
 def test_metadata_is_preferred_and_reaches_subfolders(folder: Path) -> None:
     paint(folder / "sub" / "x.JPG")
     (folder / "metadata.csv").write_text('file_name,text\nsub/x.JPG,"red, plain"\n')
-    with pytest.warns(UserWarning, match=r"left out 6 pictures .* 0\.png, 1\.png, 2\.png and 3 more"):
+    with pytest.warns(UserWarning, match=r"left out 6 images .* 0\.png, 1\.png, 2\.png and 3 more"):
         assert [e.caption for e in find_examples(folder)] == ["red, plain"]
     (folder / "metadata.jsonl").write_text('{"file_name": "sub/x.JPG", "text": "from jsonl"}\n\n')
     with pytest.warns(UserWarning, match="left out 6"):
@@ -75,7 +75,7 @@ def test_metadata_is_preferred_and_reaches_subfolders(folder: Path) -> None:
 
 
 def test_hidden_files_are_ignored(folder: Path) -> None:
-    (folder / "._0.png").write_bytes(b"not a picture")
+    (folder / "._0.png").write_bytes(b"not an image")
     (folder / ".cache").mkdir()
     paint(folder / ".cache" / "x.png")
     assert len(find_examples(folder)) == 6
@@ -90,7 +90,7 @@ def test_hidden_files_are_ignored(folder: Path) -> None:
         ("metadata.jsonl", '{"file_name": "0.png", "text": null}', "text=None; both must be strings"),
         ("metadata.jsonl", '{"file_name": "../0.png", "text": "a"}', "outside the folder"),
         ("metadata.jsonl", '{"file_name": "/etc/0.png", "text": "a"}', "outside the folder"),
-        ("metadata.jsonl", "\n", "names no pictures"),
+        ("metadata.jsonl", "\n", "names no images"),
         ("metadata.csv", "file_name;text\n0.png;a\n", "line 2 has no file_name, text"),
         ("metadata.csv", "file_name,text\n0.png\n", "line 2 has file_name='0.png' and text=None"),
         ("metadata.csv", 'file_name,text\n0.png,"a\n', "is no CSV"),
@@ -102,23 +102,23 @@ def test_bad_metadata_is_named_with_the_line(folder: Path, name: str, content: s
         ready(folder)
 
 
-def test_metadata_that_names_absent_pictures(folder: Path) -> None:
+def test_metadata_that_names_absent_images(folder: Path) -> None:
     rows = [{"file_name": f"absent{k}.png", "text": ""} for k in range(5)]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(SettingsError, match=r"absent0\.png, absent1\.png, absent2\.png and 2 more"):
         ready(folder)
 
 
-def test_pictures_without_a_caption(folder: Path) -> None:
+def test_images_without_a_caption(folder: Path) -> None:
     (folder / "3.txt").unlink()
-    with pytest.raises(SettingsError, match=r"1 pictures without a caption: 3\.png; put a metadata\.jsonl"):
+    with pytest.raises(SettingsError, match=r"1 images without a caption: 3\.png; put a metadata\.jsonl"):
         ready(folder)
 
 
 def test_unusable_folders(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"data\.root=.*nowhere does not exist"):
         ready(tmp_path / "nowhere")
-    with pytest.raises(SettingsError, match="holds no pictures"):
+    with pytest.raises(SettingsError, match="holds no images"):
         ready(tmp_path)
     with pytest.raises(SettingsError, match="is a file"):
         ready(paint(tmp_path / "a.png"))
@@ -155,20 +155,20 @@ def spoil_floats(path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [spoil_text, spoil_checksum, spoil_floats])
-def test_files_that_are_no_pictures(folder: Path, spoil: Callable[[Path], None]) -> None:
+def test_files_that_are_no_images(folder: Path, spoil: Callable[[Path], None]) -> None:
     spoil(folder / "2.png")
-    with pytest.raises(SettingsError, match=r"no readable pictures: 2\.png .*data\.skip_bad=true"):
+    with pytest.raises(SettingsError, match=r"no readable images: 2\.png .*data\.skip_bad=true"):
         ready(folder)
-    with pytest.warns(UserWarning, match=r"skipped 1 unreadable pictures: 2\.png"):
+    with pytest.warns(UserWarning, match=r"skipped 1 unreadable images: 2\.png"):
         data = ready(folder, skip_bad=True)
     train, val = captions(data)
     assert sorted(train + val) == ["grey 0", "grey 1", "grey 3", "grey 4", "grey 5"]
 
 
-def test_no_picture_left(tmp_path: Path) -> None:
+def test_no_image_left(tmp_path: Path) -> None:
     spoil_text(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(SettingsError, match=r"no readable picture left after skipping a\.png"):
+    with pytest.raises(SettingsError, match=r"no readable image left after skipping a\.png"):
         ready(tmp_path, skip_bad=True)
 
 
@@ -178,7 +178,7 @@ def test_a_decompression_bomb(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ready(folder)
 
 
-def test_a_truncated_picture_is_named_when_read(tmp_path: Path) -> None:
+def test_a_truncated_image_is_named_when_read(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     Image.effect_noise((64, 64), 90).save(path)
     path.write_bytes(path.read_bytes()[:-400])
@@ -248,7 +248,7 @@ def test_validation_from_another_folder(folder: Path) -> None:
         ready(folder, val_root="nowhere")
 
 
-def test_one_picture_cannot_be_split(tmp_path: Path) -> None:
+def test_one_image_cannot_be_split(tmp_path: Path) -> None:
     paint(tmp_path / "a.png").with_suffix(".txt").write_text("a")
     with pytest.raises(SettingsError, match=r"data\.val_fraction=0"):
         ready(tmp_path)
@@ -260,7 +260,7 @@ def test_a_small_folder_gives_one_batch(folder: Path) -> None:
 
 
 class Recorder(LightningModule):
-    """Keeps the pictures it is trained on, an epoch a list."""
+    """Keeps the images it is trained on, an epoch a list."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -303,7 +303,7 @@ def test_crops_change_by_epoch_and_survive_a_resume(tmp_path: Path, num_workers:
         whole = fit(3)
         fit(1)
         resumed = fit(3, tmp_path / "1.ckpt")
-    assert [len(pictures) for pictures in whole.values()] == [24, 24, 24]
+    assert [len(images) for images in whole.values()] == [24, 24, 24]
     assert not torch.equal(whole[0].sort(0).values, whole[1].sort(0).values)
     assert resumed.keys() == {1, 2}
     assert torch.equal(resumed[1], whole[1]) and torch.equal(resumed[2], whole[2])
@@ -316,8 +316,8 @@ def test_loading_leaves_the_training_noise_alone(folder: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_masks_go_with_their_pictures_through_crop_and_flip(tmp_path: Path) -> None:
-    """The picture is white just where its mask is."""
+def test_masks_go_with_their_images_through_crop_and_flip(tmp_path: Path) -> None:
+    """The image is white just where its mask is."""
     drawn = np.zeros((24, 40), dtype=np.uint8)
     drawn[4:16, 22:34] = 255
     for name in ("a.png", "masks/a.png"):
@@ -336,7 +336,7 @@ def test_masks_go_with_their_pictures_through_crop_and_flip(tmp_path: Path) -> N
     assert len(places) > 2
 
 
-def test_one_caption_for_all_makes_no_pictures_of_masks(tmp_path: Path) -> None:
+def test_one_caption_for_all_makes_no_images_of_masks(tmp_path: Path) -> None:
     for name in ("a.png", "masks/a.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("L", (24, 24)).save(tmp_path / name)

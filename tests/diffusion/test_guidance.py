@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sdmodule.diffusion.guidance import guide, rescale
+from sdmodule.diffusion.guidance import classifier_free_guidance, rescale_guidance
 
 
 @pytest.fixture
@@ -15,23 +15,25 @@ def predictions() -> torch.Tensor:
 
 def test_scale_goes_along_the_line_from_unconditional_to_conditional(predictions):
     unconditional, conditional = predictions
-    assert torch.equal(guide(unconditional, conditional, 0.0), unconditional)
-    torch.testing.assert_close(guide(unconditional, conditional, 1.0), conditional)
+    assert torch.equal(classifier_free_guidance(unconditional, conditional, 0.0), unconditional)
+    torch.testing.assert_close(classifier_free_guidance(unconditional, conditional, 1.0), conditional)
     # Ho and Salimans write (1 + w) conditional - w unconditional
-    torch.testing.assert_close(guide(unconditional, conditional, 7.5), 7.5 * conditional - 6.5 * unconditional)
+    torch.testing.assert_close(
+        classifier_free_guidance(unconditional, conditional, 7.5), 7.5 * conditional - 6.5 * unconditional
+    )
 
 
-def test_rescale_gives_each_picture_the_spread_of_its_conditional_prediction(predictions):
+def test_rescale_gives_each_image_the_spread_of_its_conditional_prediction(predictions):
     unconditional, conditional = predictions
-    guided = guide(unconditional, conditional, 7.5)
+    guided = classifier_free_guidance(unconditional, conditional, 7.5)
     spread = (1, 2, 3)
-    torch.testing.assert_close(rescale(guided, conditional, 1.0).std(dim=spread), conditional.std(dim=spread))
-    assert torch.equal(rescale(guided, conditional, 0.0), guided)
-    halfway = (rescale(guided, conditional, 1.0) + guided) / 2
-    torch.testing.assert_close(rescale(guided, conditional, 0.5), halfway)
+    torch.testing.assert_close(rescale_guidance(guided, conditional, 1.0).std(dim=spread), conditional.std(dim=spread))
+    assert torch.equal(rescale_guidance(guided, conditional, 0.0), guided)
+    halfway = (rescale_guidance(guided, conditional, 1.0) + guided) / 2
+    torch.testing.assert_close(rescale_guidance(guided, conditional, 0.5), halfway)
 
 
-def test_no_picture_changes_its_neighbours_correction(predictions):
+def test_no_image_changes_its_neighbours_correction(predictions):
     guided, conditional = predictions
-    alone = rescale(guided[:1], conditional[:1], 0.7)
-    torch.testing.assert_close(rescale(guided, conditional, 0.7)[:1], alone)
+    alone = rescale_guidance(guided[:1], conditional[:1], 0.7)
+    torch.testing.assert_close(rescale_guidance(guided, conditional, 0.7)[:1], alone)

@@ -38,13 +38,13 @@ def test_no_combination_is_left_out():
 
 
 @pytest.mark.parametrize("weighting", [w for w in WEIGHTINGS if w != "none"])
-def test_a_wrong_picture_costs_the_same_whatever_is_predicted(weighting):
-    """A model that mistakes one picture for another errs in the noise and in the velocity that belong to it."""
+def test_a_wrong_image_costs_the_same_whatever_is_predicted(weighting):
+    """A model that mistakes one image for another errs in the noise and in the velocity that belong to it."""
     generator = torch.Generator().manual_seed(0)
     latents, mistaken, noise = torch.randn(3, 3, 4, 8, 8, generator=generator)
     noisy = add_noise(latents, noise, SCHEDULE, STEPS)
     signal, noise_rate = signal_and_noise_rates(SCHEDULE, STEPS)
-    implied = (noisy - signal * mistaken) / noise_rate  # the noise that this picture would have
+    implied = (noisy - signal * mistaken) / noise_rate  # the noise that this image would have
     costs = []
     for kind in PREDICTION_TYPES:
         wanted = target(kind, latents, noise, SCHEDULE, STEPS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from sdmodule.diffusion.noising import PREDICTION_TYPES, add_noise, draw_timesteps, example_means, target
+from sdmodule.diffusion.noising import PREDICTION_TYPES, add_noise, draw_timesteps, per_example_loss, target
 from sdmodule.errors import SettingsError
 
 SCHEDULE = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -35,12 +35,12 @@ def test_velocity_is_that_of_diffusers(latents_and_noise):
     torch.testing.assert_close(velocity, SCHEDULE.get_velocity(latents, noise, TIMESTEPS))
 
 
-def test_a_sample_is_the_picture(latents_and_noise):
+def test_a_sample_is_the_image(latents_and_noise):
     latents, noise = latents_and_noise
     assert torch.equal(target("sample", latents, noise, SCHEDULE.alphas_cumprod, TIMESTEPS), latents)
 
 
-def test_at_zero_terminal_snr_only_noise_is_seen_and_the_picture_is_asked_for(latents_and_noise):
+def test_at_zero_terminal_snr_only_noise_is_seen_and_the_image_is_asked_for(latents_and_noise):
     latents, noise = latents_and_noise
     zero_snr = DDPMScheduler(beta_schedule="scaled_linear", rescale_betas_zero_snr=True).alphas_cumprod
     last = torch.full((4,), 999)
@@ -74,6 +74,6 @@ def test_shift_prefers_noisy_timesteps_and_stays_in_range():
 def test_every_example_counts_the_same_however_it_is_weighted():
     errors, weights = torch.ones(2, 1, 4, 4), torch.ones(2, 1, 4, 4)
     errors[0, :, :2] = 3.0
-    torch.testing.assert_close(example_means(errors, weights).mean(), errors.mean())
+    torch.testing.assert_close(per_example_loss(errors, weights).mean(), errors.mean())
     weights[0, :, :2] = 3.0  # (3 * 3 + 1) / 4 in the first example, 1 in the second
-    torch.testing.assert_close(example_means(errors, weights).mean(), torch.tensor(1.75))
+    torch.testing.assert_close(per_example_loss(errors, weights).mean(), torch.tensor(1.75))

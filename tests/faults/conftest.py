@@ -1,4 +1,4 @@
-"""Pictures to train on."""
+"""Images to train on."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ SHAPES = [(40, 40), (64, 32), (32, 64)]
 
 
 def scenes(folder: Path, count: int) -> Path:
-    """A folder of pictures of three shapes, with captions of three parts."""
+    """A folder of images of three shapes, with captions of three parts."""
     folder.mkdir(exist_ok=True)
     for k in range(count):
         scene = sample_scene(random.Random(k))
         render(scene, 64).resize(SHAPES[k % 3]).save(folder / f"{k:03}.png")
-        (folder / f"{k:03}.txt").write_text(caption(scene) + ", a picture, of shapes")
+        (folder / f"{k:03}.txt").write_text(caption(scene) + ", an image, of shapes")
     return folder
 
 
 @pytest.fixture(scope="session")
 def scene_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fifteen pictures of three shapes."""
+    """Fifteen images of three shapes."""
     return scenes(tmp_path_factory.mktemp("scenes"), 15)

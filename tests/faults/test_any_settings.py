@@ -1,4 +1,4 @@
-"""Whatever is given to predict, it ends in pictures or in one sentence that says what is wrong."""
+"""Whatever is given to predict, it ends in images or in one sentence that says what is wrong."""
 
 from __future__ import annotations
 
@@ -160,13 +160,13 @@ def ends_well(call, checkpoint: Path, place: Path, given: list[str]) -> str:
         assert records
         for record in records:
             Image.open(out / record["file"]).load()
-        return "pictures"
+        return "images"
     assert status == 1 and len(lines) == 1 and lines[0].startswith("error: "), (status, complaint)
     assert len(lines[0]) > 20
     return "sentence"
 
 
-def test_any_settings_end_in_pictures_or_in_a_sentence(call, checkpoint, place):
+def test_any_settings_end_in_images_or_in_a_sentence(call, checkpoint, place):
     ends: list[str] = []
 
     @settings(
@@ -183,5 +183,5 @@ def test_any_settings_end_in_pictures_or_in_a_sentence(call, checkpoint, place):
         ends.append(ends_well(call, checkpoint, place, given))
 
     one()
-    print(len(ends), "cases,", ends.count("pictures"), "in pictures")
-    assert len(ends) >= 300 and ends.count("pictures") >= 30 and ends.count("sentence") >= 30
+    print(len(ends), "cases,", ends.count("images"), "in images")
+    assert len(ends) >= 300 and ends.count("images") >= 30 and ends.count("sentence") >= 30

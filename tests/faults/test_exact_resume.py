@@ -35,7 +35,7 @@ KINDS = {
     "inpainting": ["model=inpaint", "model.convert=true"],
     "autoencoder": ["model=autoencoder", "callbacks=[checkpoint,export]"],
 }
-# how: an epoch is of 14 pictures, so that its last step has fewer batches than the others
+# how: an epoch is of 14 images, so that its last step has fewer batches than the others
 WAYS = {
     "read": [
         "data.center_crop=false",

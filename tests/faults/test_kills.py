@@ -53,7 +53,7 @@ def test_a_cache_killed_twelve_times_is_the_same(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("task", ["text2image", "inpaint"])
-def test_a_prediction_killed_ten_times_makes_the_same_pictures(checkpoint, tmp_path, task):
+def test_a_prediction_killed_ten_times_makes_the_same_images(checkpoint, tmp_path, task):
     prompts = json.dumps(["a red circle on a blue background", "a small green star", "a (blue:1.2) heart, " * 30])
     common = [f"prompt={prompts}", "num_images_per_prompt=12", "batch_size=5", "steps=3", f"pretrained={checkpoint}"]
     if task == "inpaint":

@@ -1,4 +1,4 @@
-"""A seed's picture is the same however it is made: alone or among others, in any order, on one device or on two."""
+"""A seed's image is the same however it is made: alone or among others, in any order, on one device or on two."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def made(checkpoint, tmp_path_factory):
-    """A function that makes the pictures with some settings, and returns them by prompt and seed."""
+    """A function that makes the images with some settings, and returns them by prompt and seed."""
 
     def make(
         *settings: str, order: Sequence[int] = (0, 1, 2, 3, 4), processes: int = 1
@@ -68,9 +68,9 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_picture_is_the_same(made, one_by_one, way):
+def test_an_image_is_the_same(made, one_by_one, way):
     settings = dict(WAYS[way])
-    pictures = made(*settings.pop("settings"), **settings)
-    assert len(pictures) == 2 * len(settings.get("order", PROMPTS))
-    differences = [np.abs(picture - one_by_one[name]).max() for name, picture in pictures.items()]
+    images = made(*settings.pop("settings"), **settings)
+    assert len(images) == 2 * len(settings.get("order", PROMPTS))
+    differences = [np.abs(image - one_by_one[name]).max() for name, image in images.items()]
     assert max(differences) <= 1

@@ -25,16 +25,16 @@ from safetensors.torch import save_file
 
 from sdmodule.components.checkpoint import load_components
 from sdmodule.components.single_file import load_single_file
-from sdmodule.conditioning.masked_image import read_masked
+from sdmodule.conditioning.masked_image import read_masked_image
 from sdmodule.data.cache.tensor_store import TensorStore
 from sdmodule.data.sources.folder import find_examples
 from sdmodule.data.sources.mix import Folder
-from sdmodule.data.sources.verify import load_beside, load_rgb, readable
+from sdmodule.data.sources.verify import load_beside, load_rgb, verify_images
 from sdmodule.errors import SettingsError
 from sdmodule.io.fingerprint import fingerprint
-from sdmodule.io.png_metadata import read_facts, save_png
+from sdmodule.io.png_metadata import read_metadata, save_png
 from sdmodule.sampling.requests import build_requests
-from sdmodule.training.checkpoint_io import read_head
+from sdmodule.training.checkpoint_io import read_checkpoint
 
 SECONDS, BYTES = 5.0, 2**30
 """What a file may cost at most."""
@@ -58,9 +58,14 @@ def cases(checkpoint, tmp_path_factory) -> dict[str, Case]:
     torch.save({"state_dict": {f"model.diffusion_model.{k}": torch.randn(9) for k in range(3)}}, place / "single.ckpt")
 
     noise = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
-    facts = {"index": 0, "prompt": "a cat", "negative_prompt": "", "seed": 3, "steps": 2, "guidance_scale": 2.0}
-    facts |= {"scheduler": "DDIMScheduler", "scheduler_settings": {"eta": 1}, "model": "tiny", "tome": {"ratio": 0.5}}
-    save_png(Image.fromarray(noise), place / "made.png", facts)
+    metadata = {"index": 0, "prompt": "a cat", "negative_prompt": "", "seed": 3, "steps": 2, "guidance_scale": 2.0}
+    metadata |= {
+        "scheduler": "DDIMScheduler",
+        "scheduler_settings": {"eta": 1},
+        "model": "tiny",
+        "tome": {"ratio": 0.5},
+    }
+    save_png(Image.fromarray(noise), place / "made.png", metadata)
     Image.fromarray(noise).save(place / "photo.jpg", exif=Image.Exif())
     Image.fromarray(noise[..., 0]).save(place / "mask.png")
     Image.fromarray(noise[..., 0]).save(place / "mask.gif")
@@ -70,7 +75,7 @@ def cases(checkpoint, tmp_path_factory) -> dict[str, Case]:
     rows = []
     for k in range(3):
         Image.fromarray(noise).save(photos / f"{k}.png")
-        rows.append({"file_name": f"{k}.png", "text": f"picture {k}", "mask_file_name": f"{k}.png"})
+        rows.append({"file_name": f"{k}.png", "text": f"image {k}", "mask_file_name": f"{k}.png"})
     (photos / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (photos / "metadata.csv").write_text("file_name,text\n" + "".join(f'{k}.png,"a, ""b"""\n' for k in range(3)))
     prompts = [{"prompt": "a (red:1.2) circle", "negative_prompt": "b", "seed": 3}, {"prompt": "c"}]
@@ -85,7 +90,7 @@ def cases(checkpoint, tmp_path_factory) -> dict[str, Case]:
             other.unlink()
         shutil.copy(file, folder / name)
         examples = find_examples(folder)
-        assert readable(examples, Folder(str(folder)), skip_bad=False) == list(range(len(examples)))
+        assert verify_images(examples, Folder(str(folder)), skip_bad=False) == list(range(len(examples)))
         assert all(Path(str(example.path)).is_relative_to(folder) for example in examples)
         return examples
 
@@ -104,11 +109,14 @@ def cases(checkpoint, tmp_path_factory) -> dict[str, Case]:
         "safetensors of a part": (shutil.copy(weights, place / "part.safetensors"), read_part),
         "safetensors of one file": (single, load_single_file),
         "safetensors of a cache": (cached, read_cache),
-        "ckpt of a training": (place / "run.ckpt", read_head),
+        "ckpt of a training": (place / "run.ckpt", read_checkpoint),
         "ckpt of one file": (place / "single.ckpt", load_single_file),
-        "PNG text": (place / "made.png", read_facts),
+        "PNG text": (place / "made.png", read_metadata),
         "JPEG": (place / "photo.jpg", load_rgb),
-        "mask of a request": (place / "mask.png", lambda file: read_masked(Image.new("RGB", (32, 24)), str(file))),
+        "mask of a request": (
+            place / "mask.png",
+            lambda file: read_masked_image(Image.new("RGB", (32, 24)), str(file)),
+        ),
         "mask of data": (place / "mask.gif", lambda file: load_beside(file, file, (32, 24), "mask")),
         "metadata.jsonl": (photos / "metadata.jsonl", lambda file: read_folder(file, "metadata.jsonl")),
         "metadata.csv": (photos / "metadata.csv", lambda file: read_folder(file, "metadata.csv")),
@@ -216,11 +224,11 @@ class Harmful:
 def test_no_pickle_runs_code(tmp_path, name):
     file, trace = tmp_path / name, tmp_path / "trace"
     torch.save({"global_step": 1, "state_dict": {"model.diffusion_model.x": Harmful(trace)}}, file)
-    for read in (read_head, load_single_file):
+    for read in (read_checkpoint, load_single_file):
         with pytest.raises(SettingsError):
             read(file)
     file.write_bytes(pickle.dumps(Harmful(trace)))
-    for read in (read_head, load_single_file):
+    for read in (read_checkpoint, load_single_file):
         with pytest.raises(SettingsError):
             read(file)
     assert not trace.exists()
@@ -239,13 +247,13 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
-def test_a_picture_of_too_many_pixels_is_refused_before_it_fills_the_memory(tmp_path, bounded):
+def test_an_image_of_too_many_pixels_is_refused_before_it_fills_the_memory(tmp_path, bounded):
     file = tmp_path / "bomb.png"
     for size in ((10_000, 10_000), (48_000, 48_000)):
         file.write_bytes(bomb(*size))
         assert file.stat().st_size < 2**20
         before = resident()
-        for read in (load_rgb, read_facts, lambda path: read_masked(str(path), [0, 0, 8, 8])):
+        for read in (load_rgb, read_metadata, lambda path: read_masked_image(str(path), [0, 0, 8, 8])):
             with pytest.raises(SettingsError, match="exceeds limit"):
                 read(file)
         assert resident() - before < 2**26
@@ -258,4 +266,4 @@ def test_a_small_archive_that_unpacks_to_much_is_refused(tmp_path, bounded):
     file = tmp_path / "bomb.ckpt"
     file.write_bytes(packed.getvalue())
     with pytest.raises(SettingsError):
-        read_head(file)
+        read_checkpoint(file)

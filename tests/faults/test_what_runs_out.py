@@ -1,4 +1,4 @@
-"""Signals, disks, memory, processes and pictures that fail in the middle of a run."""
+"""Signals, disks, memory, processes and images that fail in the middle of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks.forked import Command, run
-from sdmodule.training.checkpoint_io import is_whole
+from sdmodule.training.checkpoint_io import is_intact
 from tests.faults.conftest import scenes
 
 GRACE = 30
@@ -24,7 +24,7 @@ GRACE = 30
 
 @pytest.fixture
 def training(checkpoint, tmp_path):
-    """The arguments of a training on nine pictures, and its folder."""
+    """The arguments of a training on nine images, and its folder."""
     photos = scenes(tmp_path / "photos", 9)
     out = tmp_path / "out"
     common = [f"pretrained={checkpoint}", f"data.root={photos}", f"output_dir={out}", "resolution=32"]
@@ -38,7 +38,7 @@ SAVING = ["callbacks=[checkpoint]", "callbacks.checkpoint.every_n_train_steps=1"
 def whole_steps(out: Path) -> list[int]:
     """The steps of the checkpoints of a run, all of which are whole."""
     files = list((out / "checkpoints").glob("*.ckpt"))
-    assert files and all(is_whole(file) for file in files) and not list(out.rglob("*.part"))
+    assert files and all(is_intact(file) for file in files) and not list(out.rglob("*.part"))
     return sorted(torch.load(file, weights_only=True)["global_step"] for file in files)
 
 
@@ -60,7 +60,7 @@ def one_sentence(status: int, words: str, *parts: str) -> None:
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_in_a_long_validation_is_heard_at_once(training, tmp_path, number, status):
-    """Its pictures alone would take minutes."""
+    """Its images alone would take minutes."""
     settings, out = training
     settings = [setting for setting in settings if not setting.startswith("data.val_fraction")]
     settings += [SAVING[1], "callbacks=[checkpoint,ema,samples]", "+steps=999", "callbacks.samples.prompts=[a,b,c,d]"]
@@ -75,7 +75,7 @@ def test_a_signal_in_a_long_validation_is_heard_at_once(training, tmp_path, numb
     assert set(whole_steps(out)) == {2}
 
 
-def test_sigterm_while_pictures_are_cached(training, tmp_path):
+def test_sigterm_while_images_are_cached(training, tmp_path):
     settings, _ = training
     scenes(tmp_path / "photos", 300)
     cache = tmp_path / "cache"
@@ -142,14 +142,14 @@ def test_a_checkpoint_too_large_for_the_quota_is_told_of(training, tmp_path):
     assert set(whole_steps(out)) == {2}
 
 
-@pytest.mark.parametrize("what", ["pictures", "export", "cache"])
+@pytest.mark.parametrize("what", ["images", "export", "cache"])
 def test_other_files_on_a_full_disk(checkpoint, training, tmp_path, small_disk, what):
     settings, _ = training
     disk = small_disk(2**17)
     place = disk / what
     predict = ["prompt=a", "num_images_per_prompt=100", "batch_size=2", "steps=1", f"pretrained={checkpoint}"]
     command = {
-        "pictures": ["predict", *predict, f"output_dir={place}"],
+        "images": ["predict", *predict, f"output_dir={place}"],
         "export": ["train", *settings, "callbacks=[export]", f"callbacks.export.folder={place}", "trainer.max_steps=1"],
         "cache": [
             "train",
@@ -168,8 +168,8 @@ def test_other_files_on_a_full_disk(checkpoint, training, tmp_path, small_disk, 
     if what == "export":
         assert not place.exists()
     small_disk(200 * 2**20)
-    run(*command, *(["resume=true"] if what == "pictures" else []), said=tmp_path / "said")
-    if what == "pictures":
+    run(*command, *(["resume=true"] if what == "images" else []), said=tmp_path / "said")
+    if what == "images":
         assert len(list((place / "images").glob("*.png"))) == 100
 
 
@@ -200,29 +200,29 @@ def test_a_training_out_of_memory_says_what_to_lower(training, tmp_path):
 # ---------------------------------------------------------------------------------------------- data
 
 
-def test_a_process_that_loads_pictures_dies(training, tmp_path):
+def test_a_process_that_loads_images_dies(training, tmp_path):
     settings, out = training
     settings += [*SAVING, "data.num_workers=2", "trainer.max_steps=100000"]
     one = Command("train", *settings, said=tmp_path / "said")
     wait_for(lambda: (out / "checkpoints" / "last.ckpt").is_file(), one)
     worker, *_ = psutil.Process(one.process.pid).children()
     worker.kill()
-    one_sentence(*one.ended(), "a process that reads pictures died", "data.num_workers=1", "ckpt_path=last")
+    one_sentence(*one.ended(), "a process that reads images died", "data.num_workers=1", "ckpt_path=last")
     step = whole_steps(out)[-1]
     run("train", *settings, "ckpt_path=last", f"trainer.max_steps={step + 2}", said=tmp_path / "said")
 
 
-def test_a_picture_turns_unreadable_in_the_middle_of_a_training(training, tmp_path):
+def test_an_image_turns_unreadable_in_the_middle_of_a_training(training, tmp_path):
     settings, out = training
     settings += [*SAVING, "data.num_workers=1", "data.random_flip=true"]
     run("train", *settings, "trainer.max_steps=40", f"output_dir={tmp_path / 'straight'}", said=tmp_path / "said")
     one = Command("train", *settings, "trainer.max_steps=100000", said=tmp_path / "said")
     wait_for(lambda: (out / "checkpoints" / "last.ckpt").is_file(), one)
-    picture = tmp_path / "photos" / "003.png"
-    content = picture.read_bytes()
-    picture.write_bytes(content[: len(content) // 2])
-    one_sentence(*one.ended(), str(picture), "replace or remove it")
-    picture.write_bytes(content)
+    image = tmp_path / "photos" / "003.png"
+    content = image.read_bytes()
+    image.write_bytes(content[: len(content) // 2])
+    one_sentence(*one.ended(), str(image), "replace or remove it")
+    image.write_bytes(content)
     step = whole_steps(out)[-1]
     run("train", *settings, "ckpt_path=last", f"trainer.max_steps={max(step + 2, 40)}", said=tmp_path / "said")
     if step <= 38:

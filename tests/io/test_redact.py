@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sdmodule.components.checkpoint import load_components
-from sdmodule.io.redact import HIDDEN, is_secret, redacted, shortened
+from sdmodule.io.redact import HIDDEN, is_secret, redact, shorten_home
 
 
 @pytest.fixture(autouse=True)
@@ -34,9 +34,9 @@ def test_a_configuration_is_hidden_where_it_must_be(home):
         "use_key": True,
         "key": None,
     }
-    assert redacted(given) == {
+    assert redact(given) == {
         "logger": {"wandb": {"api_key": HIDDEN, "settings": {"token": [HIDDEN, HIDDEN]}, "project": "p"}},
-        "prompt": f"a letter from {home}/x",  # a prompt is what the picture shows
+        "prompt": f"a letter from {home}/x",  # a prompt is what the image shows
         "components": {"tokenizer": "~/weights", "vae": None},
         "overrides": ["data.root=~/photos", f"+hub.api_key={HIDDEN}", "steps=20"],
         "uri": f"https://{HIDDEN}@example.org/x",
@@ -46,13 +46,13 @@ def test_a_configuration_is_hidden_where_it_must_be(home):
 
 
 def test_only_the_home_folder_is_shortened(home):
-    assert shortened(f"{home}") == "~" and shortened(f"see {home}/a and {home}/b") == "see ~/a and ~/b"
+    assert shorten_home(f"{home}") == "~" and shorten_home(f"see {home}/a and {home}/b") == "see ~/a and ~/b"
     for path in (f"{home}bel/x", f"/other{home}/x", "relative/path", "owner/name"):
-        assert shortened(path) == path
+        assert shorten_home(path) == path
 
 
 def test_what_was_shortened_is_found_again(home, checkpoint):
     home.mkdir()
     (home / "weights").symlink_to(checkpoint)
     assert load_components("~/weights", components={"vae": "~/weights/vae"}).source == "~/weights"
-    assert Path(shortened(str(home / "weights"))).expanduser() == home / "weights"
+    assert Path(shorten_home(str(home / "weights"))).expanduser() == home / "weights"

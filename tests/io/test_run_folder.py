@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 from sdmodule.io.html_report import Job, write_page
-from sdmodule.io.run_folder import RECORDS, each_record, gather_records, to_line
+from sdmodule.io.run_folder import RECORDS, gather_records, read_records, to_line
 
 
-def write(file, *indices, end="", **facts):
-    file.write_text("".join(to_line({"index": k, "prompt": f"é {k}", **facts}) for k in indices) + end)
+def write(file, *indices, end="", **metadata):
+    file.write_text("".join(to_line({"index": k, "prompt": f"é {k}", **metadata}) for k in indices) + end)
 
 
 def test_records_of_several_processes_are_put_in_order(tmp_path):
@@ -17,14 +17,14 @@ def test_records_of_several_processes_are_put_in_order(tmp_path):
     write(first, 4, 0, 2, end='{"index": 9, "prom')  # killed while it wrote
     write(second, 1, 3, 2, prompt="later\u2028<b>")
     gather_records([first, second, none])
-    assert [record["index"] for record in each_record(first)] == [0, 1, 2, 3, 4]
-    assert [record["prompt"] for record in each_record(first)][1:3] == ["later\u2028<b>"] * 2
+    assert [record["index"] for record in read_records(first)] == [0, 1, 2, 3, 4]
+    assert [record["prompt"] for record in read_records(first)][1:3] == ["later\u2028<b>"] * 2
     assert sorted(path.name for path in tmp_path.iterdir()) == [second.name, RECORDS]
 
 
-def test_a_run_of_no_pictures_has_no_lines(tmp_path):
+def test_a_run_of_no_images_has_no_lines(tmp_path):
     gather_records([tmp_path / RECORDS])
-    assert (tmp_path / RECORDS).read_text() == "" and list(each_record(tmp_path / "none.jsonl")) == []
+    assert (tmp_path / RECORDS).read_text() == "" and list(read_records(tmp_path / "none.jsonl")) == []
 
 
 def test_the_data_of_a_page_are_the_records(tmp_path):

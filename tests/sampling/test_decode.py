@@ -27,11 +27,11 @@ def test_an_overflow_is_decoded_again_and_told_of_once(overflowing):
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("default")
             for _ in range(3):
-                pictures = decode(overflowing.parts, latents)
+                images = decode(overflowing.parts, latents)
     assert [str(one.message).count("again in float32") for one in told] == [1]
-    assert (pictures - wanted).abs().max() < 2e-2 and overflowing.vae.dtype == torch.float16
+    assert (images - wanted).abs().max() < 2e-2 and overflowing.vae.dtype == torch.float16
 
 
-def test_latents_of_no_numbers_are_no_black_pictures(module):
+def test_latents_of_no_numbers_are_no_black_images(module):
     with pytest.raises(SettingsError, match="no numbers"):
         decode(module.parts, torch.full((1, 4, 8, 8), torch.nan))

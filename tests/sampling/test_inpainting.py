@@ -1,4 +1,4 @@
-"""Repainting: diffusers' pixels, the rest of the picture untouched, and one clear sentence for what cannot be done."""
+"""Repainting: diffusers' pixels, the rest of the image untouched, and one clear sentence for what cannot be done."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROMPT = "a blue star on a white background"
 BOX = (8, 4, 24, 20)
 
 
-def picture(width: int = 32, height: int = 32, seed: int = 0) -> Image.Image:
+def photo(width: int = 32, height: int = 32, seed: int = 0) -> Image.Image:
     noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(noise)
 
@@ -50,10 +50,10 @@ def sd(request, checkpoint: Path) -> StableDiffusionModule:
 def test_the_model_paints_what_diffusers_paints(sd, strength, scheduler):
     parts = sd.parts
     if scheduler == "euler_a" and parts.unet.config.in_channels == 4:
-        pytest.skip("diffusers draws the latents of the masked picture, which this UNet does not see, before the steps")
-    requests = build_requests(PROMPT, image=picture(), mask=hole(), task="inpaint")
+        pytest.skip("diffusers draws the latents of the masked image, which this UNet does not see, before the steps")
+    requests = build_requests(PROMPT, image=photo(), mask=hole(), task="inpaint")
     settings = sd.sampling.updated(scheduler=scheduler, steps=6, inpaint=InpaintSettings(strength=strength))
-    ours = sample(parts, requests, settings, sources=[torch.Generator().manual_seed(5)]).pictures
+    ours = sample(parts, requests, settings, sources=[torch.Generator().manual_seed(5)]).decoded
     pipeline = StableDiffusionInpaintPipeline(
         vae=parts.vae,
         text_encoder=parts.text_encoder,
@@ -67,7 +67,7 @@ def test_the_model_paints_what_diffusers_paints(sd, strength, scheduler):
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
         PROMPT,
-        image=picture(),
+        image=photo(),
         mask_image=hole(),
         height=32,
         width=32,
@@ -81,8 +81,8 @@ def test_the_model_paints_what_diffusers_paints(sd, strength, scheduler):
 
 @pytest.mark.parametrize("size", [(32, 32), (101, 70), (40, 110)])
 @pytest.mark.parametrize("settings", [{}, {"only_masked": True, "padding": 5}, {"mask_blur": 2.0}, {"strength": 0.5}])
-def test_outside_the_mask_the_picture_keeps_every_pixel_and_its_size(sd, size, settings):
-    before, mask = picture(*size), hole(*size)
+def test_outside_the_mask_the_image_keeps_every_pixel_and_its_size(sd, size, settings):
+    before, mask = photo(*size), hole(*size)
     result = sd.infer(PROMPT, before, mask, inpaint=settings)["samples"][0]
     assert result.size == size
     changed = (np.asarray(result) != np.asarray(before)).any(axis=2)
@@ -95,8 +95,8 @@ def test_outside_the_mask_the_picture_keeps_every_pixel_and_its_size(sd, size, s
 
 
 def test_only_masked_paints_the_hole_in_finer_detail(sd):
-    """A hole of 32 pixels in a picture of 320 is 3 of 32 pixels without it."""
-    before, mask = picture(320, 320), hole(320, 320, (40, 40, 72, 72))
+    """A hole of 32 pixels in an image of 320 is 3 of 32 pixels without it."""
+    before, mask = photo(320, 320), hole(320, 320, (40, 40, 72, 72))
     coarse = sd.infer(PROMPT, before, mask)["samples"][0].crop((40, 40, 72, 72))
     fine = sd.infer(PROMPT, before, mask, inpaint={"only_masked": True, "padding": 0})["samples"][0]
     detail = [
@@ -105,8 +105,8 @@ def test_only_masked_paints_the_hole_in_finer_detail(sd):
     assert detail[1] > detail[0]
 
 
-def test_every_form_of_a_picture_and_a_mask_means_the_same(sd, tmp_path):
-    before, mask = picture(), hole()
+def test_every_form_of_an_image_and_a_mask_means_the_same(sd, tmp_path):
+    before, mask = photo(), hole()
     before.save(tmp_path / "photo, of ${x}.png")
     mask.save(tmp_path / "mask.png")
     see_through = before.copy()
@@ -128,8 +128,8 @@ def test_every_form_of_a_picture_and_a_mask_means_the_same(sd, tmp_path):
     assert np.array_equal(tensor.permute(1, 2, 0).numpy(), array)  # the caller's own are as they were
 
 
-def test_pictures_and_prompts_go_together(sd):
-    first, second = picture(seed=1), picture(seed=2)
+def test_images_and_prompts_go_together(sd):
+    first, second = photo(seed=1), photo(seed=2)
     one = sd.infer(PROMPT, [first, second], hole(), return_type="numpy")
     assert one["prompts"] == [PROMPT] * 2
     many = sd.infer([PROMPT, "a red circle"], first, hole(), return_type="numpy")
@@ -142,28 +142,28 @@ def test_pictures_and_prompts_go_together(sd):
 
 def test_a_mask_of_everything_works_and_says_so(sd, capfd, caplog):
     with caplog.at_level("INFO"):
-        sd.infer(PROMPT, picture(), [0, 0, 32, 32])
-    assert "covers the whole picture" in caplog.text + capfd.readouterr().err
+        sd.infer(PROMPT, photo(), [0, 0, 32, 32])
+    assert "covers the whole image" in caplog.text + capfd.readouterr().err
 
 
 def test_the_model_says_which_way_it_repaints(sd):
     way = "9 channels" if sd.unet.config.in_channels == 9 else "known region re-noised at every step"
-    assert sd.infer(PROMPT, picture(), hole())["facts"]["inpaint"] == way
+    assert sd.infer(PROMPT, photo(), hole())["metadata"]["inpaint"] == way
 
 
 @pytest.mark.parametrize(
     ("image", "mask", "says"),
     [
-        (picture(), hole(16, 16), "mask is of 16x16 pixels and image of 32x32"),
-        (picture(), Image.new("L", (32, 32)), "mask is empty"),
-        (picture(), None, "came without a mask"),
-        (picture().convert("RGBA"), None, "mask=alpha"),
-        (picture(), "alpha", "needs a picture with transparency"),
-        (picture(), [0, 0, 33, 10], "within the picture of 32x32"),
-        (picture(), [0, 0, 10], "four whole numbers"),
-        (None, hole(), "needs a picture"),
+        (photo(), hole(16, 16), "mask is of 16x16 pixels and image of 32x32"),
+        (photo(), Image.new("L", (32, 32)), "mask is empty"),
+        (photo(), None, "came without a mask"),
+        (photo().convert("RGBA"), None, "mask=alpha"),
+        (photo(), "alpha", "needs an image with transparency"),
+        (photo(), [0, 0, 33, 10], "within the image of 32x32"),
+        (photo(), [0, 0, 10], "four whole numbers"),
+        (None, hole(), "needs an image"),
         ("missing.png", hole(), "missing.png was not found"),
-        (__file__, hole(), "cannot be read as a picture"),
+        (__file__, hole(), "cannot be read as an image"),
         (np.full((32, 32, 3), 2.0), hole(), "values from 2 to 2"),
         (np.zeros((32, 32, 7)), hole(), r"the shape \(32, 32, 7\)"),
         (7, hole(), "is of type int"),
@@ -180,39 +180,39 @@ def test_what_cannot_be_repainted_is_told_in_a_sentence(sd, image, mask, says):
 )
 def test_settings_out_of_range_are_refused(sd, settings):
     with pytest.raises(SettingsError, match=next(iter(settings))):
-        sd.infer(PROMPT, picture(), hole(), inpaint=settings)
+        sd.infer(PROMPT, photo(), hole(), inpaint=settings)
 
 
 def test_a_hole_that_vanishes_at_the_models_resolution_is_told_of(sd):
     speck = hole(1000, 1000, (501, 501, 503, 503))
     with pytest.raises(SettingsError, match="only_masked=true"):
-        sd.infer(PROMPT, picture(1000, 1000), speck)
-    assert sd.infer(PROMPT, picture(1000, 1000), speck, inpaint={"only_masked": True, "padding": 0})["samples"]
+        sd.infer(PROMPT, photo(1000, 1000), speck)
+    assert sd.infer(PROMPT, photo(1000, 1000), speck, inpaint={"only_masked": True, "padding": 0})["samples"]
 
 
 def test_a_photograph_is_repainted_as_its_camera_was_held(sd, tmp_path):
     turned = Image.Exif()
     turned[0x0112] = 6  # a quarter turn
-    picture(40, 60).save(tmp_path / "photo.png", exif=turned)
+    photo(40, 60).save(tmp_path / "photo.png", exif=turned)
     assert sd.infer(PROMPT, tmp_path / "photo.png", hole(60, 40))["samples"][0].size == (60, 40)
 
 
-def test_one_prompt_of_its_own_seed_counts_on_over_many_pictures(tmp_path):
+def test_one_prompt_of_its_own_seed_counts_on_over_many_images(tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a star", "seed": 7}')
-    images = [picture(), picture(seed=1)]
+    images = [photo(), photo(seed=1)]
     requests = build_requests(
         prompts=str(tmp_path / "prompts.jsonl"), num_images_per_prompt=2, image=images, mask=hole(), task="inpaint"
     )
     assert [request.seed for request in requests] == [7, 8, 9, 10]
 
 
-def test_settings_of_inpainting_are_refused_by_a_model_that_makes_pictures_from_text(checkpoint):
+def test_settings_of_inpainting_are_refused_by_a_model_that_makes_images_from_text(checkpoint):
     module = StableDiffusionModule.from_pretrained(str(checkpoint))
     with pytest.raises(SettingsError, match=r"strength=0\.5 was given and model=text2image"):
         module.infer(PROMPT, inpaint={"strength": 0.5})
 
 
-def test_a_mask_is_refused_by_a_model_that_makes_pictures_from_text(checkpoint):
+def test_a_mask_is_refused_by_a_model_that_makes_images_from_text(checkpoint):
     module = StableDiffusionModule.from_pretrained(str(checkpoint))
     with pytest.raises(SettingsError, match="model=text2image"):
         module.infer(PROMPT, mask=hole())

@@ -1,4 +1,4 @@
-"""Pictures: those of diffusers' pipeline, those of their seeds, and one clear sentence where none can be made."""
+"""Images: those of diffusers' pipeline, those of their seeds, and one clear sentence where none can be made."""
 
 from __future__ import annotations
 
@@ -43,25 +43,25 @@ def sources(seed: int, count: int = 1) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed + k) for k in range(count)]
 
 
-def pictures(sd: StableDiffusionModule, *prompt, **settings) -> np.ndarray:
+def images(sd: StableDiffusionModule, *prompt, **settings) -> np.ndarray:
     return sd.infer(*prompt, return_type="numpy", **settings)["samples"]
 
 
-def assert_same(pictures: np.ndarray, others: np.ndarray) -> None:
+def assert_same(images: np.ndarray, others: np.ndarray) -> None:
     """No value differs by more than one of 256 steps."""
-    np.testing.assert_allclose(pictures, others, rtol=0, atol=1 / 255)
+    np.testing.assert_allclose(images, others, rtol=0, atol=1 / 255)
 
 
-# ------------------------------------------------------------------------------------------ diffusers' pictures
+# ------------------------------------------------------------------------------------------ diffusers' images
 
 
 @pytest.mark.parametrize("scheduler", sorted(set(SHORT_NAMES) - {"ddpm"}))
-def test_the_picture_of_a_seed_is_that_of_diffusers(sd, pipeline, scheduler):
+def test_the_image_of_a_seed_is_that_of_diffusers(sd, pipeline, scheduler):
     pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler.config)
     theirs = pipeline(
         PROMPT, negative_prompt=OTHER, num_inference_steps=6, guidance_scale=7.5, generator=sources(3), output_type="np"
     ).images
-    ours = pictures(sd, PROMPT, negative_prompt=OTHER, num_inference_steps=6, scheduler=scheduler, seed=3)
+    ours = images(sd, PROMPT, negative_prompt=OTHER, num_inference_steps=6, scheduler=scheduler, seed=3)
     assert np.array_equal(ours, theirs)
 
 
@@ -74,14 +74,14 @@ def test_settings_mean_what_they_mean_in_diffusers(sd, pipeline, settings):
     settings = {"num_inference_steps": 5, **settings}
     generators = sources(5, settings.get("num_images_per_prompt", 1))
     theirs = pipeline(PROMPT, generator=generators, output_type="np", **settings).images
-    assert np.array_equal(pictures(sd, PROMPT, seed=5, **settings), theirs)
+    assert np.array_equal(images(sd, PROMPT, seed=5, **settings), theirs)
 
 
 def test_given_latents_and_generators_are_those_of_diffusers(sd, pipeline):
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     common = {"latents": latents, "eta": 0.5, "num_inference_steps": 5}
     theirs = pipeline([PROMPT, OTHER], generator=sources(7, 2), output_type="np", **common).images
-    assert np.array_equal(pictures(sd, [PROMPT, OTHER], generator=sources(7, 2), **common), theirs)
+    assert np.array_equal(images(sd, [PROMPT, OTHER], generator=sources(7, 2), **common), theirs)
 
 
 def test_velocity_with_zero_terminal_snr_is_rescaled_as_in_diffusers(sd, pipeline):
@@ -90,71 +90,71 @@ def test_velocity_with_zero_terminal_snr_is_rescaled_as_in_diffusers(sd, pipelin
         PROMPT, num_inference_steps=5, guidance_rescale=0.7, generator=sources(2), output_type="np"
     ).images
     ours = {"num_inference_steps": 5, "scheduler": {"name": "ddim", **ZERO_SNR}, "seed": 2}
-    assert np.array_equal(pictures(sd, PROMPT, **ours), theirs)
-    assert not np.array_equal(pictures(sd, PROMPT, **ours, guidance_rescale=0.0), theirs)
+    assert np.array_equal(images(sd, PROMPT, **ours), theirs)
+    assert not np.array_equal(images(sd, PROMPT, **ours, guidance_rescale=0.0), theirs)
 
 
 # ------------------------------------------------------------------------------------------ seeds and order
 
 
-def test_a_picture_is_that_of_its_seed_in_batches_of_any_size(sd):
-    alone = [pictures(sd, PROMPT, seed=10 + k)[0] for k in range(3)]
+def test_an_image_is_that_of_its_seed_in_batches_of_any_size(sd):
+    alone = [images(sd, PROMPT, seed=10 + k)[0] for k in range(3)]
     assert not np.allclose(alone[0], alone[1], atol=0.1)
     for count in (1, 2, 3):
-        assert_same(pictures(sd, PROMPT, seed=10, num_images_per_prompt=count), alone[:count])
+        assert_same(images(sd, PROMPT, seed=10, num_images_per_prompt=count), alone[:count])
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "euler_a"])
-def test_prompts_of_all_lengths_keep_their_order_and_their_pictures(sd, scheduler):
+def test_prompts_of_all_lengths_keep_their_order_and_their_images(sd, scheduler):
     prompts = [LONG, PROMPT, LONG + " and a star", OTHER]
     together = sd.infer(prompts, scheduler=scheduler, seed=20, return_type="numpy")
-    alone = [pictures(sd, prompt, scheduler=scheduler, seed=20 + k)[0] for k, prompt in enumerate(prompts)]
+    alone = [images(sd, prompt, scheduler=scheduler, seed=20 + k)[0] for k, prompt in enumerate(prompts)]
     assert_same(together["samples"], alone)
     assert together["prompts"] == prompts
     assert together["seeds"] == [20, 21, 22, 23]
-    assert not np.array_equal(alone[0], pictures(sd, PROMPT, scheduler=scheduler, seed=20)[0]), "the end is read too"
+    assert not np.array_equal(alone[0], images(sd, PROMPT, scheduler=scheduler, seed=20)[0]), "the end is read too"
 
 
-def test_pictures_of_one_prompt_stand_together(sd):
+def test_images_of_one_prompt_stand_together(sd):
     out = sd.infer([PROMPT, OTHER], num_images_per_prompt=2, seed=4, return_type="numpy")
     assert out["prompts"] == [PROMPT, PROMPT, OTHER, OTHER]
-    assert_same(out["samples"][2:], pictures(sd, OTHER, num_images_per_prompt=2, seed=6))
+    assert_same(out["samples"][2:], images(sd, OTHER, num_images_per_prompt=2, seed=6))
 
 
 def test_given_latents_follow_their_prompts_through_mixed_lengths(sd):
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    together = pictures(sd, [PROMPT, LONG, OTHER], latents=latents)
+    together = images(sd, [PROMPT, LONG, OTHER], latents=latents)
     for k, prompt in enumerate([PROMPT, LONG, OTHER]):
-        assert_same(together[k : k + 1], pictures(sd, prompt, latents=latents[k : k + 1]))
+        assert_same(together[k : k + 1], images(sd, prompt, latents=latents[k : k + 1]))
 
 
 def test_sampling_twice_gives_the_same_and_touches_no_other_randomness(sd):
     torch.manual_seed(1)
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    first = pictures(sd, [PROMPT, LONG], scheduler="euler_a", eta=0.5, seed=8)
+    first = images(sd, [PROMPT, LONG], scheduler="euler_a", eta=0.5, seed=8)
     after = torch.get_rng_state(), np.random.get_state()[1], random.getstate()
     assert torch.equal(before[0], after[0]) and np.array_equal(before[1], after[1]) and before[2] == after[2]
     torch.manual_seed(2)
-    assert np.array_equal(pictures(sd, [PROMPT, LONG], scheduler="euler_a", eta=0.5, seed=8), first)
+    assert np.array_equal(images(sd, [PROMPT, LONG], scheduler="euler_a", eta=0.5, seed=8), first)
 
 
-def test_one_generator_serves_all_pictures(sd):
-    together = pictures(sd, PROMPT, generator=torch.Generator().manual_seed(9), num_images_per_prompt=2)
-    assert_same(together[:1], pictures(sd, PROMPT, seed=9))
+def test_one_generator_serves_all_images(sd):
+    together = images(sd, PROMPT, generator=torch.Generator().manual_seed(9), num_images_per_prompt=2)
+    assert_same(together[:1], images(sd, PROMPT, seed=9))
     assert not np.allclose(together[0], together[1], atol=0.1)
 
 
 def test_each_prompt_may_have_its_own_negative_prompt(sd):
-    together = pictures(sd, [PROMPT, PROMPT], negative_prompt=[OTHER, ""], seed=0)
-    assert_same(together[:1], pictures(sd, PROMPT, negative_prompt=OTHER, seed=0))
-    assert_same(together[1:], pictures(sd, PROMPT, seed=1))
-    assert not np.allclose(together[0], pictures(sd, PROMPT, seed=0)[0], atol=1 / 255)
+    together = images(sd, [PROMPT, PROMPT], negative_prompt=[OTHER, ""], seed=0)
+    assert_same(together[:1], images(sd, PROMPT, negative_prompt=OTHER, seed=0))
+    assert_same(together[1:], images(sd, PROMPT, seed=1))
+    assert not np.allclose(together[0], images(sd, PROMPT, seed=0)[0], atol=1 / 255)
 
 
 # ------------------------------------------------------------------------------------------ what comes back
 
 
-def test_the_three_return_types_hold_the_same_picture(sd):
+def test_the_three_return_types_hold_the_same_image(sd):
     image, array, tensor = (sd.infer(PROMPT, return_type=t, width=24)["samples"] for t in ("image", "numpy", "tensor"))
     assert isinstance(image[0], Image.Image) and image[0].size == (24, 32)
     assert array.shape == (1, 32, 24, 3) and tensor.shape == (1, 3, 32, 24)
@@ -163,9 +163,9 @@ def test_the_three_return_types_hold_the_same_picture(sd):
     assert np.array_equal(np.asarray(image[0]), (array[0] * 255).round().astype(np.uint8))
 
 
-def test_facts_say_how_it_was_made(sd, checkpoint):
+def test_metadata_says_how_it_was_made(sd, checkpoint):
     out = sd.infer(PROMPT, num_inference_steps=3, scheduler="euler", guidance_scale=4.0)
-    assert out["facts"] == {
+    assert out["metadata"] == {
         "steps": 3,
         "guidance_scale": 4.0,
         "guidance_rescale": 0.0,
@@ -197,7 +197,7 @@ def test_facts_say_how_it_was_made(sd, checkpoint):
         (PROMPT, {"scheduler": {"name": "ddim", "karras": True}}, ["ddim", "karras", "timestep_spacing"]),
         (PROMPT, {"latents": torch.zeros(1, 4, 9, 8)}, ["(1, 4, 9, 8)", "(1, 4, 8, 8)"]),
         (PROMPT, {"latents": torch.zeros(2, 4, 8, 8)}, ["(2, 4, 8, 8)", "(1, 4, 8, 8)"]),
-        ([PROMPT, OTHER], {"generator": sources(0, 3)}, ["3 generators", "2 pictures"]),
+        ([PROMPT, OTHER], {"generator": sources(0, 3)}, ["3 generators", "2 images"]),
         ([PROMPT, OTHER], {"negative_prompt": [OTHER] * 3}, ["negative_prompt", "3", "2"]),
         ([], {}, ["prompt=[]"]),
         ([3], {}, ["prompt=[3]"]),

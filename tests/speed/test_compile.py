@@ -15,13 +15,13 @@ from sdmodule.speed.compile import DoublingUpsample2D, compile_unet
 @pytest.mark.parametrize("size", [None, (16, 12), (15, 11)])
 def test_repeated_pixels_are_the_nearest_neighbours(size):
     layer = Upsample2D(8, use_conv=True)
-    picture = torch.randn(2, 8, 8, 6, requires_grad=True)
-    expected = layer(picture, size)
-    (gradient,) = torch.autograd.grad(expected.square().sum(), picture)
+    image = torch.randn(2, 8, 8, 6, requires_grad=True)
+    expected = layer(image, size)
+    (gradient,) = torch.autograd.grad(expected.square().sum(), image)
     layer.__class__ = DoublingUpsample2D
-    seen = layer(picture, size)
+    seen = layer(image, size)
     assert torch.equal(seen, expected)
-    torch.testing.assert_close(torch.autograd.grad(seen.square().sum(), picture)[0], gradient)
+    torch.testing.assert_close(torch.autograd.grad(seen.square().sum(), image)[0], gradient)
 
 
 def test_compiled_as_a_whole_it_learns_below_its_upsampling_too():

@@ -8,7 +8,7 @@ import resource
 import pytest
 import torch
 
-from sdmodule.speed.memory import memory_kept
+from sdmodule.speed.memory import retain_freed_memory
 
 SIZE = 40 * 2**20
 
@@ -25,8 +25,8 @@ def pages_given() -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_memory_is_kept_in_spite_of_a_block_within_that_ends():
-    with memory_kept():
+    with retain_freed_memory():
         assert pages_given() < 100
-        with memory_kept():  # as that of pictures sampled amid a training
+        with retain_freed_memory():  # as that of images sampled amid a training
             assert pages_given() < 100
         assert pages_given() < 100

@@ -1,4 +1,4 @@
-"""Pictures that were sampled faster: the same where that is promised, and the model as it was afterwards."""
+"""Images that were sampled faster: the same where that is promised, and the model as it was afterwards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from sdmodule.module import StableDiffusionModule
 from sdmodule.speed.cpu.kernels import FastestConv2d
 from sdmodule.speed.cpu.prepacked import packs
-from sdmodule.speed.prepare import prepared
+from sdmodule.speed.prepare import speed_applied
 from sdmodule.speed.settings import choose_speed
 
 PROMPT = "a red circle on a blue background"
@@ -23,13 +23,13 @@ def sd(checkpoint) -> StableDiffusionModule:
     return StableDiffusionModule.from_pretrained(str(checkpoint), sampling={"steps": 6, "guidance_scale": 5.0})
 
 
-def pictures(sd, *prompt, **settings):
+def images(sd, *prompt, **settings):
     return sd.infer(*(prompt or (PROMPT,)), return_type="numpy", **settings)["samples"]
 
 
 @pytest.mark.parametrize("same", [{"guidance_interval": [0, 1]}, {"cache_every": 1}, {"keep_memory": True}])
 def test_means_that_change_nothing(sd, same):
-    assert np.array_equal(pictures(sd, speed=same), pictures(sd))
+    assert np.array_equal(images(sd, speed=same), images(sd))
 
 
 CLOSE = [
@@ -43,13 +43,13 @@ CLOSE = [
 
 @pytest.mark.parametrize("close", CLOSE, ids=str)
 def test_means_that_round_otherwise(sd, close):
-    assert np.abs(pictures(sd, speed=close) - pictures(sd)).max() < 2 / 255
+    assert np.abs(images(sd, speed=close) - images(sd)).max() < 2 / 255
 
 
 def test_channels_go_innermost_by_themselves_where_that_is_faster(sd):
     settings = choose_speed({"channels_last": "auto"})
     assert settings.channels_last_in(torch.bfloat16, "cpu") and settings.channels_last_in(torch.float16, "cuda")
-    assert np.array_equal(pictures(sd, speed={"channels_last": "auto"}), pictures(sd))
+    assert np.array_equal(images(sd, speed={"channels_last": "auto"}), images(sd))
     for more, device, innermost in (({}, "cpu", True), ({}, "cuda", False), ({"compile": "blocks"}, "cpu", False)):
         settings = choose_speed({"channels_last": "auto", "kernels": "fastest", **more})
         assert settings.channels_last_in(torch.float32, device) == innermost
@@ -62,11 +62,11 @@ def test_the_autoencoder_has_the_fastest_convolutions_in_float32_alone(sd):
     def swapped_ones():
         return [part for part in parts.vae.modules() if isinstance(part, FastestConv2d)]
 
-    with prepared(parts, settings):
+    with speed_applied(parts, settings):
         assert swapped_ones()
     assert not swapped_ones()
     parts.vae.bfloat16()
-    with prepared(parts, settings):
+    with speed_applied(parts, settings):
         assert not swapped_ones()
 
 
@@ -79,23 +79,23 @@ LOSSY = [
 
 @pytest.mark.parametrize("speed", LOSSY)
 @pytest.mark.parametrize("tome", [{}, {"ratio": 0.5, "reuse_steps": 2}, {"engine": "tomesd"}], ids=str)
-def test_means_that_change_pictures_do_so_alike_alone_and_in_a_batch(sd, speed, tome):
-    together = pictures(sd, [PROMPT, "a star"], speed=speed, tome=tome, seed=3)
-    assert np.abs(pictures(sd, "a star", speed=speed, tome=tome, seed=4)[0] - together[1]).max() < 2 / 255
-    assert not np.allclose(together, pictures(sd, [PROMPT, "a star"], tome=tome, seed=3), atol=1e-3)
+def test_means_that_change_images_do_so_alike_alone_and_in_a_batch(sd, speed, tome):
+    together = images(sd, [PROMPT, "a star"], speed=speed, tome=tome, seed=3)
+    assert np.abs(images(sd, "a star", speed=speed, tome=tome, seed=4)[0] - together[1]).max() < 2 / 255
+    assert not np.allclose(together, images(sd, [PROMPT, "a star"], tome=tome, seed=3), atol=1e-3)
 
 
 @pytest.mark.parametrize("scheduler", ["heun", "pndm", "euler_a", "unipc"])
 def test_every_sampler_takes_them(sd, scheduler):
-    assert np.isfinite(pictures(sd, scheduler=scheduler, speed=LOSSY[2])).all()
+    assert np.isfinite(images(sd, scheduler=scheduler, speed=LOSSY[2])).all()
 
 
 def test_outside_of_its_interval_guidance_is_none(sd):
-    never = pictures(sd, speed={"guidance_interval": [0.9999, 1.0]})
-    assert np.abs(never - pictures(sd, guidance_scale=1.0)).max() < 2 / 255
+    never = images(sd, speed={"guidance_interval": [0.9999, 1.0]})
+    assert np.abs(never - images(sd, guidance_scale=1.0)).max() < 2 / 255
 
 
-def test_repainted_pictures(checkpoint):
+def test_repainted_images(checkpoint):
     inpainter = StableDiffusionModule.from_pretrained(str(checkpoint), task="inpaint", sampling={"steps": 4})
     photo = Image.new("RGB", (32, 32), "red")
     image = inpainter.infer(PROMPT, photo, [0, 0, 16, 16], speed=LOSSY[2])["samples"][0]
@@ -103,18 +103,18 @@ def test_repainted_pictures(checkpoint):
 
 
 def test_afterwards_the_model_is_as_it_was(sd):
-    before = pictures(sd)
+    before = images(sd)
     strides = {name: weight.stride() for name, weight in sd.named_parameters()}
     everything = {"channels_last": True, "attention": "plain", "keep_memory": True, "cache_every": 2}
     everything |= {"decode": "tiled", "kernels": "fastest"}
-    pictures(sd, speed=everything)
+    images(sd, speed=everything)
     with pytest.raises(RuntimeError, match="stop"):
         sd.infer(PROMPT, speed=everything, generator=Stop())
     assert {name: weight.stride() for name, weight in sd.named_parameters()} == strides
     assert {type(part).__module__.partition(".")[0] for part in sd.unet.modules()} <= {"torch", "diffusers"}
     assert not any("forward" in vars(part) for part in sd.unet.modules())
     assert not sd.vae.use_tiling and not sd.vae.use_slicing
-    assert np.array_equal(pictures(sd), before)
+    assert np.array_equal(images(sd), before)
 
 
 class Stop(list):
@@ -133,7 +133,7 @@ def test_compiled_it_gives_the_same_and_is_eager_again(sd, monkeypatch, tmp_path
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("sdmodule.speed.compiled.BACKEND", "eager")
     torch._dynamo.reset()
-    before = pictures(sd, speed=speed)
-    assert np.abs(pictures(sd, speed={**speed, "compile": compile}) - before).max() < 2 / 255
+    before = images(sd, speed=speed)
+    assert np.abs(images(sd, speed={**speed, "compile": compile}) - before).max() < 2 / 255
     assert all(part._compiled_call_impl is None for part in sd.unet.modules())
-    assert np.array_equal(pictures(sd, speed=speed), before)
+    assert np.array_equal(images(sd, speed=speed), before)

@@ -30,7 +30,7 @@ def test_a_wrong_value_is_named_with_what_is_allowed(name, value):
 
 
 def test_settings_that_are_none():
-    assert choose_speed(None) == choose_speed({}) == EXACT and EXACT.facts() == {}
+    assert choose_speed(None) == choose_speed({}) == EXACT and EXACT.metadata() == {}
     with pytest.raises(SettingsError, match=r"cache_evry.*cache_every"):
         choose_speed({"cache_evry": 2})
     with pytest.raises(SettingsError, match="speed='turbo'"):

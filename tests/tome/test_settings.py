@@ -1,4 +1,4 @@
-"""Token merging as a setting: checked, off again without a trace, the same picture for the same seed in any batch."""
+"""Token merging as a setting: checked, off again without a trace, the same image for the same seed in any batch."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.tome.conftest import small_unet, tomesd_applied
 OURS = ("exact", "window")
 
 
-def picture(checkpoint, prompt="a red circle", steps=3, **tome):
-    """What samples a picture with these settings, again and again."""
+def image(checkpoint, prompt="a red circle", steps=3, **tome):
+    """What samples an image with these settings, again and again."""
     module = StableDiffusionModule.from_pretrained(str(checkpoint), tome=tome)
 
     def sample(**settings):
@@ -29,8 +29,8 @@ def picture(checkpoint, prompt="a red circle", steps=3, **tome):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_merging_changes_the_picture_and_the_seed_still_names_it(checkpoint, engine):
-    plain, merged = picture(checkpoint), picture(checkpoint, ratio=0.5, engine=engine)
+def test_merging_changes_the_image_and_the_seed_still_names_it(checkpoint, engine):
+    plain, merged = image(checkpoint), image(checkpoint, ratio=0.5, engine=engine)
     before = torch.get_rng_state()
     first = merged()
     torch.rand(3)
@@ -39,8 +39,8 @@ def test_merging_changes_the_picture_and_the_seed_still_names_it(checkpoint, eng
     assert not torch.equal(first, plain())
 
 
-def test_it_is_on_or_off_for_each_picture(checkpoint):
-    off, on = picture(checkpoint), picture(checkpoint, ratio=0.5)
+def test_it_is_on_or_off_for_each_image(checkpoint):
+    off, on = image(checkpoint), image(checkpoint, ratio=0.5)
     assert torch.equal(off(tome={"ratio": 0.5}), on())
     assert torch.equal(on(tome={"ratio": 0}), off())
     with pytest.raises(SettingsError, match=r"to 0\.75"):
@@ -49,19 +49,19 @@ def test_it_is_on_or_off_for_each_picture(checkpoint):
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_picture_is_the_same_alone_and_in_a_batch(checkpoint, engine, guidance):
-    sample = picture(checkpoint, ratio=0.5, engine=engine, max_downsample=2)
+def test_an_image_is_the_same_alone_and_in_a_batch(checkpoint, engine, guidance):
+    sample = image(checkpoint, ratio=0.5, engine=engine, max_downsample=2)
     together = sample(num_images_per_prompt=3, guidance_scale=guidance)
     for k in range(3):
         alone = sample(seed=1 + k, guidance_scale=guidance)
         assert torch.allclose(together[k], alone[0], atol=1e-4)
 
 
-def test_each_picture_has_draws_of_its_own(checkpoint):
-    """With the same noise, pictures of two seeds differ by which tokens stay, and by nothing if the first do."""
+def test_each_image_has_draws_of_its_own(checkpoint):
+    """With the same noise, images of two seeds differ by which tokens stay, and by nothing if the first do."""
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
     for use_rand in (True, False):
-        sample = picture(checkpoint, ratio=0.5, use_rand=use_rand)
+        sample = image(checkpoint, ratio=0.5, use_rand=use_rand)
         first, second = sample(num_images_per_prompt=2, latents=noise)
         assert torch.allclose(first, second, atol=1e-5) is not use_rand
 

@@ -21,7 +21,7 @@ def plan_of(tokens, grid, ratio, stride=2, seed=0):
 
 
 def brute_force(tokens, grid, gone, stay):
-    """Groups of one picture's tokens by the definition, window by window and token by token; 2x2 cells."""
+    """Groups of one image's tokens by the definition, window by window and token by token; 2x2 cells."""
     h, w = grid
     groups = torch.arange(h * w)
     unit = tokens / tokens.norm(dim=-1, keepdim=True)
@@ -40,8 +40,8 @@ def brute_force(tokens, grid, gone, stay):
 def test_merges_the_most_similar_pairs_of_each_window(ratio, grid):
     tokens = torch.randn(2, grid[0] * grid[1], 8, generator=torch.Generator().manual_seed(1))
     plan, _, stay = plan_of(tokens, grid, ratio)
-    for picture, rows in zip(tokens, plan.rows.view(2, -1)):
-        groups = brute_force(picture, grid, round(16 * ratio), stay[0])
+    for image, rows in zip(tokens, plan.rows.view(2, -1)):
+        groups = brute_force(image, grid, round(16 * ratio), stay[0])
         assert torch.equal(rows[:, None] == rows[None], groups[:, None] == groups[None])
 
 
@@ -72,7 +72,7 @@ def test_what_is_not_a_number_comes_out_as_it_went_in():
 
 
 def test_neighbours_that_are_alike_lose_little_and_whole_blocks_run_on_merged_tokens(unet, inputs):
-    """Pictures of smooth latents, in which neighbours are alike, as in pictures."""
+    """Images of smooth latents, in which neighbours are alike, as in images."""
     latents, timestep, text = inputs
     smooth = torch.nn.functional.interpolate(latents[..., ::4, ::4], size=16, mode="bilinear")
 
@@ -102,11 +102,11 @@ def test_neighbouring_blocks_share_the_plan_of_the_first(unet, inputs):
         parts: dict[int, list[BlockMerging]] = {}
         for placed in transformer_blocks(unet):
             parts.setdefault(placed.part, []).append(placed.block.merging)
-        for pictures in (latents, latents[:1], other):  # as where guidance ends, and for other pictures
-            merged = unet(pictures, timestep, text[: len(pictures)]).sample
+        for images in (latents, latents[:1], other):  # as where guidance ends, and for other images
+            merged = unet(images, timestep, text[: len(images)]).sample
             for first, *others in parts.values():
                 h, w = first.matching.grid
-                tokens = torch.randn(len(pictures), h * w, 4)
+                tokens = torch.randn(len(images), h * w, 4)
                 assert all(merging.plan_for(tokens) is first.plan for merging in others)
         assert torch.equal(merged, found)
     assert any(len(merging) > 1 for merging in parts.values())

@@ -1,4 +1,4 @@
-"""An autoencoder learns to give pictures back, and is written as a part of a checkpoint."""
+"""An autoencoder learns to give images back, and is written as a part of a checkpoint."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def fit(checkpoint: Path, steps: int, **settings) -> tuple[AutoencoderModule, Tr
     return module, trainer
 
 
-def test_the_losses_of_a_picture(checkpoint):
+def test_the_losses_of_an_image(checkpoint):
     module = AutoencoderModule(str(checkpoint))
     image = torch.zeros(2, 3, 32, 32)
     losses = module.losses(image, torch.Generator().manual_seed(0))
     assert losses["kl"] > 0 and losses["l1"] ** 2 <= losses["mse"]
     posterior = module.vae.encode(image).latent_dist
-    per_value = posterior.kl().mean() / posterior.mean[0].numel()  # diffusers sums over the latents of a picture
+    per_value = posterior.kl().mean() / posterior.mean[0].numel()  # diffusers sums over the latents of an image
     torch.testing.assert_close(losses["kl"], per_value)
 
 
-def test_pictures_come_back_better_after_training(checkpoint):
+def test_images_come_back_better_after_training(checkpoint):
     settings = {"limit_val_batches": 1, "num_sanity_val_steps": 0, "check_val_every_n_epoch": None}
     before = fit(checkpoint, 1, val_check_interval=1, **settings)[1].callback_metrics["val/psnr"]
     after = fit(checkpoint, 120, val_check_interval=120, **settings)[1].callback_metrics["val/psnr"]

@@ -29,7 +29,7 @@ SHAPES = [(40, 40), (64, 32), (32, 64)]
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fourteen pictures of three shapes: six squares, five wide and three tall ones."""
+    """Fourteen images of three shapes: six squares, five wide and three tall ones."""
     folder = tmp_path_factory.mktemp("photos")
     for k in range(14):
         scene = sample_scene(random.Random(k))
@@ -46,7 +46,7 @@ def apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 
 
 def train(checkpoint: Path, photos: Path, out: Path, *settings: str) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Ten steps by the command, four pictures of one size a step, and then validation on all pictures.
+    """Ten steps by the command, four images of one size a step, and then validation on all images.
 
     Returns:
         The UNet's weights, and what validation found of them and of their average.
@@ -97,8 +97,8 @@ def train_here(
 ) -> dict[str, Tensor]:
     module = StableDiffusionModule(str(checkpoint), optimizer=optimizer)
     settings = {"batch_size": 2, "val_fraction": 0, "center_crop": False, "random_flip": True, **data}
-    pictures = ImageFolderDataModule(str(photos), 32, **settings)
-    fit(module, pictures, steps, *callbacks, resume=resume, accumulate_grad_batches=accumulate)
+    images = ImageFolderDataModule(str(photos), 32, **settings)
+    fit(module, images, steps, *callbacks, resume=resume, accumulate_grad_batches=accumulate)
     return module.unet.state_dict()
 
 
@@ -128,7 +128,7 @@ def test_accumulated_pairs_train_as_one_large_batch_does(checkpoint, photos):
 
 @pytest.mark.parametrize("stop", [3, 8, 11])
 def test_with_buckets_a_stopped_training_ends_where_an_unbroken_one_does(checkpoint, photos, tmp_path, stop):
-    """An epoch is of eight batches: three of squares, three of wide and two of tall pictures."""
+    """An epoch is of eight batches: three of squares, three of wide and two of tall images."""
     every_step = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     straight = train_here(checkpoint, photos, 12, every_step, buckets=True)
     resumed = train_here(checkpoint, photos, 12, resume=tmp_path / f"step={stop}.ckpt", buckets=True)

@@ -17,7 +17,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
-from sdmodule.callbacks.latent_cache import Cache
+from sdmodule.callbacks.latent_cache import LatentCache
 from sdmodule.cli.main import train_main
 from sdmodule.conditioning.inpaint import convert_to_inpaint
 from sdmodule.data.toy.dataset import ShapesDataModule
@@ -51,14 +51,14 @@ def test_the_loss_is_that_of_the_paper_on_nine_channels(build):
     """Ho et al. 2020, algorithm 1, written out with diffusers alone."""
     module = build()
     module.setup("fit")
-    picture = torch.rand(2, 3, 32, 32) * 2 - 1
-    batch = {"image": picture, "mask": (torch.rand(2, 1, 32, 32) < 0.3).float()}
+    image = torch.rand(2, 3, 32, 32) * 2 - 1
+    batch = {"image": image, "mask": (torch.rand(2, 1, 32, 32) < 0.3).float()}
     channels = module.mask_channels(batch, torch.Generator().manual_seed(1), whole=0.0)
     latents, noise, timesteps = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([3, 800])
     errors = module.denoising_errors(latents, (noise, noise), timesteps, [PROMPT, ""], channels)
 
     parts = module.parts
-    posterior = parts.vae.encode(picture * (batch["mask"] < 0.5)).latent_dist
+    posterior = parts.vae.encode(image * (batch["mask"] < 0.5)).latent_dist
     drawn = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(1))
     masked_latents = (posterior.mean + posterior.std * drawn) * parts.vae.config.scaling_factor
     small = F.interpolate(batch["mask"], size=(8, 8))
@@ -94,9 +94,9 @@ def test_a_stopped_training_ends_where_an_unbroken_one_does(build, tmp_path):
     assert torch.equal(again.unet.conv_in.weight, unbroken.unet.conv_in.weight)
 
 
-def test_cached_pictures_can_be_masked_anew_at_every_step(build, tmp_path):
+def test_cached_images_can_be_masked_anew_at_every_step(build, tmp_path):
     plain = train_on_scenes(build(), 3).callback_metrics["train/loss"]
-    cached = train_on_scenes(build(), 3, Cache(tmp_path)).callback_metrics["train/loss"]
+    cached = train_on_scenes(build(), 3, LatentCache(tmp_path)).callback_metrics["train/loss"]
     torch.testing.assert_close(cached, plain, rtol=1e-5, atol=0)
 
 
@@ -116,7 +116,7 @@ def test_settings_out_of_range_are_refused(build, settings):
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Six pictures, each with a mask of its own."""
+    """Six images, each with a mask of its own."""
     folder = tmp_path / "photos"
     (folder / "masks").mkdir(parents=True)
     rows = []
@@ -125,7 +125,7 @@ def photos(tmp_path: Path) -> Path:
         mask = Image.new("L", (40, 48))
         mask.paste(255, (4 * k, 8, 4 * k + 12, 40))
         mask.save(folder / "masks" / f"{k}.png")
-        rows.append({"file_name": f"{k}.png", "text": f"picture {k}", "mask_file_name": f"masks/{k}.png"})
+        rows.append({"file_name": f"{k}.png", "text": f"image {k}", "mask_file_name": f"masks/{k}.png"})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -152,19 +152,19 @@ def test_the_command_reports_the_hole_and_what_is_around_it_and_diffusers_repain
     whole, hole, kept = (float(figures[-1][f"val/loss{part}"]) for part in ("", "_hole", "_kept"))
     assert min(hole, kept) < whole < max(hole, kept)
     with Image.open(out / "samples" / "000003.png") as sheet:
-        assert sheet.width > 3 * 192  # each picture beside what is masked and what was made of it
+        assert sheet.width > 3 * 192  # each image beside what is masked and what was made of it
 
     pipeline = StableDiffusionInpaintPipeline.from_pretrained(out / "export", safety_checker=None)
     assert type(pipeline).__name__ == json.loads((out / "export" / "model_index.json").read_text())["_class_name"]
     pipeline.set_progress_bar_config(disable=True)
-    picture, mask = Image.open(photos / "2.png").resize((32, 32)), Image.new("L", (32, 32))
+    image, mask = Image.open(photos / "2.png").resize((32, 32)), Image.new("L", (32, 32))
     mask.paste(255, (8, 8, 24, 20))
     common = {"num_inference_steps": 3, "guidance_scale": 5.0}
     theirs = pipeline(
-        PROMPT, picture, mask, height=32, width=32, generator=torch.Generator().manual_seed(4), **common
+        PROMPT, image, mask, height=32, width=32, generator=torch.Generator().manual_seed(4), **common
     ).images[0]
     sd = StableDiffusionModule.from_pretrained(str(out / "export"), task="inpaint")
-    ours = sd.infer(PROMPT, picture, mask, generator=torch.Generator().manual_seed(4), **common)["samples"][0]
+    ours = sd.infer(PROMPT, image, mask, generator=torch.Generator().manual_seed(4), **common)["samples"][0]
     hole = np.asarray(mask) > 0
     assert np.array_equal(np.asarray(ours)[hole], np.asarray(theirs)[hole])
 
@@ -176,11 +176,11 @@ def test_an_ordinary_checkpoint_is_refused_before_anything_is_written(train, pho
 
 
 @pytest.mark.parametrize("given", [["model.convert=true"], ["model=text2image", "objective.masked=true"]])
-def test_masks_of_some_pictures_alone_are_told_of_before_anything_is_written(train, photos, tmp_path, given):
+def test_masks_of_some_images_alone_are_told_of_before_anything_is_written(train, photos, tmp_path, given):
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(photos / "0.png", bare)
-    (bare / "0.txt").write_text("a picture")
+    (bare / "0.txt").write_text("an image")
     both = f"data.sources=[{{root: {photos}}}, {{root: {bare}}}]"
     status, complaint = train("data=mixed", both, "data.val_fraction=0", "trainer.max_steps=1", *given)
     assert status == 1 and f"{bare} has no masks" in complaint and len(complaint.splitlines()) == 1

@@ -79,9 +79,9 @@ def test_every_combination_is_its_closed_form_on_a_case_made_by_hand(settings):
         share = signal**2
         wanted = {"epsilon": 1.0, "v_prediction": signal - 2 * (1 - share) ** 0.5, "sample": 2.0}[kind]
         snr = share / (1 - share) if share else signals[1] ** 2 / (1 - signals[1] ** 2)  # without a signal: the least
-        of_picture = {"min_snr": min(snr, 5), "soft_min_snr": 5 * snr / (snr + 5), "debiased": snr**0.5}
+        of_image = {"min_snr": min(snr, 5), "soft_min_snr": 5 * snr / (snr + 5), "debiased": snr**0.5}
         scale = {"epsilon": 1 / snr, "v_prediction": 1 / (snr + 1), "sample": 1.0}[kind]
-        expected.append(wanted**2 * (1.0 if weighting == "none" else of_picture[weighting] * scale))
+        expected.append(wanted**2 * (1.0 if weighting == "none" else of_image[weighting] * scale))
 
     latents, noise, steps = torch.full((3, 4, 2, 2), 2.0), torch.ones(3, 4, 2, 2), torch.arange(3)
     objective = Objective(**settings)
@@ -107,10 +107,10 @@ def test_the_loss_counts_where_the_mask_is_white(checkpoint):
     errors = torch.rand(2, 1, 8, 8, generator=generator())
     mask = torch.zeros(2, 1, 32, 32)
     mask[:, :, :16] = 1
-    weights = sd.weights_of_places({"mask": mask}, errors, None)
+    weights = sd.spatial_loss_weights({"mask": mask}, errors, None)
     assert torch.equal(weights[:, :, :4], torch.ones(2, 1, 4, 8)) and not weights[:, :, 4:].any()
     with pytest.raises(SettingsError, match=r"objective\.masked=true and the data has no masks"):
-        sd.weights_of_places({}, errors, None)
+        sd.spatial_loss_weights({}, errors, None)
 
 
 def test_what_is_exported_is_sampled_as_it_was_trained(checkpoint, tmp_path):
@@ -121,8 +121,8 @@ def test_what_is_exported_is_sampled_as_it_was_trained(checkpoint, tmp_path):
     config = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
     assert (config["prediction_type"], config["timestep_spacing"]) == ("v_prediction", "trailing")
     assert config["rescale_betas_zero_snr"] is True
-    facts = StableDiffusionModule.from_pretrained(str(tmp_path)).infer("a star", num_inference_steps=2)["facts"]
-    assert facts["guidance_rescale"] == 0.7
+    metadata = StableDiffusionModule.from_pretrained(str(tmp_path)).infer("a star", num_inference_steps=2)["metadata"]
+    assert metadata["guidance_rescale"] == 0.7
 
 
 @pytest.mark.parametrize(

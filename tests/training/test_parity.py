@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from sdmodule.module import StableDiffusionModule
-from sdmodule.training.rng import generators_of_examples
+from sdmodule.training.rng import per_example_generators
 
 CAPTIONS = ["a red circle", "a blue star on a green background"]
 EXACT = {"rtol": 1e-6, "atol": 1e-8}
@@ -56,15 +56,15 @@ class Plain:
 @pytest.fixture
 def batch() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
-    pictures = {name: torch.rand((2, 3, 32, 32), generator=generator) for name in ("image", "conditioning")}
-    return {"image": pictures["image"] * 2 - 1, "conditioning": pictures["conditioning"], "caption": CAPTIONS}
+    images = {name: torch.rand((2, 3, 32, 32), generator=generator) for name in ("image", "conditioning")}
+    return {"image": images["image"] * 2 - 1, "conditioning": images["conditioning"], "caption": CAPTIONS}
 
 
 @pytest.fixture
 def draws() -> dict[str, Tensor]:
     """What the module draws of its first step, in its order: latents, timestep, caption dropout, noise."""
     drawn: dict[str, list[Tensor]] = {"latents": [], "timesteps": [], "noise": []}
-    for generator in generators_of_examples(0, 2, 0, None):
+    for generator in per_example_generators(0, 2, 0, None):
         drawn["latents"].append(torch.randn(4, 8, 8, generator=generator))
         drawn["timesteps"].append((torch.rand(1, generator=generator) * 1000).long())
         torch.rand((), generator=generator)

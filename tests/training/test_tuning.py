@@ -21,7 +21,7 @@ from sdmodule.cli.main import predict_main, train_main
 from sdmodule.components.checkpoint import ASSETS
 from sdmodule.data.datamodule import ImageFolderDataModule
 from sdmodule.data.dreambooth import DreamBoothDataModule
-from sdmodule.diffusion.noising import prior_preservation
+from sdmodule.diffusion.noising import prior_preservation_loss
 from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
 from sdmodule.training.lora import LoraTuning
@@ -34,7 +34,7 @@ def fast(groups) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=1e-3)
 
 
-def pictures(photos: Path, **settings) -> ImageFolderDataModule:
+def images(photos: Path, **settings) -> ImageFolderDataModule:
     return ImageFolderDataModule(str(photos), **{"resolution": 32, "batch_size": 2, "val_fraction": 0, **settings})
 
 
@@ -62,7 +62,7 @@ def test_what_is_trained_changes_alone_and_a_stopped_training_ends_as_an_unbroke
         return StableDiffusionModule(str(checkpoint), tuning=TUNINGS[kind], optimizer=fast)
 
     def data() -> ImageFolderDataModule:
-        return pictures(photos, random_flip=True, conditioning=conditioning, prompt=f"a {WORD}")
+        return images(photos, random_flip=True, conditioning=conditioning, prompt=f"a {WORD}")
 
     straight, resumed = build(), build()
     before, frozen = trained(straight), dict(straight.named_parameters())
@@ -89,7 +89,7 @@ def test_the_text_encoder_has_its_own_rate_and_stops_at_its_step(checkpoint, pho
         def on_train_batch_end(self, trainer, pl_module, *_):
             seen.append({name: value.detach().clone() for name, value in pl_module.text_encoder.named_parameters()})
 
-    fit(module, pictures(photos), 4, Watch())
+    fit(module, images(photos), 4, Watch())
     changed = [any(not torch.equal(a[name], b[name]) for name in a) for a, b in pairwise(seen)]
     assert changed == [True, False, False], "the second step is its last"
 
@@ -112,11 +112,11 @@ def sample(call, checkpoint, out, *settings, prompt="a red star") -> np.ndarray:
     return np.asarray(Image.open(next((out / "images").iterdir())))
 
 
-def test_lora_from_the_training_to_a_picture_and_to_the_same_again(checkpoint, photos, tmp_path, call):
+def test_lora_from_the_training_to_an_image_and_to_the_same_again(checkpoint, photos, tmp_path, call):
     settings = ["tuning=lora", "tuning.rank=2", "cache=all", f"cache.folder={tmp_path / 'cache'}"]
     export = train(call, checkpoint, photos, tmp_path / "out", *settings)
-    facts = json.loads((export / "training.json").read_text())
-    assert facts["weights"] == "ema" and facts["steps"] == 3
+    metadata = json.loads((export / "training.json").read_text())
+    assert metadata["weights"] == "ema" and metadata["steps"] == 3
     assert (tmp_path / "out" / "samples" / "000003.png").is_file()
     adapters = f"adapters=[{{path: {export}, scale: 0.8}}]"
     plain = sample(call, checkpoint, tmp_path / "plain")
@@ -130,7 +130,7 @@ def test_lora_from_the_training_to_a_picture_and_to_the_same_again(checkpoint, p
 
 def test_a_learned_word_is_understood_here_and_in_diffusers(checkpoint, photos, tmp_path, call):
     settings = ["tuning=textual_inversion", f"tuning.placeholder={WORD}", "tuning.initializer=star"]
-    settings += ["tuning.vectors=2", f"data.prompt={WORD}", "data.template=['a photo of {}','a picture of {}']"]
+    settings += ["tuning.vectors=2", f"data.prompt={WORD}", "data.template=['a photo of {}','an image of {}']"]
     export = train(call, checkpoint, photos, tmp_path / "out", *settings)
     assert load_file(export / "learned_embeds.safetensors")[WORD].shape == (2, 32)
     adapters = [{"path": str(export)}]
@@ -151,7 +151,7 @@ def test_a_learned_word_is_understood_here_and_in_diffusers(checkpoint, photos, 
     np.testing.assert_allclose(by_command, made[0] * 255, atol=1)
 
 
-def test_a_controlnet_from_the_training_to_a_picture(checkpoint, photos, tmp_path, call):
+def test_a_controlnet_from_the_training_to_an_image(checkpoint, photos, tmp_path, call):
     export = train(call, checkpoint, photos, tmp_path / "out", "tuning=controlnet", "data.batch_size=2")
     assert ControlNetModel.from_pretrained(export).config.block_out_channels == [32, 64]
     assert (tmp_path / "out" / "samples" / "000003.png").is_file()
@@ -159,7 +159,7 @@ def test_a_controlnet_from_the_training_to_a_picture(checkpoint, photos, tmp_pat
 
 
 @pytest.mark.parametrize("settings", [["tuning=controlnet"], ["model=inpaint", "model.convert=true"]])
-def test_pictures_of_several_sizes_are_sampled_at_the_end(checkpoint, photos, tmp_path, call, settings):
+def test_images_of_several_sizes_are_sampled_at_the_end(checkpoint, photos, tmp_path, call, settings):
     Image.new("RGB", (64, 32)).save(photos / "5.png")
     settings = [*settings, "data.buckets=true", "data.batch_size=1", "callbacks.samples.num_prompts=6"]
     export = train(call, checkpoint, photos, tmp_path / "out", *settings, "resolution=32")
@@ -185,7 +185,7 @@ def test_sheets_come_where_nothing_is_validated_too_and_change_no_training(check
     assert all(torch.equal(straight[key], resumed[key]) and torch.equal(straight[key], bare[key]) for key in straight)
 
 
-def test_dreambooth_makes_the_pictures_of_the_kind_first(checkpoint, photos, tmp_path, call):
+def test_dreambooth_makes_the_images_of_the_kind_first(checkpoint, photos, tmp_path, call):
     settings = ["experiment=dreambooth", "data.class_images=3", f"data.made_in={tmp_path / 'prior'}"]
     settings += [f"cache.folder={tmp_path / 'cache'}"]
     settings += ["data.prompt=a photo of sks cat", "data.class_prompt=a white star"]
@@ -215,7 +215,7 @@ def test_a_batch_of_dreambooth_is_half_of_the_thing_and_half_of_its_kind(photos,
     assert batch["image"].shape == (4, 3, 32, 32) and batch["caption"] == ["a sks"] * 2 + ["a kind"] * 2
     assert batch["prior"].tolist() == [False, False, True, True]
     losses = torch.tensor([1.0, 3.0, 10.0, 20.0])
-    assert prior_preservation(losses, batch["prior"], 0.5) == 2 + 0.5 * 15
+    assert prior_preservation_loss(losses, batch["prior"], 0.5) == 2 + 0.5 * 15
 
 
 def test_of_pairs_where_the_thing_has_a_mask_all_of_the_kind_counts(photos, tmp_path):
@@ -225,16 +225,16 @@ def test_of_pairs_where_the_thing_has_a_mask_all_of_the_kind_counts(photos, tmp_
     Image.new("RGB", (40, 40), "white").save(tmp_path / "kind.png")
     kind = {"class_prompt": "a kind", "class_images": 1, "class_root": str(tmp_path)}
     data = DreamBoothDataModule(str(photos), "a sks", **kind, resolution=32, batch_size=1, val_fraction=0)
-    with pytest.warns(UserWarning, match="left out 5 pictures not named"):
+    with pytest.warns(UserWarning, match="left out 5 images not named"):
         data.setup("fit")
     [batch] = data.train_dataloader()
     assert batch["mask"].shape == (2, 1, 32, 32) and batch["mask"].mean(dim=(1, 2, 3)).tolist() == [0, 1]
 
 
-def test_pictures_of_the_kind_are_made_where_there_is_no_good_one(photos, tmp_path):
+def test_images_of_the_kind_are_made_where_there_is_no_good_one(photos, tmp_path):
     kind = tmp_path / "kind"
     kind.mkdir()
-    (kind / "readme.txt").write_text("no picture")
+    (kind / "readme.txt").write_text("no image")
 
     def files(**settings) -> list[str]:
         data = DreamBoothDataModule(
@@ -247,13 +247,13 @@ def test_pictures_of_the_kind_are_made_where_there_is_no_good_one(photos, tmp_pa
     shutil.copy(photos / "1.png", kind)
     for name in ("2.png", "prior-00000.png"):
         (kind / name).write_text("broken")
-    with pytest.raises(SettingsError, match=r"data\.class_root=.* has 2 files that are no readable pictures: 2\.png"):
+    with pytest.raises(SettingsError, match=r"data\.class_root=.* has 2 files that are no readable images: 2\.png"):
         files()
-    with pytest.warns(UserWarning, match=r"data\.class_root: skipped 2 unreadable pictures"):
+    with pytest.warns(UserWarning, match=r"data\.class_root: skipped 2 unreadable images"):
         assert files(skip_bad=True) == ["1.png", "prior-00001.png", "prior-00002.png"]
 
 
-def test_pictures_of_the_kind_beyond_their_number_are_told_of(photos, tmp_path):
+def test_images_of_the_kind_beyond_their_number_are_told_of(photos, tmp_path):
     kind = {"class_prompt": "a dog", "class_images": 4, "class_root": str(photos)}
     data = DreamBoothDataModule(str(photos), "a sks dog", **kind, resolution=32, batch_size=2, val_fraction=0)
     with pytest.warns(UserWarning, match=r"class_images=4: 2 of the 6 .* not used; data\.class_images=6 takes"):
@@ -270,7 +270,7 @@ def test_a_size_of_no_whole_latents_is_told_of_before_anything_is_written(checkp
     assert "resolution=32x38 is not allowed (height x width); give multiples of 4, such as 36 or 40" in error
 
 
-def test_dreambooth_without_who_makes_the_pictures_of_the_kind(checkpoint, photos, tmp_path, call):
+def test_dreambooth_without_who_makes_the_images_of_the_kind(checkpoint, photos, tmp_path, call):
     command = [f"pretrained={checkpoint}", f"data.root={photos}", "data=dreambooth", "data.prompt=a sks star"]
     command += ["data.class_prompt=a star", f"data.made_in={tmp_path / 'prior'}", f"output_dir={tmp_path / 'out'}"]
     status, _, complaint = call(train_main, *command)
@@ -306,8 +306,8 @@ def test_a_word_that_no_caption_names_is_told_of_before_anything_is_written(chec
     assert status == 1 and f'set data.prompt="a photo of {WORD}"' in complaint and len(complaint.splitlines()) == 1
     assert not out.exists()
     metadata = photos / "metadata.jsonl"
-    metadata.write_text(metadata.read_text().replace("picture 3", f"a red {WORD}."))
-    with pytest.warns(UserWarning, match=f"{WORD} is not in 5 of 6 captions, such as 'picture 0'"):
+    metadata.write_text(metadata.read_text().replace("image 3", f"a red {WORD}."))
+    with pytest.warns(UserWarning, match=f"{WORD} is not in 5 of 6 captions, such as 'image 0'"):
         assert call(train_main, *command)[0] == 0
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*is not in .* captions")

@@ -1,1 +1,1 @@
-"""Files that the package ships: the embedded checkpoint, architectures of published ones, pictures for the demo."""
+"""Files that the package ships: the embedded checkpoint, architectures of published ones, images for the demo."""

@@ -15,15 +15,15 @@ from sdmodule.data.toy.dataset import View
 from sdmodule.io.fingerprint import fingerprint
 
 FORM = "cover, bicubic, centre, 1"
-"""How pictures are brought to their size; another number makes all cached moments anew."""
+"""How images are brought to their size; another number makes all cached moments anew."""
 
 
-class Pictures(Protocol):
-    """Captioned pictures that can be cached.
+class ImageDataset(Protocol):
+    """Captioned images that can be cached.
 
     Attributes:
-        center_crop: whether the part of a picture that is shown is always the same.
-        random_flip: whether pictures are mirrored at times.
+        center_crop: whether the part of an image that is shown is always the same.
+        random_flip: whether images are mirrored at times.
     """
 
     center_crop: bool
@@ -31,37 +31,37 @@ class Pictures(Protocol):
 
     @property
     def fixed_captions(self) -> bool:
-        """Whether a picture has the same caption each time."""
+        """Whether an image has the same caption each time."""
         ...
 
     def __len__(self) -> int: ...
 
     def size_of(self, index: int) -> tuple[int, int]:
-        """Height and width that a picture is shown in."""
+        """Height and width that an image is shown in."""
         ...
 
     def content(self, index: int) -> str:
-        """Names what a picture shows; another name, another picture."""
+        """Names what an image shows; another name, another image."""
         ...
 
     def caption(self, index: int) -> str:
-        """What a picture is said to show."""
+        """What an image is said to show."""
         ...
 
     def view(self, index: int) -> View:
-        """How a picture is shown in this epoch."""
+        """How an image is shown in this epoch."""
         ...
 
     def seen(self, index: int, view: View) -> dict[str, Tensor]:
-        """A picture as it is shown, ``image`` ``[3, H, W]`` in [-1, 1]."""
+        """An image as it is shown, ``image`` ``[3, H, W]`` in [-1, 1]."""
         ...
 
 
 class CaptionedMoments(TypedDict, total=False):
     """One training example: ``moments`` is mean and standard deviation of the latents, ``[8, h, w]``.
 
-    For inpainting the picture stands beside them, since each step masks and encodes it in another way; for a ControlNet
-    its control picture does, and for a masked loss its mask.
+    For inpainting the image stands beside them, since each step masks and encodes it in another way; for a ControlNet
+    its control image does, and for a masked loss its mask.
     """
 
     moments: Required[Tensor]
@@ -71,43 +71,43 @@ class CaptionedMoments(TypedDict, total=False):
     conditioning: Tensor
 
 
-def picture_keys(content: str, size: tuple[int, int], random_flip: bool) -> list[str]:
-    """The keys of a picture's moments: as it is, and, if it is mirrored at times, mirrored."""
+def moments_keys(content: str, size: tuple[int, int], random_flip: bool) -> list[str]:
+    """The keys of an image's moments: as it is, and, if it is mirrored at times, mirrored."""
     return [fingerprint(content, size, FORM, mirrored) for mirrored in ([False, True] if random_flip else [False])]
 
 
-class CachedPictures(Dataset[CaptionedMoments]):
-    """Pictures whose moments are on disk, read as they are needed.
+class CachedMomentsDataset(Dataset[CaptionedMoments]):
+    """Images whose moments are on disk, read as they are needed.
 
     Args:
-        pictures: the pictures, which say how each is shown.
+        images: the images, which say how each is shown.
         store: where the moments are.
-        keys: for each picture the keys of `picture_keys`.
-        with_pictures: give the picture beside its moments.
+        keys: for each image the keys of `moments_keys`.
+        with_images: give the image beside its moments.
     """
 
     def __init__(
-        self, pictures: Pictures, store: TensorStore, keys: Sequence[Sequence[str]], with_pictures: bool = False
+        self, images: ImageDataset, store: TensorStore, keys: Sequence[Sequence[str]], with_images: bool = False
     ) -> None:
-        self.pictures = pictures
+        self.images = images
         self.store = store
         self.keys = keys
-        self.with_pictures = with_pictures
+        self.with_images = with_images
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def set_epoch(self, epoch: int) -> None:
-        """Mirror other pictures from now on."""
-        if hasattr(self.pictures, "set_epoch"):
-            self.pictures.set_epoch(epoch)
+        """Mirror other images from now on."""
+        if hasattr(self.images, "set_epoch"):
+            self.images.set_epoch(epoch)
 
     @override
     def __getitem__(self, index: int) -> CaptionedMoments:
-        view = self.pictures.view(index)
-        example = self.pictures.seen(index, view) if self.with_pictures else {}
+        view = self.images.view(index)
+        example = self.images.seen(index, view) if self.with_images else {}
         moments = self.store[self.keys[index][view.mirrored]]
-        return cast(CaptionedMoments, {**example, "moments": moments, "caption": self.pictures.caption(index)})
+        return cast(CaptionedMoments, {**example, "moments": moments, "caption": self.images.caption(index)})
 
 
 class CachedEmbeddings:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sdmodule.errors import SettingsError
-from sdmodule.io.atomic import remove_leftovers, whole_file
+from sdmodule.io.atomic import atomic_write, remove_leftovers
 from sdmodule.io.fingerprint import fingerprint
 
 SHARD = 256
@@ -23,7 +23,7 @@ SHARD = 256
 DAY = 24 * 60 * 60
 
 KEPT = 64 * 2**20
-"""Bytes of tensors that stay in memory once they were read: with few pictures, all of them."""
+"""Bytes of tensors that stay in memory once they were read: with few images, all of them."""
 
 
 class TensorStore:
@@ -98,7 +98,7 @@ class TensorStore:
         own = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with whole_file(file) as aside:
+            with atomic_write(file) as aside:
                 save_file(own, aside, metadata={key: checksum(tensor) for key, tensor in own.items()})
         except (OSError, SafetensorError) as error:
             raise SettingsError(

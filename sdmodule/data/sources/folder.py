@@ -1,4 +1,4 @@
-"""Which pictures a folder holds and what their captions are: metadata files, or a ``.txt`` beside each picture."""
+"""Which images a folder holds and what their captions are: metadata files, or a ``.txt`` beside each image."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from lightning.pytorch.utilities import rank_zero_warn
 
 from sdmodule.errors import SettingsError, choices
-from sdmodule.io.image_files import SUFFIXES, PictureFile
+from sdmodule.io.image_files import SUFFIXES, ImageFile
 
 
 class CaptionStyle(NamedTuple):
@@ -41,22 +41,22 @@ class CaptionStyle(NamedTuple):
 
 
 class Example(NamedTuple):
-    """A picture's file, its caption and, where it has them, the files of its mask and of its control picture."""
+    """An image's file, its caption and, where it has them, the files of its mask and of its control image."""
 
-    path: PictureFile
+    path: ImageFile
     caption: str
     mask: Path | None = None
     style: CaptionStyle = CaptionStyle()
     control: Path | None = None
 
     @property
-    def files(self) -> list[PictureFile]:
+    def files(self) -> list[ImageFile]:
         """All of its files."""
         return [file for file in (self.path, self.mask, self.control) if file is not None]
 
 
 BESIDE = {"mask_file_name": "mask", "conditioning_image_file_name": "control"}
-"""Columns of metadata that name what belongs to a picture, and what that is of an `Example`."""
+"""Columns of metadata that name what belongs to an image, and what that is of an `Example`."""
 
 
 class Examples(Protocol):
@@ -68,17 +68,17 @@ class Examples(Protocol):
 
 
 def find_examples(root: str | Path, key: str = "data.root", prompt: str | None = None) -> list[Example]:
-    """List a folder's pictures with their captions, sorted by name; the pictures are not opened.
+    """List a folder's images with their captions, sorted by name; the images are not opened.
 
     Captions come from the first of these that exists: ``metadata.jsonl``, ``metadata.csv`` (columns ``file_name``,
-    relative to the folder, and ``text``), or a ``.txt`` beside each picture. Subfolders count; hidden files do not.
-    Pictures that a metadata file does not name are left out, with a warning. A column ``mask_file_name``, if there is
-    one, names each picture's mask, and ``conditioning_image_file_name`` its control picture.
+    relative to the folder, and ``text``), or a ``.txt`` beside each image. Subfolders count; hidden files do not.
+    Images that a metadata file does not name are left out, with a warning. A column ``mask_file_name``, if there is
+    one, names each image's mask, and ``conditioning_image_file_name`` its control image.
 
     Args:
         root: the folder.
         key: the setting that gave the folder, for the messages.
-        prompt: the caption of all pictures, which then need none of their own; masks and control pictures that metadata
+        prompt: the caption of all images, which then need none of their own; masks and control images that metadata
             names are none of them.
 
     Raises:
@@ -87,19 +87,19 @@ def find_examples(root: str | Path, key: str = "data.root", prompt: str | None =
     folder = absolute(root)
     if not folder.is_dir():
         problem = "is a file" if folder.is_file() else "does not exist"
-        raise SettingsError(f"{key}={root} {problem}; give a folder of pictures with captions.")
-    pictures = picture_files(folder)
+        raise SettingsError(f"{key}={root} {problem}; give a folder of images with captions.")
+    images = image_files(folder)
     metadata = next((file for name in ("metadata.jsonl", "metadata.csv") if (file := folder / name).is_file()), None)
-    if prompt is not None and pictures and not (metadata and names_more(metadata, key)):
-        return [Example(path, prompt) for path in sorted(pictures)]
+    if prompt is not None and images and not (metadata and names_more(metadata, key)):
+        return [Example(path, prompt) for path in sorted(images)]
     if metadata is None:
-        if not pictures:
-            raise SettingsError(f"{key}={root} holds no pictures; pictures end in {choices(SUFFIXES)}.")
-        return _read_sidecars(sorted(pictures), folder, key)
+        if not images:
+            raise SettingsError(f"{key}={root} holds no images; images end in {choices(SUFFIXES)}.")
+        return _read_sidecars(sorted(images), folder, key)
 
     examples = sorted(_read_metadata(metadata, key, prompt), key=lambda example: example[:2])
     if not examples:
-        raise SettingsError(f"{key}: {metadata} names no pictures; give it a row with file_name and text for each.")
+        raise SettingsError(f"{key}: {metadata} names no images; give it a row with file_name and text for each.")
     for column, field in BESIDE.items():
         bare = [example.path for example in examples if getattr(example, field) is None]
         if 0 < len(bare) < len(examples):
@@ -110,22 +110,22 @@ def find_examples(root: str | Path, key: str = "data.root", prompt: str | None =
     named = {path for example in examples for path in example.files if isinstance(path, Path)}
     if absent := sorted(path for path in named if not os.path.isfile(path)):
         raise SettingsError(
-            f"{key}: {metadata} names pictures that do not exist: {some(_names(absent, folder))}; "
-            "file_name is relative to the folder of that file: add the pictures or remove their rows."
+            f"{key}: {metadata} names images that do not exist: {some(_names(absent, folder))}; "
+            "file_name is relative to the folder of that file: add the images or remove their rows."
         )
-    if unnamed := sorted(pictures - named):
+    if unnamed := sorted(images - named):
         left_out = some(_names(unnamed, folder))
-        rank_zero_warn(f"{key}: left out {len(unnamed)} pictures not named in {metadata}: {left_out}.")
+        rank_zero_warn(f"{key}: left out {len(unnamed)} images not named in {metadata}: {left_out}.")
     return examples
 
 
 def absolute(root: str | Path) -> Path:
-    """Tidy a path without following links: pictures may be links to files elsewhere."""
+    """Tidy a path without following links: images may be links to files elsewhere."""
     return Path(os.path.abspath(Path(root).expanduser()))
 
 
-def picture_files(folder: Path) -> set[Path]:
-    """The files of a folder, and of those in it, that end as pictures do."""
+def image_files(folder: Path) -> set[Path]:
+    """The files of a folder, and of those in it, that end as images do."""
     return {path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not _hidden(path, folder)}
 
 
@@ -139,18 +139,18 @@ def some(names: Sequence[str], limit: int = 3) -> str:
     return named if len(names) <= limit else f"{named} and {len(names) - limit} more"
 
 
-def _names(files: Iterable[PictureFile], folder: Path) -> list[str]:
+def _names(files: Iterable[ImageFile], folder: Path) -> list[str]:
     return [os.path.relpath(str(file), folder) for file in files]
 
 
-def _read_sidecars(pictures: Sequence[Path], folder: Path, key: str) -> list[Example]:
-    """Read the ``.txt`` beside each picture."""
-    if bare := [path for path in pictures if not path.with_suffix(".txt").is_file()]:
+def _read_sidecars(images: Sequence[Path], folder: Path, key: str) -> list[Example]:
+    """Read the ``.txt`` beside each image."""
+    if bare := [path for path in images if not path.with_suffix(".txt").is_file()]:
         raise SettingsError(
-            f"{key}={folder} has {len(bare)} pictures without a caption: {some(_names(bare, folder))}; "
-            "put a metadata.jsonl or metadata.csv (file_name, text) in the folder, or a .txt beside each picture."
+            f"{key}={folder} has {len(bare)} images without a caption: {some(_names(bare, folder))}; "
+            "put a metadata.jsonl or metadata.csv (file_name, text) in the folder, or a .txt beside each image."
         )
-    return [Example(path, _read_text(path.with_suffix(".txt"), key).strip()) for path in pictures]
+    return [Example(path, _read_text(path.with_suffix(".txt"), key).strip()) for path in images]
 
 
 def _read_text(path: Path, key: str) -> str:
@@ -161,7 +161,7 @@ def _read_text(path: Path, key: str) -> str:
 
 
 def names_more(metadata: Path, key: str) -> bool:
-    """Whether metadata names masks or control pictures."""
+    """Whether metadata names masks or control images."""
     return any(row.get(column) for _, row in _rows(metadata, key) for column in BESIDE)
 
 
@@ -195,7 +195,7 @@ def _within(folder: Path, name: str, where: str) -> Path:
     """The file of a folder that a row names."""
     file = Path(os.path.normpath(folder / name))
     if not file.is_relative_to(folder):
-        raise SettingsError(f"{where} names {name}, outside the folder; move the picture into {folder}.")
+        raise SettingsError(f"{where} names {name}, outside the folder; move the image into {folder}.")
     return file
 
 

@@ -1,4 +1,4 @@
-"""Pictures in a data set of Hugging Face: from the hub, or a folder that the package ``datasets`` reads."""
+"""Images in a data set of Hugging Face: from the hub, or a folder that the package ``datasets`` reads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from sdmodule.data.sources.folder import Example, Examples
 from sdmodule.errors import SettingsError, choices
-from sdmodule.io.image_files import PictureFile
+from sdmodule.io.image_files import ImageFile
 from sdmodule.ranges import check_place
 
 TEXTS = ("string", "large_string", "string_view")
@@ -18,16 +18,16 @@ BYTES = ("binary", "large_binary", "binary_view")
 
 @dataclass(frozen=True)
 class HuggingFaceData:
-    """A split of a data set with a column of pictures and one of captions.
+    """A split of a data set with a column of images and one of captions.
 
     The rows stay on disk, mapped into memory; no code that a data set brings along is run.
 
     Args:
-        name: a hub id; a folder of parquet or other files, of pictures, or one that ``save_to_disk`` wrote.
+        name: a hub id; a folder of parquet or other files, of images, or one that ``save_to_disk`` wrote.
         split: which part of it.
         subset: which of its configurations, where it has several.
         revision: branch, tag or commit of a hub id.
-        image_column: of pictures, or of the bytes of their files.
+        image_column: of images, or of the bytes of their files.
         caption_column: of texts.
         key: the setting that gave it, for the messages.
 
@@ -60,25 +60,25 @@ class HuggingFaceData:
                     f"data.{setting}={column} is no column of {self}; it has {choices(rows.column_names)}."
                 )
         rows = rows.select_columns([self.image_column, self.caption_column])
-        pictures, captions = rows.features[self.image_column], rows.features[self.caption_column]
-        if isinstance(pictures, datasets.Image):
+        images, captions = rows.features[self.image_column], rows.features[self.caption_column]
+        if isinstance(images, datasets.Image):
             rows = rows.cast_column(self.image_column, datasets.Image(decode=False))
-        elif not _holds_bytes(pictures):
+        elif not _holds_bytes(images):
             raise SettingsError(
-                f"data.image_column={self.image_column} of {self} holds {pictures}; give a column of pictures."
+                f"data.image_column={self.image_column} of {self} holds {images}; give a column of images."
             )
         if getattr(captions, "dtype", None) not in TEXTS:
             raise SettingsError(
                 f"data.caption_column={self.caption_column} of {self} holds {captions}; give a column of texts."
             )
         if not len(rows):
-            raise SettingsError(f"{self} has no rows; give a split with pictures.")
+            raise SettingsError(f"{self} has no rows; give a split with images.")
         return _Rows(rows, self)
 
-    def called(self, picture: PictureFile) -> str:
-        """The number of the picture's row."""
-        assert isinstance(picture, Cell)
-        return f"row {picture.number}"
+    def called(self, image: ImageFile) -> str:
+        """The number of the image's row."""
+        assert isinstance(image, Cell)
+        return f"row {image.number}"
 
     def _load(self) -> Any:
         try:
@@ -107,7 +107,7 @@ class HuggingFaceData:
 
 
 class Cell(NamedTuple):
-    """A picture in a row of a data set."""
+    """An image in a row of a data set."""
 
     rows: Any
     number: int
@@ -119,7 +119,7 @@ class Cell(NamedTuple):
         if isinstance(value, dict):
             value = value["bytes"] if value["bytes"] is not None else value["path"] and Path(value["path"]).read_bytes()
         if not value:
-            raise ValueError("it holds no picture")
+            raise ValueError("it holds no image")
         return value
 
     def __str__(self) -> str:
@@ -130,7 +130,7 @@ class _Rows:
     """Rows of a data set as examples."""
 
     def __init__(self, rows: Any, place: HuggingFaceData) -> None:
-        self.pictures = rows.select_columns([place.image_column])
+        self.images = rows.select_columns([place.image_column])
         self.captions = rows.select_columns([place.caption_column])
         self.place = place
 
@@ -138,16 +138,16 @@ class _Rows:
         return len(self.captions)
 
     def __getitem__(self, index: int) -> Example:
-        picture = Cell(self.pictures, index, self.place)
+        image = Cell(self.images, index, self.place)
         caption = self.captions[index][self.place.caption_column]
         if caption is None:
             raise SettingsError(
-                f"data.caption_column={self.place.caption_column} holds nothing in {picture}; give it a text."
+                f"data.caption_column={self.place.caption_column} holds nothing in {image}; give it a text."
             )
-        return Example(picture, caption)
+        return Example(image, caption)
 
 
 def _holds_bytes(feature: Any) -> bool:
-    """Whether a column holds files' bytes, alone or as the pair of bytes and path that pictures are stored as."""
+    """Whether a column holds files' bytes, alone or as the pair of bytes and path that images are stored as."""
     value = feature.get("bytes") if isinstance(feature, dict) else feature
     return getattr(value, "dtype", None) in BYTES

@@ -1,4 +1,4 @@
-"""What training pictures are drawn from: one place, or several mixed by weight, each with its own way with captions."""
+"""What training images are drawn from: one place, or several mixed by weight, each with its own way with captions."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch.utils.data import ConcatDataset, Dataset
 from typing_extensions import override
 
 from sdmodule.data.sources.folder import CaptionStyle, Example, Examples, absolute, find_examples
-from sdmodule.data.sources.verify import Place, readable
+from sdmodule.data.sources.verify import Place, verify_images
 from sdmodule.errors import SettingsError
-from sdmodule.io.image_files import PictureFile
+from sdmodule.io.image_files import ImageFile
 from sdmodule.ranges import check_flag, check_place
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder of pictures with captions; see `find_examples`.
+    """A folder of images with captions; see `find_examples`.
 
     Args:
         root: the folder.
         key: the setting that gave it, for the messages.
-        prompt: the caption of all its pictures, which then need none of their own.
+        prompt: the caption of all its images, which then need none of their own.
 
     Raises:
         SettingsError: for a root or a prompt that is no text.
@@ -43,19 +43,19 @@ class Folder:
         return f"{self.key}={self.root}"
 
     def find(self) -> Examples:
-        """The pictures, sorted by name."""
+        """The images, sorted by name."""
         return find_examples(self.root, self.key, self.prompt)
 
-    def called(self, picture: PictureFile) -> str:
-        """Where a picture is in the folder."""
-        return os.path.relpath(str(picture), absolute(self.root))
+    def called(self, image: ImageFile) -> str:
+        """Where an image is in the folder."""
+        return os.path.relpath(str(image), absolute(self.root))
 
 
-class Picked(Dataset[Example]):
-    """Some of a place's pictures, each looked up when it is asked for.
+class ImageSubset(Dataset[Example]):
+    """Some of a place's images, each looked up when it is asked for.
 
     Args:
-        found: the place's pictures.
+        found: the place's images.
         numbers: which of them, in which order.
         style: what becomes of their captions.
         masks: whether they have their masks, if there are some.
@@ -75,18 +75,18 @@ class Picked(Dataset[Example]):
         example = self.found[self.numbers[index]]._replace(style=self.style)
         return example if self.masks else example._replace(mask=None)
 
-    def part(self, positions: Sequence[int]) -> Picked:
+    def part(self, positions: Sequence[int]) -> ImageSubset:
         """Some of these again, or the same several times."""
-        return Picked(self.found, [self.numbers[position] for position in positions], self.style, self.masks)
+        return ImageSubset(self.found, [self.numbers[position] for position in positions], self.style, self.masks)
 
-    def without_masks(self) -> Picked:
+    def without_masks(self) -> ImageSubset:
         """These, their masks left out."""
-        return Picked(self.found, self.numbers, self.style, masks=False)
+        return ImageSubset(self.found, self.numbers, self.style, masks=False)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A place of pictures with captions, and how much and in which way they are shown.
+    """A place of images with captions, and how much and in which way they are shown.
 
     Args:
         place: where they are.
@@ -130,17 +130,17 @@ class Source:
 
     @property
     def varied(self) -> bool:
-        """Whether a picture has another caption at each time."""
+        """Whether an image has another caption at each time."""
         return self.shuffle_tags or len(self.templates) > 1
 
-    def examples(self, skip_bad: bool) -> Picked:
-        """The pictures that can be read, each with its caption; see `readable`."""
+    def examples(self, skip_bad: bool) -> ImageSubset:
+        """The images that can be read, each with its caption; see `verify_images`."""
         found = self.place.find()
         style = CaptionStyle(self.templates, self.shuffle_tags, self.keep_tags)
-        return Picked(found, readable(found, self.place, skip_bad), style)
+        return ImageSubset(found, verify_images(found, self.place, skip_bad), style)
 
-    def split(self, examples: Picked, fraction: float) -> tuple[Picked, Picked]:
-        """Part the pictures by a hash of their names: adding some to the place moves few of the others.
+    def split(self, examples: ImageSubset, fraction: float) -> tuple[ImageSubset, ImageSubset]:
+        """Part the images by a hash of their names: adding some to the place moves few of the others.
 
         Returns:
             Those to train on, and those to validate on: at least one, unless ``fraction`` is 0.
@@ -149,7 +149,7 @@ class Source:
             return examples, examples.part([])
         if len(examples) == 1:
             raise SettingsError(
-                f"{self.place} has one picture, so data.val_fraction={fraction} leaves none to train on; set "
+                f"{self.place} has one image, so data.val_fraction={fraction} leaves none to train on; set "
                 "data.val_fraction=0, or give others to validate on."
             )
         count = min(max(1, round(fraction * len(examples))), len(examples) - 1)
@@ -161,10 +161,10 @@ class Source:
         return examples.part(sorted(ranked[count:])), examples.part(sorted(ranked[:count]))
 
 
-def mixed(sources: Sequence[Picked], weights: Sequence[float]) -> ConcatDataset[Example]:
-    """An epoch in which each source has its share and each picture is shown at least once.
+def mix_sources(sources: Sequence[ImageSubset], weights: Sequence[float]) -> ConcatDataset[Example]:
+    """An epoch in which each source has its share and each image is shown at least once.
 
-    The source with the fewest pictures for its weight is the one that is repeated most; pictures of one source are
+    The source with the fewest images for its weight is the one that is repeated most; images of one source are
     shown equally often, but for one time.
     """
     length = max(len(examples) / weight for examples, weight in zip(sources, weights, strict=True))

@@ -1,6 +1,6 @@
-"""Pictures in tar shards, as the package webdataset writes them: what belongs together has one name but for its end.
+"""Images in tar shards, as the package webdataset writes them: what belongs together has one name but for its end.
 
-The members' places are read once, so that any picture is found at once. So shards are shuffled, mixed, cut into
+The members' places are read once, so that any image is found at once. So shards are shuffled, mixed, cut into
 batches of one size, cached and gone on from as folders are, and every device has its equal part of every batch, which
 a stream of shards cannot give.
 """
@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from sdmodule.data.sources.folder import Example, Examples, some
 from sdmodule.errors import SettingsError, choices
-from sdmodule.io.image_files import SUFFIXES, PictureFile
+from sdmodule.io.image_files import SUFFIXES, ImageFile
 from sdmodule.ranges import check_place
 
 
@@ -45,7 +45,7 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class Shards:
-    """Tar files of pictures, each with a ``.txt`` or a ``.json`` of its name that holds its caption.
+    """Tar files of images, each with a ``.txt`` or a ``.json`` of its name that holds its caption.
 
     Args:
         shards: a path with ``{000..009}``, ``{a,b}`` or ``*`` in it, or several.
@@ -69,32 +69,32 @@ class Shards:
         return f"{self.key}={self.shards}"
 
     def find(self) -> Examples:
-        """The pictures, in the order of the shards and of what is in them."""
+        """The images, in the order of the shards and of what is in them."""
         pairs: list[tuple[Member, Member]] = []
         bare: list[Member] = []
         others: Counter[str] = Counter()
         for shard in self.files():
             for files in _samples(shard, str(self)):
-                pictures = [files.pop(kind) for kind in sorted(SUFFIXES & files.keys())]
+                images = [files.pop(kind) for kind in sorted(SUFFIXES & files.keys())]
                 caption = files.pop(".txt", None) or files.pop(".json", None)
-                if len(pictures) > 1:
-                    raise SettingsError(f"{self} has {pictures[0]} and {pictures[1]} of one name; keep one of them.")
-                if pictures and caption:
-                    pairs.append((pictures[0], caption))
+                if len(images) > 1:
+                    raise SettingsError(f"{self} has {images[0]} and {images[1]} of one name; keep one of them.")
+                if images and caption:
+                    pairs.append((images[0], caption))
                     files.pop(".json", None)
                 else:
-                    bare += pictures
+                    bare += images
                 others.update(files.keys())
         if bare:
             raise SettingsError(
-                f"{self} has {len(bare)} pictures without a caption: {some([*map(str, bare)])}; put a .txt or a .json "
+                f"{self} has {len(bare)} images without a caption: {some([*map(str, bare)])}; put a .txt or a .json "
                 "of the same name beside each."
             )
         if not pairs:
-            raise SettingsError(f"{self} holds no pictures; pictures end in {choices(SUFFIXES)}.")
+            raise SettingsError(f"{self} holds no images; images end in {choices(SUFFIXES)}.")
         if others:
             kinds = choices(f"{count} {kind or 'without an end'}" for kind, count in others.items())
-            rank_zero_warn(f"{self}: left out files that are neither picture nor caption: {kinds}.")
+            rank_zero_warn(f"{self}: left out files that are neither image nor caption: {kinds}.")
         return _Pairs(pairs, self)
 
     def files(self) -> list[Path]:
@@ -115,9 +115,9 @@ class Shards:
             raise SettingsError(f"{self} names no files; give a path such as shards/{{000..009}}.tar.")
         return paths
 
-    def called(self, picture: PictureFile) -> str:
-        """The shard and what the picture is called in it."""
-        return str(picture)
+    def called(self, image: ImageFile) -> str:
+        """The shard and what the image is called in it."""
+        return str(image)
 
     def caption(self, file: Member) -> str:
         """The caption that a ``.txt`` or a ``.json`` holds.
@@ -142,7 +142,7 @@ class Shards:
 
 
 class _Pairs:
-    """Pictures and captions in shards, read when they are asked for."""
+    """Images and captions in shards, read when they are asked for."""
 
     def __init__(self, pairs: Sequence[tuple[Member, Member]], shards: Shards) -> None:
         self.pairs = pairs
@@ -152,8 +152,8 @@ class _Pairs:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Example:
-        picture, caption = self.pairs[index]
-        return Example(picture, self.shards.caption(caption))
+        image, caption = self.pairs[index]
+        return Example(image, self.shards.caption(caption))
 
 
 def _samples(shard: Path, given: str) -> list[dict[str, Member]]:

@@ -1,4 +1,4 @@
-"""Pictures as files: which of those that a place has can be read, and how their pixels come out."""
+"""Images as files: which of those that a place has can be read, and how their pixels come out."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from PIL import Image, UnidentifiedImageError
 
 from sdmodule.data.sources.folder import Examples, some
 from sdmodule.errors import SettingsError, choices
-from sdmodule.io.image_files import FORMATS, SUFFIXES, PictureFile, open_upright, opened
+from sdmodule.io.image_files import FORMATS, SUFFIXES, ImageFile, open_image, open_upright
 
 
 class Place(Protocol):
-    """Where captioned pictures are; as a text, the setting that gave it and its value."""
+    """Where captioned images are; as a text, the setting that gave it and its value."""
 
     @property
     def key(self) -> str:
@@ -22,23 +22,23 @@ class Place(Protocol):
         ...
 
     def find(self) -> Examples:
-        """All pictures, always in the same order, each with its caption.
+        """All images, always in the same order, each with its caption.
 
         Raises:
             SettingsError: if there are none, or not all of them have a caption.
         """
         ...
 
-    def called(self, picture: PictureFile) -> str:
-        """What a picture is called there."""
+    def called(self, image: ImageFile) -> str:
+        """What an image is called there."""
         ...
 
 
-def readable(examples: Examples, place: Place, skip_bad: bool) -> list[int]:
-    """Check the header of every picture; a file that PIL cannot read as a picture is an error, or is left out.
+def verify_images(examples: Examples, place: Place, skip_bad: bool) -> list[int]:
+    """Check the header of every image; a file that PIL cannot read as an image is an error, or is left out.
 
     Args:
-        examples: the pictures of one place.
+        examples: the images of one place.
         place: that place.
         skip_bad: leave the bad ones out with one warning that counts and names them.
 
@@ -46,7 +46,7 @@ def readable(examples: Examples, place: Place, skip_bad: bool) -> list[int]:
         The numbers of the good ones.
 
     Raises:
-        SettingsError: if a picture is bad and ``skip_bad`` is false, or if none is good.
+        SettingsError: if an image is bad and ``skip_bad`` is false, or if none is good.
     """
     good: list[int] = []
     problems: dict[str, str] = {}
@@ -60,21 +60,21 @@ def readable(examples: Examples, place: Place, skip_bad: bool) -> list[int]:
         return good
     if not skip_bad:
         raise SettingsError(
-            f"{place} has {len(problems)} files that are no readable pictures: {some([*problems])} "
+            f"{place} has {len(problems)} files that are no readable images: {some([*problems])} "
             f"({next(iter(problems.values()))}); replace them, or set data.skip_bad=true to leave them out."
         )
     if not good:
-        raise SettingsError(f"{place} has no readable picture left after skipping {some([*problems])}.")
-    rank_zero_warn(f"{place.key}: skipped {len(problems)} unreadable pictures: {some([*problems], limit=20)}.")
+        raise SettingsError(f"{place} has no readable image left after skipping {some([*problems])}.")
+    rank_zero_warn(f"{place.key}: skipped {len(problems)} unreadable images: {some([*problems], limit=20)}.")
     return good
 
 
-def _problem(file: PictureFile) -> str | None:
-    """Say what is wrong with a picture's file, as far as its header and checksums tell."""
+def _problem(file: ImageFile) -> str | None:
+    """Say what is wrong with an image's file, as far as its header and checksums tell."""
     if isinstance(file, Path) and file.suffix.lower() not in SUFFIXES:
         return f"{file.suffix or 'no suffix'} is none of {choices(SUFFIXES)}"
     try:
-        with opened(file) as image:
+        with open_image(file) as image:
             if image.mode == "F":
                 return "floating-point pixels have no fixed range"
             image.verify()
@@ -85,8 +85,8 @@ def _problem(file: PictureFile) -> str | None:
     return None
 
 
-def load_rgb(path: PictureFile) -> Image.Image:
-    """Read a picture as 8-bit RGB: upright, transparent parts on white, 16 bits scaled to 8, the first frame only.
+def load_rgb(path: ImageFile) -> Image.Image:
+    """Read an image as 8-bit RGB: upright, transparent parts on white, 16 bits scaled to 8, the first frame only.
 
     Raises:
         SettingsError: if its pixels cannot be decoded, or are more than PIL's limit.
@@ -101,8 +101,8 @@ def load_rgb(path: PictureFile) -> Image.Image:
     return image.convert("RGB")
 
 
-def load_beside(path: PictureFile, picture: PictureFile, size: tuple[int, int], what: str) -> Image.Image:
-    """Read what belongs to a picture of ``size``, its mask or its control picture, as 8-bit RGB.
+def load_beside(path: ImageFile, image: ImageFile, size: tuple[int, int], what: str) -> Image.Image:
+    """Read what belongs to an image of ``size``, its mask or its control image, as 8-bit RGB.
 
     Raises:
         SettingsError: if its pixels cannot be decoded, or it has another size.
@@ -110,7 +110,7 @@ def load_beside(path: PictureFile, picture: PictureFile, size: tuple[int, int], 
     beside = load_rgb(path)
     if beside.size != size:
         raise SettingsError(
-            f"data: the {what} {path} is of {beside.width}x{beside.height} pixels and {picture} of "
-            f"{size[0]}x{size[1]}; give a {what} of the picture's size."
+            f"data: the {what} {path} is of {beside.width}x{beside.height} pixels and {image} of "
+            f"{size[0]}x{size[1]}; give a {what} of the image's size."
         )
     return beside

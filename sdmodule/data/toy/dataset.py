@@ -1,4 +1,4 @@
-"""Captioned pictures of coloured shapes, made on the fly: the data that the embedded model is trained on."""
+"""Captioned images of coloured shapes, made on the fly: the data that the embedded model is trained on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sdmodule.version import __version__
 class CaptionedImage(TypedDict):
     """One training example: ``image`` is ``[3, H, W]`` in [-1, 1].
 
-    ``mask``, if any, is ``[1, H, W]`` of 1 and 0; ``conditioning``, a ControlNet's picture, ``[3, H, W]`` in [0, 1].
+    ``mask``, if any, is ``[1, H, W]`` of 1 and 0; ``conditioning``, a ControlNet's image, ``[3, H, W]`` in [0, 1].
     """
 
     image: Tensor
@@ -30,7 +30,7 @@ class CaptionedImage(TypedDict):
 
 
 class View(NamedTuple):
-    """How a picture is shown: which part of it is cut out, from 0 to 1 each way, and whether it is mirrored."""
+    """How an image is shown: which part of it is cut out, from 0 to 1 each way, and whether it is mirrored."""
 
     x: float = 0.5
     y: float = 0.5
@@ -41,11 +41,11 @@ class ShapesDataset(Dataset[CaptionedImage]):
     """``length`` scenes; scene k depends on (seed, k) alone, whatever the order or the number of workers.
 
     Args:
-        length: number of pictures.
+        length: number of images.
         seed: names the sequence of scenes.
-        size: side of a picture in pixels.
+        size: side of an image in pixels.
         two_objects: share of scenes with two objects.
-        collages: share of pictures without a caption that show anything but the grammar's shapes; for autoencoders.
+        collages: share of images without a caption that show anything but the grammar's shapes; for autoencoders.
     """
 
     center_crop, random_flip, fixed_captions = True, False, True
@@ -63,29 +63,29 @@ class ShapesDataset(Dataset[CaptionedImage]):
         return self.length
 
     def size_of(self, index: int) -> tuple[int, int]:
-        """Height and width of a picture."""
+        """Height and width of an image."""
         return self.size, self.size
 
     def content(self, index: int) -> str:
-        """Names what a picture shows."""
+        """Names what an image shows."""
         return f"scene {self.seed}/{index} {self.two_objects} {self.collages} of sdmodule {__version__}"
 
     def view(self, index: int) -> View:
-        """How a picture is shown: always in the same way."""
+        """How an image is shown: always in the same way."""
         return View()
 
     def _scene(self, index: int) -> tuple[random.Random, Scene | None]:
-        """The scene that a picture shows; none for a collage, which is painted with the generator beside it."""
+        """The scene that an image shows; none for a collage, which is painted with the generator beside it."""
         rng = random.Random(f"{self.seed}/{index}")
         return rng, None if rng.random() < self.collages else sample_scene(rng, self.two_objects)
 
     def caption(self, index: int) -> str:
-        """What a picture shows; a collage has no caption."""
+        """What an image shows; a collage has no caption."""
         _, scene = self._scene(index)
         return caption(scene) if scene else ""
 
     def seen(self, index: int, view: View) -> dict[str, Tensor]:
-        """A picture, ``image`` ``[3, H, W]``."""
+        """An image, ``image`` ``[3, H, W]``."""
         rng, scene = self._scene(index)
         return {"image": image_to_tensor(render(scene, self.size) if scene else render_collage(rng, self.size))}
 
@@ -98,12 +98,12 @@ class ShapesDataModule(LightningDataModule):
     """Scenes for training and, from another seed, for validation.
 
     Args:
-        batch_size: pictures a step.
-        train_length: pictures in an epoch of training.
-        val_length: pictures for validation.
-        size: side of a picture in pixels.
+        batch_size: images a step.
+        train_length: images in an epoch of training.
+        val_length: images for validation.
+        size: side of an image in pixels.
         two_objects: share of scenes with two objects.
-        collages: share of caption-less pictures in training, for autoencoders.
+        collages: share of caption-less images in training, for autoencoders.
         seed: names the sequence of scenes.
         num_workers: processes that render; 0 renders in the training process.
     """

@@ -1,4 +1,4 @@
-"""The little world that the embedded model knows: captioned pictures of coloured shapes.
+"""The little world that the embedded model knows: captioned images of coloured shapes.
 
 A scene is a background and one or two objects. :func:`sample_scene` draws one from a random generator,
 :func:`caption` says it in words, :func:`render` paints it. The grammar of the captions is
@@ -7,7 +7,7 @@ A scene is a background and one or two objects. :func:`sample_scene` draws one f
     a COLOUR SHAPE to the left of|to the right of|above|below a COLOUR SHAPE on a COLOUR background
 
 Six (colour, shape) pairs are held out of training (:data:`HELD_OUT`), so that a sample of one of them shows
-whether a model has understood the words or has only learned pictures by heart.
+whether a model has understood the words or has only learned images by heart.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw
 
 IMAGE_SIZE = 64
-"""Side of a picture, in pixels."""
+"""Side of an image, in pixels."""
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 40),
@@ -45,7 +45,7 @@ PLACES: dict[str | None, tuple[float, float]] = {
     "at the bottom": (0.0, 1.0),
     None: (0.0, 0.0),
 }
-"""Direction from the middle of the picture, by the words that name it (x to the right, y down)."""
+"""Direction from the middle of the image, by the words that name it (x to the right, y down)."""
 
 RELATIONS: dict[str, tuple[float, float]] = {
     "to the left of": (-1.0, 0.0),
@@ -65,7 +65,7 @@ HELD_OUT = frozenset(
         ("white", "circle"),
     }
 )
-"""(colour, shape) pairs that no training picture shows."""
+"""(colour, shape) pairs that no training image shows."""
 
 
 def _regular(corners: int, start: float, inner: float | None = None) -> list[tuple[float, float]]:
@@ -134,7 +134,7 @@ def caption(scene: Scene) -> str:
 
 
 def render(scene: Scene, size: int = IMAGE_SIZE, oversample: int = 4) -> Image.Image:
-    """Paint a scene, antialiased, as an RGB picture of ``size`` pixels a side."""
+    """Paint a scene, antialiased, as an RGB image of ``size`` pixels a side."""
     image = Image.new("RGB", (size, size), COLOURS[scene.background])
     scale = oversample * size / IMAGE_SIZE
     for item in scene.objects:
@@ -164,7 +164,7 @@ def sample_single(rng: random.Random, held_out: bool | None = False) -> Scene:
     place = rng.choice([None, *PLACES])
     radius = rng.uniform(*SIZES[size])
     dx, dy = PLACES[place]
-    # A named place reaches from the margin to a third of the picture; the other axis stays near the middle.
+    # A named place reaches from the margin to a third of the image; the other axis stays near the middle.
     middle, reach = IMAGE_SIZE / 2, IMAGE_SIZE / 2 - radius - 1.0
     offset = rng.uniform(min(10.0, reach), reach)
     slack = min(4.0, reach)
@@ -196,10 +196,10 @@ def sample_scene(rng: random.Random, two_objects: float = 0.4, held_out: bool | 
 
 
 def render_collage(rng: random.Random, size: int = IMAGE_SIZE, oversample: int = 4) -> Image.Image:
-    """Paint patches and strokes of any colour over a gradient: pictures for an autoencoder, without a caption.
+    """Paint patches and strokes of any colour over a gradient: images for an autoencoder, without a caption.
 
     They show none of the six shapes, so nothing that is held out is learned here; they teach the autoencoder colours
-    and edges that the scenes do not have, which is what makes it usable for other people's pictures.
+    and edges that the scenes do not have, which is what makes it usable for other people's images.
     """
 
     def colour() -> tuple[int, int, int]:

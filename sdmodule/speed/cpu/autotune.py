@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdmodule.io.atomic import settle
+from sdmodule.io.atomic import write_text_once
 from sdmodule.io.fingerprint import fingerprint
 
 TORCH = "torch"
@@ -45,28 +45,28 @@ def fastest(ways: Ways, shape: tuple[Any, ...], *arguments: Any) -> Tensor:
     """
     name = CHOSEN.get(shape)
     if name is None:
-        name = CHOSEN[shape] = remembered(ways, shape, arguments)
+        name = CHOSEN[shape] = cached_choice(ways, shape, arguments)
     return ways.get(name, ways[TORCH])(*arguments)
 
 
-def remembered(ways: Ways, shape: tuple[Any, ...], arguments: tuple[Any, ...]) -> str:
+def cached_choice(ways: Ways, shape: tuple[Any, ...], arguments: tuple[Any, ...]) -> str:
     """The name of the fastest way: what was found here earlier, or else what is found now and written down.
 
     Choices lie in ``~/.cache/sdmodule/kernels``. Where that cannot be written, each process measures by itself.
     """
-    file = choices_folder() / fingerprint(*shape)
+    file = autotune_cache_dir() / fingerprint(*shape)
     with suppress(OSError, UnicodeDecodeError):
         if (name := file.read_text(encoding="utf-8")) in ways:
             return name
-    name = measured(ways, arguments)
+    name = measure_fastest(ways, arguments)
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        settled = settle(file, name)  # the processes of a run choose alike: the first one's choice holds
+        settled = write_text_once(file, name)  # the processes of a run choose alike: the first one's choice holds
         return settled if settled in ways else name
     return name
 
 
-def measured(ways: Ways, arguments: tuple[Any, ...]) -> str:
+def measure_fastest(ways: Ways, arguments: tuple[Any, ...]) -> str:
     """The name of the fastest way; they run in turn, and the best of their times are compared."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     begun = time.perf_counter()
@@ -83,13 +83,13 @@ def measured(ways: Ways, arguments: tuple[Any, ...]) -> str:
 
 
 @cache
-def choices_folder() -> Path:
+def autotune_cache_dir() -> Path:
     """Where this machine's choices are kept: those of a processor, a version of torch and a number of threads."""
     about = Path("/proc/cpuinfo")
     lines = about.read_text().splitlines() if about.exists() else []
     # generations of one vendor may share a name, and machines of one name be allowed less of what it can do
-    facts = ("model name", "cpu family", "model\t", "flags")
-    named = (next((line for line in lines if line.startswith(fact)), "") for fact in facts)
+    metadata = ("model name", "cpu family", "model\t", "flags")
+    named = (next((line for line in lines if line.startswith(fact)), "") for fact in metadata)
     processor = (*named, platform.processor())
     home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     machine = (

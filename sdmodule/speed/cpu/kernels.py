@@ -21,7 +21,7 @@ from sdmodule.speed.cpu.native.attention import native_attention
 from sdmodule.speed.cpu.native.jit_build import is_available
 from sdmodule.speed.cpu.prepacked import fused_geglu, packed_convolution, packed_linear, packs
 from sdmodule.speed.cpu.tiled_attention import ALIGNED, tiled_attention
-from sdmodule.speed.swap_class import swapped
+from sdmodule.speed.swap_class import swap_class
 
 
 def padded_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -54,8 +54,8 @@ def convolved(tokens: Tensor, layer: nn.Linear) -> Tensor:
 
     Some builds of torch multiply float32 matrices slower than they convolve.
     """
-    picture = tokens.unsqueeze(2).permute(0, 3, 1, 2)
-    return F.conv2d(picture, layer.weight[:, :, None, None], layer.bias).permute(0, 2, 3, 1).squeeze(2)
+    image = tokens.unsqueeze(2).permute(0, 3, 1, 2)
+    return F.conv2d(image, layer.weight[:, :, None, None], layer.bias).permute(0, 2, 3, 1).squeeze(2)
 
 
 def geglu(tokens: Tensor, layer: GEGLU) -> Tensor:
@@ -63,18 +63,18 @@ def geglu(tokens: Tensor, layer: GEGLU) -> Tensor:
     return GEGLU.forward(layer, tokens)
 
 
-def winograd_convolution(picture: Tensor, layer: Any) -> Tensor:
+def winograd_convolution(image: Tensor, layer: Any) -> Tensor:
     """A convolution of 3x3 with two thirds of the products; ``layer.rows`` keeps its weights."""
     if layer.rows is None:
-        layer.rows = winograd.kernels_of(layer, picture)
-    return winograd.convolve(picture, layer.rows, layer.bias)
+        layer.rows = winograd.kernels_of(layer, image)
+    return winograd.convolve(image, layer.rows, layer.bias)
 
 
-def convolution_of_tiles(picture: Tensor, layer: Any) -> Tensor:
+def convolution_of_tiles(image: Tensor, layer: Any) -> Tensor:
     """A convolution of 3x3 in float32 with a quarter of the products; ``layer.matrices`` keeps its weights."""
     if layer.matrices is None:
         layer.matrices = winograd_tiles.matrices_of(layer)
-    return winograd_tiles.convolve(picture, layer.matrices, layer.bias)
+    return winograd_tiles.convolve(image, layer.matrices, layer.bias)
 
 
 def attentions(query: Tensor, key: Tensor, value: Tensor) -> Ways:
@@ -100,11 +100,11 @@ def fastest_kernels(unet: Any) -> Iterator[None]:
     """Run a UNet's layers the way that is the fastest here, inside a ``with`` block.
 
     Layers keep their weights in the order in which they are multiplied, and convolutions by Winograd's algorithms a
-    third more of them, or in float32, of large pictures, four times as many: there are then two to two and a half times
+    third more of them, or in float32, of large images, four times as many: there are then two to two and a half times
     as many in all, and in float32 three times at 1,024 pixels and four at 2,048. They must not change meanwhile, unless
     by training: a call with gradients drops what is kept.
 
-    Pictures differ by rounding. What a layer's shape is, not how many pictures there are, decides, so that a picture is
+    Images differ by rounding. What a layer's shape is, not how many images there are, decides, so that an image is
     the same whatever its batch.
 
     Args:
@@ -119,7 +119,7 @@ def fastest_kernels(unet: Any) -> Iterator[None]:
 def fastest_convolutions(module: nn.Module) -> Iterator[None]:
     """Run a module's convolutions the way that is the fastest here, inside a ``with`` block; see `fastest_kernels`."""
     convolutions = [layer for layer in module.modules() if type(layer) is nn.Conv2d and _keeps_weights(layer)]
-    with swapped(FastestConv2d, convolutions, keeps=KEPT):
+    with swap_class(FastestConv2d, convolutions, keeps=KEPT):
         yield
 
 
@@ -203,8 +203,8 @@ def fastest_linears(blocks: Iterable[nn.Module]) -> Iterator[None]:
     layers = [layer for block in blocks for layer in block.modules()]
     with ExitStack() as stack:
         linears, gated = ([layer for layer in layers if type(layer) is kind] for kind in (nn.Linear, GEGLU))
-        stack.enter_context(swapped(FastestLinear, linears, keeps=("packed",)))
-        stack.enter_context(swapped(FastestGEGLU, gated, keeps=("halves",)))
+        stack.enter_context(swap_class(FastestLinear, linears, keeps=("packed",)))
+        stack.enter_context(swap_class(FastestGEGLU, gated, keeps=("halves",)))
         yield
 
 
@@ -254,7 +254,7 @@ class FastestConv2d(nn.Conv2d):
 
     @override
     def forward(self, input: Tensor) -> Tensor:
-        """Convolve a picture ``[B, C, h, w]``; the result has its channels innermost."""
+        """Convolve an image ``[B, C, h, w]``; the result has its channels innermost."""
         if _is_as_usual(self, *KEPT) or input.ndim != 4 or _is_mixed(input, self.weight):
             return super().forward(input)
         if not winograd.is_ordinary(self, input):

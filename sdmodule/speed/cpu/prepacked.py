@@ -25,20 +25,20 @@ def packs(dtype: torch.dtype) -> bool:
 def pack_convolution(
     weight: Tensor, size: tuple[int, ...], padding: Pair, stride: Pair, dilation: Pair, groups: int
 ) -> Tensor:
-    """A kernel ``[D, C, h, w]`` in order for pictures of a size ``[B, C, H, W]``; it serves other sizes as well."""
+    """A kernel ``[D, C, h, w]`` in order for images of a size ``[B, C, H, W]``; it serves other sizes as well."""
     reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
     return reorder(weight.contiguous().to_mkldnn(), padding, stride, dilation, groups, size)
 
 
-def packed_convolution(picture: Tensor, layer: Any) -> Tensor:
-    """What a ``Conv2d`` gives for a picture ``[B, C, h, w]``, without gradients; ``layer.packed`` keeps its weights.
+def packed_convolution(image: Tensor, layer: Any) -> Tensor:
+    """What a ``Conv2d`` gives for an image ``[B, C, h, w]``, without gradients; ``layer.packed`` keeps its weights.
 
     The result has its channels innermost. In bfloat16 it was equal to the bit wherever that was tried.
     """
     settings: Any = (layer.padding, layer.stride, layer.dilation, layer.groups)
     if layer.packed is None:
-        layer.packed = pack_convolution(layer.weight, tuple(picture.shape), *settings)
-    return torch.ops.mkldnn._convolution_pointwise(picture, layer.packed, layer.bias, *settings, "none", [], "")
+        layer.packed = pack_convolution(layer.weight, tuple(image.shape), *settings)
+    return torch.ops.mkldnn._convolution_pointwise(image, layer.packed, layer.bias, *settings, "none", [], "")
 
 
 def packed_linear(tokens: Tensor, layer: Any) -> Tensor:

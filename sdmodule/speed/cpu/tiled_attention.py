@@ -34,10 +34,10 @@ from the one it gives to the other. Of 8, rows stay aligned."""
 
 
 def tiled_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention, with the scores of a picture in the type of its numbers where all are small, or else in float32.
+    """Attention, with the scores of an image in the type of its numbers where all are small, or else in float32.
 
     In bfloat16 its error is 0.7 to 1.4 times that of torch's fused attention, up to twice where a few values are many
-    times as large as all others. What is done for a picture depends on it alone, not on the others of its batch.
+    times as large as all others. What is done for an image depends on it alone, not on the others of its batch.
     Without gradients.
 
     Args:
@@ -48,12 +48,12 @@ def tiled_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Returns:
         ``[B, H, L, D]``.
     """
-    return torch.stack([attend(*picture) for picture in zip(query, key, value, strict=True)])
+    return torch.stack([attend(*image) for image in zip(query, key, value, strict=True)])
 
 
 @torch.no_grad()
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention of one picture, whose weights are divided by their sum at the end, when few numbers are left.
+    """Attention of one image, whose weights are divided by their sum at the end, when few numbers are left.
 
     What a head's values have in common goes around the products: all queries see the same of it, however they weigh,
     and where they weigh much alike it is most of what they see, and would be rounded again and again.

@@ -25,33 +25,33 @@ AS_USUAL: tuple[Any, ...] = ((1, 1), (1, 1), 1)
 """Stride, dilation and groups."""
 
 
-def is_ordinary(layer: nn.Conv2d, picture: Tensor) -> bool:
-    """Whether a convolution of a picture ``[B, C, h, w]`` is one of 3x3 to the same, even height."""
+def is_ordinary(layer: nn.Conv2d, image: Tensor) -> bool:
+    """Whether a convolution of an image ``[B, C, h, w]`` is one of 3x3 to the same, even height."""
     settings = (layer.kernel_size, layer.padding, layer.stride, layer.dilation, layer.groups)
-    return settings == ((3, 3), (1, 1), *AS_USUAL) and picture.shape[2] % 2 == 0
+    return settings == ((3, 3), (1, 1), *AS_USUAL) and image.shape[2] % 2 == 0
 
 
-def kernels_of(layer: nn.Conv2d, picture: Tensor) -> Kernels:
+def kernels_of(layer: nn.Conv2d, image: Tensor) -> Kernels:
     """The four kernels of one row that stand for a convolution's one of three.
 
     Args:
         layer: of 3x3.
-        picture: ``[B, C, h, w]``; the order of weights depends on its size.
+        image: ``[B, C, h, w]``; the order of weights depends on its size.
     """
     upper, middle, lower = layer.weight.float().split(1, dim=2)
     rows = (upper, (upper + middle + lower) / 2, (upper - middle + lower) / 2, -lower)
-    batch, channels, height, width = picture.shape
+    batch, channels, height, width = image.shape
     size = (batch, channels, height // 2, width)
     first, both, apart, last = (pack_convolution(row.to(layer.weight.dtype), size, PADDING, *AS_USUAL) for row in rows)
     return first, both, apart, last
 
 
-def convolve(picture: Tensor, kernels: Kernels, bias: Tensor | None) -> Tensor:
-    """What a convolution of 3x3 gives for a picture ``[B, C, h, w]`` of even height; channels come innermost."""
-    upper, lower = picture[:, :, 0::2], picture[:, :, 1::2]
-    before, after = _new(lower), _new(upper)  # of rows of the picture, those that both rows of a result do not share
+def convolve(image: Tensor, kernels: Kernels, bias: Tensor | None) -> Tensor:
+    """What a convolution of 3x3 gives for an image ``[B, C, h, w]`` of even height; channels come innermost."""
+    upper, lower = image[:, :, 0::2], image[:, :, 1::2]
+    before, after = _new(lower), _new(upper)  # of rows of the image, those that both rows of a result do not share
     torch.sub(lower[:, :, :-1], lower[:, :, 1:], out=before[:, :, 1:])
-    torch.neg(lower[:, :, :1], out=before[:, :, :1])  # above the picture are zeros
+    torch.neg(lower[:, :, :1], out=before[:, :, :1])  # above the image are zeros
     torch.sub(upper[:, :, :-1], upper[:, :, 1:], out=after[:, :, :-1])
     after[:, :, -1:] = upper[:, :, -1:]
 
@@ -59,7 +59,7 @@ def convolve(picture: Tensor, kernels: Kernels, bias: Tensor | None) -> Tensor:
     apart = _row(lower - upper, kernels[2], None)
     total, difference = both + apart, both.sub_(apart)
     batch, channels, half, width = total.shape
-    result = picture.new_empty(batch, 2 * half, width, channels).permute(0, 3, 1, 2)
+    result = image.new_empty(batch, 2 * half, width, channels).permute(0, 3, 1, 2)
     result[:, :, 0::2] = _row(before, kernels[0], bias, total)
     result[:, :, 1::2] = _row(after, kernels[3], bias, difference)
     return result

@@ -21,7 +21,7 @@ SIDE, LINES = 4, 6
 """Of a tile of the result, and of what it comes from."""
 
 PIXELS = 1024
-"""The fewest of a picture. Weights are kept four times as large, and layers of smaller pictures have most of them."""
+"""The fewest of an image. Weights are kept four times as large, and layers of smaller images have most of them."""
 
 TILES = 512
 """At most so many are multiplied at once."""
@@ -35,18 +35,18 @@ KERNEL_SUMS = (
     (0, 0, 1),
 )
 """The matrix G of the algorithm: what is multiplied stands for three lines of the kernel. `_spread` and `_gather` are
-its matrices for pictures and results."""
+its matrices for images and results."""
 
 
-def is_tiled(layer: nn.Conv2d, picture: Tensor) -> bool:
-    """Whether a convolution of a picture ``[B, C, h, w]`` is one of 3x3 in float32 to the same, large enough size.
+def is_tiled(layer: nn.Conv2d, image: Tensor) -> bool:
+    """Whether a convolution of an image ``[B, C, h, w]`` is one of 3x3 in float32 to the same, large enough size.
 
     None is where products of float32 may be rounded, as ``torch.set_float32_matmul_precision`` allows: ordinary
     convolutions are not, and what is multiplied here must not be.
     """
-    height, width = picture.shape[2:]
+    height, width = image.shape[2:]
     large = height * width >= PIXELS and height % SIDE == width % SIDE == 0
-    return large and picture.dtype == torch.float32 and is_ordinary(layer, picture) and products_are_exact()
+    return large and image.dtype == torch.float32 and is_ordinary(layer, image) and products_are_exact()
 
 
 def products_are_exact() -> bool:
@@ -64,18 +64,18 @@ def matrices_of(layer: nn.Conv2d) -> Tensor:
     return (torch.kron(sums, sums) @ kernel.flatten(2).flatten(0, 1)).view(LINES**2, *kernel.shape[2:])
 
 
-def convolve(picture: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
-    """What a convolution of 3x3 gives for a picture ``[B, C, h, w]``; channels come innermost.
+def convolve(image: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
+    """What a convolution of 3x3 gives for an image ``[B, C, h, w]``; channels come innermost.
 
-    Strips of pictures are convolved one by one: a picture is the same whatever its batch, and a large one takes little
+    Strips of images are convolved one by one: an image is the same whatever its batch, and a large one takes little
     memory besides.
     """
-    (batch, channels, height, width), depth = picture.shape, matrices.shape[2]
+    (batch, channels, height, width), depth = image.shape, matrices.shape[2]
     down, across = height // SIDE, width // SIDE
     strip = max(1, TILES // across)
-    padded = picture.new_zeros(height + 2, width + 2, channels)
-    result = picture.new_empty(batch, down, SIDE, across, SIDE, depth)
-    for one, made in zip(picture, result, strict=True):
+    padded = image.new_zeros(height + 2, width + 2, channels)
+    result = image.new_empty(batch, down, SIDE, across, SIDE, depth)
+    for one, made in zip(image, result, strict=True):
         padded[1:-1, 1:-1] = one.permute(1, 2, 0)
         for start in range(0, down, strip):
             these = made[start : start + strip]

@@ -33,18 +33,18 @@ def shown(data: ImageFolderDataModule) -> list[str]:
     return [caption for batch in data.train_dataloader() for caption in batch["caption"]]
 
 
-def test_an_epoch_has_each_source_by_its_weight_and_every_picture(tmp_path):
+def test_an_epoch_has_each_source_by_its_weight_and_every_image(tmp_path):
     few, many = make(tmp_path / "few", 3, "few {}"), make(tmp_path / "many", 10, "many {}")
     counts = Counter(shown(ready(sources=[{"root": few, "weight": 2}, {"root": many}])))
     assert counts == {"few 0": 7, "few 1": 7, "few 2": 6} | {f"many {k}": 1 for k in range(10)}
 
 
-def test_each_source_gives_pictures_to_validate_on(tmp_path):
+def test_each_source_gives_images_to_validate_on(tmp_path):
     sources = [{"root": make(tmp_path / name, 4, f"{name} {{}}")} for name in ("a", "b")]
     data = ready(sources=sources, val_fraction=0.25)
-    validated = {caption for batch in data.val_dataloader() for caption in batch["caption"]}
-    assert sorted(caption[0] for caption in validated) == ["a", "b"]
-    assert not validated & set(shown(data)) and len(shown(data)) == 6
+    val_log_suffix = {caption for batch in data.val_dataloader() for caption in batch["caption"]}
+    assert sorted(caption[0] for caption in val_log_suffix) == ["a", "b"]
+    assert not val_log_suffix & set(shown(data)) and len(shown(data)) == 6
 
 
 def test_masks_of_some_sources_are_left_out_and_of_all_are_kept(tmp_path):
@@ -85,7 +85,7 @@ def test_one_caption_for_all_is_that_of_folders_without_their_own(tmp_path):
     assert sorted(shown(ready(sources=sources, prompt="a beast"))) == ["a beast", "a hound"]
 
 
-def test_pictures_to_validate_on_keep_the_order_of_their_tags(tmp_path):
+def test_images_to_validate_on_keep_the_order_of_their_tags(tmp_path):
     folder = make(tmp_path / "a", 2, "cat, red, small, old, wise")
     data = ready(root=folder, shuffle_tags=True, template="{}.", val_fraction=0.5)
     assert data.val_set[0]["caption"] == "cat, red, small, old, wise."

@@ -1,4 +1,4 @@
-"""Pictures in tar shards and in data sets of Hugging Face are shown as those of a folder are."""
+"""Images in tar shards and in data sets of Hugging Face are shown as those of a folder are."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import webdataset
 from PIL import Image
 
 from sdmodule.cli.main import train_main
-from sdmodule.data.datamodule import ImageFolderDataModule, PicturesDataModule
+from sdmodule.data.datamodule import ImageDataModule, ImageFolderDataModule
 from sdmodule.data.remote import HuggingFaceDataModule, ShardsDataModule
 from sdmodule.data.sources.tar_shards import braces
 from sdmodule.errors import SettingsError
@@ -36,19 +36,19 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Nine pictures of three shapes: noise, one of them turned by its camera, one transparent."""
+    """Nine images of three shapes: noise, one of them turned by its camera, one transparent."""
     photos = tmp_path / "photos"
     photos.mkdir()
     sideways = Image.Exif()
     sideways[0x0112] = 6
     for k, shape in enumerate(SHAPES):
-        picture = Image.frombytes("RGB", shape, random.Random(k).randbytes(3 * shape[0] * shape[1]))
+        image = Image.frombytes("RGB", shape, random.Random(k).randbytes(3 * shape[0] * shape[1]))
         if k == 3:
-            picture.putalpha(128)
+            image.putalpha(128)
         if k % 4 == 1:
-            picture.save(photos / f"{k}.jpg", exif=sideways)
+            image.save(photos / f"{k}.jpg", exif=sideways)
         else:
-            picture.save(photos / f"{k}.png")
+            image.save(photos / f"{k}.png")
         (photos / f"{k}.txt").write_text(f"tag {k}, red, small, old, wise")
     return photos
 
@@ -103,8 +103,8 @@ def shards(folder: Path, target: Path, caption: str = "txt", **settings: Any) ->
     with webdataset.ShardWriter(f"{target}/%03d.tar", maxcount=4, verbose=0) as writer:
         for file, text in zip(*rows(folder).values(), strict=True):
             content = text if caption == "txt" else {"caption": text, "url": "…"}
-            picture = {Path(file).suffix[1:]: Path(file).read_bytes()}
-            writer.write({"__key__": f"0/{Path(file).stem}", **picture, caption: content})
+            image = {Path(file).suffix[1:]: Path(file).read_bytes()}
+            writer.write({"__key__": f"0/{Path(file).stem}", **image, caption: content})
     return ShardsDataModule(f"{target}/{{000..002}}.tar", **{**SETTINGS, **settings})
 
 
@@ -116,12 +116,12 @@ SETTINGS = {**COMMON, "buckets": True, "center_crop": False, "random_flip": True
 KINDS = [parquet, plain_bytes, arrow, arrow_of_splits, imagefolder, shards, shards_of_json]
 
 
-def ready(data: PicturesDataModule) -> PicturesDataModule:
+def ready(data: ImageDataModule) -> ImageDataModule:
     data.setup()
     return data
 
 
-def epochs(data: PicturesDataModule, count: int = 2) -> list[dict[str, Any]]:
+def epochs(data: ImageDataModule, count: int = 2) -> list[dict[str, Any]]:
     loader = data.train_dataloader()
     batches = []
     for epoch in range(count):
@@ -172,9 +172,9 @@ def test_validation_is_chosen_by_name_or_is_another_part(folder, tmp_path, make)
     else:
         arrow_of_splits(folder, tmp_path / "splits")
         other = HuggingFaceDataModule(str(tmp_path / "splits"), "all", "test", template="a {}", **COMMON)
-    [validated] = ready(other).val_dataloader()
+    [val_log_suffix] = ready(other).val_dataloader()
     assert len(other.train_set) == (8 if make is shards else 9)
-    assert validated["caption"] == [f"a tag {8 if make is shards else 0}, red, small, old, wise"]
+    assert val_log_suffix["caption"] == [f"a tag {8 if make is shards else 0}, red, small, old, wise"]
 
 
 def test_all_kinds_are_mixed_by_weight(folder, tmp_path):
@@ -210,14 +210,14 @@ def png() -> bytes:
 @pytest.mark.parametrize(
     ("files", "says"),
     [
-        ({}, "holds no pictures"),
-        ({"a_png": png()}, r"1 pictures without a caption: a\.tar/a\.png"),
+        ({}, "holds no images"),
+        ({"a_png": png()}, r"1 images without a caption: a\.tar/a\.png"),
         ({"a_png": png(), "a_jpg": png(), "a_txt": b"a"}, r"a\.tar/a\.jpg and a\.tar/a\.png of one name"),
         ({"a_png": png(), "a_json": b'{"text": "a"}'}, r"no text under caption, only text; name .* data\.caption_key"),
         ({"a_png": png(), "a_json": b"[1]"}, "no text under caption, only no names"),
         ({"a_png": png(), "a_json": b"{"}, r"the caption a\.tar/a\.json cannot be read"),
         ({"a_png": png(), "a_txt": b"\xff\xfe"}, r"the caption a\.tar/a\.txt cannot be read"),
-        ({"a_png": b"<html>", "a_txt": b"a"}, r"no readable pictures: a\.tar/a\.png \(none of BMP.*skip_bad"),
+        ({"a_png": b"<html>", "a_txt": b"a"}, r"no readable images: a\.tar/a\.png \(none of BMP.*skip_bad"),
     ],
 )
 def test_shards_that_cannot_be_used_are_told_of(tmp_path, files, says):
@@ -252,7 +252,7 @@ def test_what_is_left_out_of_shards_is_told(tmp_path):
         data = ready(ShardsDataModule(given, skip_bad=True, **COMMON))
     assert len(data.train_set) == 1 and data.train_set[0]["caption"] == "a"
     told = " ".join(str(warning.message) for warning in warned)
-    assert "neither picture nor caption: 1 .cls." in told and "skipped 1 unreadable pictures: a.tar/b.png" in told
+    assert "neither image nor caption: 1 .cls." in told and "skipped 1 unreadable images: a.tar/b.png" in told
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_braces_are_those_of_a_shell(pattern, stands_for):
     [
         ({"caption_column": "title"}, r"caption_column=title is no column of .*; it has image, number, text"),
         ({"caption_column": "number"}, r"caption_column=number of .* holds .*int64.*; give a column of texts"),
-        ({"image_column": "text"}, r"image_column=text of .* holds .*string.*; give a column of pictures"),
+        ({"image_column": "text"}, r"image_column=text of .* holds .*string.*; give a column of images"),
         ({"split": "val"}, r"split=val cannot be loaded .*train"),
         ({"subset": "xl"}, "cannot be loaded .*xl"),
         ({"name": "nobody/nothing"}, "nobody/nothing split=train cannot be loaded"),

@@ -1,4 +1,4 @@
-"""The little world: its captions follow the grammar, its pictures show what their captions say."""
+"""The little world: its captions follow the grammar, its images show what their captions say."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_either_means_every_pair():
     assert len(shown) == len(COLOURS) * len(SHAPES)
 
 
-def test_the_same_seed_gives_the_same_picture():
+def test_the_same_seed_gives_the_same_image():
     first, second = (render(sample_scene(random.Random(7))) for _ in range(2))
     assert first.tobytes() == second.tobytes()
     assert first.tobytes() != render(sample_scene(random.Random(8))).tobytes()
@@ -80,7 +80,7 @@ def test_the_share_of_pairs_is_as_asked(share):
     assert np.mean(doubles) == pytest.approx(share, abs=0.04)
 
 
-def test_every_object_is_within_the_picture_and_shows_its_colour():
+def test_every_object_is_within_the_image_and_shows_its_colour():
     rng = random.Random(0)
     for draw in [sample_single, sample_double] * 150:
         scene = draw(rng, held_out=None)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sdmodule.speed.cpu import autotune as choices
-from sdmodule.speed.cpu.autotune import TORCH, fastest, measured
+from sdmodule.speed.cpu.autotune import TORCH, fastest, measure_fastest
 from sdmodule.speed.cpu.kernels import LINEARS, PACKED_LINEARS, fastest_linears, padded_attention
 from sdmodule.speed.cpu.prepacked import packs
 
@@ -20,9 +20,9 @@ def a_new_machine(monkeypatch, tmp_path):
     """Nothing is known of it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(choices, "CHOSEN", {})
-    choices.choices_folder.cache_clear()
+    choices.autotune_cache_dir.cache_clear()
     yield
-    choices.choices_folder.cache_clear()
+    choices.autotune_cache_dir.cache_clear()
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -55,16 +55,16 @@ def quick(values):
 
 
 def test_the_fastest_is_found_and_what_is_hardly_faster_is_left():
-    assert measured({TORCH: slow, "quick": quick}, (torch.zeros(1),)) == "quick"
-    assert measured({TORCH: quick, "slow": slow}, (torch.zeros(1),)) == TORCH
-    assert measured({TORCH: slow, "alike": slow}, (torch.zeros(1),)) == TORCH
+    assert measure_fastest({TORCH: slow, "quick": quick}, (torch.zeros(1),)) == "quick"
+    assert measure_fastest({TORCH: quick, "slow": slow}, (torch.zeros(1),)) == TORCH
+    assert measure_fastest({TORCH: slow, "alike": slow}, (torch.zeros(1),)) == TORCH
 
 
 @pytest.mark.parametrize(("patience", "trials"), [(60.0, choices.TRIALS), (0.0, choices.FEWEST)])
 def test_what_takes_long_is_tried_less_often(monkeypatch, patience, trials):
     monkeypatch.setattr(choices, "PATIENCE", patience)
     calls: list[int] = []
-    measured({TORCH: calls.append, "other": calls.append}, (1,))
+    measure_fastest({TORCH: calls.append, "other": calls.append}, (1,))
     assert len(calls) == 2 * (1 + trials)
 
 

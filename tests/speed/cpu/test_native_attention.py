@@ -34,10 +34,10 @@ def attention(request, tmp_path_factory):
         yield native.native_attention
 
 
-def qkv(queries=70, keys=70, width=40, larger=1.0, pictures=2):
+def qkv(queries=70, keys=70, width=40, larger=1.0, images=2):
     """As a layer has them: heads inside tokens."""
     generator = torch.Generator().manual_seed(0)
-    made = [torch.randn(pictures, count, 3, width, generator=generator) for count in (queries, keys, keys)]
+    made = [torch.randn(images, count, 3, width, generator=generator) for count in (queries, keys, keys)]
     made[0] *= larger
     return [one.bfloat16().transpose(1, 2) for one in made]
 
@@ -73,7 +73,7 @@ def test_a_larger_score_may_come_at_the_end(attention):
 
 
 def test_it_gives_the_same_whatever_the_batch_and_the_threads(attention):
-    given = qkv(200, 200, pictures=3)
+    given = qkv(200, 200, images=3)
     together = attention(*given)
     threads = torch.get_num_threads()
     try:

@@ -12,7 +12,7 @@ from torch import nn
 from sdmodule.speed.cpu import kernels
 from sdmodule.speed.cpu.kernels import FastestConv2d, FastestGEGLU, fastest_kernels, fastest_linears
 from sdmodule.speed.cpu.prepacked import fused_geglu, packed_convolution, packs
-from sdmodule.speed.swap_class import swapped
+from sdmodule.speed.swap_class import swap_class
 
 pytestmark = pytest.mark.skipif(not packs(torch.bfloat16), reason="oneDNN has no bfloat16 on this processor")
 
@@ -25,13 +25,13 @@ SETTINGS = [{"padding": 1}, {"padding": 1, "stride": 2}, {"bias": False}, {"grou
 def test_a_convolution_gives_the_same(settings):
     layer = nn.Conv2d(16, 32, 3, **settings).bfloat16()
     for size in (SIZE, (1, 16, 12, 10), (2, 16, 9, 7)):  # of which the first decides the order of weights
-        picture = torch.randn(size).bfloat16().contiguous(memory_format=torch.channels_last)
-        expected = layer(picture)
-        with swapped(FastestConv2d, [layer], keeps=("packed",)):
+        image = torch.randn(size).bfloat16().contiguous(memory_format=torch.channels_last)
+        expected = layer(image)
+        with swap_class(FastestConv2d, [layer], keeps=("packed",)):
             packed_convolution(torch.randn(SIZE).bfloat16(), layer)
             assert layer.packed is not None
-            torch.testing.assert_close(packed_convolution(picture, layer), expected)
-        assert torch.equal(layer(picture), expected)
+            torch.testing.assert_close(packed_convolution(image, layer), expected)
+        assert torch.equal(layer(image), expected)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Attention by tiles is attention, whatever the size of its scores, and of each picture by itself."""
+"""Attention by tiles is attention, whatever the size of its scores, and of each image by itself."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def test_attention_by_tiles_is_attention(monkeypatch, tokens, keys, dtype, close
 def test_no_score_exceeds_its_bound():
     query, key, _ = qkv(larger=3)
     scores = query @ key.transpose(2, 3)
-    for one, picture in enumerate(scores * 40**-0.5):
-        assert picture.abs().max() <= largest_score(query[one], key[one]) * (1 + 1e-6)
+    for one, image in enumerate(scores * 40**-0.5):
+        assert image.abs().max() <= largest_score(query[one], key[one]) * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("larger", [1e4, 1e18])
@@ -92,7 +92,7 @@ def test_products_of_float32_are_as_precise_afterwards_as_they_were():
 
 
 @pytest.mark.parametrize("scores", [2**21, 300 * 300])
-def test_a_picture_does_not_depend_on_its_neighbour(monkeypatch, scores):
+def test_an_image_does_not_depend_on_its_neighbour(monkeypatch, scores):
     monkeypatch.setattr(tiles, "SCORES", scores)
     query, key, value = qkv()
     alone = tiled_attention(query, key, value)[:1]

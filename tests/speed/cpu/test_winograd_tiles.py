@@ -10,12 +10,12 @@ from sdmodule.speed.cpu import kernels, winograd_tiles
 from sdmodule.speed.cpu.kernels import FastestConv2d, convolution_of_tiles, fastest_convolutions
 from sdmodule.speed.cpu.prepacked import packs
 from sdmodule.speed.cpu.winograd_tiles import is_tiled
-from sdmodule.speed.swap_class import swapped
+from sdmodule.speed.swap_class import swap_class
 
 pytestmark = pytest.mark.skipif(not packs(torch.float32), reason="oneDNN is not in this build of torch")
 
 
-def picture(height=32, width=32, batch=2):
+def image(height=32, width=32, batch=2):
     return torch.randn(batch, 16, height, width, generator=torch.Generator().manual_seed(height))
 
 
@@ -25,13 +25,13 @@ def convolution(**settings):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("tiles", [winograd_tiles.TILES, 24, 1])  # of a picture: one strip, some and a rest, each row
+@pytest.mark.parametrize("tiles", [winograd_tiles.TILES, 24, 1])  # of an image: one strip, some and a rest, each row
 @torch.no_grad()
 def test_the_error_is_a_few_millionths(bias, tiles, monkeypatch):
     monkeypatch.setattr(winograd_tiles, "TILES", tiles)
     layer, exact = convolution(bias=bias), convolution(bias=bias).double()
-    with swapped(FastestConv2d, [layer], keeps=("matrices",)):
-        for given in (picture(), picture(36, 32), picture(4, 256), picture(256, 4, batch=1)):
+    with swap_class(FastestConv2d, [layer], keeps=("matrices",)):
+        for given in (image(), image(36, 32), image(4, 256), image(256, 4, batch=1)):
             for laid in (given, given.contiguous(memory_format=torch.channels_last)):
                 wanted = exact(laid.double())
                 found = convolution_of_tiles(laid, layer)
@@ -40,9 +40,9 @@ def test_the_error_is_a_few_millionths(bias, tiles, monkeypatch):
 
 
 @torch.no_grad()
-def test_a_picture_is_the_same_whatever_its_batch():
-    layer, given = convolution(), picture(batch=3)
-    with swapped(FastestConv2d, [layer], keeps=("matrices",)):
+def test_an_image_is_the_same_whatever_its_batch():
+    layer, given = convolution(), image(batch=3)
+    with swap_class(FastestConv2d, [layer], keeps=("matrices",)):
         together = convolution_of_tiles(given, layer)
         assert torch.equal(convolution_of_tiles(given[1:2], layer), together[1:2])
 
@@ -54,13 +54,13 @@ def tiles_everywhere(monkeypatch):
 
 
 OTHERS = [
-    ({"stride": 2}, picture()),
-    ({"kernel_size": 1, "padding": 0}, picture()),
-    ({"dilation": 2, "padding": 2}, picture()),
-    ({"groups": 4}, picture()),
-    ({}, picture(28, 32)),  # too small
-    ({}, picture(34, 32)),  # of no whole tiles
-    ({}, picture(32, 38)),
+    ({"stride": 2}, image()),
+    ({"kernel_size": 1, "padding": 0}, image()),
+    ({"dilation": 2, "padding": 2}, image()),
+    ({"groups": 4}, image()),
+    ({}, image(28, 32)),  # too small
+    ({}, image(34, 32)),  # of no whole tiles
+    ({}, image(32, 38)),
 ]
 
 
@@ -76,8 +76,8 @@ def test_other_convolutions_are_as_they_were(settings, given, tiles_everywhere):
 
 
 def test_in_16_bits_there_are_none():
-    assert is_tiled(convolution(), picture())
-    assert not is_tiled(convolution().bfloat16(), picture().bfloat16())
+    assert is_tiled(convolution(), image())
+    assert not is_tiled(convolution().bfloat16(), image().bfloat16())
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def medium_products():
 
 @torch.no_grad()
 def test_where_products_may_be_rounded_convolutions_are_not(medium_products, tiles_everywhere):
-    layer, given = convolution(), picture()
+    layer, given = convolution(), image()
     assert not is_tiled(layer, given)
     with fastest_convolutions(layer):
         found = layer(given)
@@ -100,7 +100,7 @@ def test_where_products_may_be_rounded_convolutions_are_not(medium_products, til
 
 @torch.no_grad()
 def test_what_torch_makes_by_default_matters_not():
-    layer, given = convolution(), picture()
+    layer, given = convolution(), image()
     wanted = winograd_tiles.convolve(given, winograd_tiles.matrices_of(layer), layer.bias)
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -110,7 +110,7 @@ def test_what_torch_makes_by_default_matters_not():
 
 
 def test_what_training_changes_is_used(tiles_everywhere):
-    layer, given = convolution(), picture()
+    layer, given = convolution(), image()
     with fastest_convolutions(layer):
         with torch.no_grad():
             layer(given)

@@ -16,13 +16,13 @@ namespace {
 constexpr long QUERIES = 32;  // at a time: two registers of float32
 constexpr long KEYS = 128;    // between two looks for a new maximum
 
-// Where a head's tokens lie: numbers from picture to picture, head to head and token to token.
+// Where a head's tokens lie: numbers from image to image, head to head and token to token.
 struct Strides {
-  long picture, head, token;
+  long image, head, token;
 };
 
 struct Sizes {
-  long pictures, heads, queries, keys, width;
+  long images, heads, queries, keys, width;
   long steps() const { return (width + 31) / 32; }
   long tiles() const { return (width + 15) / 16; }
   long padded() const { return (keys + 31) / 32 * 32; }
@@ -268,19 +268,19 @@ extern "C" {
 
 int available() { return Unit::allowed(); }
 
-// Attention of `heads` of `pictures`, whose numbers, an even count, lie beside each other; `scale` is for powers of two.
+// Attention of `heads` of `images`, whose numbers, an even count, lie beside each other; `scale` is for powers of two.
 // Whether there was memory for it.
 int attention(const bfloat16* query, const bfloat16* key, const bfloat16* value, bfloat16* result, const Sizes* given,
               const Strides* strides, float scale) {
   const Sizes sizes = *given;
   const long of_keys = sizes.lines_of_keys(), of_values = sizes.lines_of_values();
-  const long heads = sizes.pictures * sizes.heads, blocks = (sizes.queries + QUERIES - 1) / QUERIES;
+  const long heads = sizes.images * sizes.heads, blocks = (sizes.queries + QUERIES - 1) / QUERIES;
   const std::unique_ptr<Line[]> keys(new (std::nothrow) Line[heads * of_keys]);
   const std::unique_ptr<Line[]> values(new (std::nothrow) Line[heads * of_values]);
   if (!keys || !values) return false;
   const auto at = [&](int which, long head, long token) {
     const Strides& along = strides[which];
-    return head / sizes.heads * along.picture + head % sizes.heads * along.head + token * along.token;
+    return head / sizes.heads * along.image + head % sizes.heads * along.head + token * along.token;
   };
 #pragma omp parallel
   {

@@ -34,7 +34,7 @@ def native_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention without gradients, on machines that have it.
 
     Its error is about that of torch's fused attention: 0.9 to 1.1 times wherever it was tried. What is done for a query
-    depends on nothing but its picture and head.
+    depends on nothing but its image and head.
 
     Args:
         query: ``[B, H, L, D]`` in bfloat16, D even and innermost.
@@ -47,13 +47,13 @@ def native_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Raises:
         MemoryError: if there is none for a copy of keys and values.
     """
-    pictures, heads, length, width = query.shape
-    result = query.new_empty(pictures, length, heads, width).transpose(1, 2)
+    images, heads, length, width = query.shape
+    result = query.new_empty(images, length, heads, width).transpose(1, 2)
     tensors = (query, key, value, result)
     strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
     done = library(SOURCE).attention(
         *(place(tensor) for tensor in tensors),
-        (ctypes.c_long * 5)(pictures, heads, length, key.shape[2], width),
+        (ctypes.c_long * 5)(images, heads, length, key.shape[2], width),
         (ctypes.c_long * len(strides))(*strides),
         ctypes.c_float(math.log2(math.e) / math.sqrt(width)),  # exponents are of two
     )

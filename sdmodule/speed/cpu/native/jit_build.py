@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdmodule.io.atomic import whole_file
+from sdmodule.io.atomic import atomic_write
 from sdmodule.io.fingerprint import fingerprint
-from sdmodule.speed.cpu.autotune import choices_folder
+from sdmodule.speed.cpu.autotune import autotune_cache_dir
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC")
 """GNU's."""
@@ -58,7 +58,7 @@ def library(source: Path) -> ctypes.CDLL:
         SubprocessError: if it does not compile.
     """
     written = (file.read_text(encoding="utf-8") for file in (source, SHARED))
-    kept = choices_folder() / f"{fingerprint(*written, *FLAGS, os.environ.get('CXX'))}.so"
+    kept = autotune_cache_dir() / f"{fingerprint(*written, *FLAGS, os.environ.get('CXX'))}.so"
     with suppress(OSError):
         if is_whole(kept):
             return ctypes.CDLL(str(kept))
@@ -95,7 +95,7 @@ def keep(made: Path, kept: Path) -> None:
     """Copy a library to where later processes find it, with its digest behind it."""
     kept.parent.mkdir(parents=True, exist_ok=True)
     content = made.read_bytes()
-    with whole_file(kept) as aside:
+    with atomic_write(kept) as aside:
         aside.touch(mode=0o600)
         aside.write_bytes(content + digest(content))
 
