@@ -13,8 +13,9 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
 
-from sdmodule.components.checkpoint import ASSETS, MODELS, Components, load_components, load_part
+from sdmodule.components.checkpoint import MODELS, Components, load_components, load_part
 from sdmodule.components.schedulers import make_scheduler
+from sdmodule.components.source import ASSETS
 from sdmodule.data.toy.scenes import caption, sample_single
 from sdmodule.sampling.pipeline import check_settings, sample_all
 from sdmodule.sampling.requests import build_requests

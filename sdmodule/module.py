@@ -21,9 +21,11 @@ from sdmodule.cli.trainer import check_training_precision
 from sdmodule.components.adapters import parse_adapters, use_adapters
 from sdmodule.components.base_model import BaseModel
 from sdmodule.components.checkpoint import load_components
+from sdmodule.components.controlnet import load_controlnet
+from sdmodule.components.inpaint_unet import convert_to_inpaint, is_inpaint_unet
 from sdmodule.components.schedulers import make_scheduler
-from sdmodule.conditioning.control import ControlGuide, load_controlnet
-from sdmodule.conditioning.inpaint import InpaintTraining, convert_to_inpaint, is_inpaint_unet
+from sdmodule.conditioning.control import ControlGuide
+from sdmodule.conditioning.inpaint import InpaintTraining
 from sdmodule.conditioning.inpaint_crop import InpaintSettings, check_inpaint_settings
 from sdmodule.conditioning.text import encode_prompts, escape_prompt
 from sdmodule.data.cache.latents import CachedEmbeddings

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning import LightningModule
 
-from sdmodule.conditioning.inpaint import convert_to_inpaint, is_inpaint_unet
+from sdmodule.components.inpaint_unet import convert_to_inpaint, is_inpaint_unet
 from sdmodule.errors import SettingsError
 from sdmodule.training.checkpoint_io import check_weights
 from sdmodule.training.optimizers import check_state, name_optimizers

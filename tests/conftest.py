@@ -17,7 +17,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel  # noqa
 from PIL import Image  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
 
-from sdmodule.components.checkpoint import Components, save_components  # noqa: E402
+from sdmodule.components.checkpoint import Components  # noqa: E402
+from sdmodule.components.save import save_components  # noqa: E402
 from sdmodule.data.toy.tokenizer import scene_captions, write_tokenizer  # noqa: E402
 from sdmodule.module import StableDiffusionModule  # noqa: E402
 

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from sdmodule.components.adapter_file import DIFFUSERS_FILE, KOHYA_FILE, is_adapter, read_tensors, to_adapter
 from sdmodule.components.checkpoint import Components
-from sdmodule.components.learned_words import add_word
+from sdmodule.components.learned_words import EMBEDDING_FILE, add_word
 from sdmodule.components.lora_layers import LOHA, LOKR, Adapter, attach_adapter, make_active, merge
 from sdmodule.errors import SettingsError, choices
-from sdmodule.training.textual_inversion import EMBEDDING_FILE
 
 WHOLE = "emb_params"
 """What AUTOMATIC1111's web UI calls the vectors of a word, whose name is then the file's."""

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from sdmodule.errors import SettingsError
 
-if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTokenizer
+EMBEDDING_FILE = "learned_embeds.safetensors"
+"""File that diffusers looks for in a folder."""
 
 
 class LearnedWords(nn.Module):

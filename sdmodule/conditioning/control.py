@@ -2,62 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ControlNetModel
 from PIL import Image
 from torch import Tensor
 
+from sdmodule.components.checkpoint import Components
 from sdmodule.conditioning.canny import canny_edges
 from sdmodule.conditioning.masked_image import read_image
 from sdmodule.errors import SettingsError
-
-if TYPE_CHECKING:
-    from sdmodule.components.checkpoint import Components
-
-EMBEDDING_CHANNELS = (16, 32, 96, 256)
-"""Widths of the layers that bring a control image to the latents' size, each half as high and wide."""
-
-
-def from_unet(parts: Components) -> ControlNetModel:
-    """A ControlNet that starts as the encoder of the UNet and adds nothing (Zhang et al. 2023, section 3.1)."""
-    halvings = len(parts.vae.config.block_out_channels) - 1
-    channels = EMBEDDING_CHANNELS[: halvings + 1]
-    return ControlNetModel.from_unet(parts.unet, conditioning_embedding_out_channels=channels)
-
-
-def load_controlnet(place: str, parts: Components) -> ControlNetModel:
-    """Read a ControlNet from a folder or from the hub.
-
-    Raises:
-        SettingsError: if it cannot be read, or was made for another architecture.
-    """
-    folder = Path(place).expanduser()
-    if not folder.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", place):
-        raise SettingsError(
-            f"controlnet={place} was not found; give a folder of a ControlNet, or a hub id such as owner/name."
-        )
-    try:
-        found = ControlNetModel.from_pretrained(folder if folder.is_dir() else place, use_safetensors=True)
-    except Exception as error:  # a broken file ends in many kinds
-        reason = " ".join(str(error).split())[:200]
-        raise SettingsError(
-            f"controlnet={place} cannot be read ({reason}); give a diffusers folder of a ControlNet, or a hub id."
-        ) from error
-    for name in ("cross_attention_dim", "block_out_channels"):
-        own, other = (list(np.atleast_1d(each.config[name])) for each in (parts.unet, found))
-        if own != other:
-            raise SettingsError(
-                f"controlnet={place} has {name}={other} and the UNet of pretrained={parts.source} has {own}; give one "
-                "that was trained on a model of this architecture."
-            )
-    return found.eval().requires_grad_(False)
 
 
 def read_controls(control: Any, edges: bool, count: int) -> list[Image.Image]:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdmodule.errors import SettingsError
 from sdmodule.ranges import check_flag
@@ -89,35 +89,3 @@ def inpaint_channels(masks: Tensor, masked_latents: Tensor) -> Tensor:
     """
     height, width = masked_latents.shape[-2:]
     return torch.cat([masks_to_latents(masks, (height, width)).to(masked_latents), masked_latents], dim=1)
-
-
-def is_inpaint_unet(unet: UNet2DConditionModel) -> bool:
-    """Whether a UNet takes the mask's channels beside the noisy latents.
-
-    Raises:
-        SettingsError: for a UNet that takes neither 4 nor 9 channels.
-    """
-    latents = unet.config.out_channels
-    if unet.config.in_channels not in (latents, 2 * latents + 1):
-        raise SettingsError(
-            f"the UNet takes {unet.config.in_channels} channels; give one that takes {latents} (text2image) or "
-            f"{2 * latents + 1} (inpaint)."
-        )
-    return unet.config.in_channels != latents
-
-
-@torch.no_grad()
-def convert_to_inpaint(unet: UNet2DConditionModel) -> None:
-    """Widen the first convolution of an ordinary UNet from 4 to 9 channels, in place.
-
-    The weights of the new channels are zero and the bias is kept, so that the converted UNet gives the same result for
-    any mask, to the bit, until it is trained.
-    """
-    old = unet.conv_in
-    latents = unet.config.in_channels
-    widened = old.weight.new_zeros((old.out_channels, 2 * latents + 1, *old.kernel_size))
-    widened[:, :latents] = old.weight
-    new = nn.Conv2d(2 * latents + 1, old.out_channels, old.kernel_size, padding=old.padding)
-    new.load_state_dict({"weight": widened, "bias": old.bias})
-    unet.conv_in = new.to(old.weight).requires_grad_(old.weight.requires_grad)
-    unet.register_to_config(in_channels=2 * latents + 1)

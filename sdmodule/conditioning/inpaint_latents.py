@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sdmodule.conditioning.inpaint import inpaint_channels, is_inpaint_unet, mask_out, masks_to_latents
+from sdmodule.components.checkpoint import Components
+from sdmodule.components.inpaint_unet import is_inpaint_unet
+from sdmodule.conditioning.inpaint import inpaint_channels, mask_out, masks_to_latents
 from sdmodule.conditioning.inpaint_crop import InpaintCrop
 from sdmodule.diffusion.sampler import draw_latents
 from sdmodule.errors import SettingsError
-
-if TYPE_CHECKING:
-    from sdmodule.components.checkpoint import Components
 
 
 @dataclass

@@ -11,16 +11,13 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from textwrap import shorten
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from sdmodule.components.learned_words import tokens_of_words
 from sdmodule.errors import SettingsError
-
-if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTokenizer
 
 MAX_WEIGHT = 10.0
 COMMA_REACH = 20  # a long prompt is broken after a comma if one lies among the last 20 tokens of the chunk

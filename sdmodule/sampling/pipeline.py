@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sdmodule.components.inpaint_unet import is_inpaint_unet
 from sdmodule.components.schedulers import make_scheduler, resolve
 from sdmodule.conditioning.control import prepare_control
-from sdmodule.conditioning.inpaint import is_inpaint_unet
 from sdmodule.conditioning.inpaint_crop import InpaintCrop, crop_for_inpainting
 from sdmodule.conditioning.inpaint_latents import InpaintLatents, prepare_inpaint_latents
 from sdmodule.conditioning.text import count_chunks, encode_prompts

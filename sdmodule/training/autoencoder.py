@@ -14,7 +14,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from sdmodule.cli.trainer import check_training_precision
-from sdmodule.components.checkpoint import load_part, save_part
+from sdmodule.components.checkpoint import load_part
+from sdmodule.components.save import save_part
 from sdmodule.errors import SettingsError
 from sdmodule.io.redact import shorten_home
 from sdmodule.ranges import check_whole

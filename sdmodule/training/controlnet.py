@@ -8,8 +8,9 @@ from typing import ClassVar
 
 import torch
 
-from sdmodule.components.checkpoint import Components, save_model
-from sdmodule.conditioning.control import from_unet
+from sdmodule.components.checkpoint import Components
+from sdmodule.components.controlnet import from_unet
+from sdmodule.components.save import save_model
 
 
 @dataclass(frozen=True)

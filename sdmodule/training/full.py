@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from sdmodule.components.checkpoint import Components, save_components
+from sdmodule.components.checkpoint import Components
+from sdmodule.components.save import save_components
 from sdmodule.training.text_encoder import TextEncoderTraining
 
 

@@ -10,11 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from sdmodule.components.checkpoint import Components
-from sdmodule.components.learned_words import add_word, vectors_of
+from sdmodule.components.learned_words import EMBEDDING_FILE, add_word, vectors_of
 from sdmodule.errors import SettingsError
-
-EMBEDDING_FILE = "learned_embeds.safetensors"
-"""What diffusers looks for in a folder."""
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from PIL import Image
 
 from sdmodule.cli.main import predict_main
-from sdmodule.components.checkpoint import load_components, save_model
+from sdmodule.components.checkpoint import load_components
+from sdmodule.components.controlnet import from_unet
+from sdmodule.components.save import save_model
 from sdmodule.conditioning.canny import canny_edges
-from sdmodule.conditioning.control import from_unet
 from sdmodule.data.toy.scenes import render, sample_scene
 from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
@@ -91,7 +92,7 @@ def test_the_command_follows_a_photo_and_makes_it_again(checkpoint, controlnet, 
         (["control=photo.png"], "add controlnet=FOLDER"),
         (["controlnet=net"], "add control=IMAGE.png"),
         (["control_edges=true"], "add control=PHOTO"),
-        (["controlnet=nowhere", "control=photo.png"], "controlnet=nowhere was not found"),
+        (["controlnet=nowhere", "control=photo.png"], "controlnet=nowhere: not found"),
         (["controlnet=net", "control=nowhere.png"], "control=nowhere.png was not found"),
         (["controlnet=net", "control=[photo.png,photo.png]"], "2 images for 1 prompts"),
         (["controlnet=net", "control=photo.png", "control_scale=-1"], "control_scale=-1"),

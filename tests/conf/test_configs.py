@@ -15,8 +15,8 @@ from PIL import Image
 from sdmodule import StableDiffusionModule
 from sdmodule.callbacks.latent_cache import LatentCache
 from sdmodule.cli.instantiate import build_trainer, instantiate
-from sdmodule.components.checkpoint import ASSETS
 from sdmodule.components.schedulers import SHORT_NAMES
+from sdmodule.components.source import ASSETS
 from sdmodule.errors import SettingsError
 from sdmodule.tome.settings import TokenMerging
 

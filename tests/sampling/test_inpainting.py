@@ -10,8 +10,8 @@ import torch
 from diffusers import StableDiffusionInpaintPipeline
 from PIL import Image
 
+from sdmodule.components.inpaint_unet import convert_to_inpaint
 from sdmodule.components.schedulers import make_scheduler
-from sdmodule.conditioning.inpaint import convert_to_inpaint
 from sdmodule.conditioning.inpaint_crop import InpaintSettings
 from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule

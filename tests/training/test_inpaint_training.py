@@ -19,7 +19,7 @@ from PIL import Image
 
 from sdmodule.callbacks.latent_cache import LatentCache
 from sdmodule.cli.main import train_main
-from sdmodule.conditioning.inpaint import convert_to_inpaint
+from sdmodule.components.inpaint_unet import convert_to_inpaint
 from sdmodule.data.toy.dataset import ShapesDataModule
 from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule

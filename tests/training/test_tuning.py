@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from sdmodule.callbacks.checkpoint import TrainingCheckpoint
 from sdmodule.callbacks.ema import EMA
 from sdmodule.cli.main import predict_main, train_main
-from sdmodule.components.checkpoint import ASSETS
+from sdmodule.components.source import ASSETS
 from sdmodule.data.datamodule import ImageFolderDataModule
 from sdmodule.data.dreambooth import DreamBoothDataModule
 from sdmodule.diffusion.noising import prior_preservation_loss
