@@ -59,7 +59,8 @@ def explain(error: Exception, config_name: str) -> str:
     unknown = re.search(r"Could not override '([^']+)'", str(error))
     if unknown is None:
         return one_line(error).partition(" Config search path:")[0].removeprefix(f"In '{config_name}': ")
-    source = (resources.files("sdmodule.conf") / f"{config_name}.yaml").read_text(encoding="utf-8")
+    files = [resources.files("sdmodule.conf") / name for name in (f"{config_name}.yaml", "shared/commands.yaml")]
+    source = "\n".join(file.read_text(encoding="utf-8") for file in files)
     keys = re.findall(r"^(?:  - )?(\w+):", source, re.MULTILINE)
     close = difflib.get_close_matches(unknown[1], keys, n=1, cutoff=0.5)
     meant = f"did you mean {close[0]}? " if close else ""

@@ -6,7 +6,8 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from hydra import compose, initialize_config_module
+from hydra import compose, initialize_config_dir, initialize_config_module
+from hydra.errors import MissingConfigException
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from omegaconf import OmegaConf
@@ -17,6 +18,7 @@ from sdmodule.callbacks.latent_cache import LatentCache
 from sdmodule.cli.instantiate import build_trainer, instantiate
 from sdmodule.components.schedulers import SHORT_NAMES
 from sdmodule.components.source import ASSETS
+from sdmodule.conf import SAMPLERS
 from sdmodule.errors import SettingsError
 from sdmodule.tome.settings import TokenMerging
 
@@ -43,7 +45,7 @@ EXPERIMENTS = {
 
 
 def options(group):
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    return sorted([*(path.stem for path in (CONF / group).glob("*.yaml")), *(SAMPLERS if group == "sampler" else ())])
 
 
 def configuration(command, *overrides, given=None, tmp_path="."):
@@ -163,7 +165,7 @@ def test_token_merging_under_its_older_name(command, checkpoint):
 
 
 def test_every_short_name_of_a_scheduler_is_a_sampler():
-    assert set(SHORT_NAMES) <= set(options("sampler"))
+    assert set(SHORT_NAMES) == set(SAMPLERS)
 
 
 @pytest.mark.parametrize("name", options("trainer"))
@@ -304,3 +306,14 @@ def test_a_configuration_that_was_written_down_is_a_configuration():
     cfg = configuration("predict")
     again = OmegaConf.create(OmegaConf.to_yaml(cfg))
     assert OmegaConf.to_container(again, resolve=True) == OmegaConf.to_container(cfg, resolve=True)
+
+
+def test_another_project_uses_the_groups(tmp_path):
+    (tmp_path / "app.yaml").write_text(
+        "hydra:\n  searchpath: [pkg://sdmodule.conf]\ndefaults: [sampler: euler, _self_]\n"
+    )
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        assert compose("app").sampler.scheduler == "euler"
+        assert compose("app", ["sampler=unipc"]).sampler.scheduler == "unipc"
+        with pytest.raises(MissingConfigException, match="checkpoint\n\tddim\n"):
+            compose("app", ["sampler=foo"])
