@@ -57,8 +57,8 @@ def stop(*_):
     print(time.time() - float(os.environ["STARTED"]), flush=True)
     os._exit(0)
 def until_the_first_step(cfg):
-    from sdmodule.sampling.guided_denoiser import GuidedUNet
-    GuidedUNet.__call__ = stop
+    from sdmodule.sampling.guided_denoiser import GuidedDenoiser
+    GuidedDenoiser.__call__ = stop
     return build(cfg)
 build, cli.build_trainer = cli.build_trainer, until_the_first_step
 sys.argv = ["predict.py", "prompt=a red circle", "output_dir=" + sys.argv[1]]

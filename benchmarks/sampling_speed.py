@@ -35,7 +35,7 @@ from benchmarks.tome_runs import load, psnr
 from sdmodule.cli.trainer import supports_bfloat16
 from sdmodule.components.checkpoint import MODELS, Components
 from sdmodule.errors import SettingsError
-from sdmodule.sampling.pipeline import describe
+from sdmodule.sampling.metadata import describe
 from sdmodule.sampling.settings import SamplingSettings
 
 BARS = (

@@ -17,8 +17,9 @@ from sdmodule.components.checkpoint import MODELS, Components, load_components, 
 from sdmodule.components.schedulers import make_scheduler
 from sdmodule.components.source import ASSETS
 from sdmodule.data.toy.scenes import caption, sample_single
-from sdmodule.sampling.pipeline import check_settings, sample_all
-from sdmodule.sampling.requests import build_requests
+from sdmodule.sampling.pipeline import sample_all
+from sdmodule.sampling.requests import TEXT2IMAGE, build_requests
+from sdmodule.sampling.schedule import check_settings
 from sdmodule.sampling.settings import SamplingSettings
 from sdmodule.speed.cpu.kernels import fastest_kernels
 from sdmodule.speed.layout import channels_last
@@ -147,7 +148,7 @@ def forward(parts: Components, variant: Variant, size: int, clock: str = "wall",
 def images(parts: Components, variant: Variant, size: int, images: int, steps: int) -> tuple[float, Tensor]:
     """Time the published protocol, from text to decoded images, and give the images ``[images, 3, H, W]``."""
     settings = SamplingSettings(scheduler="ddim", steps=steps, height=size, width=size, merging=variant.merging)
-    check_settings(parts, settings)
+    check_settings(parts, settings, TEXT2IMAGE)
     rng, made, seconds = random.Random(0), [], 0.0
     for first in range(0, images, IMAGES_PER_CALL):
         prompt = caption(sample_single(rng))

@@ -1,10 +1,14 @@
 """The Hydra tree of sdmodule, importable as ``pkg://sdmodule.conf``; imports neither torch nor diffusers."""
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
+
+from sdmodule.errors import SettingsError
 
 SAMPLERS = {
     "ddim": "Song et al. 2021; the same seed gives the same image, in few steps or in many",
@@ -28,7 +32,19 @@ def asset(name: str) -> str:
     return str(Path(package.origin).parent / "components" / "assets" / name)
 
 
+def merging(tome: Mapping[str, Any], tomesd_cfg: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Settings of token merging under either name: ``${merging:${tome},${tomesd_cfg}}``.
+
+    Raises:
+        SettingsError: if both are given.
+    """
+    if tomesd_cfg and tome["ratio"]:
+        raise SettingsError(f"tomesd_cfg={tomesd_cfg}: tome.ratio={tome['ratio']} is given too; give one of them.")
+    return tomesd_cfg or tome
+
+
 OmegaConf.register_new_resolver("asset", asset, replace=True)
+OmegaConf.register_new_resolver("merging", merging, replace=True)
 for _name in SAMPLERS:
     _node = {"defaults": ["checkpoint", "_self_"], "scheduler": _name}
     ConfigStore.instance().store(group="sampler", name=_name, node=_node, provider="sdmodule.conf")

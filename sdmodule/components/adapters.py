@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from sdmodule.components.adapter_file import DIFFUSERS_FILE, KOHYA_FILE, is_adap
 from sdmodule.components.checkpoint import Components
 from sdmodule.components.learned_words import EMBEDDING_FILE, add_word
 from sdmodule.components.lora_layers import LOHA, LOKR, Adapter, attach_adapter, make_active, merge
-from sdmodule.errors import SettingsError, choices
+from sdmodule.errors import SettingsError, build_settings, check_bool, choices
+from sdmodule.io.redact import shorten_home
 
 WHOLE = "emb_params"
 """What AUTOMATIC1111's web UI calls the vectors of a word, whose name is then the file's."""
@@ -122,3 +123,42 @@ def _add_word(parts: Components, one: AdapterChoice, tensors: Mapping[str, Tenso
     placeholder = one.file.stem if name == WHOLE else name
     vectors = vectors.float().reshape(-1, width)
     add_word(placeholder, vectors, parts.tokenizer, parts.text_encoder).requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """The adapters to sample with.
+
+    Args:
+        files: which, in order.
+        merge: add them to the weights, which costs no time in sampling; equal but for rounding.
+
+    Raises:
+        SettingsError: for a value out of range.
+    """
+
+    files: Sequence[AdapterChoice] = ()
+    merge: bool = False
+
+    def __post_init__(self) -> None:
+        check_bool("merge_adapters", self.merge)
+
+    @classmethod
+    def parse(cls, adapters: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> AdapterSettings:
+        """Adapters as a configuration names them: ``{"files": [{"path": …, "scale": …}], "merge": …}``, or the list.
+
+        Raises:
+            SettingsError: for anything else.
+        """
+        given = adapters if isinstance(adapters, Mapping) else {"files": adapters}
+        own = build_settings(cls, "adapters", given)
+        return replace(own, files=tuple(parse_adapters(own.files)))  # type: ignore[arg-type]
+
+    def plain(self) -> dict[str, Any]:
+        """In plain types, with ``~`` for the home folder; `parse` reads it."""
+        files = [{"path": shorten_home(one.path), "scale": one.scale} for one in self.files]
+        return {"files": files, "merge": self.merge}
+
+    def metadata(self) -> dict[str, Any]:
+        """What the metadata of an image says of its adapters."""
+        return {"adapters": self.plain()["files"], "merge_adapters": self.merge}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Components:
         source: the name the checkpoint was given by.
         guidance_scale: default guidance scale; a checkpoint's folder sets it in ``sampling.json``.
         controlnet: a ControlNet beside the UNet, or None; not part of the checkpoint.
+        origin: how the model was named beside its source (revision, adapters and so on), in plain types.
     """
 
     unet: UNet2DConditionModel
@@ -51,6 +52,17 @@ class Components:
     source: str
     guidance_scale: float = GUIDANCE_SCALE
     controlnet: Any = None
+    origin: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_timesteps(self) -> int:
+        """Timesteps of the noise schedule."""
+        return len(self.scheduler.alphas_cumprod)
+
+    @property
+    def resolution(self) -> int:
+        """Side in pixels of the images that the checkpoint was made for."""
+        return self.unet.config.sample_size * self.pixels_per_latent
 
     @property
     def pixels_per_latent(self) -> int:

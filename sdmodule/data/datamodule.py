@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import ConcatDataset, DataLoader
 from typing_extensions import override
 
+from sdmodule.data.base import TrainingData
 from sdmodule.data.buckets import Size
 from sdmodule.data.dataset import CANNY, FILES, ImageFolderDataset
 from sdmodule.data.sampler import training_loader
@@ -21,7 +21,7 @@ from sdmodule.errors import SettingsError, choices
 from sdmodule.ranges import check_flag, check_seed, check_whole, is_number
 
 
-class ImageDataModule(LightningDataModule):
+class ImageDataModule(TrainingData):
     """Batches of images, ``image`` ``[B, 3, H, W]`` in [-1, 1] and ``caption``, a list of strings.
 
     Where the images have masks, ``mask`` ``[B, 1, H, W]`` is 1 where they are white and 0 elsewhere; where those of

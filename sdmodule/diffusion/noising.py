@@ -76,16 +76,6 @@ def prior_preservation_loss(losses: Tensor, prior: Tensor, weight: float) -> Ten
     return losses[~prior].mean() + weight * losses[prior].mean()
 
 
-def check_prior_weight(weight: float) -> None:
-    """Check the weight of `prior_preservation_loss`.
-
-    Raises:
-        SettingsError: if it is none.
-    """
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < 1e6:
-        raise SettingsError(f"model.prior_weight={weight} is not allowed; give a number, 0 or more.")
-
-
 def draw_timesteps(count: int, total: int, generator: torch.Generator, shift: float = 1.0) -> Tensor:
     """Draw ``count`` timesteps of ``total``, ``[count]``.
 

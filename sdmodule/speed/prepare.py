@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sdmodule.speed.attention import attention_by
+from sdmodule.speed.attention import attention_by, plain_attention
 from sdmodule.speed.compiled import compiled
 from sdmodule.speed.cpu.kernels import fastest_convolutions, fastest_kernels
 from sdmodule.speed.layout import channels_last
@@ -42,4 +42,21 @@ def speed_applied(parts: Components, settings: SpeedSettings) -> Iterator[None]:
         compile = settings.compile_on(device)
         if compile != "none":
             stack.enter_context(compiled(parts.unet, whole=compile == "whole"))
+        yield
+
+
+@contextmanager
+def training_speed_applied(parts: Components, device: str, precision: str) -> Iterator[None]:
+    """Make a model train faster inside a ``with`` block: on a CPU, keep freed memory, and plain attention in bfloat16.
+
+    Args:
+        parts: the model.
+        device: type of the device, such as ``cpu``.
+        precision: the trainer's.
+    """
+    with ExitStack() as stack:
+        if device == "cpu":
+            stack.enter_context(retain_freed_memory())
+        if device == "cpu" and "bf16" in precision:
+            stack.enter_context(plain_attention(parts.text_encoder, parts.unet, parts.controlnet))
         yield

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from lightning import Trainer
 from safetensors.torch import save_file
 
 from sdmodule.components.checkpoint import Components
@@ -46,6 +47,9 @@ class TextualInversion:
     def text_encoder_learns(self, step: int) -> bool:
         """The word's vectors reach the UNet through the text encoder, at every step."""
         return True
+
+    def check_trainer(self, trainer: Trainer | None) -> None:
+        """Any trainer will do."""
 
     def prepare(self, parts: Components, seed: int) -> None:
         """Add the word; its vectors alone are trained.

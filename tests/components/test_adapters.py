@@ -37,8 +37,9 @@ def image(module: StableDiffusionModule, **settings) -> np.ndarray:
     return module.infer(PROMPT, **settings)["samples"]
 
 
-def with_adapters(checkpoint: Path, *adapters: dict, **settings) -> np.ndarray:
-    return image(StableDiffusionModule.from_pretrained(str(checkpoint), adapters=list(adapters), **settings))
+def with_adapters(checkpoint: Path, *adapters: dict, merge: bool = False) -> np.ndarray:
+    settings = {"files": list(adapters), "merge": merge}
+    return image(StableDiffusionModule.from_pretrained(str(checkpoint), adapters=settings))
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_what_was_exported_gives_the_trained_images(checkpoint, plain, tmp_path,
     files = [DIFFUSERS, KOHYA] if method in ("lora", "dora") else [KOHYA]
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(files)
     for file in files:
-        again = with_adapters(checkpoint, {"path": str(tmp_path / file)}, merge_adapters=merged)
+        again = with_adapters(checkpoint, {"path": str(tmp_path / file)}, merge=merged)
         np.testing.assert_allclose(again, trained, atol=1e-5 if merged else 0)
 
 
@@ -123,7 +124,7 @@ def test_two_halves_of_an_adapter_are_the_whole(checkpoint, export):
     whole = with_adapters(checkpoint, {"path": str(export)})
     halves = [{"path": str(export / name), "scale": 0.5} for name in (DIFFUSERS, KOHYA)]
     np.testing.assert_allclose(with_adapters(checkpoint, *halves), whole, atol=1e-4)
-    np.testing.assert_allclose(with_adapters(checkpoint, *halves, merge_adapters=True), whole, atol=1e-4)
+    np.testing.assert_allclose(with_adapters(checkpoint, *halves, merge=True), whole, atol=1e-4)
 
 
 def test_adapters_of_different_kinds_are_merged_and_not_mixed(checkpoint, export, tmp_path):
@@ -131,14 +132,14 @@ def test_adapters_of_different_kinds_are_merged_and_not_mixed(checkpoint, export
     both = [{"path": str(export)}, {"path": str(tmp_path / "loha")}]
     with pytest.raises(SettingsError, match="merge_adapters=true"):
         with_adapters(checkpoint, *both)
-    one = with_adapters(checkpoint, both[0], merge_adapters=True)
-    assert not np.array_equal(with_adapters(checkpoint, *both, merge_adapters=True), one)
+    one = with_adapters(checkpoint, both[0], merge=True)
+    assert not np.array_equal(with_adapters(checkpoint, *both, merge=True), one)
 
 
 def test_a_checkpoint_with_adapters_merged_is_written_as_one(checkpoint, export, tmp_path):
     chosen = [{"path": str(export), "scale": 0.8}]
     beside, merged = (
-        StableDiffusionModule.from_pretrained(str(checkpoint), adapters=chosen, merge_adapters=way)
+        StableDiffusionModule.from_pretrained(str(checkpoint), adapters={"files": chosen, "merge": way})
         for way in (False, True)
     )
     with pytest.raises(SettingsError, match="merge_adapters=true"):

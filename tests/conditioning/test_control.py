@@ -45,7 +45,7 @@ def photo() -> Image.Image:
 
 @pytest.mark.parametrize("settings", [{}, {"control_scale": 0.4}, {"guidance_scale": 1.0}], ids=str)
 def test_images_are_those_of_diffusers(checkpoint, controlnet, photo, settings):
-    sd = StableDiffusionModule.from_pretrained(str(checkpoint), controlnet=str(controlnet))
+    sd = StableDiffusionModule.from_pretrained(str(checkpoint), components={"controlnet": str(controlnet)})
     settings = {"num_inference_steps": 4, "guidance_scale": 7.5, "negative_prompt": OTHER, **settings}
     edges = canny_edges(photo)
     ours = sd.infer(PROMPT, control=edges, seed=3, num_images_per_prompt=2, return_type="numpy", **settings)["samples"]
@@ -60,7 +60,7 @@ def test_images_are_those_of_diffusers(checkpoint, controlnet, photo, settings):
 
 
 def test_a_scale_of_nothing_is_no_controlnet(checkpoint, controlnet, photo):
-    sd = StableDiffusionModule.from_pretrained(str(checkpoint), controlnet=str(controlnet))
+    sd = StableDiffusionModule.from_pretrained(str(checkpoint), components={"controlnet": str(controlnet)})
     plain = StableDiffusionModule.from_pretrained(str(checkpoint))
     settings = {"num_inference_steps": 3, "return_type": "numpy"}
     none = sd.infer(PROMPT, control=photo, control_scale=0.0, **settings)["samples"]

@@ -12,13 +12,13 @@ from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from omegaconf import OmegaConf
 from PIL import Image
+from sdmodule.conf import SAMPLERS
 
 from sdmodule import StableDiffusionModule
 from sdmodule.callbacks.latent_cache import LatentCache
 from sdmodule.cli.instantiate import build_trainer, instantiate
 from sdmodule.components.schedulers import SHORT_NAMES
 from sdmodule.components.source import ASSETS
-from sdmodule.conf import SAMPLERS
 from sdmodule.errors import SettingsError
 from sdmodule.tome.settings import TokenMerging
 
@@ -66,15 +66,25 @@ def test_a_command_builds_with_its_defaults(command, checkpoint, tmp_path):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_configuration_reads_from_what_people_set_to_what_is_built(command):
     """The order in which ``--cfg job`` prints it, and nothing in it that is not explained or unknown."""
-    groups = ["model", "data", "cache", "tome", "sampler", "trainer", "logger", "callbacks"]
+    groups = [
+        "model",
+        "data",
+        "cache",
+        "objective",
+        "training",
+        "tuning",
+        "tome",
+        "sampler",
+        "trainer",
+        "logger",
+        "callbacks",
+    ]
     keys = list(configuration(command))
     if command == "predict":
-        groups = [*groups[:1], "data", *groups[3:], "speed"]
+        groups = ["model", "data", *groups[6:], "speed"]
         assert keys[:4] == ["prompt", "prompts", "negative_prompt", "image"]
     else:
         assert keys[0] == "pretrained"
-        groups[2:2] = ["tuning"]
-        groups.insert(4, "objective")
     assert keys[-len(groups) :] == groups
     for path in CONF.rglob("*.yaml"):
         lines = path.read_text().splitlines()
@@ -262,7 +272,7 @@ def test_sd15_is_the_published_recipe(command, checkpoint):
     assert cfg.pretrained == cfg.model.pretrained == "stable-diffusion-v1-5/stable-diffusion-v1-5"
     assert (cfg.sampler.steps, cfg.sampler.guidance_scale) == (50, 7.5)
 
-    from sdmodule.sampling.pipeline import sampling_scheduler
+    from sdmodule.sampling.schedule import sampling_scheduler
 
     module = instantiate(configuration(command, "experiment=sd15", f"pretrained={checkpoint}").model)
     scheduler = sampling_scheduler(module.parts, module.sampling)

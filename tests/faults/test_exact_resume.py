@@ -32,7 +32,7 @@ KINDS = {
         "data.template='<cat>, {}'",
     ],
     "controlnet": ["tuning=controlnet"],
-    "inpainting": ["model=inpaint", "model.convert=true"],
+    "inpainting": ["model=inpaint", "training.inpaint.convert=true"],
     "autoencoder": ["model=autoencoder", "callbacks=[checkpoint,export]"],
 }
 # how: an epoch is of 14 images, so that its last step has fewer batches than the others
@@ -62,7 +62,7 @@ def settings(checkpoint: Path, scene_photos: Path, kind: str, way: str, out: Pat
     common += [f"output_dir={out}", f"trainer.max_steps={STEPS}", "trainer.log_every_n_steps=1", "+steps=1", SCHEDULE]
     common += ["callbacks=[checkpoint,ema,samples,export]", "callbacks.checkpoint.every_n_train_steps=2"]
     common += KINDS[kind] if "callbacks=[checkpoint,export]" in KINDS[kind] else ["callbacks.ema.start_step=3"]
-    common += [] if "callbacks=[checkpoint,export]" in KINDS[kind] else [*KINDS[kind], "model.caption_dropout=0.4"]
+    common += [] if "callbacks=[checkpoint,export]" in KINDS[kind] else [*KINDS[kind], "objective.caption_dropout=0.4"]
     how = list(WAYS[way])
     if kind == "autoencoder" and "cache=all" in how:
         how.remove("cache=all")

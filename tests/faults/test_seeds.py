@@ -62,7 +62,7 @@ WAYS = {
     "eight at once": {"settings": ["batch_size=8"]},
     "in another order": {"settings": ["batch_size=3"], "order": [4, 2, 0, 3, 1]},
     "without a bar": {"settings": ["progress=false", "batch_size=1"]},
-    "compiled": {"settings": ["model.compile=blocks", "batch_size=1"], "order": [0, 2]},
+    "compiled": {"settings": ["speed.compile=blocks", "batch_size=1"], "order": [0, 2]},
     "by two processes": {"settings": ["batch_size=2"], "processes": 2},
 }
 

@@ -53,7 +53,7 @@ def test_the_model_paints_what_diffusers_paints(sd, strength, scheduler):
         pytest.skip("diffusers draws the latents of the masked image, which this UNet does not see, before the steps")
     requests = build_requests(PROMPT, image=photo(), mask=hole(), task="inpaint")
     settings = sd.sampling.updated(scheduler=scheduler, steps=6, inpaint=InpaintSettings(strength=strength))
-    ours = sample(parts, requests, settings, sources=[torch.Generator().manual_seed(5)]).decoded
+    ours = sample(parts, requests, settings, generators=[torch.Generator().manual_seed(5)]).decoded
     pipeline = StableDiffusionInpaintPipeline(
         vae=parts.vae,
         text_encoder=parts.text_encoder,

@@ -54,5 +54,5 @@ def gradients(unet):
 
 
 def test_what_cannot_be_compiled_is_told(checkpoint):
-    with pytest.raises(SettingsError, match=r"model\.compile=all is not known; give one of blocks, none, whole"):
-        StableDiffusionModule(str(checkpoint), compile="all")
+    with pytest.raises(SettingsError, match=r"training\.compile=all: unknown; choose one of blocks, none, whole"):
+        StableDiffusionModule(str(checkpoint), training={"compile": "all"})

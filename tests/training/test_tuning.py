@@ -158,7 +158,7 @@ def test_a_controlnet_from_the_training_to_an_image(checkpoint, photos, tmp_path
     sample(call, checkpoint, tmp_path / "made", f"controlnet={export}", f"control={photos / '1.png'}")
 
 
-@pytest.mark.parametrize("settings", [["tuning=controlnet"], ["model=inpaint", "model.convert=true"]])
+@pytest.mark.parametrize("settings", [["tuning=controlnet"], ["model=inpaint", "training.inpaint.convert=true"]])
 def test_images_of_several_sizes_are_sampled_at_the_end(checkpoint, photos, tmp_path, call, settings):
     Image.new("RGB", (64, 32)).save(photos / "5.png")
     settings = [*settings, "data.buckets=true", "data.batch_size=1", "callbacks.samples.num_prompts=6"]
@@ -275,7 +275,8 @@ def test_dreambooth_without_who_makes_the_images_of_the_kind(checkpoint, photos,
     command += ["data.class_prompt=a star", f"data.made_in={tmp_path / 'prior'}", f"output_dir={tmp_path / 'out'}"]
     status, _, complaint = call(train_main, *command)
     assert status == 1 and "add prior to callbacks" in complaint and len(complaint.splitlines()) == 1
-    status, _, complaint = call(train_main, *command, "model=inpaint", "model.convert=true", "callbacks=[prior]")
+    inpaint = ["model=inpaint", "training.inpaint.convert=true"]
+    status, _, complaint = call(train_main, *command, *inpaint, "callbacks=[prior]")
     assert status == 1 and "model=text2image alone" in complaint and len(complaint.splitlines()) == 1
     assert not (tmp_path / "out").exists() and not (tmp_path / "prior").exists()
 
@@ -319,8 +320,8 @@ def test_a_new_word_starts_as_its_initializer_and_leaves_other_prompts_alone(che
     tuning = {"kind": "textual_inversion", "placeholder": WORD, "initializer": "star"}
     module, plain = StableDiffusionModule(str(checkpoint), tuning=tuning), StableDiffusionModule(str(checkpoint))
     with torch.no_grad():
-        assert torch.equal(module.encode_prompts([f"a red {WORD}"]), plain.encode_prompts(["a red star"]))
-        assert torch.equal(module.encode_prompts(["a blue circle"]), plain.encode_prompts(["a blue circle"]))
+        assert torch.equal(module.encode_captions([f"a red {WORD}"]), plain.encode_captions(["a red star"]))
+        assert torch.equal(module.encode_captions(["a blue circle"]), plain.encode_captions(["a blue circle"]))
 
 
 def test_a_word_of_the_web_ui_is_called_as_its_file(checkpoint, tmp_path):
@@ -329,7 +330,7 @@ def test_a_word_of_the_web_ui_is_called_as_its_file(checkpoint, tmp_path):
         str(checkpoint), adapters=[{"path": str(tmp_path / "mycat.safetensors")}]
     )
     assert len(sd.parts.tokenizer("a mycat", add_special_tokens=False).input_ids) == 2
-    assert not torch.equal(sd.encode_prompts(["a mycat"]), sd.encode_prompts(["a star"]))
+    assert not torch.equal(sd.encode_captions(["a mycat"]), sd.encode_captions(["a star"]))
     for wrong, message in ((torch.randn(3, 31), "takes 1 to 75 vectors of 32"), (torch.randn(1, 2, 3), "neither")):
         save_file({"emb_params": wrong}, tmp_path / "wrong.safetensors")
         with pytest.raises(SettingsError, match=message):

@@ -6,11 +6,11 @@ import random
 from typing import NamedTuple, NotRequired, TypedDict, cast
 
 import torch
-from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
+from sdmodule.data.base import TrainingData
 from sdmodule.data.sampler import training_loader
 from sdmodule.data.toy.scenes import Scene, caption, render, render_collage, sample_scene
 from sdmodule.io.images import image_to_tensor
@@ -94,7 +94,7 @@ class ShapesDataset(Dataset[CaptionedImage]):
         return cast(CaptionedImage, {**self.seen(index, self.view(index)), "caption": self.caption(index)})
 
 
-class ShapesDataModule(LightningDataModule):
+class ShapesDataModule(TrainingData):
     """Scenes for training and, from another seed, for validation.
 
     Args:
