@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from sdmodule.components.learned_words import tokens_of_words
+from sdmodule.components.learned_words import multi_vector_tokens
 from sdmodule.errors import SettingsError
 
 MAX_WEIGHT = 10.0
@@ -153,7 +153,7 @@ def _split(prompt: str, tokenizer: CLIPTokenizer) -> list[list[tuple[int, float]
     """Tokenise piece by piece, so that each token knows its weight, and break what is too long after a comma."""
     texts, weights = zip(*parse_weights(prompt), strict=True)
     *pieces, comma = tokenizer([*texts, ","], add_special_tokens=False, verbose=False).input_ids
-    spread = tokens_of_words(tokenizer)
+    spread = multi_vector_tokens(tokenizer)
     tokens = [
         (each, weight)
         for piece, weight in zip(pieces, weights, strict=True)
