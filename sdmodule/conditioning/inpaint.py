@@ -1,13 +1,11 @@
-"""What a UNet that inpaints sees beside the noisy latents, and how an ordinary UNet becomes one.
+"""Inputs of an inpainting UNet beside the noisy latents: the mask and the latents of the masked image.
 
-The nine channels are those of Stable Diffusion's inpainting checkpoints (Rombach et al. 2022, section 4.5 and the
-published weights): noisy latents 4, mask 1, latents of the masked image 4. A mask is ``[B, 1, H, W]``, 1 where the
-image is repainted and 0 where it stays.
+The order of the channels is in `sdmodule.components.inpaint_unet`. A mask is ``[B, 1, H, W]``, 1 where the image is
+inpainted and 0 where it is kept.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -16,18 +14,17 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from sdmodule.errors import SettingsError
-from sdmodule.ranges import check_flag
+from sdmodule.errors import SettingsError, check_bool, check_number
 
 
 @dataclass(frozen=True)
 class InpaintTraining:
-    """How a UNet is trained to inpaint.
+    """Settings for training a UNet to inpaint.
 
     Args:
-        convert: widen an ordinary UNet to the mask's channels when training starts.
-        whole_masks: share of training images that are masked whole.
-        hole_weight: how many times the loss in the hole counts that of the same area around it.
+        convert: convert an ordinary UNet to an inpainting UNet when training starts.
+        whole_masks: share of training images whose mask covers all of them.
+        hole_weight: weight of the loss inside the mask, relative to the loss outside it.
 
     Raises:
         SettingsError: for a value out of range.
@@ -38,32 +35,30 @@ class InpaintTraining:
     hole_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        check_flag("model.convert", self.convert)
-        if not isinstance(self.whole_masks, (int, float)) or not 0 <= self.whole_masks <= 1:
-            raise SettingsError(f"model.whole_masks={self.whole_masks} is not allowed; give a share from 0 to 1.")
-        if not isinstance(self.hole_weight, (int, float)) or not 0 < self.hole_weight < math.inf:
-            raise SettingsError(f"model.hole_weight={self.hole_weight} is not allowed; give a number over 0.")
+        check_bool("model.convert", self.convert)
+        check_number("model.whole_masks", self.whole_masks, minimum=0, maximum=1)
+        check_number("model.hole_weight", self.hole_weight, above=0)
 
     def check(self, unet: UNet2DConditionModel, source: str, trained: bool, tuning: str) -> None:
-        """Check that an ordinary UNet may be widened, which training is about to do.
+        """Check that an ordinary UNet may be converted, before training starts.
 
         Args:
             unet: an ordinary UNet.
-            source: where it is from.
-            trained: whether all of it is trained.
-            tuning: what is trained, by name.
+            source: the checkpoint that it is from, for messages.
+            trained: whether all of its weights are trained.
+            tuning: name of the tuning method, for messages.
 
         Raises:
-            SettingsError: if not.
+            SettingsError: if ``convert`` is off, or the new channels would not be trained.
         """
         if not self.convert:
             raise SettingsError(
-                f"the UNet of pretrained={source} takes {unet.config.in_channels} channels and not the mask's, which "
-                "training to inpaint needs; set model.convert=true to widen it, or give an inpainting checkpoint."
+                f"pretrained={source}: the UNet takes {unet.config.in_channels} channels and has none for the mask; "
+                "set model.convert=true to add them, or give an inpainting checkpoint."
             )
         if not trained:
             raise SettingsError(
-                f"model.convert=true adds channels that tuning={tuning} would not train; use tuning=full."
+                f"model.convert=true: adds channels that tuning={tuning} does not train; use tuning=full."
             )
 
     def __str__(self) -> str:
@@ -71,20 +66,20 @@ class InpaintTraining:
 
 
 def mask_out(images: Tensor, masks: Tensor) -> Tensor:
-    """Images ``[B, 3, H, W]`` in [-1, 1] with the hole at mid-grey, which is 0."""
+    """Images ``[B, 3, H, W]`` in [-1, 1] with the masked area set to 0, mid-grey."""
     return images * (masks < 0.5)
 
 
 def masks_to_latents(masks: Tensor, size: Sequence[int]) -> Tensor:
-    """Masks at the size ``(h, w)`` of the latents, by nearest neighbour: ``[B, 1, h, w]``."""
+    """Masks ``[B, 1, h, w]`` at the size ``(h, w)`` of the latents, by nearest neighbour."""
     return F.interpolate(masks, size=list(size))
 
 
 def inpaint_channels(masks: Tensor, masked_latents: Tensor) -> Tensor:
-    """The five channels beside the noisy latents, ``[B, 5, h, w]``.
+    """Mask and masked latents, ``[B, 5, h, w]``, to concatenate to the noisy latents.
 
     Args:
-        masks: ``[B, 1, H, W]`` in pixels.
+        masks: ``[B, 1, H, W]``, at the images' size.
         masked_latents: scaled latents of the masked images, ``[B, 4, h, w]``.
     """
     height, width = masked_latents.shape[-2:]

@@ -110,7 +110,7 @@ def test_an_ordinary_unet_is_not_trained_to_inpaint_without_a_word(build, checkp
 @pytest.mark.parametrize("settings", [{"whole_masks": 1.5}, {"hole_weight": 0}, {"convert": 1}])
 def test_settings_out_of_range_are_refused(build, settings):
     [(name, value)] = settings.items()
-    with pytest.raises(SettingsError, match=f"model.{name}={value} is not allowed"):
+    with pytest.raises(SettingsError, match=f"model.{name}={value}: must be"):
         build(**settings)
 
 
