@@ -103,8 +103,8 @@ def to_adapter(tensors: dict[str, Tensor], header: dict[str, str], path: str | P
     """Parse an adapter file of either layout.
 
     Args:
-        tensors: of the file, from `read_tensors`.
-        header: of the file.
+        tensors: tensors of the file, from `read_tensors`.
+        header: header of the file.
         path: the file, for messages.
         parts: the model that it is for; its layers' names resolve kohya's, in which dots are underscores.
 

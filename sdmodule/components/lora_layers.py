@@ -33,7 +33,7 @@ class Adapter:
     """A low-rank adapter of the UNet, the text encoder, or both.
 
     Attributes:
-        method: one of :data:`METHODS`.
+        method: one of `METHODS`.
         weights: for ``unet`` and ``text_encoder``, factors by key, such as ``mid_block….to_q.lora_A.weight``.
         alphas: for each part, alpha by layer; the update is scaled by ``alpha / rank``, or by 1 for a layer without.
         source: where it came from, for messages.

@@ -61,10 +61,10 @@ class ControlGuide:
             embeddings: text embeddings, ``[B or 2B, L, D]``.
         """
         images = self.images.repeat(len(latents) // len(self.images), 1, 1, 1).to(embeddings)
+        # beside an inpainting UNet, a text-to-image ControlNet takes the noisy latents only
+        noisy = latents[:, : self.controlnet.config.in_channels]
         down, middle = self.controlnet(
-            latents[
-                :, : self.controlnet.config.in_channels
-            ],  # a text-to-image ControlNet beside an inpainting UNet takes the noisy latents only
+            noisy,
             timestep,
             encoder_hidden_states=embeddings,
             controlnet_cond=images,

@@ -51,7 +51,7 @@ def pair_images_and_masks(images: Any, masks: Any, count: int) -> list[MaskedIma
     for name, values in (("image", image_list), ("mask", mask_list)):
         if len(values) not in (1, total):
             other = "mask" if name == "image" else "image"
-            raise SettingsError(f"{name}: {len(values)} entries and {total} of {other}; give one, or {total}.")
+            raise SettingsError(f"{name}: {len(values)} entries for {total} of {other}; give one, or one for each.")
     if total not in (1, count):
         raise SettingsError(f"image: {total} entries for {count} prompts; give one image, or one per prompt.")
     pairs = [

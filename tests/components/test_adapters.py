@@ -214,7 +214,7 @@ def test_a_file_that_does_not_fit_is_refused(checkpoint, export, file, change, m
 def test_a_wrong_adapter_setting_is_refused(checkpoint, tmp_path, monkeypatch, adapters, message):
     monkeypatch.chdir(tmp_path)
     for name in ("pickle.pt", "broken.safetensors"):
-        Path(name).write_bytes(b"nothing of the kind")
+        Path(name).write_bytes(b"not an adapter")
     with pytest.raises(SettingsError, match=message):
         StableDiffusionModule(str(checkpoint), adapters=adapters)
 
