@@ -209,16 +209,18 @@ def test_another_base_model_is_refused_whatever_it_is_called(saved, checkpoint, 
     with torch.no_grad():
         next(getattr(other, part).parameters()).flatten()[0] += 1e-3
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(SettingsError, match=rf"on pretrained={checkpoint}, and pretrained=.*other .* in {part}; give"):
+    with pytest.raises(
+        SettingsError, match=rf"pretrained=.*other: the weights of {part} differ .*pretrained={checkpoint},"
+    ):
         train(StableDiffusionModule(str(tmp_path / "other"), tuning=WITH_WORDS), 3, resume=file)
 
     mine = shutil.copytree(checkpoint, tmp_path / "mine")
     train(StableDiffusionModule(str(mine)), 1).save_checkpoint(tmp_path / "mine.ckpt")
     shutil.rmtree(mine)
     (tmp_path / "other").rename(mine)
-    with pytest.raises(SettingsError, match=rf"has other weights in {part}; give"):
+    with pytest.raises(SettingsError, match=rf"the weights of {part} differ .*; give that base model"):
         train(StableDiffusionModule(str(mine)), 2, resume=tmp_path / "mine.ckpt")
-    with pytest.raises(SettingsError, match=rf"has other weights in {part}; give"):
+    with pytest.raises(SettingsError, match=rf"the weights of {part} differ .*; give that base model"):
         StableDiffusionModule.load_from_checkpoint(tmp_path / "mine.ckpt", weights_only=True)
 
 

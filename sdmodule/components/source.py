@@ -12,7 +12,7 @@ from sdmodule.errors import SettingsError, choices
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = {"tiny": "tiny", "tiny-inpaint": "tiny"}
-"""Checkpoints shipped with the package, each with the one that holds the parts missing from its own folder."""
+"""Checkpoints shipped with the package, and for each the one that has the parts missing from its folder."""
 
 INDEX = "model_index.json"
 """File that marks a folder as a diffusers checkpoint."""

@@ -1,8 +1,7 @@
-"""What a UNet that inpaints sees beside the noisy latents, and how an ordinary UNet becomes one.
+"""Inputs of an inpainting UNet beside the noisy latents: the mask and the latents of the masked image.
 
-The nine channels are those of Stable Diffusion's inpainting checkpoints (Rombach et al. 2022, section 4.5 and the
-published weights): noisy latents 4, mask 1, latents of the masked image 4. A mask is ``[B, 1, H, W]``, 1 where the
-image is repainted and 0 where it stays.
+The order of the channels is in `sdmodule.components.inpaint_unet`. A mask is ``[B, 1, H, W]``, 1 where the image is
+inpainted and 0 where it is kept.
 """
 
 from __future__ import annotations
@@ -15,20 +14,20 @@ from torch import Tensor
 
 
 def mask_out(images: Tensor, masks: Tensor) -> Tensor:
-    """Images ``[B, 3, H, W]`` in [-1, 1] with the hole at mid-grey, which is 0."""
+    """Images ``[B, 3, H, W]`` in [-1, 1] with the masked area set to 0, mid-grey."""
     return images * (masks < 0.5)
 
 
 def masks_to_latents(masks: Tensor, size: Sequence[int]) -> Tensor:
-    """Masks at the size ``(h, w)`` of the latents, by nearest neighbour: ``[B, 1, h, w]``."""
+    """Masks ``[B, 1, h, w]`` at the size ``(h, w)`` of the latents, by nearest neighbour."""
     return F.interpolate(masks, size=list(size))
 
 
 def inpaint_channels(masks: Tensor, masked_latents: Tensor) -> Tensor:
-    """The five channels beside the noisy latents, ``[B, 5, h, w]``.
+    """Mask and masked latents, ``[B, 5, h, w]``, to concatenate to the noisy latents.
 
     Args:
-        masks: ``[B, 1, H, W]`` in pixels.
+        masks: ``[B, 1, H, W]``, at the images' size.
         masked_latents: scaled latents of the masked images, ``[B, 4, h, w]``.
     """
     height, width = masked_latents.shape[-2:]

@@ -287,8 +287,8 @@ def test_dreambooth_without_who_makes_the_images_of_the_kind(checkpoint, photos,
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"placeholder": "red", "initializer": "star"}, "red is a word that the model has already"),
-        ({"placeholder": "my cat", "initializer": "star"}, "cannot stand in a prompt"),
+        ({"placeholder": "red", "initializer": "star"}, "placeholder=red: already in the vocabulary"),
+        ({"placeholder": "my cat", "initializer": "star"}, "placeholder=my cat: cannot be one word of a prompt"),
         ({"placeholder": WORD, "initializer": "star circle square"}, "give a text of 1 to 1 tokens"),
         ({"placeholder": WORD, "initializer": "star", "vectors": 0}, "vectors=0"),
         ({"placeholder": WORD}, "needs tuning.initializer"),
