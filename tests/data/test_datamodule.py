@@ -102,7 +102,7 @@ def test_errors_in_metadata_name_the_line(folder: Path, name: str, content: str,
         ready(folder)
 
 
-def test_metadata_that_lists_absent_images(folder: Path) -> None:
+def test_metadata_that_lists_absent_images_is_an_error(folder: Path) -> None:
     rows = [{"file_name": f"absent{k}.png", "text": ""} for k in range(5)]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(SettingsError, match=r"absent0\.png, absent1\.png, absent2\.png and 2 more"):

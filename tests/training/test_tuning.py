@@ -256,7 +256,7 @@ def test_images_of_the_kind_are_made_where_there_is_no_good_one(photos, tmp_path
 def test_images_of_the_kind_beyond_their_number_are_told_of(photos, tmp_path):
     kind = {"class_prompt": "a dog", "class_images": 4, "class_root": str(photos)}
     data = DreamBoothDataModule(str(photos), "a sks dog", **kind, resolution=32, batch_size=2, val_fraction=0)
-    with pytest.warns(UserWarning, match=r"class_images=4: 2 of the 6 .* not used; set data\.class_images=6 to use all"):
+    with pytest.warns(UserWarning, match=r"class_images=4: 2 of the 6 .* not used; set data\.class_images=6 to use"):
         data.setup()
     assert len(data.priors) == 4
 

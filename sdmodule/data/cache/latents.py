@@ -61,7 +61,7 @@ class CaptionedMoments(TypedDict, total=False):
     """One training example: ``moments`` is mean and standard deviation of the latents, ``[8, h, w]``.
 
     The other entries are those of `CaptionedImage`. They are there for inpainting, which masks and encodes the image
-    anew at every step, for a ControlNet, and for a masked loss.
+    again at every step, for a ControlNet, and for a masked loss.
     """
 
     moments: Required[Tensor]

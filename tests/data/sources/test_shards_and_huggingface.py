@@ -306,7 +306,7 @@ def test_unusable_data_sets_are_errors(folder, tmp_path, settings, says):
         ready(HuggingFaceDataModule(**{"name": str(tmp_path / "made"), **COMMON, **settings}))
 
 
-def test_a_missing_package_is_named_with_its_installation(monkeypatch):
+def test_a_missing_package_is_named_with_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(SettingsError, match=r"needs the package datasets; pip install 'sdmodule\[datasets\]'"):
         ready(HuggingFaceDataModule("owner/name"))
