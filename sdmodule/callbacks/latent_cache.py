@@ -20,7 +20,7 @@ from sdmodule.conditioning.text import count_chunks, encode_prompts, escape_prom
 from sdmodule.data.base import TrainingData
 from sdmodule.data.cache.latents import CachedEmbeddings, CachedMomentsDataset, ImageDataset, moments_keys
 from sdmodule.data.cache.tensor_store import TensorStore
-from sdmodule.data.toy.dataset import View
+from sdmodule.data.example import View
 from sdmodule.errors import SettingsError
 from sdmodule.io.fingerprint import fingerprint, model_fingerprint
 from sdmodule.io.progress import progress

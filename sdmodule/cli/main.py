@@ -71,7 +71,8 @@ def train(cfg: DictConfig) -> None:
 
 def predict(cfg: DictConfig) -> None:
     """Sample images: requests, callbacks, loggers, trainer, model, predict."""
-    from sdmodule.io.run_folder import find_finished, set_aside
+    from sdmodule.cli.resume_predict import find_finished
+    from sdmodule.io.run_folder import set_aside
 
     check_flag("resume", cfg.resume)
     output_dir = prepare_output_dir(cfg)

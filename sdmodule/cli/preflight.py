@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from sdmodule.callbacks.class_images import ClassImages
 from sdmodule.callbacks.latent_cache import LatentCache
-from sdmodule.data.sources.folder import Example
+from sdmodule.data.example import Example
 from sdmodule.errors import SettingsError
 from sdmodule.sampling.requests import INPAINT, TEXT2IMAGE
 from sdmodule.training.textual_inversion import TextualInversion
@@ -58,10 +58,10 @@ def _check_masks(model: Any, data: Any) -> None:
         return
     cure = "name them in a column mask_file_name of its metadata"
     if getattr(model, "objective", None) and model.objective.masked:
-        raise SettingsError(f"objective.masked=true and {bare[0].place} has no masks; {cure}.")
+        raise SettingsError(f"objective.masked=true and {bare[0].source} has no masks; {cure}.")
     if getattr(model, "task", None) == INPAINT and len(bare) < len(data.sources):
         raise SettingsError(
-            f"model=inpaint and {bare[0].place} has no masks, which other sources have; {cure}, or give none, and "
+            f"model=inpaint and {bare[0].source} has no masks, which other sources have; {cure}, or give none, and "
             "masks are drawn."
         )
 

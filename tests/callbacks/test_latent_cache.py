@@ -189,7 +189,7 @@ def test_a_broken_file_is_passed_over_and_made_anew(checkpoint, folder, tmp_path
     plain = fit(checkpoint, images_of(folder), LatentCache(tmp_path))
     [file] = tmp_path.glob("*/*.safetensors")
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.warns(UserWarning, match=r"safetensors is broken and is passed over"):
+    with pytest.warns(UserWarning, match=r"safetensors is corrupt and was skipped"):
         assert fit(checkpoint, images_of(folder), LatentCache(tmp_path)) == plain
     assert len(held(tmp_path)) == 5
 

@@ -124,7 +124,7 @@ def test_train_writes_checkpoints_samples_figures_and_a_pipeline(call, checkpoin
 def test_train_takes_fewer_images_than_a_batch_and_none_to_validate_on(call, checkpoint, photos, tmp_path):
     settings = [f"data.root={photos}", f"pretrained={checkpoint}", f"output_dir={tmp_path / 'out'}", "+steps=2"]
     settings += ["data.batch_size=16", "data.val_fraction=0", "trainer.max_steps=3", "trainer.val_check_interval=2"]
-    with pytest.warns(UserWarning, match=r"data\.batch_size=16: there are 6 images to train on, so a batch is of 6\."):
+    with pytest.warns(UserWarning, match=r"data\.batch_size=16: .* only 6 training images, so the batch size is 6\."):
         status, _, complaint = call(train_main, *settings, "resolution=32")
     assert (status, complaint) == (0, "")
     assert (tmp_path / "out" / "samples" / "000003.png").is_file()
@@ -377,8 +377,8 @@ WRONG_TRAIN = {
     "neither on nor off": (["data.root=PHOTOS", "data.random_flip=no"], ["data.random_flip=no", "true or false"]),
     "compiled or not": (["data.root=PHOTOS", "training.compile=no"], ["training.compile=no", "blocks, none, whole"]),
     "validated first or not": (["data.root=PHOTOS", "validate_first=no"], ["validate_first=no", "true or false"]),
-    "no folder at all": (["data.root="], ["data.root=", "names no place"]),
-    "a data set of no name": (["data=huggingface", "data.name=null"], ["data.name=None names no place"]),
+    "no folder at all": (["data.root="], ["data.root=", "must be a non-empty path"]),
+    "a data set of no name": (["data=huggingface", "data.name=null"], ["data.name=None: must be a non-empty path"]),
     "a list in the place of a folder": (
         ["data.root=PHOTOS", "data.val_root=[a,b]"],
         ["data.val_root=['a', 'b']"],

@@ -261,7 +261,7 @@ def test_an_experiment_takes_data_of_any_kind(name, data):
 def test_experiments_show_themselves_with_the_emoji_or_take_a_folder():
     def shown(*given: str) -> str:
         data = instantiate(configuration("train", "experiment=lora", *given, given=["resolution=64"]).data)
-        return Path(data.sources[0].place.root).name
+        return Path(data.sources[0].source.root).name
 
     assert [shown(), shown("data.root=mine")] == ["emoji", "mine"]
 

@@ -1,4 +1,4 @@
-"""Images in tar shards and in data sets of Hugging Face are shown as those of a folder are."""
+"""Tar shards and Hugging Face data sets give the same batches as a folder of the same images."""
 
 from __future__ import annotations
 
@@ -20,9 +20,13 @@ import webdataset
 from PIL import Image
 
 from sdmodule.cli.main import train_main
-from sdmodule.data.datamodule import ImageDataModule, ImageFolderDataModule
-from sdmodule.data.remote import HuggingFaceDataModule, ShardsDataModule
-from sdmodule.data.sources.tar_shards import braces
+from sdmodule.data.datamodule import (
+    HuggingFaceDataModule,
+    ImageDataModule,
+    ImageFolderDataModule,
+    ShardsDataModule,
+)
+from sdmodule.data.sources.tar_shards import expand_braces
 from sdmodule.errors import SettingsError
 
 SHAPES = [(40, 40), (64, 32), (32, 64), (60, 31), (38, 41), (36, 72), (64, 40), (33, 33), (70, 35)]
@@ -36,7 +40,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Nine images of three shapes: noise, one of them turned by its camera, one transparent."""
+    """Nine images of noise in three shapes; some are rotated by EXIF, one is transparent."""
     photos = tmp_path / "photos"
     photos.mkdir()
     sideways = Image.Exif()
@@ -131,7 +135,7 @@ def epochs(data: ImageDataModule, count: int = 2) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("make", KINDS)
-def test_batches_are_those_of_the_folder(folder, tmp_path, make):
+def test_batches_equal_those_of_a_folder(folder, tmp_path, make):
     theirs = epochs(ready(ImageFolderDataModule(str(folder), **SETTINGS)))
     ours = epochs(ready(make(folder, tmp_path / "made")))
     assert [batch["caption"] for batch in ours] == [batch["caption"] for batch in theirs]
@@ -140,14 +144,14 @@ def test_batches_are_those_of_the_folder(folder, tmp_path, make):
 
 
 @pytest.mark.parametrize("make", [parquet, shards])
-def test_the_cache_knows_them_by_what_is_in_them(folder, tmp_path, make):
+def test_cache_keys_depend_on_content_alone(folder, tmp_path, make):
     theirs = ready(ImageFolderDataModule(str(folder), **COMMON)).train_set
     ours = ready(make(folder, tmp_path / "made")).train_set
     assert [ours.content(k) for k in range(9)] == [theirs.content(k) for k in range(9)]
 
 
 @pytest.mark.parametrize("make", [parquet, shards])
-def test_pixels_stay_on_disk_and_processes_that_load_read_them_themselves(folder, tmp_path, make):
+def test_pixels_stay_on_disk_and_workers_read_them(folder, tmp_path, make):
     data = ready(make(folder, tmp_path / "made"))
     alone = epochs(data)
     data.num_workers = 2
@@ -158,12 +162,12 @@ def test_pixels_stay_on_disk_and_processes_that_load_read_them_themselves(folder
 
 
 @pytest.mark.parametrize("make", [parquet, shards])
-def test_validation_is_chosen_by_name_or_is_another_part(folder, tmp_path, make):
+def test_validation_is_chosen_by_name_or_is_another_split(folder, tmp_path, make):
     data = make(folder, tmp_path / "made")
     data.val_fraction = 0.3
     captions = [sorted(batch["caption"]) for batch in ready(data).val_dataloader()]
     assert len(data.val_set) == 3 and len(data.train_set) == 6
-    again = type(data)(data.sources[0].place.shards if make is shards else str(tmp_path / "made"), **COMMON)
+    again = type(data)(data.sources[0].source.shards if make is shards else str(tmp_path / "made"), **COMMON)
     again.val_fraction = 0.3
     assert [sorted(batch["caption"]) for batch in ready(again).val_dataloader()] == captions
 
@@ -172,12 +176,12 @@ def test_validation_is_chosen_by_name_or_is_another_part(folder, tmp_path, make)
     else:
         arrow_of_splits(folder, tmp_path / "splits")
         other = HuggingFaceDataModule(str(tmp_path / "splits"), "all", "test", template="a {}", **COMMON)
-    [val_log_suffix] = ready(other).val_dataloader()
+    [validated] = ready(other).val_dataloader()
     assert len(other.train_set) == (8 if make is shards else 9)
-    assert val_log_suffix["caption"] == [f"a tag {8 if make is shards else 0}, red, small, old, wise"]
+    assert validated["caption"] == [f"a tag {8 if make is shards else 0}, red, small, old, wise"]
 
 
-def test_all_kinds_are_mixed_by_weight(folder, tmp_path):
+def test_sources_of_all_kinds_are_mixed_by_weight(folder, tmp_path):
     shards(folder, tmp_path / "tars")
     parquet(folder, tmp_path / "parquet")
     sources = [
@@ -192,7 +196,7 @@ def test_all_kinds_are_mixed_by_weight(folder, tmp_path):
 
 
 def add(shard: Path, **files: bytes) -> str:
-    """A tar of files, whose names have ``_`` in place of the dots."""
+    """Write a tar of files; ``_`` in their names stands for a dot."""
     with tarfile.open(shard, "w") as tar:
         for name, content in files.items():
             member = tarfile.TarInfo(name.replace("_", "."))
@@ -210,17 +214,23 @@ def png() -> bytes:
 @pytest.mark.parametrize(
     ("files", "says"),
     [
-        ({}, "holds no images"),
-        ({"a_png": png()}, r"1 images without a caption: a\.tar/a\.png"),
-        ({"a_png": png(), "a_jpg": png(), "a_txt": b"a"}, r"a\.tar/a\.jpg and a\.tar/a\.png of one name"),
-        ({"a_png": png(), "a_json": b'{"text": "a"}'}, r"no text under caption, only text; name .* data\.caption_key"),
-        ({"a_png": png(), "a_json": b"[1]"}, "no text under caption, only no names"),
+        ({}, "contains no images"),
+        ({"a_png": png()}, r"images without a caption: a\.tar/a\.png"),
+        ({"a_png": png(), "a_jpg": png(), "a_txt": b"a"}, r"a\.tar/a\.jpg and a\.tar/a\.png have the same name"),
+        (
+            {"a_png": png(), "a_json": b'{"text": "a"}'},
+            r"caption_key=caption: .* no string under this key, only text",
+        ),
+        ({"a_png": png(), "a_json": b"[1]"}, "no string under this key, and is not an object"),
         ({"a_png": png(), "a_json": b"{"}, r"the caption a\.tar/a\.json cannot be read"),
         ({"a_png": png(), "a_txt": b"\xff\xfe"}, r"the caption a\.tar/a\.txt cannot be read"),
-        ({"a_png": b"<html>", "a_txt": b"a"}, r"no readable images: a\.tar/a\.png \(none of BMP.*skip_bad"),
+        (
+            {"a_png": b"<html>", "a_txt": b"a"},
+            r"unreadable images: a\.tar/a\.png \(not one of BMP.*skip_bad",
+        ),
     ],
 )
-def test_shards_that_cannot_be_used_are_told_of(tmp_path, files, says):
+def test_unusable_shards_are_errors(tmp_path, files, says):
     with pytest.raises(SettingsError, match=says):
         ready(ShardsDataModule(add(tmp_path / "a.tar", **files), **COMMON))
 
@@ -228,14 +238,14 @@ def test_shards_that_cannot_be_used_are_told_of(tmp_path, files, says):
 @pytest.mark.parametrize(
     ("pattern", "says"),
     [
-        ("{000..002}.tar", r"names .*001\.tar, which does not exist"),
-        ("broken.tar", r"broken\.tar cannot be read .*without compression"),
-        ("packed.tar", r"packed\.tar cannot be read .*without compression"),
+        ("{000..002}.tar", r"001\.tar does not exist"),
+        ("broken.tar", r"broken\.tar cannot be read .*uncompressed"),
+        ("packed.tar", r"packed\.tar cannot be read .*uncompressed"),
         ([], "names no files"),
         ("{3..1}.tar", "names no files"),
     ],
 )
-def test_shards_that_are_not_there_or_not_whole_are_told_of(tmp_path, pattern, says):
+def test_missing_or_truncated_shards_are_errors(tmp_path, pattern, says):
     whole = Path(add(tmp_path / "000.tar", a_png=png(), a_txt=b"a", b_png=png(), b_txt=b"b"))
     (tmp_path / "broken.tar").write_bytes(whole.read_bytes()[:2300])
     with tarfile.open(tmp_path / "packed.tar", "w:gz") as tar:
@@ -245,14 +255,14 @@ def test_shards_that_are_not_there_or_not_whole_are_told_of(tmp_path, pattern, s
         ready(ShardsDataModule(given, **COMMON))
 
 
-def test_what_is_left_out_of_shards_is_told(tmp_path):
+def test_ignored_files_in_shards_are_reported(tmp_path):
     files = {"a_png": png(), "a_txt": b"a", "a_json": b"{}", "a_cls": b"1", "b_png": b"<html>", "b_txt": b"b"}
     given = add(tmp_path / "a.tar", **files)
     with pytest.warns(UserWarning) as warned:
         data = ready(ShardsDataModule(given, skip_bad=True, **COMMON))
     assert len(data.train_set) == 1 and data.train_set[0]["caption"] == "a"
     told = " ".join(str(warning.message) for warning in warned)
-    assert "neither image nor caption: 1 .cls." in told and "skipped 1 unreadable images: a.tar/b.png" in told
+    assert "neither image nor caption: 1 .cls." in told and "skipped unreadable images: a.tar/b.png" in told
 
 
 @pytest.mark.parametrize(
@@ -264,23 +274,26 @@ def test_what_is_left_out_of_shards_is_told(tmp_path):
         ("{a,b}/{0..1}", ["a/0", "a/1", "b/0", "b/1"]),
     ],
 )
-def test_braces_are_those_of_a_shell(pattern, stands_for):
-    assert braces(pattern) == stands_for
+def test_braces_expand_as_in_a_shell(pattern, stands_for):
+    assert expand_braces(pattern) == stands_for
 
 
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"caption_column": "title"}, r"caption_column=title is no column of .*; it has image, number, text"),
-        ({"caption_column": "number"}, r"caption_column=number of .* holds .*int64.*; give a column of texts"),
-        ({"image_column": "text"}, r"image_column=text of .* holds .*string.*; give a column of images"),
-        ({"split": "val"}, r"split=val cannot be loaded .*train"),
+        (
+            {"caption_column": "title"},
+            r"caption_column=title: is not a column .*; choose one of image, number, text",
+        ),
+        ({"caption_column": "number"}, r"caption_column=number: contains .*int64.*; give a column of strings"),
+        ({"image_column": "text"}, r"image_column=text: contains .*string.*; give a column of images"),
+        ({"split": "val"}, r"split=val: cannot be loaded .*train"),
         ({"subset": "xl"}, "cannot be loaded .*xl"),
-        ({"name": "nobody/nothing"}, "nobody/nothing split=train cannot be loaded"),
-        ({}, r"caption_column=text holds nothing in row 2 of data\.name"),
+        ({"name": "nobody/nothing"}, "nobody/nothing split=train: cannot be loaded"),
+        ({}, r"caption_column=text: is empty in row 2 of data\.name"),
     ],
 )
-def test_data_sets_that_cannot_be_used_are_told_of(folder, tmp_path, settings, says):
+def test_unusable_data_sets_are_errors(folder, tmp_path, settings, says):
     held = rows(folder)
     texts = [*held["text"][:2], None, *held["text"][3:]]
     features = datasets.Features(
@@ -293,13 +306,13 @@ def test_data_sets_that_cannot_be_used_are_told_of(folder, tmp_path, settings, s
         ready(HuggingFaceDataModule(**{"name": str(tmp_path / "made"), **COMMON, **settings}))
 
 
-def test_without_the_package_it_is_told_how_to_get_it(monkeypatch):
+def test_a_missing_package_is_named_with_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(SettingsError, match=r"needs the package datasets; pip install 'sdmodule\[datasets\]'"):
         ready(HuggingFaceDataModule("owner/name"))
 
 
-def test_the_code_of_a_data_set_is_not_run(folder, tmp_path):
+def test_code_in_a_data_set_is_not_run(folder, tmp_path):
     parquet(folder, tmp_path / "made")
     (tmp_path / "made" / "made.py").write_text(f"open({str(tmp_path / 'was-run')!r}, 'w')\nraise SystemExit")
     try:
@@ -312,18 +325,18 @@ def test_the_code_of_a_data_set_is_not_run(folder, tmp_path):
 @pytest.mark.parametrize(
     ("source", "says"),
     [
-        ({"weight": 2}, r"data\.sources\[0\] names no place; give one of name, root, shards"),
-        ({"root": "a", "shards": "b"}, r"names root, shards; give one of"),
-        ({"shards": "a", "split": "train"}, r"data\.sources\[0\] cannot be used .*split"),
+        ({"weight": 2}, r"data\.sources\[0\]: gives no source; give exactly one of name, root, shards"),
+        ({"root": "a", "shards": "b"}, r"gives root, shards; give exactly one of"),
+        ({"shards": "a", "split": "train"}, r"data\.sources\[0\]: cannot be used .*split"),
     ],
 )
-def test_entries_of_a_mixture_name_one_place_each(source, says):
+def test_entries_of_a_mixture_give_one_source_each(source, says):
     with pytest.raises(SettingsError, match=says):
         ImageFolderDataModule(None, sources=[source])
 
 
 @pytest.mark.parametrize("make", [parquet, shards])
-def test_the_command_trains_on_them(folder, tmp_path, checkpoint, call, make):
+def test_the_train_command_reads_them(folder, tmp_path, checkpoint, call, make):
     make(folder, tmp_path / "made")
     if make is shards:
         given = ["data=webdataset", f"data.shards={tmp_path}/made/{{000..002}}.tar"]
