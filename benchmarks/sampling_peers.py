@@ -22,12 +22,12 @@ from sdmodule.diffusion.guidance import classifier_free_guidance, rescale_guidan
 from sdmodule.sampling.pipeline import sample_all
 from sdmodule.sampling.requests import build_requests
 from sdmodule.sampling.settings import SamplingSettings
-from sdmodule.speed.compiled import compiled
+from sdmodule.speed.apply import speed_applied
+from sdmodule.speed.compile import compiled
 from sdmodule.speed.layout import channels_last
-from sdmodule.speed.prepare import speed_applied
-from sdmodule.speed.settings import choose_speed
+from sdmodule.speed.speed_settings import choose_speed
 from sdmodule.speed.steps import plan_steps
-from sdmodule.tome.settings import choose_merging
+from sdmodule.tome.token_merging import choose_merging
 
 PROMPT = "a red circle on a blue background"
 STEPS = 50

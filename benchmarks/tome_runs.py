@@ -22,7 +22,8 @@ from sdmodule.sampling.settings import SamplingSettings
 from sdmodule.speed.cpu.kernels import fastest_kernels
 from sdmodule.speed.layout import channels_last
 from sdmodule.speed.memory import retain_freed_memory
-from sdmodule.tome.settings import OFF, TokenMerging
+from sdmodule.tome.apply import apply_merging
+from sdmodule.tome.token_merging import OFF, TokenMerging
 
 BACKEND = "inductor"
 """What compiles."""
@@ -138,7 +139,7 @@ def forward(parts: Components, variant: Variant, size: int, clock: str = "wall",
     text = torch.randn(2, 77, unet.config.cross_attention_dim, generator=generator)
     latents, text = (x.to(unet.device, unet.dtype) for x in (latents, text))
     latents = latents.contiguous(memory_format=torch.channels_last)
-    with in_mode(unet, variant.mode), variant.merging.applied(unet, [seed], (side, side)):
+    with in_mode(unet, variant.mode), apply_merging(unet, variant.merging, [seed], (side, side)):
         result = unet(latents, 500, encoder_hidden_states=text).sample
         return seconds_of(lambda: unet(latents, 500, encoder_hidden_states=text).sample, unet.device, clock)[0], result
 

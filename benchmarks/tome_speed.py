@@ -48,7 +48,7 @@ from benchmarks.tome_runs import (
 from sdmodule.cli.trainer import supports_bfloat16
 from sdmodule.components.checkpoint import Components
 from sdmodule.errors import SettingsError
-from sdmodule.tome.settings import OFF
+from sdmodule.tome.token_merging import OFF
 
 PROTOCOL = {"size": 512, "images": 100, "steps": 50}
 """The published protocol."""

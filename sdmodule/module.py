@@ -44,12 +44,12 @@ from sdmodule.sampling.pipeline import check_settings, describe, sample_all
 from sdmodule.sampling.requests import INPAINT, TASKS, TEXT2IMAGE, SampleRequest
 from sdmodule.sampling.result import Samples
 from sdmodule.sampling.settings import SamplingSettings
+from sdmodule.speed.apply import speed_applied
 from sdmodule.speed.attention import plain_attention
 from sdmodule.speed.compile import check_compile, compile_unet
 from sdmodule.speed.memory import retain_freed_memory
-from sdmodule.speed.prepare import speed_applied
-from sdmodule.speed.settings import choose_speed
-from sdmodule.tome.settings import choose_merging
+from sdmodule.speed.speed_settings import choose_speed
+from sdmodule.tome.token_merging import choose_merging
 from sdmodule.training.activation_checkpointing import checkpoint_blocks
 from sdmodule.training.conditions import control, mask_channels, spatial_loss_weights
 from sdmodule.training.lora import LoraTuning

@@ -14,9 +14,9 @@ from sdmodule.io.progress import denoising_bar
 from sdmodule.modes import evaluating
 from sdmodule.sampling.pipeline import sample_all
 from sdmodule.sampling.requests import build_requests
-from sdmodule.speed.prepare import speed_applied
-from sdmodule.speed.settings import choose_speed
-from sdmodule.tome.settings import choose_merging
+from sdmodule.speed.apply import speed_applied
+from sdmodule.speed.speed_settings import choose_speed
+from sdmodule.tome.token_merging import choose_merging
 
 if TYPE_CHECKING:
     from sdmodule.module import StableDiffusionModule

@@ -30,6 +30,7 @@ from sdmodule.speed.attention import check_attention
 from sdmodule.speed.deep_cache import always_whole, caching, check_cache
 from sdmodule.speed.steps import plan_steps
 from sdmodule.speed.text_kv_cache import text_kv_cache
+from sdmodule.tome.apply import apply_merging
 
 if TYPE_CHECKING:
     from sdmodule.components.checkpoint import Components
@@ -169,7 +170,7 @@ def sample(
 
     steps = plan_steps(scheduler.timesteps[skipped:], scheduler.config.num_train_timesteps, settings.speed, guided)
     merging, draws = settings.merging.for_images([r.seed for r in requests], all(step.guided for step in steps))
-    merged = merging.applied(parts.unet, draws, shape[1:], len(steps))
+    merged = apply_merging(parts.unet, merging, draws, shape[1:], len(steps))
     every, layers = settings.speed.cache_every, settings.speed.cache_layers
     cached = caching(parts.unet, layers) if every > 1 else nullcontext(always_whole)
     seen = (lambda latents: latents) if repainting is None else repainting.seen

@@ -8,8 +8,8 @@ from typing import Any
 
 from sdmodule.conditioning.inpaint_crop import InpaintSettings
 from sdmodule.errors import SettingsError
-from sdmodule.speed.settings import EXACT, SpeedSettings
-from sdmodule.tome.settings import OFF, TokenMerging
+from sdmodule.speed.speed_settings import EXACT, SpeedSettings
+from sdmodule.tome.token_merging import OFF, TokenMerging
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from sdmodule.cli.instantiate import build_trainer, instantiate
 from sdmodule.components.checkpoint import ASSETS
 from sdmodule.components.schedulers import SHORT_NAMES
 from sdmodule.errors import SettingsError
-from sdmodule.tome.settings import TokenMerging
+from sdmodule.tome.token_merging import TokenMerging
 
 CONF = Path(__file__).parents[2] / "conf"
 HAS_GPU = torch.cuda.is_available()
