@@ -24,7 +24,7 @@ active: list[ctypes.CDLL] = []
 def retain_freed_memory() -> Iterator[None]:
     """Keep freed memory for the next layer inside a ``with`` block, instead of returning it to the system.
 
-    By default glibc maps every large tensor anew and unmaps it when it is freed, so the kernel zeroes each layer's
+    By default glibc maps every large tensor and unmaps it when it is freed, so the kernel zeroes each layer's
     result page by page before it is written. The switch holds for the whole process: the last block to end turns it
     off, so that sampling in the middle of a training leaves the training's memory alone. Does nothing with another C
     library.

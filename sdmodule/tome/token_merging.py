@@ -29,7 +29,7 @@ class TokenMerging:
         merge_mlp: merge for the feed-forward layer.
         engine: implementation: ``exact``, with tomesd's result; ``window``, which matches within small windows and is
             faster; or ``tomesd``, the authors' package.
-        reuse_steps: match tokens anew at every n-th step, and reuse the match in between.
+        reuse_steps: match tokens at every n-th step, and reuse the match in between.
 
     Raises:
         SettingsError: for a value out of range, most of which tomesd silently accepts.

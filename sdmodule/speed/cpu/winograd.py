@@ -46,7 +46,12 @@ def transform_weights(layer: nn.Conv2d, image: Tensor) -> Kernels:
 
 
 def convolve(image: Tensor, kernels: Kernels, bias: Tensor | None) -> Tensor:
-    """A 3x3 convolution of an image ``[B, C, h, w]`` of even height; the result is channels_last."""
+    """A 3x3 convolution of an image ``[B, C, h, w]`` of even height; the result is channels_last.
+
+    With 640 and 1,280 channels it is 1.1 to 1.5 times as fast as torch in bfloat16
+    (``benchmarks/results/layers_amx.json``), and in float32 1.25 to 1.5 times (``layers_float32.json``), on one thread
+    of an Intel Xeon with AMX.
+    """
     upper, lower = image[:, :, 0::2], image[:, :, 1::2]
     before, after = _new(lower), _new(upper)  # the rows that only one of two neighboring result rows sees
     torch.sub(lower[:, :, :-1], lower[:, :, 1:], out=before[:, :, 1:])

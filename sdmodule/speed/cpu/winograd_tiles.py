@@ -66,6 +66,9 @@ def transform_weights(layer: nn.Conv2d) -> Tensor:
 def convolve(image: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
     """A 3x3 convolution of an image ``[B, C, h, w]``; the result is channels_last.
 
+    It is 1.75 times as fast as torch for 320 channels at 64x64, and 2.6 times for 640 at 32x32, on one thread of an
+    Intel Xeon with AMX (``benchmarks/results/layers_float32.json``).
+
     Strips of images are convolved one by one, so that an image is the same in any batch, and a large one takes little
     extra memory.
     """

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from diffusers.models.attention import BasicTransformerBlock
 
 from sdmodule.speed.cpu import layers
+from sdmodule.speed.cpu.autotune import autotune_cache_dir
 from sdmodule.speed.cpu.kernels import fastest_blocks
 from sdmodule.speed.cpu.layers import attention_kernels
 from sdmodule.speed.cpu.native import attention as native
 from sdmodule.speed.cpu.native.attention import SOURCE
-from sdmodule.speed.cpu.native.jit_build import compile_library, is_available
+from sdmodule.speed.cpu.native.jit_build import compile_library, is_available, load_library
 
 NEEDS = "needs a processor with bfloat16 in AVX-512, and a GNU compiler"
 needs_native = pytest.mark.skipif(not is_available(SOURCE), reason=NEEDS)
@@ -145,6 +146,60 @@ def test_unsupported_tensors_are_left_to_other_kernels(change, supported):
     assert ("native" in attention_kernels(*change(*qkv()))) == supported
 
 
+@pytest.fixture
+def empty_cache(monkeypatch, tmp_path):
+    """A cache folder without a library, for functions that remember nothing."""
+    remembering = (autotune_cache_dir, load_library, is_available)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for function in remembering:
+        function.cache_clear()
+    yield tmp_path
+    for function in remembering:
+        function.cache_clear()
+
+
+def kernel_names():
+    return sorted(attention_kernels(*qkv(keys=64)))
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "true", 'g++ "'])
+def test_without_a_compiler_the_other_kernels_remain(empty_cache, monkeypatch, compiler):
+    monkeypatch.setenv("CXX", compiler)
+    assert kernel_names() == ["tiles", "torch"]
+    assert not list(empty_cache.rglob("*.so"))
+
+
+@needs_native
+@pytest.mark.parametrize("left", [0, 100, 9000, 20000])
+def test_a_damaged_library_is_compiled_again(empty_cache, left):
+    load_library(SOURCE)
+    (cached,) = empty_cache.rglob("*.so")
+    content = cached.read_bytes()
+    cached.write_bytes(content[:left])
+    load_library.cache_clear()
+    load_library(SOURCE)
+    assert cached.read_bytes() == content
+
+
+@needs_native
+def test_a_library_that_others_may_write_is_not_loaded(empty_cache, monkeypatch):
+    load_library(SOURCE)
+    (cached,) = empty_cache.rglob("*.so")
+    monkeypatch.setenv("PATH", "")
+    for mode, names in ((0o600, ["native", "tiles", "torch"]), (0o666, ["tiles", "torch"])):
+        cached.chmod(mode)
+        load_library.cache_clear()
+        is_available.cache_clear()
+        assert kernel_names() == names
+
+
+@needs_native
+def test_an_unwritable_cache_is_no_error(empty_cache):
+    (empty_cache / "sdmodule").write_text("a file")
+    assert kernel_names() == ["native", "tiles", "torch"]
+    assert not list(empty_cache.rglob("*.so"))
+
+
 PROGRAM = """
 import torch
 from sdmodule.speed.cpu.layers import attention_kernels
@@ -156,46 +211,12 @@ print(len(list(autotune_cache_dir().glob("*.so"))))
 """
 
 
-@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "true", 'g++ "'])
-def test_without_a_compiler_the_other_kernels_remain(tmp_path, compiler):
-    output = run_program(tmp_path, CXX=compiler)
-    assert output.startswith("['tiles', 'torch']")
-    assert output.endswith("0")
-
-
 @needs_native
 def test_it_is_compiled_once_for_all_processes(tmp_path):
     first = run_program(tmp_path)
     assert first.startswith("['native', 'tiles', 'torch']")
     assert first.endswith("1")
     assert run_program(tmp_path, PATH="") == first
-
-
-@needs_native
-@pytest.mark.parametrize("left", [0, 100, 9000, 20000])
-def test_a_damaged_library_is_compiled_again(tmp_path, left):
-    first = run_program(tmp_path)
-    (cached,) = tmp_path.rglob("*.so")
-    content = cached.read_bytes()
-    cached.write_bytes(content[:left])
-    assert run_program(tmp_path) == first
-    assert cached.read_bytes() == content
-
-
-@needs_native
-def test_a_library_that_others_may_write_is_not_loaded(tmp_path):
-    run_program(tmp_path)
-    (cached,) = tmp_path.rglob("*.so")
-    cached.chmod(0o666)
-    assert run_program(tmp_path, PATH="").startswith("['tiles', 'torch']")
-
-
-@needs_native
-def test_an_unwritable_cache_is_no_error(tmp_path):
-    (tmp_path / "sdmodule").write_text("a file")
-    output = run_program(tmp_path)
-    assert output.startswith("['native', 'tiles', 'torch']")
-    assert output.endswith("0")
 
 
 def run_program(cache, **environment):
