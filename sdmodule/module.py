@@ -29,8 +29,8 @@ from sdmodule.sampling.requests import INPAINT, TASKS, TEXT2IMAGE, SampleRequest
 from sdmodule.sampling.result import Samples
 from sdmodule.sampling.schedule import check_settings
 from sdmodule.sampling.settings import SamplingSettings
+from sdmodule.speed.apply import speed_applied, training_speed_applied
 from sdmodule.speed.compile import compile_unet
-from sdmodule.speed.prepare import speed_applied, training_speed_applied
 from sdmodule.training import loss as denoising
 from sdmodule.training.activation_checkpointing import checkpoint_blocks
 from sdmodule.training.frozen_weights import FrozenWeights

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,7 +83,7 @@ def predict(cfg: DictConfig) -> None:
         data.done = find_finished(output_dir, data.requests, model.describe() | {"precision": str(trainer.precision)})
         echo(f"Resuming: {len(data.done)} of {len(data.requests)} images are there")
     if effect := model.sampling.speed.effect:
-        echo(effect if preset_alone(HydraConfig.get().overrides.task) else effect.partition(";")[0])
+        echo(effect)
     write_config(cfg, output_dir)
     if not cfg.resume and is_rank_zero() and (earlier := set_aside(output_dir)):
         echo(f"The images of an earlier run are in {earlier} now")
@@ -91,16 +91,6 @@ def predict(cfg: DictConfig) -> None:
     with report_interrupts(trainer, output_dir), configured_loggers(trainer, config, output_dir):
         trainer.predict(model, datamodule=data, return_predictions=False)
     echo(f"Wrote {output_dir / 'grid.png'}")
-
-
-def preset_alone(overrides: Sequence[str]) -> bool:
-    """Whether nothing was set beside a preset that its measured figures hang on."""
-    groups = (
-        *("pretrained", "components", "adapters", "controlnet", "model", "experiment"),
-        *("steps", "sampler", "guidance_scale", "height", "width", "tome", "tomesd_cfg", "precision"),
-    )
-    keys = [override.partition("=")[0].lstrip("+~") for override in overrides if override != "pretrained=tiny"]
-    return not any(key.partition(".")[0] in groups or key.startswith("speed.") for key in keys)
 
 
 def build_model(cfg: DictConfig) -> Any:

@@ -21,7 +21,7 @@ from sdmodule.sampling.schedule import image_size, latent_shape, sampling_schedu
 from sdmodule.sampling.settings import SamplingSettings
 from sdmodule.sampling.stopwatch import Stopwatch
 from sdmodule.speed.steps import StepPlan, plan_steps
-from sdmodule.tome.settings import TokenMerging
+from sdmodule.tome.token_merging import TokenMerging
 
 
 @dataclass

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from sdmodule.components.checkpoint import Components
 from sdmodule.conditioning.inpaint_crop import check_inpaint_settings
+from sdmodule.errors import build_settings
 from sdmodule.io.progress import denoising_bar
 from sdmodule.sampling.pipeline import sample_all
 from sdmodule.sampling.requests import build_requests
 from sdmodule.sampling.settings import SamplingSettings
-from sdmodule.speed.prepare import speed_applied
-from sdmodule.speed.settings import choose_speed
-from sdmodule.tome.settings import choose_merging
+from sdmodule.speed.apply import speed_applied
+from sdmodule.speed.speed_settings import SpeedSettings
+from sdmodule.tome.token_merging import choose_merging
 
 
 class InferOptions(TypedDict, total=False):
@@ -123,7 +124,7 @@ def infer(
         inpaint=replace(sampling.inpaint, **(inpaint or {})),
         control_scale=control_scale,
         merging=None if tome is None else choose_merging(tome),
-        speed=None if speed is None else choose_speed(speed),
+        speed=None if speed is None else build_settings(SpeedSettings, "speed", speed),
     )
     check_inpaint_settings(settings.inpaint, task)
     requests = build_requests(

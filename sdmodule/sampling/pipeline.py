@@ -22,6 +22,7 @@ from sdmodule.sampling.settings import SamplingSettings
 from sdmodule.sampling.stopwatch import Stopwatch
 from sdmodule.speed.deep_cache import always_whole, caching
 from sdmodule.speed.text_kv_cache import text_kv_cache
+from sdmodule.tome.apply import apply_merging
 
 OnStep = Callable[[int, Tensor], None]
 """Called after each denoising step with the number of steps done and the latents ``[B, 4, h, w]``."""
@@ -78,8 +79,8 @@ def denoise_batch(
         if on_step is not None:
             on_step(done, latents)
 
-    merging = conditions.merging.applied(
-        parts.unet, conditions.merge_seeds, conditions.latent_size, len(conditions.steps)
+    merging = apply_merging(
+        parts.unet, conditions.merging, conditions.merge_seeds, conditions.latent_size, len(conditions.steps)
     )
     cached = caching(parts.unet, settings.speed.cache_layers) if settings.speed.cache_every > 1 else None
     with (

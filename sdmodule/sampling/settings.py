@@ -8,8 +8,8 @@ from typing import Any
 
 from sdmodule.conditioning.inpaint_crop import InpaintSettings
 from sdmodule.errors import build_settings, check_int, check_number
-from sdmodule.speed.settings import EXACT, SpeedSettings, choose_speed
-from sdmodule.tome.settings import OFF, TokenMerging, choose_merging
+from sdmodule.speed.speed_settings import EXACT, SpeedSettings
+from sdmodule.tome.token_merging import OFF, TokenMerging, choose_merging
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ class SamplingSettings:
         inpaint = own.inpaint
         if not isinstance(inpaint, InpaintSettings):
             inpaint = build_settings(InpaintSettings, "sampling.inpaint", inpaint)
-        return replace(own, inpaint=inpaint, merging=choose_merging(tome), speed=choose_speed(speed))
+        fast = build_settings(SpeedSettings, "speed", speed)
+        return replace(own, inpaint=inpaint, merging=choose_merging(tome), speed=fast)
 
     @property
     def steps_taken(self) -> int:

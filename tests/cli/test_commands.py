@@ -16,7 +16,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from sdmodule.cli.main import predict_main, preset_alone, train_main
+from sdmodule.cli.main import predict_main, train_main
 from sdmodule.components.schedulers import SHORT_NAMES
 
 ROOT = Path(__file__).parents[2]
@@ -264,22 +264,6 @@ def test_predict_says_in_one_sentence_what_is_wrong(call, checkpoint, tmp_path, 
     out = tmp_path / "out"
     told(call(predict_main, "prompt=a", f"pretrained={checkpoint}", f"output_dir={out}", *overrides), *words)
     assert not out.exists()
-
-
-@pytest.mark.parametrize(
-    ("overrides", "alone"),
-    [
-        (["prompt=a", "speed=turbo", "output_dir=x"], True),
-        (["speed=turbo", "pretrained=tiny", "seed=3", "num_images_per_prompt=2"], True),
-        (["speed=turbo", "pretrained=other"], False),
-        (["speed=turbo", "steps=16"], False),
-        (["speed=turbo", "speed.cache_every=3"], False),
-        (["speed=turbo", "sampler.eta=1"], False),
-        (["speed=turbo", "~tome"], False),
-    ],
-)
-def test_a_presets_figures_are_told_only_where_they_hold(overrides, alone):
-    assert preset_alone(overrides) == alone
 
 
 @pytest.mark.parametrize("damage", [missing_part, truncated_weights, no_weights, no_index])

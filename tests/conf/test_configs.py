@@ -20,7 +20,7 @@ from sdmodule.cli.instantiate import build_trainer, instantiate
 from sdmodule.components.schedulers import SHORT_NAMES
 from sdmodule.components.source import ASSETS
 from sdmodule.errors import SettingsError
-from sdmodule.tome.settings import TokenMerging
+from sdmodule.tome.token_merging import TokenMerging
 
 CONF = Path(__file__).parents[2] / "conf"
 HAS_GPU = torch.cuda.is_available()

@@ -1,4 +1,4 @@
-"""What cannot be used is said in a sentence, in Python and on the command line."""
+"""Wrong speed settings end in one sentence, in Python and on the command line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from sdmodule.cli.main import predict_main
 from sdmodule.errors import SettingsError
-from sdmodule.speed.settings import EXACT, SpeedSettings, choose_speed
+from sdmodule.speed.speed_settings import EXACT, SpeedSettings, choose_speed
 from tests.cli.test_commands import told
 
 WRONG = {
@@ -23,13 +23,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
-def test_a_wrong_value_is_named_with_what_is_allowed(name, value):
+def test_an_error_names_the_value_and_what_is_allowed(name, value):
     with pytest.raises(SettingsError) as error:
         SpeedSettings(**{name: value})
-    assert f"speed.{name}={value}" in str(error.value) and "give" in str(error.value)
+    message = str(error.value)
+    assert message.startswith(f"speed.{name}={value}: ") and ("must be" in message or "choose one of" in message)
 
 
-def test_settings_that_are_none():
+def test_no_settings_are_the_defaults():
     assert choose_speed(None) == choose_speed({}) == EXACT and EXACT.metadata() == {}
     with pytest.raises(SettingsError, match=r"cache_evry.*cache_every"):
         choose_speed({"cache_evry": 2})
@@ -47,7 +48,7 @@ def test_settings_that_are_none():
         ("speed=warp", ["warp"]),
     ],
 )
-def test_a_wrong_setting_ends_the_command_with_a_sentence(call, checkpoint, tmp_path, setting, words):
+def test_a_wrong_setting_ends_the_command_with_one_sentence(call, checkpoint, tmp_path, setting, words):
     common = ["prompt=a cat", "steps=1", f"pretrained={checkpoint}", f"output_dir={tmp_path / 'out'}"]
     told(call(predict_main, *common, *setting.split()), *words)
     assert not (tmp_path / "out" / "grid.png").exists()

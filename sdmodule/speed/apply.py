@@ -1,31 +1,30 @@
-"""What is switched once for many batches: layout, memory, attention, compilation."""
+"""Speed settings applied to a model for many batches: memory, layout, attention, kernels, compilation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 
-from sdmodule.speed.attention import attention_by, plain_attention
-from sdmodule.speed.compiled import compiled
+from sdmodule.components.checkpoint import Components
+from sdmodule.speed.attention import attention_backend, plain_attention
+from sdmodule.speed.compile import compiled
 from sdmodule.speed.cpu.kernels import fastest_convolutions, fastest_kernels
 from sdmodule.speed.layout import channels_last
 from sdmodule.speed.memory import retain_freed_memory
+from sdmodule.speed.speed_settings import SpeedSettings
 from sdmodule.speed.vae_slicing import vae_slicing
-
-if TYPE_CHECKING:
-    from sdmodule.components.checkpoint import Components
-    from sdmodule.speed.settings import SpeedSettings
 
 
 @contextmanager
 def speed_applied(parts: Components, settings: SpeedSettings) -> Iterator[None]:
-    """Make a model ready to sample as ``settings`` say, inside a ``with`` block; afterwards it is as it was.
+    """Apply speed settings to a model inside a ``with`` block, and restore the model afterwards.
+
+    What differs from step to step (guidance interval, DeepCache) is applied by the sampling loop.
 
     Raises:
-        SettingsError: for an attention that this machine does not have.
+        SettingsError: for an attention backend that this machine does not have.
     """
     device = parts.unet.device.type
     with ExitStack() as stack:
@@ -34,14 +33,14 @@ def speed_applied(parts: Components, settings: SpeedSettings) -> Iterator[None]:
         if settings.channels_last_in(parts.unet.dtype, device):
             stack.enter_context(channels_last(parts.unet, parts.vae))
         stack.enter_context(vae_slicing(parts.vae, settings.decode))
-        stack.enter_context(attention_by(parts.unet, settings.attention))
+        stack.enter_context(attention_backend(parts.unet, settings.attention))
         if settings.fastest_on(device):
             stack.enter_context(fastest_kernels(parts.unet))
-            if parts.vae.dtype == torch.float32:  # in 16 bits it may change to that meanwhile
+            if parts.vae.dtype == torch.float32:  # a VAE in 16 bits may switch to float32 while it decodes
                 stack.enter_context(fastest_convolutions(parts.vae))
-        compile = settings.compile_on(device)
-        if compile != "none":
-            stack.enter_context(compiled(parts.unet, whole=compile == "whole"))
+        which = settings.compile_on(device)
+        if which != "none":
+            stack.enter_context(compiled(parts.unet, which))
         yield
 
 
