@@ -17,7 +17,6 @@ from lightning import LightningModule
 from torch import Tensor
 from typing_extensions import override
 
-from sdmodule.cli.trainer import check_training_precision
 from sdmodule.components.adapters import parse_adapters, use_adapters
 from sdmodule.components.base_model import BaseModel
 from sdmodule.components.checkpoint import load_components
@@ -55,6 +54,7 @@ from sdmodule.training.conditions import control, mask_channels, spatial_loss_we
 from sdmodule.training.lora import LoraTuning
 from sdmodule.training.objective import SQUARED_ERROR, Objective
 from sdmodule.training.optimizers import build_optimizer, check_optimizer, parameter_groups
+from sdmodule.training.precision import check_training_precision
 from sdmodule.training.rng import Generators, generator_for, per_example_generators, seeded
 from sdmodule.training.tuning import check_scratch, choose_tuning
 from sdmodule.training.validation import validation_losses

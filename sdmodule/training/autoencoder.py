@@ -13,7 +13,6 @@ from lightning import LightningModule
 from torch import Tensor
 from typing_extensions import override
 
-from sdmodule.cli.trainer import check_training_precision
 from sdmodule.components.checkpoint import load_part, save_part
 from sdmodule.errors import SettingsError
 from sdmodule.io.redact import shorten_home
@@ -21,6 +20,7 @@ from sdmodule.ranges import check_whole
 from sdmodule.training.checkpoint_io import check_weights
 from sdmodule.training.full import FullTuning
 from sdmodule.training.optimizers import check_optimizer, check_state, name_optimizers
+from sdmodule.training.precision import check_training_precision
 from sdmodule.training.rng import Generators, per_example_generators
 from sdmodule.training.tuning import choose_tuning
 
