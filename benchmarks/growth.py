@@ -52,7 +52,8 @@ print(json.dumps(used | {"loaded": loaded, "peak": peak_memory(best.unet.device)
 
 START = """
 import os, sys, time
-from sdmodule.cli import main as cli
+from sdmodule.cli import predict as cli
+from sdmodule.cli.main import predict_main
 def stop(*_):
     print(time.time() - float(os.environ["STARTED"]), flush=True)
     os._exit(0)
@@ -62,7 +63,7 @@ def build_and_stop_at_first_step(cfg):
     return build(cfg)
 build, cli.build_trainer = cli.build_trainer, build_and_stop_at_first_step
 sys.argv = ["predict.py", "prompt=a red circle", "output_dir=" + sys.argv[1]]
-cli.predict_main()
+predict_main()
 """
 """Program: ``predict.py`` up to its first step."""
 

@@ -148,7 +148,7 @@ def ours(module: StableDiffusionModule, task: Task, steps: int) -> list[float]:
 
 
 def make_module(parts: Components, compile: str = "none") -> StableDiffusionModule:
-    """This package's module around loaded parts; ``compile`` is that of ``model.compile``."""
+    """This package's module around loaded parts; ``compile`` is that of ``training.compile``."""
     module = StableDiffusionModule("tiny", optimizer=partial(torch.optim.AdamW, lr=LEARNING_RATE, weight_decay=1e-2))
     module.parts, module.unet, module.vae, module.text_encoder = parts, parts.unet, parts.vae, parts.text_encoder
     compile_unet(module.unet, compile)

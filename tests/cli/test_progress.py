@@ -1,4 +1,4 @@
-"""What people see of a run while it goes on: in a terminal, and in a file."""
+"""Progress of a run: a bar in a terminal, lines in a file."""
 
 import fcntl
 import os
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def in_a_terminal(command, folder):
-    """What a command draws on a terminal."""
+    """What a command prints on a terminal."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 160, 0, 0))  # lines and columns
     process = subprocess.Popen(list(map(str, command)), stderr=theirs, stdout=subprocess.PIPE, cwd=folder)
@@ -36,20 +36,20 @@ def in_a_terminal(command, folder):
     return drawn.decode(errors="replace")
 
 
-def test_one_bar_of_images_with_the_step_inside(checkpoint, tmp_path):
+def test_predict_shows_one_bar_of_images_with_the_step(checkpoint, tmp_path):
     settings = ["prompt=[a,b,c]", "batch_size=2", "steps=60", f"pretrained={checkpoint}", f"output_dir={tmp_path}/out"]
     drawn = in_a_terminal([sys.executable, ROOT / "predict.py", *settings, "height=64", "width=64"], tmp_path)
     assert "sampling: 0/3" in drawn and "sampling: 2/3" in drawn and "sampling: 3/3" in drawn
     assert re.search(r"step=\d+/60", drawn) and "denoising" not in drawn, "and no second bar"
 
 
-def test_one_bar_of_training(checkpoint, photos, tmp_path):
+def test_train_shows_one_bar(checkpoint, photos, tmp_path):
     settings = [f"data.root={photos}", f"pretrained={checkpoint}", "resolution=32", "trainer.max_steps=4", "+steps=1"]
     drawn = in_a_terminal([sys.executable, ROOT / "train.py", *settings, f"output_dir={tmp_path}/out"], tmp_path)
     assert re.search(r"training: 4/4 .*left, loss=[\d.]+, samples/s=[\d.]+, data wait=\d+%", drawn)
 
 
-def test_lines_where_output_is_no_terminal(call, checkpoint, photos, tmp_path):
+def test_without_a_terminal_progress_is_lines(call, checkpoint, photos, tmp_path):
     common = [f"pretrained={checkpoint}", "callbacks.progress.every=0"]
     settings = ["prompt=[a,b]", "batch_size=1", "steps=2", f"output_dir={tmp_path}/out", *common]
     status, printed, complaint = call(predict_main, *settings)
@@ -62,6 +62,6 @@ def test_lines_where_output_is_no_terminal(call, checkpoint, photos, tmp_path):
     assert "\r" not in printed
 
 
-def test_nothing_where_nothing_is_wanted(call, checkpoint, tmp_path):
+def test_progress_false_shows_nothing(call, checkpoint, tmp_path):
     settings = ["prompt=a", "steps=1", f"pretrained={checkpoint}", f"output_dir={tmp_path}/out", "progress=false"]
     assert call(predict_main, *settings, "callbacks.progress.every=0")[1] == f"Wrote {tmp_path}/out/grid.png\n"

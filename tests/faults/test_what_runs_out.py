@@ -207,7 +207,7 @@ def test_a_process_that_loads_images_dies(training, tmp_path):
     wait_for(lambda: (out / "checkpoints" / "last.ckpt").is_file(), one)
     worker, *_ = psutil.Process(one.process.pid).children()
     worker.kill()
-    one_sentence(*one.ended(), "a process that reads images died", "data.num_workers=1", "ckpt_path=last")
+    one_sentence(*one.ended(), "a data loading process died", "data.num_workers=1", "ckpt_path=last")
     step = whole_steps(out)[-1]
     run("train", *settings, "ckpt_path=last", f"trainer.max_steps={step + 2}", said=tmp_path / "said")
 

@@ -267,7 +267,7 @@ def test_a_size_of_no_whole_latents_is_told_of_before_anything_is_written(checkp
     given = [f"pretrained={checkpoint}", f"data.root={photos}", "resolution=[32,38]", f"output_dir={out}"]
     status, _, error = call(train_main, f"model={model}", "callbacks=[]", *given)
     assert status == 1 and error.count("\n") == 1 and not out.exists()
-    assert "resolution=32x38 is not allowed (height x width); give multiples of 4, such as 36 or 40" in error
+    assert "resolution=32x38 (height x width): must be multiples of 4, such as 36 or 40" in error
 
 
 def test_dreambooth_without_who_makes_the_images_of_the_kind(checkpoint, photos, tmp_path, call):
