@@ -70,7 +70,7 @@ class Soak:
     def _undisturbed(self, kind: str) -> dict[str, Any]:
         out = self.place / f"straight-{kind}"
         settings = [*TRAIN, *KILLED] if kind == "train" else PREDICT
-        status, words = Command(kind, *settings, f"output_dir={out}", said=self.place / "said").ended()
+        status, words = Command(kind, *settings, f"output_dir={out}", log=self.place / "log").wait()
         if status:
             raise RuntimeError(words)
         return left_by(kind, out)
@@ -96,14 +96,14 @@ class Soak:
         for attempt in range(40):
             resume = ["ckpt_path=last"] if kind == "train" and list(out.glob("checkpoints/*.ckpt")) else []
             settings = [*TRAIN, *KILLED, *resume] if kind == "train" else PREDICT
-            one = Command(kind, *settings, f"output_dir={out}", said=self.place / "said")
+            one = Command(kind, *settings, f"output_dir={out}", log=self.place / "log")
             self.counts["resumes"] += attempt > 0
             number = self.chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
             one.process.join(self.chance.uniform(0.5, 6) if attempt < 6 and enlarged is None else 120)
             if one.process.is_alive():
                 one.send(number)
                 self.counts["kills"] += 1
-            status, words = one.ended()
+            status, words = one.wait()
             if status == 0:
                 break
             if status == 1:
@@ -158,7 +158,7 @@ class Soak:
             "metadata.jsonl": ["train", *TRAIN, "trainer.max_steps=1", "callbacks=[]", f"data.root={photos}"],
         }[bad.name]
         command = [word for word in command if not ("callbacks=[]" in command and word.startswith("callbacks."))]
-        status, words = Command(*command, f"output_dir={self.place / 'bad'}", said=self.place / "said").ended()
+        status, words = Command(*command, f"output_dir={self.place / 'bad'}", log=self.place / "log").wait()
         self.counts["bad files offered"] += 1
         self.counts["bad files refused" if status else "bad files read"] += 1
         if status:
@@ -278,13 +278,13 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
         soak = Soak(place, random.Random(chosen.seed))
         steady = [*TRAIN, "trainer.max_steps=1000000000", "trainer.val_check_interval=50"]
         steady += ["callbacks=[checkpoint,ema,samples,timing]", f"output_dir={place / 'steady'}"]
-        watched = Command("train", *steady, said=place / "steady-said")
+        watched = Command("train", *steady, log=place / "steady-log")
         start = time.monotonic()
         with memory_of(watched.process.pid) as memory:
             while (now := time.monotonic() - start) < (0.5 if chosen.quick else chosen.minutes) * 60:
                 soak.round()
         watched.send(signal.SIGTERM)
-        status, words = watched.ended()
+        status, words = watched.wait()
         if status != 143:
             soak.complain(words)
         steps = [torch.load(file, weights_only=True)["global_step"] for file in place.glob("steady/checkpoints/*.ckpt")]
