@@ -30,6 +30,19 @@ FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(PRELOADED)
 
 
+def enter(environment: Mapping[str, str], stdout: Path, stderr: Path) -> None:
+    """Give the forked process its own environment and output, as a shell does."""
+    for descriptor, path in ((1, stdout), (2, stderr)):
+        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # the default of a process that was not forked
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def run_command(
     command: str,
     arguments: list[str],
@@ -38,25 +51,23 @@ def run_command(
     stderr: Path,
     preparation: Callable[[], None] | None,
 ) -> None:
-    """Run the command in the forked process, as a shell would start it."""
+    """Run the command in the forked process."""
     from lightning.pytorch.utilities import rank_zero_only
 
     from sdmodule.cli import main as cli
 
-    for descriptor, path in ((1, stdout), (2, stderr)):
-        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(opened, descriptor)
-        os.close(opened)
-    os.environ.clear()
-    os.environ.update(environment)
+    enter(environment, stdout, stderr)
     rank_zero_only.rank = int(environment.get("LOCAL_RANK", 0))  # Lightning reads it when it is imported
-    torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # the default of a process that was not forked
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = [command, *arguments]
     if preparation is not None:
         preparation()
     {"train": cli.train_main, "predict": cli.predict_main}[command]()
+
+
+def run_function(function: Callable[[], object], environment: Mapping[str, str], stdout: Path, stderr: Path) -> None:
+    """Run the function in the forked process."""
+    enter(environment, stdout, stderr)
+    function()
 
 
 class Command:
@@ -119,6 +130,17 @@ def run(command: str, *arguments: object, log: Path, environment: Mapping[str, s
     status, output = Command(command, *arguments, log=log, environment=environment).wait()
     assert status == 0, output
     return output
+
+
+def output_of(function: Callable[[], object], log: Path, environment: Mapping[str, str] | None = None) -> str:
+    """Run a function in a process of its own that must succeed; returns what it prints."""
+    log.write_text("")
+    errors = log.with_name(f"{log.name}-errors")
+    process = FORKED.Process(target=run_function, args=(function, os.environ | (environment or {}), log, errors))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, errors.read_text()
+    return log.read_text()
 
 
 def start_ranks(command: str, *arguments: object, log: Path, ranks: int = 2) -> list[Command]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
-from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -165,22 +165,26 @@ def outcome(call, checkpoint: Path, folder: Path, arguments: list[str]) -> str:
     return "error"
 
 
-def test_any_settings_end_in_images_or_in_one_error(call, checkpoint, folder):
+@pytest.mark.parametrize("part", range(4))
+def test_any_settings_end_in_images_or_in_one_error(call, checkpoint, folder, part):
     outcomes: list[str] = []
 
+    @seed(part)
     @settings(
-        max_examples=320,
+        max_examples=80,
         deadline=None,
-        derandomize=True,
         database=None,
-        phases=[Phase.explicit, Phase.generate],  # shrinking takes minutes, and examples are short as they are
+        phases=[Phase.generate],  # shrinking takes minutes, and examples are short as they are
         suppress_health_check=[HealthCheck.too_slow],
     )
     @given(arguments=overrides())
-    @example(arguments=["prompt=a", "steps=1000"])
     def one(arguments: list[str]) -> None:
         outcomes.append(outcome(call, checkpoint, folder, arguments))
 
     one()
     print(len(outcomes), "examples,", outcomes.count("images"), "with images")
-    assert len(outcomes) >= 300 and outcomes.count("images") >= 30 and outcomes.count("error") >= 30
+    assert len(outcomes) >= 75 and outcomes.count("images") >= 8 and outcomes.count("error") >= 8
+
+
+def test_the_most_steps_end_in_images(call, checkpoint, folder):
+    assert outcome(call, checkpoint, folder, ["prompt=a", "steps=1000"]) == "images"

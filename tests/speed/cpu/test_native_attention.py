@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention import BasicTransformerBlock
 
+from benchmarks.forked import output_of
 from sdmodule.speed.cpu import kernels
 from sdmodule.speed.cpu.kernels import attentions, fastest_blocks
 from sdmodule.speed.cpu.native import attention as native
 from sdmodule.speed.cpu.native.attention import SOURCE
 from sdmodule.speed.cpu.native.jit_build import compiled, is_available
+from tests.speed.cpu.print_attentions import print_attentions
 
 NEEDS = "needs a processor with bfloat16 in AVX-512, and a GNU compiler"
 here = pytest.mark.skipif(not is_available(SOURCE), reason=NEEDS)
@@ -144,17 +143,6 @@ def test_what_it_cannot_compute_is_left_to_the_others(change, fits):
     assert ("native" in attentions(*change(*qkv()))) == fits
 
 
-PROGRAM = """
-import torch
-from sdmodule.speed.cpu.kernels import attentions
-from sdmodule.speed.cpu.autotune import choices_folder
-query = torch.ones(1, 2, 32, 8).bfloat16()
-ways = attentions(query, query, query)
-print(sorted(ways), [round(float(way(query, query, query).float().norm()), 1) for way in ways.values()])
-print(len(list(choices_folder().glob("*.so"))))
-"""
-
-
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "true", 'g++ "'])
 def test_without_a_compiler_there_are_the_others(tmp_path, compiler):
     told = run_program(tmp_path, CXX=compiler)
@@ -198,11 +186,4 @@ def test_a_home_that_cannot_be_written_is_no_error(tmp_path):
 
 
 def run_program(cache, **environment):
-    told = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        env={**os.environ, "XDG_CACHE_HOME": str(cache), **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return told.stdout.strip()
+    return output_of(print_attentions, cache / "log", {"XDG_CACHE_HOME": str(cache), **environment}).strip()
