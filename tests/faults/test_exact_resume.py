@@ -155,7 +155,7 @@ def test_a_training_killed_again_and_again_ends_like_an_uninterrupted_one(
     common = settings(checkpoint, scene_photos, kind, way, out)
     rng = random.Random(f"{kind} {way}")
     killed = 0
-    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGKILL):
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
         if (out / "export").is_dir():  # the last signal came after the training had ended
             break
         before = newest_step(out)
