@@ -17,6 +17,7 @@ from sdmodule.errors import SettingsError
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_sampling_is_beside_its_alternatives(checkpoint, tmp_path):
     file, plot = tmp_path / "speed.json", tmp_path / "speed.png"
     arguments = ["--pretrained", str(checkpoint), "--quick", "--means", "--json", str(file), "--plot", str(plot)]
@@ -34,6 +35,7 @@ def test_sampling_is_beside_its_alternatives(checkpoint, tmp_path):
     assert Image.open(plot).height > 2 * 20 * len(rows)
 
 
+@pytest.mark.slow
 def test_training_is_beside_its_alternative(checkpoint, tmp_path, monkeypatch):
     def small(pretrained: str | None, precision: str) -> Components:
         parts = load_components(str(checkpoint))

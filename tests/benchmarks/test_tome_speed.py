@@ -47,6 +47,7 @@ def test_images_are_labelled_where_the_protocol_is_shortened(checkpoint):
     assert all(math.isfinite(rows[engine]["psnr_db"]) and rows[engine]["error"] > 0 for engine in tome_speed.ENGINES)
 
 
+@pytest.mark.slow
 def test_compiled_variants_have_lines_of_their_own(checkpoint, monkeypatch):
     monkeypatch.setattr(tome_runs, "BACKEND", "eager")  # what it makes of a graph is tested with the engines
     torch._dynamo.reset()

@@ -419,6 +419,7 @@ def test_the_whole_traceback_is_there_for_who_asks(call, checkpoint, tmp_path, m
 # ---------------------------------------------------------------------------------------------- real processes
 
 
+@pytest.mark.slow
 def test_a_prompt_reaches_the_images_letter_for_letter_in_a_real_sweep(checkpoint, tmp_path):
     prompt = "a cat, (fluffy:1.2), 50% off = {fun} ünïcode 'it\\'s' \"q\" \\ ${x} $5 [a] ??? 🦊\n #x: \\"
     command = [sys.executable, ROOT / "predict.py", "-m", f"prompt={prompt}", "negative_prompt=???", "steps=1"]

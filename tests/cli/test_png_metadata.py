@@ -31,6 +31,7 @@ def same_images(ours, others):
     return ours.keys() == others.keys() and all(np.array_equal(ours[name], others[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_ten_random_moments_is_finished_as_if_it_never_was(call, checkpoint, tmp_path):
     common = [f"prompt={PROMPTS}", "num_images_per_prompt=16", "batch_size=3", "steps=2", f"pretrained={checkpoint}"]
     assert call(predict_main, *common, f"output_dir={tmp_path / 'straight'}")[0] == 0

@@ -24,6 +24,7 @@ def test_repeated_pixels_are_the_nearest_neighbours(size):
     torch.testing.assert_close(torch.autograd.grad(seen.square().sum(), image)[0], gradient)
 
 
+@pytest.mark.slow
 def test_compiled_as_a_whole_it_learns_below_its_upsampling_too():
     """By torch's own compiler, in half a minute: with the upsampling of diffusers these gradients are 0 in bfloat16."""
     torch.manual_seed(0)

@@ -19,6 +19,7 @@ def forget():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("settings", CASES)
 def test_a_unet_is_one_graph_for_ten_steps(unet, inputs, settings, dtype):
@@ -36,6 +37,7 @@ def test_a_unet_is_one_graph_for_ten_steps(unet, inputs, settings, dtype):
     assert graphs.frame_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", CASES)
 def test_compiled_to_machine_code_it_gives_the_same(unet, inputs, settings):
     """Block by block, as this package compiles: the whole of a UNet takes minutes."""

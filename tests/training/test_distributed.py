@@ -70,6 +70,7 @@ def alone(checkpoint, photos, tmp_path_factory) -> tuple[dict[str, Tensor], dict
     return train(checkpoint, photos, tmp_path_factory.mktemp("alone"), "data.batch_size=4")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["none", "all"])
 def test_two_processes_train_as_one_does(checkpoint, photos, alone, tmp_path, cache):
     settings = ["trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=2", f"cache={cache}"]

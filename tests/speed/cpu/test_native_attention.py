@@ -150,6 +150,7 @@ def test_without_a_compiler_there_are_the_others(tmp_path, compiler):
     assert told.endswith("0")
 
 
+@pytest.mark.slow
 @here
 def test_it_is_compiled_once_for_all_processes(tmp_path):
     first = run_program(tmp_path)
@@ -158,6 +159,7 @@ def test_it_is_compiled_once_for_all_processes(tmp_path):
     assert run_program(tmp_path, PATH="") == first
 
 
+@pytest.mark.slow
 @here
 @pytest.mark.parametrize("left", [0, 100, 9000, 20000])
 def test_one_that_is_damaged_is_compiled_anew(tmp_path, left):
