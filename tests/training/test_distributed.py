@@ -131,7 +131,9 @@ def train_in_process(
 def test_accumulated_batches_train_as_one_large_one_does(checkpoint, photos):
     """With SGD, whose steps are proportional to the gradients; Adam turns even a rounding error into a full step."""
     plain = partial(torch.optim.SGD, lr=0.1)
-    large, small = (train_here(checkpoint, photos, 3, batch_size=4 // n, accumulate=n, optimizer=plain) for n in (1, 2))
+    large, small = (
+        train_in_process(checkpoint, photos, 3, batch_size=4 // n, accumulate=n, optimizer=plain) for n in (1, 2)
+    )
     before = load_file(checkpoint / "unet" / "diffusion_pytorch_model.safetensors")
     nonzero = {name: weight for name, weight in before.items() if weight.any()}
     assert distance(small, large) <= 1e-5 < 1e-2 < distance({name: large[name] for name in nonzero}, nonzero)
