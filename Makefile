@@ -1,10 +1,13 @@
 # make demo: fine-tune and sample the embedded model, in minutes, on any machine.
-# make test: lint, types and tests.
+# make check: lint, types, layers and the fast tests, in at most three minutes on two cores.
+# make test: all of that and the slow tests, in at most ten; only tests that need a GPU are left out.
 
 PYTHON ?= python3.11
 BIN := .venv/bin
+# two processes of one thread each: more threads than cores would wait for one another
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
-.PHONY: install demo test clean
+.PHONY: install demo lint check test clean
 
 install: .venv/installed
 
@@ -16,14 +19,17 @@ install: .venv/installed
 demo: install
 	$(BIN)/python demo.py
 
-test: install
+lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	# the commands set up logging for their whole process, so they are tested in processes of their own
-	# two processes of one thread each: with more threads than cores they wait for one another
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/cli/test_commands.py tests/commands
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --durations 10 --ignore tests/cli/test_commands.py --ignore tests/commands
+	$(BIN)/lint-imports
+
+check: lint
+	$(PYTEST) -m "not slow and not faults and not docs and not gpu"
+
+test: lint
+	$(PYTEST) --durations 10 -m "not gpu"
 
 clean:
 	rm -rf .venv build dist *.egg-info outputs

@@ -70,7 +70,7 @@ class Soak:
     def _run_undisturbed(self, kind: str) -> dict[str, Any]:
         out = self.folder / f"undisturbed-{kind}"
         settings = [*TRAIN, *KILLED] if kind == "train" else PREDICT
-        status, words = Command(kind, *settings, f"output_dir={out}", said=self.folder / "said").ended()
+        status, words = Command(kind, *settings, f"output_dir={out}", log=self.folder / "log").wait()
         if status:
             raise RuntimeError(words)
         return load_results(kind, out)
@@ -96,14 +96,14 @@ class Soak:
         for attempt in range(40):
             resume = ["ckpt_path=last"] if kind == "train" and list(out.glob("checkpoints/*.ckpt")) else []
             settings = [*TRAIN, *KILLED, *resume] if kind == "train" else PREDICT
-            command = Command(kind, *settings, f"output_dir={out}", said=self.folder / "said")
+            command = Command(kind, *settings, f"output_dir={out}", log=self.folder / "log")
             self.counts["resumes"] += attempt > 0
             number = self.rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
             command.process.join(self.rng.uniform(0.5, 6) if attempt < 6 and enlarged is None else 120)
             if command.process.is_alive():
                 command.send(number)
                 self.counts["kills"] += 1
-            status, words = command.ended()
+            status, words = command.wait()
             if status == 0:
                 break
             if status == 1:
@@ -158,7 +158,7 @@ class Soak:
             "metadata.jsonl": ["train", *TRAIN, "trainer.max_steps=1", "callbacks=[]", f"data.root={photos}"],
         }[bad.name]
         command = [word for word in command if not ("callbacks=[]" in command and word.startswith("callbacks."))]
-        status, words = Command(*command, f"output_dir={self.folder / 'bad'}", said=self.folder / "said").ended()
+        status, words = Command(*command, f"output_dir={self.folder / 'bad'}", log=self.folder / "log").wait()
         self.counts["bad files offered"] += 1
         self.counts["bad files refused" if status else "bad files read"] += 1
         if status:
@@ -278,13 +278,13 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
         soak = Soak(folder, random.Random(settings.seed))
         steady = [*TRAIN, "trainer.max_steps=1000000000", "trainer.val_check_interval=50"]
         steady += ["callbacks=[checkpoint,ema,samples,timing]", f"output_dir={folder / 'steady'}"]
-        watched = Command("train", *steady, said=folder / "steady-said")
+        watched = Command("train", *steady, log=folder / "steady-log")
         start = time.monotonic()
         with monitor_memory(watched.process.pid) as memory:
             while (now := time.monotonic() - start) < (0.5 if settings.quick else settings.minutes) * 60:
                 soak.round()
         watched.send(signal.SIGTERM)
-        status, words = watched.ended()
+        status, words = watched.wait()
         if status != 143:
             soak.complain(words)
         steps = [

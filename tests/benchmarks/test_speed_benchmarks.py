@@ -15,7 +15,8 @@ from sdmodule.errors import SettingsError
 ROOT = Path(__file__).parents[2]
 
 
-def test_sampling_is_measured_beside_its_alternatives(checkpoint, tmp_path):
+@pytest.mark.slow
+def test_sampling_is_beside_its_alternatives(checkpoint, tmp_path):
     file, plot = tmp_path / "speed.json", tmp_path / "speed.png"
     arguments = ["--pretrained", str(checkpoint), "--quick", "--single", "--json", str(file), "--plot", str(plot)]
     result = sampling_speed.run(arguments)
@@ -32,7 +33,8 @@ def test_sampling_is_measured_beside_its_alternatives(checkpoint, tmp_path):
     assert Image.open(plot).height > 2 * 20 * len(rows) and written["quick"]
 
 
-def test_training_is_measured_beside_its_alternative(checkpoint, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_training_is_beside_its_alternative(checkpoint, tmp_path, monkeypatch):
     def small(pretrained: str | None, precision: str) -> Components:
         parts = load_components(str(checkpoint))
         for part in (parts.unet, parts.vae, parts.text_encoder):

@@ -6,9 +6,6 @@ import json
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from lightning import Callback, Trainer
 from PIL import Image
 from safetensors import safe_open
 
+from benchmarks.forked import Command, run
 from sdmodule.callbacks.latent_cache import LatentCache
 from sdmodule.callbacks.validation_samples import ValidationSamples
 from sdmodule.cli.main import train_main
@@ -31,8 +29,6 @@ from sdmodule.data.toy.scenes import caption, render, sample_scene
 from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
 from sdmodule.training.loss import encode_moments
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -205,15 +201,10 @@ def test_a_broken_file_is_passed_over_and_made_anew(checkpoint, folder, tmp_path
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
-def test_what_cannot_be_cached_is_told_before_anything_is_written(
-    checkpoint, folder, tmp_path, monkeypatch, capfd, settings, says
-):
+def test_what_cannot_be_cached_is_told_before_anything_is_written(call, checkpoint, folder, tmp_path, settings, says):
     common = [f"pretrained={checkpoint}", f"data.root={folder}", "resolution=32", f"output_dir={tmp_path / 'out'}"]
-    monkeypatch.setattr(sys, "argv", ["train", *common, f"cache.folder={tmp_path / 'cache'}", *settings])
-    with pytest.raises(SystemExit) as end:
-        train_main()
-    complaint = capfd.readouterr().err
-    assert end.value.code == 1 and says in complaint and len(complaint.splitlines()) == 1
+    status, _, complaint = call(train_main, *common, f"cache.folder={tmp_path / 'cache'}", *settings)
+    assert status == 1 and says in complaint and len(complaint.splitlines()) == 1
     assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
 
 
@@ -227,30 +218,19 @@ def test_data_that_no_cache_knows_is_refused(checkpoint, folder, tmp_path):
 
 def test_an_interrupted_making_goes_on_where_it_stopped(checkpoint, tmp_path):
     cache, out = tmp_path / "cache", tmp_path / "out"
-    command = [sys.executable, ROOT / "train.py", "data=shapes", "data.train_length=1500", "data.val_length=2"]
+    command = ["train", "data=shapes", "data.train_length=1500", "data.val_length=2", "trainer.max_steps=1"]
     command += [f"pretrained={checkpoint}", "cache=latents", f"cache.folder={cache}", f"output_dir={out}"]
-    command += ["trainer.max_steps=1", "data.batch_size=2", "+steps=1"]
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=tmp_path,
-        # a job in the background of a shell has Ctrl-C switched off
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    ) as process:
-        while not held(cache):
-            assert process.poll() is None, process.stdout.read()
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        output = process.communicate(timeout=120)[0]
-    assert process.returncode == 130 and "interrupted: what is done is in" in output and "Traceback" not in output
+    command += ["data.batch_size=2", "+steps=1"]
+    one = Command(*command, log=tmp_path / "log")
+    one.wait_until(lambda: bool(held(cache)))
+    one.send(signal.SIGINT)
+    status, output = one.wait()
+    assert status == 130 and "interrupted: what is done is in" in output and "Traceback" not in output
     before = held(cache)
     assert 256 <= len(before) < 1500
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert f"Encoding images into {next(cache.iterdir())}: {1500 - len(before):,}\n" in done.stdout
+    output = run(*command, log=tmp_path / "log")
+    assert f"Encoding images into {next(cache.iterdir())}: {1500 - len(before):,}\n" in output
     after = held(cache)
     assert len(after) == 1500 and before.items() <= after.items()
     assert not [file for file in cache.rglob("*") if file.is_file() and file.suffix != ".safetensors"]
-    assert done.stdout.splitlines()[-1].startswith("Wrote ")
+    assert output.splitlines()[-1].startswith("Wrote ")

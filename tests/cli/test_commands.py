@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from benchmarks.forked import Command
 from sdmodule.cli.main import predict_main, train_main
 
 ROOT = Path(__file__).parents[2]
@@ -202,7 +202,8 @@ def test_the_default_output_folder_is_named_by_date_and_time(call, checkpoint, t
 # ---------------------------------------------------------------------------------------------- real processes
 
 
-def test_a_prompt_reaches_the_images_letter_for_letter_in_a_sweep(checkpoint, tmp_path):
+@pytest.mark.slow
+def test_a_prompt_reaches_the_images_letter_for_letter_in_a_real_sweep(checkpoint, tmp_path):
     prompt = "a cat, (fluffy:1.2), 50% off = {fun} ünïcode 'it\\'s' \"q\" \\ ${x} $5 [a] ??? 🦊\n #x: \\"
     command = [sys.executable, ROOT / "predict.py", "-m", f"prompt={prompt}", "negative_prompt=???", "steps=1"]
     command += [f"pretrained={checkpoint}", f"output_dir={tmp_path / 'out'}"]
@@ -213,34 +214,25 @@ def test_a_prompt_reaches_the_images_letter_for_letter_in_a_sweep(checkpoint, tm
     assert Image.open(tmp_path / "out" / "0" / record["file"]).text["prompt"] == prompt
 
 
-def test_a_failing_process_prints_nothing_but_its_error(checkpoint, tmp_path):
-    command = [sys.executable, ROOT / "predict.py", "prompt=a", "experiment=sd15", f"output_dir={tmp_path / 'out'}"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    told((done.returncode, done.stdout, done.stderr), "stable-diffusion-v1-5/stable-diffusion-v1-5", "pretrained=/")
+def test_an_error_is_all_that_a_process_prints(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    log, errors = tmp_path.parent / f"{tmp_path.name}-log", tmp_path.parent / f"{tmp_path.name}-errors"
+    one = Command("predict", "prompt=a", "experiment=sd15", f"output_dir={tmp_path / 'out'}", log=log, errors=errors)
+    told((*one.wait(), errors.read_text()), "stable-diffusion-v1-5/stable-diffusion-v1-5", "pretrained=/")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("sent", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_training_saves_a_checkpoint_and_says_how_to_resume(
-    call, checkpoint, photos, tmp_path, sent, expected
-):
-    out = tmp_path / "out"
+def test_a_signal_leaves_a_checkpoint_and_says_how_to_resume(call, checkpoint, photos, tmp_path, sent, expected):
+    out, errors = tmp_path / "out", tmp_path / "errors"
     settings = [f"data.root={photos}", f"pretrained={checkpoint}", "resolution=32", "+steps=1"]
-    command = [sys.executable, ROOT / "train.py", *settings, f"output_dir={out}", "trainer.max_steps=100000"]
-    process = subprocess.Popen(
-        [*command, "trainer.val_check_interval=2"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # processes that a shell starts in the background ignore Ctrl-C
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    while not (out / "samples" / "000002.png").is_file() and process.poll() is None:
-        time.sleep(0.1)
-    process.send_signal(sent)
-    _, complaint = process.communicate(timeout=120)
-    last = out / "checkpoints" / "last.ckpt"
-    assert (process.returncode, complaint.count("\n")) == (expected, 1) and f"ckpt_path={last}" in complaint
+    forever = ["trainer.max_steps=100000", "trainer.val_check_interval=2", f"output_dir={out}"]
+    one = Command("train", *settings, *forever, log=tmp_path / "log", errors=errors)
+    one.wait_until((out / "samples" / "000002.png").is_file)
+    one.send(sent)
+    status, _ = one.wait()
+    last, complaint = out / "checkpoints" / "last.ckpt", errors.read_text()
+    assert (status, complaint.count("\n")) == (expected, 1) and f"ckpt_path={last}" in complaint
 
     step = torch.load(last, weights_only=True)["global_step"]
     again = [*settings, f"output_dir={tmp_path / 'again'}", f"trainer.max_steps={step + 2}", f"ckpt_path={last}"]
@@ -249,14 +241,11 @@ def test_an_interrupted_training_saves_a_checkpoint_and_says_how_to_resume(
     assert torch.load(tmp_path / "again/checkpoints/last.ckpt", weights_only=True)["global_step"] == step + 2
 
 
-def test_sigterm_ends_predict_at_once(checkpoint, tmp_path):
-    out = tmp_path / "out"
-    command = [sys.executable, ROOT / "predict.py", "prompt=a", "num_images_per_prompt=100000", "batch_size=1"]
-    process = subprocess.Popen(
-        [*command, f"pretrained={checkpoint}", "steps=1", f"output_dir={out}"], stderr=subprocess.PIPE, text=True
-    )
-    while not list(out.glob("images/*.png")) and process.poll() is None:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    _, complaint = process.communicate(timeout=120)
-    assert (process.returncode, complaint) == (143, f"interrupted: what is done is in {out}\n")
+def test_sigterm_ends_a_prediction_at_once(checkpoint, tmp_path):
+    out, errors = tmp_path / "out", tmp_path / "errors"
+    settings = ["prompt=a", "num_images_per_prompt=100000", "batch_size=1", "steps=1", f"pretrained={checkpoint}"]
+    one = Command("predict", *settings, f"output_dir={out}", log=tmp_path / "log", errors=errors)
+    one.wait_until(lambda: bool(list(out.glob("images/*.png"))))
+    one.send(signal.SIGTERM)
+    assert one.wait()[0] == 143
+    assert errors.read_text() == f"interrupted: what is done is in {out}\n"

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.forked import run
 from sdmodule.cli.main import predict_main
 from sdmodule.io import sweep_report
 from sdmodule.io.html_report import Job
@@ -29,12 +30,10 @@ def browser(tmp_path):
 def sweep(checkpoint, tmp_path_factory):
     """The folder of a sweep over three ratios of token merging, with two prompts of two seeds each."""
     out = tmp_path_factory.mktemp("my runs #1") / "a sweep? 50%"
-    with pytest.MonkeyPatch.context() as patch:
-        settings = ["-m", "tome.ratio=0,0.5,0.75", f"pretrained={checkpoint}", f"output_dir='{out}'", "steps=2"]
-        settings += [f"prompts='{out.parent / 'prompts.txt'}'", "num_images_per_prompt=2", "progress=false"]
-        (out.parent / "prompts.txt").write_text(f"a red circle\n{EVIL}\n", encoding="utf-8")
-        patch.setattr("sys.argv", ["predict.py", *settings])
-        predict_main()
+    settings = ["-m", "tome.ratio=0,0.5,0.75", f"pretrained={checkpoint}", f"output_dir='{out}'", "steps=2"]
+    settings += [f"prompts='{out.parent / 'prompts.txt'}'", "num_images_per_prompt=2", "progress=false"]
+    (out.parent / "prompts.txt").write_text(f"a red circle\n{EVIL}\n", encoding="utf-8")
+    run("predict", *settings, log=out.parent / "log")
     return out
 
 

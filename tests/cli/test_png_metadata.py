@@ -1,6 +1,7 @@
 """Resuming a run of predict, and making an image again from its PNG metadata."""
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from benchmarks.forked import Command, run
 from sdmodule.cli.main import predict_main
 from tests.cli.test_commands import records, told
 
@@ -29,47 +31,22 @@ def same_images(ours, others):
     return ours.keys() == others.keys() and all(np.array_equal(ours[name], others[name]) for name in ours)
 
 
-# Imports take seconds, so they happen once; each run of the command is a forked process.
-KILLED_TEN_TIMES = """
-import os, random, signal, sys, time
-from pathlib import Path
-import lightning, diffusers, sdmodule.module, sdmodule.callbacks.prediction_writer
-from sdmodule.cli.main import predict_main
-
-images, arguments, chance = Path(sys.argv[1]) / "images", sys.argv[2:], random.Random()
-for _ in range(10):
-    before = len(list(images.glob("*.png")))
-    child = os.fork()
-    if child == 0:
-        sys.argv = ["predict.py", *arguments]
-        predict_main()
-        os._exit(0)
-    wanted, ended = before + chance.randrange(4), 0
-    while len(list(images.glob("*.png"))) < wanted and not ended:
-        time.sleep(0.002)
-        ended, _ = os.waitpid(child, os.WNOHANG)
-    time.sleep(chance.random() * 0.05)
-    if not ended:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    print(before, len(list(images.glob("*.png"))), sorted(file.name for file in images.glob(".*")))
-"""
-
-
-def test_a_run_killed_ten_times_resumes_to_the_images_of_an_uninterrupted_run(call, checkpoint, tmp_path):
+@pytest.mark.slow
+def test_a_run_killed_at_ten_random_moments_is_finished_as_if_it_never_was(call, checkpoint, tmp_path):
     common = [f"prompt={PROMPTS}", "num_images_per_prompt=16", "batch_size=3", "steps=2", f"pretrained={checkpoint}"]
     assert call(predict_main, *common, f"output_dir={tmp_path / 'straight'}")[0] == 0
-    out = tmp_path / "out"
-    command = [sys.executable, "-c", KILLED_TEN_TIMES, out, *common, "resume=true", f"output_dir={out}"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    out, rng = tmp_path / "out", random.Random()
+    for _ in range(10):
+        wanted = len(list(out.glob("images/*.png"))) + rng.randrange(4)
+        one = Command("predict", *common, "resume=true", f"output_dir={out}", log=tmp_path / "log")
+        one.kill(lambda wanted=wanted: len(list(out.glob("images/*.png"))) >= wanted, rng.random() * 0.05)
     left = made(out)
     with (out / "predictions.jsonl").open("a") as lines:
         lines.write('{"file": "images/000')  # half a line, as a full disk leaves it
 
     dates = {name: (out / "images" / name).stat().st_mtime_ns for name in left}
     status, printed, complaint = call(predict_main, *common, "resume=true", f"output_dir={out}")
-    assert (status, complaint) == (0, "") and f"{len(left)} of 48 images are there" in printed, done.stdout
+    assert (status, complaint) == (0, "") and f"{len(left)} of 48 images are there" in printed, printed
     assert same_images(made(out), made(tmp_path / "straight"))
     assert {name: (out / "images" / name).stat().st_mtime_ns for name in left} == dates  # not made twice
     assert [record["index"] for record in records(out)] == list(range(48))
@@ -109,13 +86,15 @@ def test_a_run_with_other_settings_is_not_resumed(call, checkpoint, tmp_path, ch
     assert (out / "config.yaml").read_text() == before
 
 
-def test_two_processes_write_the_same_folder_as_one(monkeypatch, checkpoint, tmp_path):
+@pytest.mark.slow
+def test_several_processes_fill_one_folder(monkeypatch, checkpoint, tmp_path):
     common = [f"prompt={PROMPTS}", "num_images_per_prompt=3", "batch_size=2", "steps=2", f"pretrained={checkpoint}"]
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # rounding depends on the number of threads
-    for name, more in {"one": [], "two": ["trainer.devices=2", "trainer.strategy=ddp"]}.items():
-        command = [sys.executable, ROOT / "predict.py", *common, f"output_dir={tmp_path / name}", *more]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # sums are rounded alike on as many threads
+    run("predict", *common, f"output_dir={tmp_path / 'one'}", log=tmp_path / "log")
+    command = [sys.executable, ROOT / "predict.py", *common, f"output_dir={tmp_path / 'two'}"]
+    command += ["trainer.devices=2", "trainer.strategy=ddp"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert same_images(made(tmp_path / "two"), made(tmp_path / "one"))
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(
         path.name for path in (tmp_path / "one").iterdir()

@@ -13,7 +13,7 @@ from sdmodule.module import StableDiffusionModule
 from sdmodule.speed.apply import speed_applied
 from sdmodule.speed.cpu.layers import FastestConv2d
 from sdmodule.speed.cpu.prepacked import supports_prepacking
-from sdmodule.speed.speed_settings import choose_speed
+from sdmodule.speed.speed_settings import SpeedSettings
 
 PROMPT = "a red circle on a blue background"
 
@@ -47,17 +47,17 @@ def test_settings_that_change_rounding_only(sd, close):
 
 
 def test_auto_takes_channels_last_where_it_is_faster(sd):
-    settings = choose_speed({"channels_last": "auto"})
+    settings = SpeedSettings(channels_last="auto")
     assert settings.channels_last_in(torch.bfloat16, "cpu") and settings.channels_last_in(torch.float16, "cuda")
     assert np.array_equal(images(sd, speed={"channels_last": "auto"}), images(sd))
     for more, device, expected in (({}, "cpu", True), ({}, "cuda", False), ({"compile": "blocks"}, "cpu", False)):
-        settings = choose_speed({"channels_last": "auto", "kernels": "fastest", **more})
+        settings = SpeedSettings(channels_last="auto", kernels="fastest", **more)
         assert settings.channels_last_in(torch.float32, device) == expected
 
 
 @pytest.mark.skipif(not supports_prepacking(torch.float32), reason="oneDNN is not in this build of torch")
 def test_the_vae_has_the_fastest_convolutions_in_float32_only(sd):
-    parts, settings = copy.deepcopy(sd.parts), choose_speed({"kernels": "fastest"})
+    parts, settings = copy.deepcopy(sd.parts), SpeedSettings(kernels="fastest")
 
     def swapped():
         return [layer for layer in parts.vae.modules() if isinstance(layer, FastestConv2d)]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from sdmodule.cli.main import predict_main
-from sdmodule.errors import SettingsError
-from sdmodule.speed.speed_settings import EXACT, SpeedSettings, choose_speed
+from sdmodule.errors import SettingsError, build_settings
+from sdmodule.speed.speed_settings import EXACT, SpeedSettings
 from tests.cli.test_commands import told
 
 WRONG = {
@@ -31,11 +31,12 @@ def test_an_error_names_the_value_and_what_is_allowed(name, value):
 
 
 def test_no_settings_are_the_defaults():
-    assert choose_speed(None) == choose_speed({}) == EXACT and EXACT.metadata() == {}
+    assert build_settings(SpeedSettings, "speed", None) == build_settings(SpeedSettings, "speed", {}) == EXACT
+    assert EXACT.metadata() == {}
     with pytest.raises(SettingsError, match=r"cache_evry.*cache_every"):
-        choose_speed({"cache_evry": 2})
+        build_settings(SpeedSettings, "speed", {"cache_evry": 2})
     with pytest.raises(SettingsError, match="speed='turbo'"):
-        choose_speed("turbo")
+        build_settings(SpeedSettings, "speed", "turbo")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ def forget():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("settings", CASES)
 def test_a_unet_is_one_graph_for_ten_steps(unet, inputs, settings, dtype):
@@ -37,6 +38,7 @@ def test_a_unet_is_one_graph_for_ten_steps(unet, inputs, settings, dtype):
     assert graphs.frame_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", CASES)
 def test_compiled_blocks_match_eager_ones(unet, inputs, settings):
     """Block by block: compiling a whole UNet takes minutes."""

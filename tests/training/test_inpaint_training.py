@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -136,15 +135,11 @@ def photos(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def train(monkeypatch, capfd, checkpoint, tmp_path):
+def train(call, checkpoint, tmp_path):
     def run(*arguments: str) -> tuple[int, str]:
         settings = ["model=inpaint", f"pretrained={checkpoint}", "resolution=32", f"output_dir={tmp_path / 'out'}"]
-        monkeypatch.setattr(sys, "argv", ["command", *settings, *arguments])
-        try:
-            train_main()
-        except SystemExit as end:
-            return int(end.code or 0), capfd.readouterr().err
-        return 0, capfd.readouterr().err
+        status, _, errors = call(train_main, *settings, *arguments)
+        return status, errors
 
     return run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from importlib.util import find_spec
 
@@ -35,11 +36,13 @@ def test_adam_is_fused_where_nothing_else_is_said(make, precision, fused):
     assert (weight < 1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16", "16-mixed"])
 def test_gradients_of_a_fused_optimizer_are_clipped_in_mixed_precision(call, checkpoint, photos, tmp_path, precision):
     """With a limit of almost nothing, AdamW's first step is one of its epsilon: the weights stay where they are."""
     settings = [f"data.root={photos}", f"pretrained={checkpoint}", "trainer.max_steps=1", "callbacks=[export]"]
     settings += [f"trainer.precision={precision}", "model.optimizer.lr=0.1", "model.optimizer.weight_decay=0"]
+    settings += ["trainer.limit_val_batches=0", "logger=none"]
 
     def trained(limit):
         folder = tmp_path / str(limit)
@@ -128,6 +131,31 @@ APART = ["tuning.text_encoder=true", "tuning.text_encoder_lr=1e-5"]
 STEPS = f"model.lr_scheduler={{_target_: {SCHEDULERS}.StepLR, _partial_: true, step_size: 1}}"
 
 
+def small(checkpoint, photos, out):
+    common = [f"pretrained={checkpoint}", f"data.root={photos}", f"output_dir={out}", "resolution=32"]
+    return [*common, "callbacks=[checkpoint]", "logger=none", "trainer.limit_val_batches=1"]
+
+
+@pytest.fixture(scope="module")
+def trainings():
+    return {}
+
+
+@pytest.fixture
+def trained(call, checkpoint, photos, trainings, tmp_path_factory):
+    """The folder of a training of two steps, made once for each list of settings."""
+
+    def train(settings):
+        key = tuple(settings)
+        if key not in trainings:
+            out = tmp_path_factory.mktemp("trained") / "out"
+            assert call(train_main, *small(checkpoint, photos, out), "trainer.max_steps=2", *settings)[0] == 0
+            trainings[key] = out
+        return trainings[key]
+
+    return train
+
+
 def one_cycle(steps: int) -> str:
     return SHORT.replace("999", str(steps))
 
@@ -156,14 +184,17 @@ def one_cycle(steps: int) -> str:
         *("rate of a schedule", "settings of a schedule", "no schedule", "a new schedule"),
     ],
 )
-def test_a_checkpoint_of_another_optimizer_is_told_of(checkpoint, photos, tmp_path, call, before, after, words):
-    common = [f"pretrained={checkpoint}", f"data.root={photos}", f"output_dir={tmp_path / 'out'}", "resolution=32"]
-    common += ["callbacks=[checkpoint]"]
-    assert call(train_main, *common, "trainer.max_steps=2", *before)[0] == 0
-    same = [*common, "trainer.max_steps=4", "ckpt_path=last"]
-    held = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")}
+def test_a_checkpoint_of_another_optimizer_is_told_of(checkpoint, photos, trained, call, before, after, words):
+    out = trained(before)
+    same = [*small(checkpoint, photos, out), "trainer.max_steps=4", "ckpt_path=last"]
+    held = {file: file.stat().st_mtime_ns for file in out.rglob("*")}
     status, _, error = call(train_main, *same, *after)
-    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")} == held, "nothing is written"
+    assert {file: file.stat().st_mtime_ns for file in out.rglob("*")} == held, "nothing is written"
     assert status == 1 and words in error and error.count("\n") == 1 and "Traceback" not in error
-    if before != [one_cycle(2)]:
-        assert call(train_main, *same, *before)[0] == 0
+
+
+@pytest.mark.parametrize("settings", [[], APART, [STEPS]], ids=["rate", "two rates", "schedule"])
+def test_a_checkpoint_of_the_same_optimizer_is_resumed(checkpoint, photos, trained, tmp_path, call, settings):
+    out = shutil.copytree(trained(settings), tmp_path / "out")
+    common = small(checkpoint, photos, out)
+    assert call(train_main, *common, "trainer.max_steps=4", "ckpt_path=last", *settings)[0] == 0
