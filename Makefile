@@ -1,10 +1,11 @@
 # make demo: fine-tune and sample the embedded model, in minutes, on any machine.
 # make test: lint, types and tests.
+# make docs: the documentation site in docs/_build/html; a warning is an error.
 
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: install demo test clean
+.PHONY: install demo test docs clean
 
 install: .venv/installed
 
@@ -25,5 +26,12 @@ test: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/cli/test_commands.py tests/commands
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --durations 10 --ignore tests/cli/test_commands.py --ignore tests/commands
 
+.venv/docs-installed: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: install .venv/docs-installed
+	$(BIN)/sphinx-build -W --keep-going -b html -d docs/_build/doctrees docs docs/_build/html
+
 clean:
-	rm -rf .venv build dist *.egg-info outputs
+	rm -rf .venv build dist *.egg-info outputs docs/_build docs/generated docs/examples
