@@ -1,4 +1,4 @@
-"""The benchmark pages: a table for each file of ``benchmarks/results/``, with its command, machine, day and versions."""
+"""The benchmark pages: a table for each file of ``benchmarks/results/``, with its command, machine, day, versions."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ PAGES = {
     "token_merging": (
         "Token merging",
         "`speed_up` compares with no merging, `over_tomesd` with the authors' package in the same mode, and "
-        "`over_tomesd_eager` with that package as it is released. `error` is the relative L2 error of the UNet's output "
-        "on random weights: it compares engines and says little about images.",
+        "`over_tomesd_eager` with that package as it is released. `error` is the relative L2 error of the UNet's "
+        "output on random weights: it compares engines and says little about images.",
     ),
     "prompt_following": (
         "Prompt following",
@@ -66,8 +66,8 @@ def benchmark_pages(results: Path, notes: Mapping[str, Mapping[str, str]], versi
         "# Benchmarks\n\n"
         "Every figure in this documentation comes from these pages, and these pages come from `benchmarks/results/`. "
         "Each table names its command, machine, day and versions. No GPU has been measured yet.\n\n"
-        "`python benchmarks/run.py sampling|training|growth|all` measures again, `--quick` in minutes. The scripts take "
-        "`--json PATH`.\n\n"
+        "`python benchmarks/run.py sampling|training|growth|all` measures again, `--quick` in minutes. The scripts "
+        "take `--json PATH`.\n\n"
         "A table marked **stale** was measured with an earlier method or an earlier minor version.\n\n"
     )
     names = [name for name in PAGES if f"{name}.md" in pages]
@@ -147,3 +147,22 @@ def generate(root: Path, target: Path, version: str) -> None:
     """Write the benchmark pages of a checkout into the folder ``target``."""
     notes = tomllib.loads((root / "docs" / "benchmarks.toml").read_text(encoding="utf-8"))
     write_pages(target, benchmark_pages(root / "benchmarks" / "results", notes, version))
+
+
+def readme_table(results: Path) -> str:
+    """The one table of the README: sampling beside plain diffusers, from ``sampling_speed.json``."""
+    rows = json.loads((results / "sampling_speed.json").read_text(encoding="utf-8"))["rows"]
+    return table(
+        [
+            {
+                "variant": f"`{row['variant']}`" if "=" in row["variant"] else row["variant"],
+                "precision": row["dtype"],
+                "steps": str(row["steps"]),
+                "seconds per step": f"{row['step_seconds']:.2f}",
+                "seconds per image": f"{row['image_seconds']:.1f}",
+                "speed-up per image": f"{row['image_over_diffusers']:.2f}",
+            }
+            for row in rows
+            if row["variant"] not in ("older loop", "diffusers + tomesd")
+        ]
+    )

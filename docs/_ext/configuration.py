@@ -158,8 +158,8 @@ def configuration_pages(conf: Path) -> dict[str, str]:
     names = sorted(pages, key=_order)
     intro = (
         "# Configuration reference\n\n"
-        "Every group, file, key and default of `conf/`, with the comment that stands beside it. The pages are generated "
-        "from the files when the documentation is built.\n\n"
+        "Every group, file, key and default of `conf/`, with the comment that stands beside it. The pages are "
+        "generated from the files when the documentation is built.\n\n"
         "A key is set with `key=value` on the command line, a group with `group=option`. `--cfg job` prints the whole "
         "configuration of a command, `--help` the groups and their options.\n\n"
     )
