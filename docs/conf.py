@@ -20,7 +20,7 @@ from sdmodule import __version__  # noqa: E402
 
 project = "sdmodule"
 author = "the authors of sdmodule"
-copyright = "the authors of sdmodule, Apache-2.0"  # noqa: A001
+copyright = "the authors of sdmodule, Apache-2.0"
 release = version = __version__
 
 extensions = [
@@ -48,7 +48,7 @@ nb_execution_mode = "cache"
 nb_execution_cache_path = str(DOCS / "_build" / "notebooks")
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
-nb_merge_streams = True
+nb_output_stderr = "remove"
 
 html_theme = "pydata_sphinx_theme"
 html_title = f"sdmodule {release}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+
 from _ext.pages import table, toctree, write_pages
 
 FIRST = ("train", "predict", "model", "tuning", "objective", "training", "optimizer", "lr_scheduler", "data", "cache")
@@ -48,7 +50,7 @@ def read_config(path: Path, group: str = "") -> ConfigFile:
     root = yaml.compose("\n".join(lines))
     if not isinstance(root, yaml.MappingNode):
         return config
-    prefix = "" if config.globally or not group else f"{group.partition('/')[0]}."
+    prefix = "" if config.globally or group in ("", "shared") else f"{group.partition('/')[0]}."
     for key, value in root.value:
         if key.value == "defaults":
             _read_defaults(value, lines, config)
@@ -118,7 +120,8 @@ def _text(comment: str) -> str:
 
 def _section(config: ConfigFile, group: str) -> str:
     """What the reference says of one file."""
-    title = f"(conf-{group}-{config.name})=\n## `{group}={config.name}`" if group else ""
+    selected = config.name if "shared" in group else f"{group}={config.name}"
+    title = f"(conf-{group.replace('/', '-')}-{config.name})=\n## `{selected}`" if group else ""
     parts = [title, _about(config.about)]
     if config.globally and group:
         parts.append("*Sets keys at the root of the configuration.*")
@@ -145,6 +148,14 @@ def _order(name: str) -> tuple[int, str]:
     return (FIRST.index(name) if name in FIRST else len(FIRST), name)
 
 
+def registered_samplers(conf: Path) -> dict[str, str]:
+    """Options of ``sampler`` that have no file: ``SAMPLERS`` of ``conf/__init__.py``, with a word on each."""
+    for node in ast.parse((conf / "__init__.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "SAMPLERS" for t in node.targets):
+            return ast.literal_eval(node.value)
+    return {}
+
+
 def configuration_pages(conf: Path) -> dict[str, str]:
     """The pages of the reference, one for each command and each group."""
     pages = {}
@@ -154,6 +165,9 @@ def configuration_pages(conf: Path) -> dict[str, str]:
     for folder in sorted({path.parent for path in conf.rglob("*.yaml")} - {conf}):
         group = folder.relative_to(conf).as_posix()
         sections = [_section(read_config(path, group), group) for path in sorted(folder.glob("*.yaml"))]
+        if group == "sampler" and (samplers := registered_samplers(conf)):
+            rows = [{"option": f"`sampler={name}`", "what it is": _text(about)} for name, about in samplers.items()]
+            sections.insert(0, f"These start from `checkpoint` and change `sampler.scheduler`:\n\n{table(rows)}\n")
         pages[group.replace("/", "-")] = f"# `{group}`\n\n" + "\n".join(sections)
     names = sorted(pages, key=_order)
     intro = (

@@ -136,7 +136,8 @@ def run_ours(command: str, arguments: list[str], workplace: Path, remark: str) -
             arguments.append("trainer.max_steps=4")
         if any("dreambooth" in word for word in arguments):
             arguments.append("data.class_images=2")
-    elif not any(word.startswith(("--from", "from=", "--help", "--cfg")) for word in arguments):
-        arguments = [*arguments, *SHORT_SAMPLING]
+    elif "--from" not in arguments or any(word.startswith("steps=") for word in arguments):
+        if not {"--help", "--cfg"} & set(arguments):
+            arguments = [*arguments, *SHORT_SAMPLING]
     said = workplace / ".said"
     return Command(command, *arguments, said=said, preparation=partial(os.chdir, workplace)).ended(timeout=300)
