@@ -1,19 +1,20 @@
 # make demo: fine-tune and sample the embedded model, in minutes, on any machine.
 # make check: lint, types, layers and the fast tests, in at most three minutes on two cores.
 # make test: all of that and the slow tests, in at most ten; only tests that need a GPU are left out.
+# make docs: the documentation site in docs/_build/html; a warning is an error.
 
 PYTHON ?= python3.11
 BIN := .venv/bin
 # two processes of one thread each: more threads than cores would wait for one another
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
-.PHONY: install demo lint check test clean
+.PHONY: install demo lint check test docs clean
 
 install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	touch $@
 
 demo: install
@@ -31,5 +32,8 @@ check: lint
 test: lint
 	$(PYTEST) --durations 10 -m "not gpu"
 
+docs: install
+	$(BIN)/sphinx-build -W --keep-going -b html -d docs/_build/doctrees docs docs/_build/html
+
 clean:
-	rm -rf .venv build dist *.egg-info outputs
+	rm -rf .venv build dist *.egg-info outputs docs/_build docs/generated docs/examples

@@ -1,6 +1,6 @@
-"""The first thing to run: fine-tune the embedded model on a few real images, and look at what came of it.
+"""The first thing to run (``make demo``): sample the embedded model, fine-tune it on a few emoji, sample it again.
 
-``make demo`` runs it. It uses the two commands that everybody uses, nothing else.
+Everything goes through ``predict.py`` and ``train.py``, as a user would run them.
 """
 
 from __future__ import annotations
@@ -25,37 +25,37 @@ SHAPES = [
     "a blue square to the left of an orange triangle on a black background",
 ]
 
-REPAINTED = [
+INPAINTED = [
     "a yellow star on a blue background",
     "a black heart on a blue background",
     "a white square on a blue background",
     "a red triangle on a blue background",
 ]
-HOLE = [14, 14, 50, 50]
-"""The part of the image that is painted anew: ``[x0, y0, x1, y1]`` in pixels."""
+MASK = [14, 14, 50, 50]
+"""The box that is inpainted: ``[x0, y0, x1, y1]`` in pixels."""
 
 
 def main() -> None:
-    """Sample, fine-tune, sample again, and lay the images side by side."""
+    """Sample, inpaint, fine-tune, sample again, and lay the images side by side."""
     shutil.rmtree(OUTPUT, ignore_errors=True)
     OUTPUT.mkdir(parents=True)
     rows = [json.loads(line) for line in (IMAGES / "metadata.jsonl").read_text().splitlines()]
     captions = [row["text"] for row in rows[:8]]
 
     shapes = predict(SHAPES, "shapes")
-    masked = circle_under_a_mask()
-    repainted = predict(REPAINTED, "repainted", "model=inpaint", f"image={OUTPUT / 'circle.png'}", f"mask={HOLE}")
+    circle = circle_and_mask()
+    inpainted = predict(INPAINTED, "repainted", "model=inpaint", f"image={OUTPUT / 'circle.png'}", f"mask={MASK}")
     before = predict(captions, "before")
     command("train.py", f"data.root={IMAGES}", "experiment=demo", f"trainer.max_steps={STEPS}", "train")
     after = predict(captions, "after", f"pretrained={OUTPUT / 'train' / 'export'}")
-    wanted = [Image.open(IMAGES / row["file_name"]).convert("RGB") for row in rows[:8]]
+    targets = [Image.open(IMAGES / row["file_name"]).convert("RGB") for row in rows[:8]]
 
     grid = OUTPUT / "grid.png"
     sheet(
         {
-            "the embedded model obeys its prompt": (shapes, SHAPES),
-            "and repaints the hole in an image": ([*masked, *repainted], ["a circle", "its mask", *REPAINTED]),
-            "images to fine-tune on": (wanted, captions),
+            "the embedded model follows its prompt": (shapes, SHAPES),
+            "and inpaints the masked part of an image": ([*circle, *inpainted], ["a circle", "its mask", *INPAINTED]),
+            "images to fine-tune on": (targets, captions),
             "before fine-tuning": (before, captions),
             f"after {STEPS} steps": (after, captions),
         }
@@ -63,31 +63,31 @@ def main() -> None:
     print(f"\nLook at {grid.relative_to(HERE)}")
 
 
-def circle_under_a_mask() -> list[Image.Image]:
-    """Paint a circle, save it as a photograph to be repainted, and show it with and without its hole."""
+def circle_and_mask() -> list[Image.Image]:
+    """Draw a circle and save it for inpainting; returns it without and with its mask, which is shown in grey."""
     circle = Image.new("RGB", (64, 64), (48, 88, 220))
     ImageDraw.Draw(circle).ellipse((18, 18, 45, 45), fill=(242, 140, 32))
     circle.save(OUTPUT / "circle.png")
     masked = circle.copy()
-    masked.paste((127, 127, 127), (HOLE[0], HOLE[1], HOLE[2], HOLE[3]))
+    masked.paste((127, 127, 127), (MASK[0], MASK[1], MASK[2], MASK[3]))
     return [circle, masked]
 
 
 def command(script: str, *arguments: str) -> None:
-    """Run one of the project's commands; the last argument names its folder."""
+    """Run ``predict.py`` or ``train.py``; the last argument is the name of its output folder."""
     *settings, name = arguments
     line = [sys.executable, str(HERE / script), *settings, f"output_dir={OUTPUT / name}"]
     subprocess.run(line, check=True, cwd=HERE)
 
 
 def predict(prompts: list[str], name: str, *settings: str) -> list[Image.Image]:
-    """Sample an image of each prompt."""
+    """Images of the prompts, in their order."""
     command("predict.py", f"prompt={json.dumps(prompts)}", "steps=25", "batch_size=8", *settings, name)
     return [Image.open(file) for file in sorted((OUTPUT / name / "images").iterdir())]
 
 
 def sheet(rows: dict[str, tuple[list[Image.Image], list[str]]], tile: int = 128) -> Image.Image:
-    """Lay rows of images out, each under its title."""
+    """A contact sheet: rows of images with captions, each row under its title."""
     font = ImageFont.load_default(13)
     columns = max(len(images) for images, _ in rows.values())
     height = tile + 56
