@@ -47,7 +47,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    from sdmodule.components.checkpoint import Components, save_components
+    from sdmodule.components.checkpoint import Components
+    from sdmodule.components.save import save_components
     from sdmodule.data.toy.tokenizer import scene_captions, write_tokenizer
 
     folder = tmp_path_factory.mktemp("checkpoint")

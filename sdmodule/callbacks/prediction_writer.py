@@ -26,13 +26,11 @@ from sdmodule.io.run_folder import (
     INPUTS,
     RECORDS,
     gather_records,
-    image_name,
     read_records,
-    request_metadata,
     to_line,
     write_records,
 )
-from sdmodule.sampling.requests import SampleRequest
+from sdmodule.sampling.requests import SampleRequest, image_name, request_metadata
 from sdmodule.sampling.result import Samples
 from sdmodule.version import __version__
 

@@ -20,7 +20,7 @@ from benchmarks.forked import Command, run
 from sdmodule.callbacks.latent_cache import LatentCache
 from sdmodule.callbacks.validation_samples import ValidationSamples
 from sdmodule.cli.main import train_main
-from sdmodule.conditioning.text import escape_prompt
+from sdmodule.conditioning.text import encode_prompts, escape_prompt
 from sdmodule.data.cache.latents import CachedEmbeddings
 from sdmodule.data.cache.tensor_store import TensorStore
 from sdmodule.data.datamodule import ImageFolderDataModule
@@ -28,6 +28,7 @@ from sdmodule.data.toy.dataset import ShapesDataModule
 from sdmodule.data.toy.scenes import caption, render, sample_scene
 from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
+from sdmodule.training.loss import encode_moments
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def held(cache: Path, kind: str = "moments") -> dict[str, str]:
 @pytest.mark.parametrize("flip", [False, True], ids=["", "flipped"])
 @pytest.mark.parametrize("what", ["latents", "all"])
 def test_the_losses_are_those_of_training_on_images(checkpoint, folder, tmp_path, what, flip):
-    settings = {"caption_dropout": 0.5, "optimizer": lambda weights: torch.optim.AdamW(weights, lr=1e-3)}
+    settings = {"objective": {"caption_dropout": 0.5}, "optimizer": lambda weights: torch.optim.AdamW(weights, lr=1e-3)}
     plain = fit(checkpoint, images_of(folder, random_flip=flip), None, 8, **settings)
     for _ in range(2):  # made, then found
         data = images_of(folder, random_flip=flip)
@@ -113,9 +114,10 @@ def test_captions_are_read_as_they_are_written_in_every_place(checkpoint, folder
     text = "a clock (12:30) in a frame (4:3)"
     for k in range(5):
         (folder / f"{k}.txt").write_text(text)
-    plain = fit(checkpoint, images_of(folder), None, caption_dropout=0.0)
+    plain = fit(checkpoint, images_of(folder), None, objective={"caption_dropout": 0.0})
     samples = ValidationSamples(tmp_path / "samples", num_prompts=1)
-    cached = fit(checkpoint, images_of(folder), LatentCache(tmp_path / "cache", "all"), 3, samples, caption_dropout=0.0)
+    cache, objective = LatentCache(tmp_path / "cache", "all"), {"caption_dropout": 0.0}
+    cached = fit(checkpoint, images_of(folder), cache, 3, samples, objective=objective)
     assert cached == pytest.approx(plain, rel=1e-5)
     assert (tmp_path / "samples" / "000003.png").is_file()
     [store] = tmp_path.glob("cache/embeddings-*")
@@ -131,7 +133,7 @@ def test_painted_images_are_cached_too(checkpoint, module, tmp_path):
     [folder] = tmp_path.iterdir()
     store = TensorStore(folder)
     cached = torch.stack([store[Path(key).name] for key in held(tmp_path)])
-    moments = module.encode_moments(torch.stack([data.train_set[k]["image"] for k in range(6)]))
+    moments = encode_moments(module.vae, torch.stack([data.train_set[k]["image"] for k in range(6)]))
     assert cached.dtype == torch.float32 and cached.shape == (6, 8, 8, 8)
     torch.testing.assert_close(*(x[x[:, 0, 0, 0].argsort()] for x in (cached, moments)))
 
@@ -142,7 +144,8 @@ def test_embeddings_are_filled_up_as_the_text_encoder_does_it(checkpoint, module
     embeddings = CachedEmbeddings(TensorStore(store))
     captions = ["", *((folder / f"{k}.txt").read_text() for k in range(5))]
     for batch in (captions, captions[:2]):
-        torch.testing.assert_close(embeddings(batch), module.encode_prompts(batch))
+        computed = encode_prompts(batch, module.parts.tokenizer, module.text_encoder)
+        torch.testing.assert_close(embeddings(batch), computed)
     assert "an image of nothing" not in embeddings
 
 
@@ -182,7 +185,7 @@ def test_a_broken_file_is_passed_over_and_made_anew(checkpoint, folder, tmp_path
     plain = fit(checkpoint, images_of(folder), LatentCache(tmp_path))
     [file] = tmp_path.glob("*/*.safetensors")
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.warns(UserWarning, match=r"safetensors is broken and is passed over"):
+    with pytest.warns(UserWarning, match=r"safetensors is corrupt and was skipped"):
         assert fit(checkpoint, images_of(folder), LatentCache(tmp_path)) == plain
     assert len(held(tmp_path)) == 5
 

@@ -1,4 +1,4 @@
-"""What people see of a run while it goes on: in a terminal, and in a file."""
+"""Progress of a run: a bar in a terminal, lines in a file."""
 
 import fcntl
 import os
@@ -40,7 +40,7 @@ def terminal():
         os.close(theirs)
 
 
-def test_one_bar_of_images_with_the_step_inside(checkpoint, tmp_path):
+def test_predict_shows_one_bar_of_images_with_the_step(checkpoint, tmp_path):
     settings = ["prompt=[a,b,c]", "batch_size=2", "steps=60", f"pretrained={checkpoint}", f"output_dir={tmp_path}/out"]
     with terminal() as (path, read):
         one = Command("predict", *settings, "height=64", "width=64", log=tmp_path / "log", errors=path)
@@ -51,7 +51,7 @@ def test_one_bar_of_images_with_the_step_inside(checkpoint, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_bar_of_training(checkpoint, photos, tmp_path):
+def test_train_shows_one_bar(checkpoint, photos, tmp_path):
     """By ``python train.py``, as people start it."""
     settings = [f"data.root={photos}", f"pretrained={checkpoint}", "resolution=32", "trainer.max_steps=4", "+steps=1"]
     command = [sys.executable, str(ROOT / "train.py"), *settings, f"output_dir={tmp_path}/out"]
@@ -62,7 +62,7 @@ def test_one_bar_of_training(checkpoint, photos, tmp_path):
     assert re.search(r"training: 4/4 .*left, loss=[\d.]+, samples/s=[\d.]+, data wait=\d+%", drawn)
 
 
-def test_lines_where_output_is_no_terminal(call, checkpoint, photos, tmp_path):
+def test_without_a_terminal_progress_is_lines(call, checkpoint, photos, tmp_path):
     common = [f"pretrained={checkpoint}", "callbacks.progress.every=0"]
     settings = ["prompt=[a,b]", "batch_size=1", "steps=2", f"output_dir={tmp_path}/out", *common]
     status, printed, complaint = call(predict_main, *settings)
@@ -75,6 +75,6 @@ def test_lines_where_output_is_no_terminal(call, checkpoint, photos, tmp_path):
     assert "\r" not in printed
 
 
-def test_nothing_where_nothing_is_wanted(call, checkpoint, tmp_path):
+def test_progress_false_shows_nothing(call, checkpoint, tmp_path):
     settings = ["prompt=a", "steps=1", f"pretrained={checkpoint}", f"output_dir={tmp_path}/out", "progress=false"]
     assert call(predict_main, *settings, "callbacks.progress.every=0")[1] == f"Wrote {tmp_path}/out/grid.png\n"

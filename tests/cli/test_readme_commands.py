@@ -18,14 +18,14 @@ from sdmodule.cli.main import predict_main, train_main
 from sdmodule.cli.overrides import quote_overrides, with_png_settings
 
 RENAMED: dict[str, str] = {
-    # "model.caption_dropout": "objective.caption_dropout",
-    # "model.timestep_shift": "objective.timestep_shift",
-    # "model.prior_weight": "objective.prior_weight",
-    # "model.compile": "training.compile",
-    # "model.checkpointing": "training.checkpointing",
-    # "model.convert": "training.inpaint.convert",
-    # "model.whole_masks": "training.inpaint.full_mask_share",
-    # "model.hole_weight": "training.inpaint.masked_area_weight",
+    "model.caption_dropout": "objective.caption_dropout",
+    "model.timestep_shift": "objective.timestep_shift",
+    "model.prior_weight": "objective.prior_weight",
+    "model.compile": "training.compile",
+    "model.checkpointing": "training.checkpointing",
+    "model.convert": "training.inpaint.convert",
+    "model.whole_masks": "training.inpaint.full_mask_share",
+    "model.hole_weight": "training.inpaint.masked_area_weight",
 }
 """Keys that 0.1.0 has renamed."""
 

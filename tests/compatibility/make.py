@@ -22,7 +22,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from sdmodule.components.checkpoint import Components, save_components  # noqa: E402
+from sdmodule.components.checkpoint import Components  # noqa: E402
+from sdmodule.components.save import save_components  # noqa: E402
 from sdmodule.data.toy.scenes import caption, render, sample_scene  # noqa: E402
 from sdmodule.data.toy.tokenizer import scene_captions, write_tokenizer  # noqa: E402
 

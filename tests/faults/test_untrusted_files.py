@@ -27,8 +27,7 @@ from sdmodule.components.checkpoint import load_components
 from sdmodule.components.single_file import load_single_file
 from sdmodule.conditioning.masked_image import read_masked_image
 from sdmodule.data.cache.tensor_store import TensorStore
-from sdmodule.data.sources.folder import find_examples
-from sdmodule.data.sources.mix import Folder
+from sdmodule.data.sources.folder import Folder, find_examples
 from sdmodule.data.sources.verify import load_beside, load_rgb, verify_images
 from sdmodule.errors import SettingsError
 from sdmodule.io.fingerprint import fingerprint

@@ -142,7 +142,7 @@ def test_accumulated_batches_train_as_one_large_one_does(checkpoint, photos):
 def test_accumulated_pairs_train_as_one_large_batch_does(checkpoint, photos):
     def trained(count: int, accumulate: int) -> dict[str, Tensor]:
         plain = partial(torch.optim.SGD, lr=0.1)
-        module = StableDiffusionModule(str(checkpoint), optimizer=plain, caption_dropout=0.5)
+        module = StableDiffusionModule(str(checkpoint), optimizer=plain, objective={"caption_dropout": 0.5})
         kind = {"class_prompt": "a shape", "class_images": 14, "class_root": str(photos)}
         pairs = DreamBoothDataModule(str(photos), "a star", **kind, resolution=32, batch_size=count, val_fraction=0)
         fit(module, pairs, 3, accumulate_grad_batches=accumulate)

@@ -61,7 +61,7 @@ def test_other_optimizers_are_as_they_are():
 
 def test_activations_computed_again_give_the_same_gradients(checkpoint):
     def gradients(which):
-        module = StableDiffusionModule(str(checkpoint), checkpointing=which)
+        module = StableDiffusionModule(str(checkpoint), training={"checkpointing": which})
         batch = {"image": torch.zeros(2, 3, 32, 32), "caption": ["a", "b"]}
         module.log = lambda *_, **__: None
         module.training_step(batch, 0).backward()
@@ -76,8 +76,8 @@ def test_activations_computed_again_give_the_same_gradients(checkpoint):
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="the package is there")
 def test_wrong_values_are_told(call, checkpoint, photos, tmp_path):
-    with pytest.raises(SettingsError, match=r"model\.checkpointing=some"):
-        StableDiffusionModule(str(checkpoint), checkpointing="some")
+    with pytest.raises(SettingsError, match=r"training\.checkpointing=some"):
+        StableDiffusionModule(str(checkpoint), training={"checkpointing": "some"})
     settings = [f"data.root={photos}", f"pretrained={checkpoint}", f"output_dir={tmp_path / 'out'}"]
     status, _, complaint = call(train_main, *settings, "model.optimizer._target_=bitsandbytes.optim.AdamW8bit")
     assert status == 1 and "pip install 'sdmodule[bitsandbytes]'" in complaint and "Traceback" not in complaint
@@ -99,8 +99,8 @@ SHORT = f"model.lr_scheduler={{_target_: {SCHEDULERS}.OneCycleLR, _partial_: tru
         ("model.optimizer.lr=-1", "these settings cannot be used"),
         ("+model.optimizer.speed=1", "these settings cannot be used"),
         (SCHEDULE, "these settings cannot be used"),
-        (PLATEAU, "ReduceLROnPlateau follows a figure"),
-        (SHORT, "OneCycleLR ends after 999 steps and trainer.max_steps=1000"),
+        (PLATEAU, "ReduceLROnPlateau follows a metric"),
+        (SHORT, "OneCycleLR ends after 999 of trainer.max_steps=1000"),
     ],
 )
 def test_settings_that_an_optimizer_does_not_take_are_told_of_before_anything_is_written(
@@ -166,18 +166,18 @@ def one_cycle(steps: int) -> str:
         (["tuning.text_encoder=true", "tuning.text_encoder_lr=1e-5"], ["tuning.text_encoder=true"], "is not AdamW"),
         ([], ["model.optimizer._target_=torch.optim.Adagrad", "~model.optimizer.betas"], "is not Adagrad"),
         ([], ["model.optimizer._target_=torch.optim.Adamax"], "is not Adamax"),
-        ([one_cycle(2)], [one_cycle(4)], "OneCycleLR ends after 2 steps and trainer.max_steps=4"),
-        ([], ["model.optimizer.lr=2e-5"], "model.optimizer.lr=2e-05 was given, and the checkpoint goes on with 1e-05"),
-        ([], ["model.optimizer.weight_decay=0"], "goes on with 0.01; give 0.01"),
-        (APART, [APART[0], "tuning.text_encoder_lr=1e-6"], "tuning.text_encoder_lr=1e-06 was given, and the"),
-        ([STEPS], ["model.optimizer.lr=2e-5", STEPS], "model.optimizer.lr=2e-05 was given, and the checkpoint"),
+        ([one_cycle(2)], [one_cycle(4)], "trainer.max_steps=4: the checkpoint's OneCycleLR ends after 2 steps"),
+        ([], ["model.optimizer.lr=2e-5"], "model.optimizer.lr=2e-05: the checkpoint has 1e-05"),
+        ([], ["model.optimizer.weight_decay=0"], "keeps it; give 0.01"),
+        (APART, [APART[0], "tuning.text_encoder_lr=1e-6"], "tuning.text_encoder_lr=1e-06: the"),
+        ([STEPS], ["model.optimizer.lr=2e-5", STEPS], "model.optimizer.lr=2e-05: the checkpoint"),
         (
             [STEPS],
             [STEPS.replace("1}", "9}")],
-            "step_size=9 was given, and the checkpoint goes on with 1",
+            "step_size=9: the checkpoint has 1",
         ),
-        ([STEPS], [], "trained with a model.lr_scheduler, and none is given"),
-        ([], [STEPS], "trained without a model.lr_scheduler, and one is given"),
+        ([STEPS], [], "the checkpoint was trained with one, and none is given"),
+        ([], [STEPS], "the checkpoint was trained without one"),
     ],
     ids=[
         *("groups", "optimizer", "optimizer of the same settings", "schedule", "rate", "decay", "rate of the words"),
