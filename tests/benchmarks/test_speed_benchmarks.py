@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_sampling_is_beside_its_alternatives(checkpoint, tmp_path):
+def test_sampling_is_measured_beside_its_alternatives(checkpoint, tmp_path):
     file, plot = tmp_path / "speed.json", tmp_path / "speed.png"
     arguments = ["--pretrained", str(checkpoint), "--quick", "--single", "--json", str(file), "--plot", str(plot)]
     result = sampling_speed.run(arguments)
@@ -34,7 +34,7 @@ def test_sampling_is_beside_its_alternatives(checkpoint, tmp_path):
 
 
 @pytest.mark.slow
-def test_training_is_beside_its_alternative(checkpoint, tmp_path, monkeypatch):
+def test_training_is_measured_beside_its_alternative(checkpoint, tmp_path, monkeypatch):
     def small(pretrained: str | None, precision: str) -> Components:
         parts = load_components(str(checkpoint))
         for part in (parts.unet, parts.vae, parts.text_encoder):

@@ -48,8 +48,8 @@ def test_a_shortened_protocol_says_so(checkpoint):
 
 
 @pytest.mark.slow
-def test_compiled_variants_have_lines_of_their_own(checkpoint, monkeypatch):
-    monkeypatch.setattr(tome_runs, "BACKEND", "eager")  # what it makes of a graph is tested with the engines
+def test_compiled_variants_have_their_own_rows(checkpoint, monkeypatch):
+    monkeypatch.setattr(tome_runs, "BACKEND", "eager")  # compiled code is tested with the engines
     torch._dynamo.reset()
     given = ["--pretrained", str(checkpoint), "--forward-only", "--size", "32", "--precision", "float32"]
     rows = tome_speed.run([*given, "--quick", "--compile"])["rows"]

@@ -203,7 +203,7 @@ def test_the_default_output_folder_is_named_by_date_and_time(call, checkpoint, t
 
 
 @pytest.mark.slow
-def test_a_prompt_reaches_the_images_letter_for_letter_in_a_real_sweep(checkpoint, tmp_path):
+def test_a_prompt_reaches_the_images_letter_for_letter_in_a_sweep(checkpoint, tmp_path):
     prompt = "a cat, (fluffy:1.2), 50% off = {fun} ünïcode 'it\\'s' \"q\" \\ ${x} $5 [a] ??? 🦊\n #x: \\"
     command = [sys.executable, ROOT / "predict.py", "-m", f"prompt={prompt}", "negative_prompt=???", "steps=1"]
     command += [f"pretrained={checkpoint}", f"output_dir={tmp_path / 'out'}"]
@@ -214,7 +214,7 @@ def test_a_prompt_reaches_the_images_letter_for_letter_in_a_real_sweep(checkpoin
     assert Image.open(tmp_path / "out" / "0" / record["file"]).text["prompt"] == prompt
 
 
-def test_an_error_is_all_that_a_process_prints(tmp_path, monkeypatch):
+def test_a_failing_process_prints_nothing_but_its_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     log, errors = tmp_path.parent / f"{tmp_path.name}-log", tmp_path.parent / f"{tmp_path.name}-errors"
     one = Command("predict", "prompt=a", "experiment=sd15", f"output_dir={tmp_path / 'out'}", log=log, errors=errors)
@@ -223,7 +223,9 @@ def test_an_error_is_all_that_a_process_prints(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("sent", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_leaves_a_checkpoint_and_says_how_to_resume(call, checkpoint, photos, tmp_path, sent, expected):
+def test_an_interrupted_training_saves_a_checkpoint_and_says_how_to_resume(
+    call, checkpoint, photos, tmp_path, sent, expected
+):
     out, errors = tmp_path / "out", tmp_path / "errors"
     settings = [f"data.root={photos}", f"pretrained={checkpoint}", "resolution=32", "+steps=1"]
     forever = ["trainer.max_steps=100000", "trainer.val_check_interval=2", f"output_dir={out}"]
@@ -241,7 +243,7 @@ def test_a_signal_leaves_a_checkpoint_and_says_how_to_resume(call, checkpoint, p
     assert torch.load(tmp_path / "again/checkpoints/last.ckpt", weights_only=True)["global_step"] == step + 2
 
 
-def test_sigterm_ends_a_prediction_at_once(checkpoint, tmp_path):
+def test_sigterm_ends_predict_at_once(checkpoint, tmp_path):
     out, errors = tmp_path / "out", tmp_path / "errors"
     settings = ["prompt=a", "num_images_per_prompt=100000", "batch_size=1", "steps=1", f"pretrained={checkpoint}"]
     one = Command("predict", *settings, f"output_dir={out}", log=tmp_path / "log", errors=errors)

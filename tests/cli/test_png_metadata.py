@@ -32,7 +32,7 @@ def same_images(ours, others):
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_ten_random_moments_is_finished_as_if_it_never_was(call, checkpoint, tmp_path):
+def test_a_run_killed_ten_times_resumes_to_the_images_of_an_uninterrupted_run(call, checkpoint, tmp_path):
     common = [f"prompt={PROMPTS}", "num_images_per_prompt=16", "batch_size=3", "steps=2", f"pretrained={checkpoint}"]
     assert call(predict_main, *common, f"output_dir={tmp_path / 'straight'}")[0] == 0
     out, rng = tmp_path / "out", random.Random()
@@ -87,7 +87,7 @@ def test_a_run_with_other_settings_is_not_resumed(call, checkpoint, tmp_path, ch
 
 
 @pytest.mark.slow
-def test_several_processes_fill_one_folder(monkeypatch, checkpoint, tmp_path):
+def test_two_processes_write_the_same_folder_as_one(monkeypatch, checkpoint, tmp_path):
     common = [f"prompt={PROMPTS}", "num_images_per_prompt=3", "batch_size=2", "steps=2", f"pretrained={checkpoint}"]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # sums are rounded alike on as many threads
     run("predict", *common, f"output_dir={tmp_path / 'one'}", log=tmp_path / "log")

@@ -51,7 +51,7 @@ def test_predict_shows_one_bar_of_images_with_the_step(checkpoint, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_bar_of_training(checkpoint, photos, tmp_path):
+def test_train_shows_one_bar(checkpoint, photos, tmp_path):
     """By ``python train.py``, as people start it."""
     settings = [f"data.root={photos}", f"pretrained={checkpoint}", "resolution=32", "trainer.max_steps=4", "+steps=1"]
     command = [sys.executable, str(ROOT / "train.py"), *settings, f"output_dir={tmp_path}/out"]

@@ -61,7 +61,7 @@ def settings(checkpoint: Path, scene_photos: Path, kind: str, way: str, out: Pat
     common += [f"output_dir={out}", f"trainer.max_steps={STEPS}", "trainer.log_every_n_steps=1", "+steps=1", SCHEDULE]
     common += ["callbacks=[checkpoint,ema,samples,export]", "callbacks.checkpoint.every_n_train_steps=2"]
     if kind != "autoencoder":
-        common += ["callbacks.ema.start_step=3", "model.caption_dropout=0.4"]
+        common += ["callbacks.ema.start_step=3", "objective.caption_dropout=0.4"]
     common += [*KINDS[kind], *WAYS[way]]
     if way == "cached" and kind != "autoencoder":  # embeddings of a text encoder that is trained cannot be cached
         cache = "latents" if kind in ("full", "textual_inversion") else "all"

@@ -53,7 +53,7 @@ WAYS = {
     "eight in a batch": {"settings": ["batch_size=8"]},
     "in another order": {"settings": ["batch_size=3"], "order": [4, 2, 0, 3, 1]},
     "without a progress bar": {"settings": ["progress=false", "batch_size=1"]},
-    "compiled": {"settings": ["model.compile=blocks", "batch_size=1"], "order": [0, 2]},
+    "compiled": {"settings": ["speed.compile=blocks", "batch_size=1"], "order": [0, 2]},
     "in two processes": {"settings": ["batch_size=2"], "processes": 2},
 }
 

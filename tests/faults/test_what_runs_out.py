@@ -206,7 +206,7 @@ def test_a_worker_that_loads_images_dies(training, tmp_path):
     wait_for(lambda: (out / "checkpoints" / "last.ckpt").is_file(), one)
     worker, *_ = psutil.Process(one.process.pid).children()
     worker.kill()
-    assert_error(*one.wait(), "a process that reads images died", "data.num_workers=1", "ckpt_path=last")
+    assert_error(*one.wait(), "a data loading process died", "data.num_workers=1", "ckpt_path=last")
     step = checkpoint_steps(out)[-1]
     run("train", *settings, "ckpt_path=last", f"trainer.max_steps={step + 2}", log=tmp_path / "log")
 

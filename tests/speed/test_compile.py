@@ -25,8 +25,8 @@ def test_repeated_pixels_equal_nearest_neighbor_interpolation(size):
 
 
 @pytest.mark.slow
-def test_compiled_as_a_whole_it_learns_below_its_upsampling_too():
-    """By torch's own compiler, in half a minute: with the upsampling of diffusers these gradients are 0 in bfloat16."""
+def test_a_unet_compiled_as_a_whole_learns_below_its_upsampling():
+    """With torch's own compiler, in half a minute: with diffusers' upsampling these gradients are 0 in bfloat16."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=8,
