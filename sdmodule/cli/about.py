@@ -36,7 +36,8 @@ Commands
 
 Python
   from sdmodule import StableDiffusionModule
-  StableDiffusionModule.from_pretrained("tiny").infer("a red circle on a blue background")["samples"][0].save("circle.png")
+  sd = StableDiffusionModule.from_pretrained("tiny")
+  sd.infer("a red circle on a blue background")["samples"][0].save("circle.png")
 
 Docs
   README.md and docs/ in the repository; make docs builds the site."""

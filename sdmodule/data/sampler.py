@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
 
 from sdmodule.errors import MAX_SEED
+from sdmodule.training.loop_state import resumed_batch
 
 
 class ShuffleByEpoch(DistributedSampler[Any]):
@@ -134,6 +135,6 @@ def training_loader(
         # without its own generator, the loader would advance the global RNG
         generator=torch.Generator().manual_seed(seed),
     )
-    if trainer and trainer.fit_loop.restarting:
-        sampler.skip = trainer.fit_loop.epoch_loop.batch_progress.current.ready % sampler.batches
+    if trainer and (done := resumed_batch(trainer)) is not None:
+        sampler.skip = done % sampler.batches
     return loader
