@@ -44,7 +44,7 @@ def main() -> None:
 
     shapes = predict(SHAPES, "shapes")
     circle = circle_and_mask()
-    inpainted = predict(INPAINTED, "repainted", "model=inpaint", f"image={OUTPUT / 'circle.png'}", f"mask={MASK}")
+    inpainted = predict(INPAINTED, "inpainted", "model=inpaint", f"image={OUTPUT / 'circle.png'}", f"mask={MASK}")
     before = predict(captions, "before")
     command("train.py", f"data.root={IMAGES}", "experiment=demo", f"trainer.max_steps={STEPS}", "train")
     after = predict(captions, "after", f"pretrained={OUTPUT / 'train' / 'export'}")
