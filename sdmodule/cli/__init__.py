@@ -1,1 +1,1 @@
-"""The two commands."""
+"""The commands ``train`` and ``predict``; nothing outside this package knows Hydra."""
