@@ -136,7 +136,7 @@ def test_speed(name, checkpoint):
     sampling = instantiate(cfg.model).sampling
     assert (sampling.speed.channels_last == "auto") == bool(sampling.speed.effect) == (name != "exact")
     assert (sampling.speed.kernels == "fastest") == (name != "exact")
-    assert (sampling.speed.cache_every > 1) == (not sampling.speed.always_guided) == (name == "turbo")
+    assert (sampling.speed.cache_every > 1) == (sampling.speed.guidance_interval != (0.0, 1.0)) == (name == "turbo")
     lossy = name in ("fast", "turbo")
     assert (sampling.steps < 50) == (sampling.scheduler == "dpmpp_2m") == bool(sampling.merging.ratio) == lossy
     assert str(build_trainer(cfg).precision) in ("32-true",) if name == "exact" else ("32-true", "bf16-true", "16-true")
