@@ -146,7 +146,7 @@ def test_what_is_given_beside_a_preset_wins(checkpoint):
     given = ["experiment=sd15", "speed=turbo", "steps=9", "sampler=euler", "tome=none", "speed.cache_every=1"]
     sampling = instantiate(configuration("predict", *given, f"pretrained={checkpoint}").model).sampling
     assert (sampling.steps, sampling.scheduler, sampling.merging.ratio) == (9, "euler", 0.0)
-    assert sampling.speed.cache_every == 1 and not sampling.speed.always_guided
+    assert sampling.speed.cache_every == 1 and sampling.speed.guidance_interval != (0.0, 1.0)
     preset = instantiate(configuration("predict", *given[:2], f"pretrained={checkpoint}").model).sampling
     assert preset.steps < 50 and preset.scheduler == "dpmpp_2m"
 
