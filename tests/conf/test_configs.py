@@ -155,7 +155,7 @@ def test_speed(name, checkpoint):
     sampling = instantiate(cfg.model).sampling
     assert (sampling.speed.channels_last == "auto") == bool(sampling.speed.effect) == (name != "exact")
     assert (sampling.speed.kernels == "fastest") == (name != "exact")
-    assert (sampling.speed.cache_every > 1) == (not sampling.speed.always_guided) == (name == "turbo")
+    assert (sampling.speed.cache_every > 1) == (sampling.speed.guidance_interval != (0.0, 1.0)) == (name == "turbo")
     lossy = name in ("fast", "turbo")
     assert (sampling.steps < 50) == (sampling.scheduler == "dpmpp_2m") == bool(sampling.merging.ratio) == lossy
     assert str(build_trainer(cfg).precision) in ("32-true",) if name == "exact" else ("32-true", "bf16-true", "16-true")
@@ -165,7 +165,7 @@ def test_settings_given_beside_a_preset_win(checkpoint):
     given = ["experiment=sd15", "speed=turbo", "steps=9", "sampler=euler", "tome=none", "speed.cache_every=1"]
     sampling = instantiate(configuration("predict", *given, f"pretrained={checkpoint}").model).sampling
     assert (sampling.steps, sampling.scheduler, sampling.merging.ratio) == (9, "euler", 0.0)
-    assert sampling.speed.cache_every == 1 and not sampling.speed.always_guided
+    assert sampling.speed.cache_every == 1 and sampling.speed.guidance_interval != (0.0, 1.0)
     preset = instantiate(configuration("predict", *given[:2], f"pretrained={checkpoint}").model).sampling
     assert preset.steps < 50 and preset.scheduler == "dpmpp_2m"
 

@@ -76,10 +76,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     if key_count % ALIGNED:
         key = F.pad(key, (0, 0, 0, -key_count % ALIGNED))
     count = key.shape[1]
-    queries, keys = (
-        query.to(dtype).contiguous(),
-        key.to(dtype).contiguous().transpose(1, 2),
-    )  # or each product would copy them
+    # contiguous, or each product would copy them
+    queries, keys = query.to(dtype).contiguous(), key.to(dtype).contiguous().transpose(1, 2)
     values, mean = _values(value, count, dtype)
     together, rows = min(heads, max(1, SCORES // (length * count))), min(length, max(1, SCORES // count))
     scores = query.new_empty(together, rows, count, dtype=dtype)
