@@ -1,36 +1,38 @@
 # make demo: fine-tune and sample the embedded model, in minutes, on any machine.
-# make test: lint, types and tests.
+# make check: lint, types, layers and the fast tests, in at most three minutes on two cores.
+# make test: all of that and the slow tests, in at most ten; only tests that need a GPU are left out.
 # make docs: the documentation site in docs/_build/html; a warning is an error.
 
 PYTHON ?= python3.11
 BIN := .venv/bin
+# two processes of one thread each: more threads than cores would wait for one another
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
-.PHONY: install demo test docs clean
+.PHONY: install demo lint check test docs clean
 
 install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	touch $@
 
 demo: install
 	$(BIN)/python demo.py
 
-test: install
+lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	# the commands set up logging for their whole process, so they are tested in processes of their own
-	# two processes of one thread each: with more threads than cores they wait for one another
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/cli/test_commands.py tests/commands
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --durations 10 --ignore tests/cli/test_commands.py --ignore tests/commands
+	$(BIN)/lint-imports
 
-.venv/docs-installed: .venv/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
-	touch $@
+check: lint
+	$(PYTEST) -m "not slow and not faults and not docs and not gpu"
 
-docs: install .venv/docs-installed
+test: lint
+	$(PYTEST) --durations 10 -m "not gpu"
+
+docs: install
 	$(BIN)/sphinx-build -W --keep-going -b html -d docs/_build/doctrees docs docs/_build/html
 
 clean:

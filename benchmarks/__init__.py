@@ -1,1 +1,1 @@
-"""Programs that measure sdmodule: how well samples follow their prompts, and what each step costs."""
+"""Benchmarks: how well samples follow their prompts, and speed and memory beside the alternatives."""

@@ -1,7 +1,7 @@
-"""Measure attention on CPU: torch's own beside the other ways there are here, for small scores and for large ones.
+"""Measure attention on CPU: torch's kernel beside those of ``sdmodule.speed.cpu``, for small scores and for large ones.
 
-The queries and keys of trained models have larger scores than those of random weights, and tiles then keep them in
-float32; so both are measured. Errors are relative (L2), against float64.
+Queries and keys of trained models have larger scores than those of random weights, and the tiled kernel computes large
+scores in float32, so both are measured. Errors are relative (L2), against float64.
 
 Example::
 
@@ -23,46 +23,46 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.report import Parser, print_table, report, write_json
-from sdmodule.errors import SettingsError
+from benchmarks.report import Parser, check_counts, main, print_table, report, write_json
 from sdmodule.speed.cpu.autotune import TORCH
-from sdmodule.speed.cpu.kernels import attentions
+from sdmodule.speed.cpu.layers import attention_kernels
 
 SHAPES = ((4096, 4096), (4096, 77), (1024, 1024))
-"""Queries and keys of Stable Diffusion 1.5 at 512 pixels: of its largest layers, pixels and text, and of the next."""
+"""Queries and keys of Stable Diffusion 1.5 at 512 pixels: self- and cross-attention of the largest layers, and
+self-attention of the next ones."""
 
 HEADS, WIDTH = 8, 40
 SPREADS = (0.3, 1.0, 4.0)
-"""Standard deviations of the scores; of random weights it is about the first."""
+"""Standard deviations of the scores; the first is about that of random weights."""
 
 
-def inputs(queries: int, keys: int, spread: float, dtype: torch.dtype) -> list[Tensor]:
-    """Query, key and value of two rows, as a layer has them: heads innermost but for the width."""
+def make_inputs(queries: int, keys: int, spread: float, dtype: torch.dtype) -> list[Tensor]:
+    """Query, key and value of two rows, ``[2, HEADS, L, WIDTH]``, with the strides that a layer gives them."""
     generator = torch.Generator().manual_seed(0)
-    made = [torch.randn(2, count, HEADS, WIDTH, generator=generator) for count in (queries, keys, keys)]
-    made[0] *= spread
-    return [one.to(dtype).transpose(1, 2) for one in made]
+    tensors = [torch.randn(2, count, HEADS, WIDTH, generator=generator) for count in (queries, keys, keys)]
+    tensors[0] *= spread
+    return [tensor.to(dtype).transpose(1, 2) for tensor in tensors]
 
 
 def measure(settings: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run all, in turn, and make a row of each."""
+    """Rows of all kernels, which run in turn."""
     rows = []
-    for queries, keys in SHAPES:
+    for queries, keys in SHAPES[: 1 if settings.quick else None]:
         for spread in SPREADS:
-            given = inputs(queries, keys, spread, getattr(torch, settings.precision))
-            ways = attentions(*given)
-            exact = ways[TORCH](*(one.double() for one in given))
-            seconds: dict[str, list[float]] = {name: [] for name in ways}
+            inputs = make_inputs(queries, keys, spread, getattr(torch, settings.precision))
+            kernels = attention_kernels(*inputs)
+            exact = kernels[TORCH](*(tensor.double() for tensor in inputs))
+            seconds: dict[str, list[float]] = {name: [] for name in kernels}
             errors: dict[str, float] = {}
-            for _ in range(1 + settings.rounds):  # the first warms up
-                for name, way in ways.items():
+            for _ in range(1 + settings.rounds):  # the first is the warm-up
+                for name, kernel in kernels.items():
                     start = time.perf_counter()
-                    result = way(*given)
+                    result = kernel(*inputs)
                     seconds[name].append(time.perf_counter() - start)
                     errors[name] = float((result.double() - exact).norm() / exact.norm())
-            peer = statistics.median(seconds[TORCH][1:])
-            for name, taken in seconds.items():
-                median = statistics.median(taken[1:])
+            baseline = statistics.median(seconds[TORCH][1:])
+            for name, timed in seconds.items():
+                median = statistics.median(timed[1:])
                 rows.append(
                     {
                         "queries": queries,
@@ -70,7 +70,7 @@ def measure(settings: argparse.Namespace) -> list[dict[str, Any]]:
                         "spread_of_scores": spread,
                         "attention": name,
                         "milliseconds": float(f"{median * 1e3:.3g}"),
-                        "over_torch": round(peer / median, 2),
+                        "over_torch": round(baseline / median, 2),
                         "error": float(f"{errors[name]:.2g}"),
                     }
                 )
@@ -83,13 +83,12 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
     Raises:
         SettingsError: an argument cannot be used.
     """
-    parser = Parser(description="Measure attention on CPU.", allow_abbrev=False)
-    parser.add_argument("--rounds", type=int, default=9, help="timed calls of each")
+    parser = Parser("Measure attention on CPU.", quick="the largest layers, one round")
+    parser.add_argument("--rounds", type=int, default=9, help="timed calls of each kernel")
     parser.add_argument("--precision", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--json", type=Path, help="file to write the results to")
     settings = parser.parse_args(arguments)
-    if settings.rounds < 1:
-        raise SettingsError(f"--rounds {settings.rounds} is too small; give 1 or more.")
+    check_counts(settings, "rounds")
+    settings.rounds = 1 if settings.quick else settings.rounds
     result = report([__file__, *arguments], measure(settings))
     result["protocol"] = (
         f"{HEADS} heads of {WIDTH}, 2 rows, {settings.precision}, {torch.get_num_threads()} threads; "
@@ -103,7 +102,4 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        run(sys.argv[1:])
-    except SettingsError as error:
-        sys.exit(str(error))
+    main(run)

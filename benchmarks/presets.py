@@ -1,4 +1,4 @@
-"""The presets of ``speed=``, as the command line composes them."""
+"""The presets of ``speed=``, composed as on the command line."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from omegaconf import DictConfig, OmegaConf
 
 from sdmodule.cli.trainer import resolve_precision
 
-SETTINGS = ("sampling", "tome", "speed")
+GROUPS = ("sampling", "tome", "speed")
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16}
 
 
 def preset(name: str, *overrides: str) -> dict[str, Any]:
-    """What ``python predict.py speed=NAME …`` hands to ``StableDiffusionModule``: its sampling, tome and speed."""
-    model = OmegaConf.to_container(_composed(name, *overrides).model, resolve=True)
+    """The settings groups that ``python predict.py speed=NAME …`` passes to ``StableDiffusionModule``."""
+    model = OmegaConf.to_container(_compose(name, *overrides).model, resolve=True)
     assert isinstance(model, dict)
-    return {key: model[key] for key in SETTINGS}
+    return {key: model[key] for key in GROUPS}
 
 
 def dtype(name: str) -> torch.dtype:
-    """The type that weights have with ``python predict.py speed=NAME`` on a CPU."""
-    return DTYPES[resolve_precision(_composed(name).trainer.precision, "cpu")]
+    """The dtype of the weights with ``python predict.py speed=NAME`` on a CPU."""
+    return DTYPES[resolve_precision(_compose(name).trainer.precision, "cpu")]
 
 
-def _composed(name: str, *overrides: str) -> DictConfig:
+def _compose(name: str, *overrides: str) -> DictConfig:
     with initialize_config_module("sdmodule.conf", version_base="1.3"):
         return compose("predict", ["prompt=", f"speed={name}", *overrides])

@@ -1,10 +1,10 @@
-"""Measure how often an image shows what its prompt says.
+"""Measure how often an image follows its prompt.
 
-The prompts are captions of seeded scenes: 200 of one object, 100 of one whose colour and shape no training image
-paired, and 100 of two objects. A reader made of plain image analysis, itself checked first on rendered scenes, reads
-each sample and judges every word of its prompt.
+The prompts are captions of seeded scenes: 200 with one object, 100 with one whose pair of colour and shape no training
+image has, and 100 with two objects. A reader of plain image analysis, itself checked on rendered scenes first, reads
+each sample, and every word of the prompt is judged.
 
-With ``task=inpaint`` 200 rendered scenes are repainted: the object is masked and the prompt asks for one of another
+With ``task=inpaint``, 200 rendered scenes are inpainted: the object is masked, and the prompt asks for one of another
 shape and colour in its place.
 
 Example::
@@ -30,8 +30,8 @@ from PIL import Image, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.repainted_scenes import Repaint, draw_repaint, judge_repaint
-from benchmarks.report import Parser, print_table, report, write_json
+from benchmarks.inpaint_scenes import InpaintScene, draw_inpaint_scene, judge_inpainting
+from benchmarks.report import Parser, main, print_table, report, write_json
 from benchmarks.scene_reader import ATTRIBUTES, judge, read_scene
 from sdmodule.data.toy.scenes import IMAGE_SIZE, Scene, caption, render, sample_double, sample_single
 from sdmodule.errors import SettingsError, choices
@@ -44,21 +44,21 @@ KINDS: dict[str, tuple[int, int, Callable[[random.Random], Scene]]] = {
     "held-out": (100, 250, lambda rng: sample_single(rng, held_out=True)),
     "two objects": (100, 250, lambda rng: sample_double(rng, held_out=False)),
 }
-"""For each row: how many prompts to sample, how many rendered images to check the reader on, how to draw a scene."""
+"""For each row: number of prompts, number of rendered images to check the reader on, and how to draw a scene."""
 
-REPAINTED = "repainted"
+INPAINTED = "inpainted"
 """The row of ``task=inpaint``."""
 
-REPAINTS = 200
-"""Scenes that are repainted, and rendered ones that the reader is then checked on."""
+INPAINT_SCENES = 200
+"""Scenes that are inpainted, and as many rendered ones to check the reader on."""
 
 MODELS = {"text2image": "tiny", "inpaint": "tiny-inpaint"}
-"""Tasks, and the model that each is measured with if no other is given."""
+"""The default model of each task."""
 
 MEASURES = (*ATTRIBUTES, "object", "kept")
 
 KEYS = ("task", "pretrained", "steps", "guidance_scale", "seed", "batch_size", "scheduler", "speed")
-"""Settings that may also be written ``key=value``; beside them those of two groups, ``tome.…`` and ``speed.…``."""
+"""Settings that may also be given as ``key=value``, beside those of ``tome.…`` and ``speed.…``."""
 
 GROUPS = ("tome.", "speed.")
 
@@ -74,27 +74,25 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     Raises:
         SettingsError: a key is unknown or a value is out of range.
     """
-    parser = Parser(description="Measure how often an image shows what its prompt says.", allow_abbrev=False)
+    parser = Parser("Measure how often an image follows its prompt.", quick="a tenth of the prompts")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"any of: {', '.join(KEYS)}")
-    parser.add_argument("--task", default="text2image", choices=MODELS, help="what is measured")
-    parser.add_argument("--pretrained", help="name or folder of the model; the embedded one of the task if not given")
-    parser.add_argument("--steps", type=int, help="denoising steps; the model's default if not given")
-    parser.add_argument("--guidance-scale", type=float, help="the model's default if not given")
-    parser.add_argument("--scheduler", help="sampler; the model's default if not given")
-    parser.add_argument("--speed", default="exact", help="a preset, which the settings given beside it change")
+    parser.add_argument("--task", default="text2image", choices=MODELS, help="what to measure")
+    parser.add_argument("--pretrained", help="name or folder of a model; by default the embedded one of the task")
+    parser.add_argument("--steps", type=int, help="denoising steps; by default the model's")
+    parser.add_argument("--guidance-scale", type=float, help="by default the model's")
+    parser.add_argument("--scheduler", help="by default the model's")
+    parser.add_argument("--speed", default="exact", help="a preset; settings beside it win")
     parser.add_argument("--seed", type=int, default=0, help="seed of the scenes and of the first image's noise")
-    parser.add_argument("--batch-size", type=int, default=50, help="images sampled at once")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the prompts")
-    parser.add_argument("--json", type=Path, help="file to write the results to")
-    parser.add_argument("--sheet", type=Path, help="file for the first 64 images, wrong ones framed in red")
+    parser.add_argument("--batch-size", type=int, default=50, help="images in a batch")
+    parser.add_argument("--sheet", type=Path, help="PNG of the first 64 images, wrong ones framed in red")
     settings = parser.parse_intermixed_args(arguments)
 
     pairs = [override.partition("=") for override in settings.overrides]
     for key, sign, _ in pairs:
         if not sign or not (key in KEYS or key.startswith(GROUPS)):
             raise SettingsError(
-                f"'{key}{sign}' is no setting of this benchmark; write key=value with {choices(KEYS)}, tome.ratio or "
-                "speed.cache_every."
+                f"{key}{sign}: not a setting of this benchmark; write key=value, where key is one of {choices(KEYS)}, "
+                "or of tome.… or speed.…, such as tome.ratio."
             )
     overrides = [f"--{key.replace('_', '-')}={value}" for key, _, value in pairs if key in KEYS]
     settings = parser.parse_intermixed_args([*arguments, *overrides])
@@ -103,7 +101,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for key, least in (("steps", 1), ("batch_size", 1), ("seed", 0)):
         value = getattr(settings, key)
         if value is not None and value < least:
-            raise SettingsError(f"{key}={value} is too small; give {least} or more.")
+            raise SettingsError(f"{key}={value}: must be at least {least}.")
     return settings
 
 
@@ -111,9 +109,9 @@ def draw_scenes(seed: int, checks: bool = False, share: int = 1) -> list[tuple[s
     """Draw the seeded scenes of every kind.
 
     Args:
-        seed: seed of every choice.
-        checks: whether to draw as many as the reader is checked on, rather than as many as are sampled.
-        share: divisor of the numbers.
+        seed: seed of all draws.
+        checks: draw as many as the reader is checked on, instead of as many as are sampled.
+        share: divisor of these numbers.
 
     Returns:
         Pairs of a kind of :data:`KINDS` and a scene.
@@ -132,13 +130,13 @@ def sample(
     settings: argparse.Namespace,
     masked: Sequence[tuple[Image.Image, Sequence[int]]] = (),
 ) -> list[Image.Image]:
-    """Sample an image of each prompt; image k comes from seed + k whatever the size of a batch.
+    """Sample an image of each prompt; image k is drawn from seed + k, whatever the batch size.
 
     Args:
         module: the model.
-        prompts: one an image.
-        settings: of `parse`.
-        masked: for inpainting, the image and the box of each prompt.
+        prompts: one for each image.
+        settings: those of `parse`.
+        masked: for inpainting, the image and the masked box for each prompt.
     """
     named = {
         "num_inference_steps": settings.steps,
@@ -151,8 +149,8 @@ def sample(
         done = len(images)
         batch = list(prompts[done : done + settings.batch_size])
         if masked:
-            images, boxes = zip(*masked[done : done + settings.batch_size], strict=True)
-            options |= {"image": list(images), "mask": [list(box) for box in boxes]}
+            befores, boxes = zip(*masked[done : done + settings.batch_size], strict=True)
+            options |= {"image": list(befores), "mask": [list(box) for box in boxes]}
         options |= {"seed": settings.seed + done, "return_type": "image", "show_progress": sys.stderr.isatty()}
         images += module.infer(batch, **options)["samples"]
     return images
@@ -164,7 +162,7 @@ def judge_all(scenes: Iterable[tuple[str, Scene]], images: Iterable[Image.Image]
 
 
 def tally(scenes: Sequence[tuple[str, Scene]], verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
-    """Count verdicts: a row for each kind of scene, and for each measure its ``right``, ``counted`` and ``rate``."""
+    """Rows of counted verdicts: for each kind of scene, ``right``, ``counted`` and ``rate`` of each measure."""
     rows = []
     for kind in dict.fromkeys(kind for kind, _ in scenes):
         of_kind = [verdict for (k, _), verdict in zip(scenes, verdicts, strict=True) if k == kind]
@@ -179,7 +177,7 @@ def tally(scenes: Sequence[tuple[str, Scene]], verdicts: Sequence[Verdict]) -> l
 
 
 def show(title: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Print a tally; what does not apply to a row is left empty."""
+    """Print a tally; measures that do not apply to a row are left empty."""
 
     def cell(value: object) -> str:
         return f"{value['rate']:.1%} of {value['counted']}" if isinstance(value, dict) else str(value)
@@ -190,7 +188,7 @@ def show(title: str, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def contact_sheet(images: Sequence[Image.Image], verdicts: Sequence[Verdict]) -> Image.Image:
-    """Arrange the first images in a square, wrong ones framed in red."""
+    """The first images in a square, wrong ones framed in red."""
     frame, tile = 3, IMAGE_SIZE + 8
     sheet = Image.new("RGB", (SHEET_SIDE * tile, SHEET_SIDE * tile), "grey")
     for k, (image, verdict) in enumerate(list(zip(images, verdicts, strict=True))[: SHEET_SIDE**2]):
@@ -206,29 +204,29 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
         arguments: what was typed after the name of the program.
 
     Returns:
-        The report: ``rows`` of the samples and ``reader``, the same rows of rendered images.
+        The report: ``rows`` of the samples, and in ``reader`` the same rows of rendered images.
 
     Raises:
         SettingsError: an argument cannot be used.
     """
     settings = parse(arguments)
-    # Imported here, so that a wrong argument is told at once.
+    # slow imports, after wrong arguments have been reported
     from benchmarks.presets import dtype, preset
     from sdmodule import StableDiffusionModule
 
     share = 10 if settings.quick else 1
     chosen = preset(settings.speed, *settings.presets)
     if settings.speed == "exact":
-        chosen.pop("sampling")  # the checkpoint's own scheduler
+        chosen.pop("sampling")  # keep the checkpoint's own scheduler
     module = StableDiffusionModule.from_pretrained(settings.pretrained, task=settings.task, **chosen)
     weights = dtype(settings.speed)
     if weights != torch.float32:
         module.to(weights)
-    repaints: list[Repaint] = []
+    inpaint_scenes: list[InpaintScene] = []
     if settings.task == "inpaint":
         rng = random.Random(settings.seed)
-        repaints = [draw_repaint(rng) for _ in range(REPAINTS // share)]
-        rendered = scenes = [(REPAINTED, repaint.wanted) for repaint in repaints]
+        inpaint_scenes = [draw_inpaint_scene(rng) for _ in range(INPAINT_SCENES // share)]
+        rendered = scenes = [(INPAINTED, scene.wanted) for scene in inpaint_scenes]
     else:
         rendered = draw_scenes(settings.seed, checks=True, share=share)
         scenes = draw_scenes(settings.seed, share=share)
@@ -236,18 +234,18 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
     reader = tally(rendered, judge_all(rendered, (render(scene) for _, scene in rendered)))
     show(f"The reader, on {len(rendered)} rendered images", reader)
 
-    befores = [render(repaint.before) for repaint in repaints]
-    masked = [(before, repaint.box) for before, repaint in zip(befores, repaints, strict=True)]
+    befores = [render(scene.before) for scene in inpaint_scenes]
+    masked = [(before, scene.box) for before, scene in zip(befores, inpaint_scenes, strict=True)]
     images = sample(module, [caption(scene) for _, scene in scenes], settings, masked)
-    if repaints:
-        verdicts = [judge_repaint(*each) for each in zip(repaints, befores, images, strict=True)]
+    if inpaint_scenes:
+        verdicts = [judge_inpainting(*each) for each in zip(inpaint_scenes, befores, images, strict=True)]
     else:
         verdicts = judge_all(scenes, images)
     rows = tally(scenes, verdicts)
     show(f"The model, on {len(scenes)} sampled images", rows)
 
-    told = {"reader": reader, "dtype": str(weights).removeprefix("torch.")}
-    result = report([__file__, *arguments], rows) | told
+    result = report([__file__, *arguments], rows)
+    result |= {"reader": reader, "dtype": str(weights).removeprefix("torch.")}
     if settings.json:
         write_json(settings.json, result)
     if settings.sheet:
@@ -257,7 +255,4 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        run(sys.argv[1:])
-    except SettingsError as error:
-        sys.exit(str(error))
+    main(run)

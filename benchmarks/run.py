@@ -1,9 +1,10 @@
-"""Measure this package beside its alternatives, all of it by one command.
+"""Measure this package beside its alternatives with one command.
 
 ``sampling``: steps and whole images on Stable Diffusion 1.5's architecture and on the embedded model, and how often
-the lossy presets obey. ``training``: LoRA on the large architecture, full fine-tuning of the embedded model.
-``growth``: how time and memory grow, and how long a start takes. Each writes JSON, and a plot where one helps, into
-``benchmarks/results`` or the folder of ``--results``; ``--quick`` takes minutes, with fewer rounds and nothing large.
+images follow their prompts with the presets. ``training``: LoRA on the large architecture, full fine-tuning of the
+embedded model. ``growth``: how time and memory grow, and the start-up time. ``kernels``: the CPU kernels of
+``sdmodule.speed.cpu`` beside torch's. Each writes JSON, and some a plot, into ``benchmarks/results`` or the folder of
+``--results``; ``--quick`` takes minutes, with fewer rounds and without the large models.
 
 Example::
 
@@ -37,20 +38,21 @@ RUNS: dict[str, list[tuple[str, list[str]]]] = {
         ("training_speed_tiny", ["--model", "tiny", "--compile", "--steps", "8"]),
     ],
     "growth": [("growth", [])],
+    "kernels": [("attention", []), ("layers", []), ("layers_float32", ["--precision", "float32"])],
 }
-"""For each kind, the file of each result and the arguments that make it; its name begins with the script's."""
+"""For each kind, the name of each result, which starts with that of its script, and the script's arguments."""
 
-SCRIPTS = ("sampling_speed", "prompt_following", "training_speed", "growth")
+SCRIPTS = ("sampling_speed", "prompt_following", "training_speed", "growth", "attention", "layers")
 
 DRAWN = ("sampling_speed", "training_speed", "growth")
-"""Those that draw a plot too."""
+"""Scripts that also plot."""
 
 ONLY_WITHOUT_QUICK = ("sampling_speed",)
-"""What takes longer than a quick look."""
+"""Results that ``--quick`` leaves out."""
 
 
 def commands(kinds: Sequence[str], quick: bool, results: Path) -> list[list[str]]:
-    """What is run for some kinds, in order."""
+    """The commands of some kinds, in order."""
     found = []
     for kind in kinds:
         for name, arguments in RUNS[kind]:
@@ -65,15 +67,15 @@ def commands(kinds: Sequence[str], quick: bool, results: Path) -> list[list[str]
 
 
 def main() -> None:
-    """Run what was asked for, one process each; ends with 1 if any of them failed."""
+    """Run the benchmarks, each in its own process; the exit status is 1 if one of them fails."""
     parser = argparse.ArgumentParser(description="Measure this package beside its alternatives.", allow_abbrev=False)
     parser.add_argument("kind", choices=[*RUNS, "all"])
-    parser.add_argument("--quick", action="store_true", help="in minutes, not for figures to be quoted")
+    parser.add_argument("--quick", action="store_true", help="a shortened run, in minutes; not for publication")
     parser.add_argument("--results", type=Path, default=FOLDER / "results", help="folder of the JSON files")
     settings = parser.parse_args()
     kinds = list(RUNS) if settings.kind == "all" else [settings.kind]
     if not torch.cuda.is_available():
-        print("There is no CUDA GPU here: all is measured on CPU.")
+        print("No CUDA GPU found: measuring on CPU.")
     failed = []
     for command in commands(kinds, settings.quick, settings.results):
         shown = " ".join(["python", Path(command[1]).name, *command[2:]])

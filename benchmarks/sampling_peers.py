@@ -1,4 +1,4 @@
-"""What sampling is compared with, and this package's presets, each as something that samples a batch and is timed."""
+"""The alternatives that sampling is compared with, and this package's presets, each sampling and timing a batch."""
 
 from __future__ import annotations
 
@@ -22,32 +22,30 @@ from sdmodule.diffusion.guidance import classifier_free_guidance, rescale_guidan
 from sdmodule.sampling.pipeline import sample_all
 from sdmodule.sampling.requests import build_requests
 from sdmodule.sampling.settings import SamplingSettings
-from sdmodule.speed.compiled import compiled
+from sdmodule.speed.apply import speed_applied
+from sdmodule.speed.compile import compiled
 from sdmodule.speed.layout import channels_last
-from sdmodule.speed.prepare import speed_applied
-from sdmodule.speed.settings import choose_speed
 from sdmodule.speed.steps import plan_steps
-from sdmodule.tome.settings import choose_merging
 
 PROMPT = "a red circle on a blue background"
 STEPS = 50
-"""DDIM steps of the images that all are compared with."""
+"""DDIM steps of the reference images."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What each is asked for: images of a size, B of them, from noise ``[B, 4, h, w]``."""
+    """What each contender samples: B images of a size in pixels, from noise ``[B, 4, h, w]``."""
 
     size: int
     batch: int
     noise: Tensor
     guidance: float
-    rescale_guidance: float = 0.0
+    guidance_rescale: float = 0.0
 
 
 @dataclass
 class Run:
-    """One batch: its images ``[B, 3, H, W]`` in [0, 1], seconds of text and decoding, and of each step."""
+    """One batch: images ``[B, 3, H, W]`` in [0, 1], and seconds of text, of each step, and of decoding."""
 
     images: Tensor
     text: float
@@ -57,15 +55,15 @@ class Run:
 
 @dataclass
 class Contender:
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
-        name: what it is.
+        name: name of the variant.
         parts: its model.
-        sample: samples some work in a number of steps.
-        steps: how many a whole image takes.
-        plan: for a number of steps, the kind of each; those of a kind take as long as one another.
-        ready: what is switched while it is measured.
+        sample: samples work in a number of steps.
+        steps: steps of a whole image.
+        plan: the kind of each step, for a number of steps; steps of a kind take equally long.
+        ready: context manager to measure in.
         compiled: whether its first steps compile.
     """
 
@@ -79,28 +77,28 @@ class Contender:
 
     @property
     def kinds(self) -> list[Any]:
-        """The kinds of a whole image's steps."""
+        """Kinds of the steps of a whole image."""
         return self.plan(self.steps)
 
     @property
     def enough(self) -> int:
-        """The fewest steps that show each kind after the first one, which begins cold."""
+        """Fewest steps that contain each kind after the first step, which starts cold."""
         every = set(self.kinds)
         return next((n for n in range(3, self.steps) if every <= set(self.plan(n)[1:])), self.steps)
 
 
 def peers(plain: Components, best: Components, compile: bool) -> list[Contender]:
-    """The alternatives; the first is what ratios are over, the second what the best recipe gives without compiling.
+    """The alternatives; ratios are over the first, and over the second, the best recipe without compilation.
 
     Args:
         plain: the model in float32.
-        best: the model in the precision of the best recipe; the same where that is float32.
-        compile: have the best recipe compiled too.
+        best: the model in the precision of the best recipe; the same object if that is float32.
+        compile: include the best recipe compiled.
     """
     pipe, recipe = pipeline(plain), pipeline(best)
 
     @contextmanager
-    def merged() -> Iterator[None]:
+    def with_tomesd() -> Iterator[None]:
         tomesd.apply_patch(pipe, ratio=0.5)
         try:
             yield
@@ -108,7 +106,7 @@ def peers(plain: Components, best: Components, compile: bool) -> list[Contender]
             tomesd.remove_patch(pipe)
 
     @contextmanager
-    def older() -> Iterator[None]:
+    def unfused_attention() -> Iterator[None]:
         before = plain.unet.attn_processors
         plain.unet.set_attn_processor(AttnProcessor())
         try:
@@ -121,34 +119,32 @@ def peers(plain: Components, best: Components, compile: bool) -> list[Contender]
 
     @contextmanager
     def compiled_recipe() -> Iterator[None]:
-        with layout(), compiled(best.unet, whole=True):
+        with layout(), compiled(best.unet, "whole"):
             yield
 
     found = [
         Contender("diffusers", plain, lambda work, steps: by_pipeline(pipe, work, steps)),
         Contender("diffusers, best recipe", best, lambda work, steps: by_pipeline(recipe, work, steps), ready=layout),
-        Contender("diffusers + tomesd", plain, lambda work, steps: by_pipeline(pipe, work, steps), ready=merged),
-        Contender("older loop", plain, lambda work, steps: by_older_loop(plain, work, steps), ready=older),
+        Contender("diffusers + tomesd", plain, lambda work, steps: by_pipeline(pipe, work, steps), ready=with_tomesd),
+        Contender("older loop", plain, lambda work, steps: by_older_loop(plain, work, steps), ready=unfused_attention),
     ]
     if compile:
-        one = Contender("diffusers, best recipe, compiled", best, found[1].sample, ready=compiled_recipe, compiled=True)
-        found.insert(2, one)
+        name = "diffusers, best recipe, compiled"
+        found.insert(2, Contender(name, best, found[1].sample, ready=compiled_recipe, compiled=True))
     return found
 
 
 def presets(plain: Components, best: Components, compile: bool) -> list[Contender]:
-    """This package's presets; without ``compile`` none of them compiles."""
+    """This package's presets; without ``compile`` none compiles."""
     found = []
     for name in ("exact", "rounding", "fast", "turbo"):
         chosen = preset(name, "sampler.eta=0", *([] if compile else ["speed.compile=none"]))
-        settings = SamplingSettings(
-            **chosen["sampling"], merging=choose_merging(chosen["tome"]), speed=choose_speed(chosen["speed"])
-        )
+        settings = SamplingSettings.from_groups(chosen["sampling"], chosen["tome"], chosen["speed"])
         found.append(contender(f"speed={name}", plain if name == "exact" else best, settings))
     return found
 
 
-MEANS: dict[str, dict[str, Any]] = {
+SINGLE_SETTINGS: dict[str, dict[str, Any]] = {
     "keep_memory=false": {"keep_memory": False},
     "channels_last": {"channels_last": True},
     "kernels=fastest": {"kernels": "fastest"},
@@ -156,23 +152,22 @@ MEANS: dict[str, dict[str, Any]] = {
     "cache_every=2": {"cache_every": 2},
     "guidance_interval": {"guidance_interval": [0.0, 0.75]},
 }
-"""Means by themselves, on top of ``speed=exact``."""
+"""Single settings on top of ``speed=exact``."""
 
 
-def means(parts: Components, compile: bool) -> list[Contender]:
-    """Each means by itself; without ``compile`` the one that compiles is left out."""
+def single_settings(parts: Components, compile: bool) -> list[Contender]:
+    """Each speed setting by itself; without ``compile`` the one that compiles is left out."""
     chosen = preset("exact")
     found = []
-    for name, change in MEANS.items():
+    for name, change in SINGLE_SETTINGS.items():
         if compile or "compile" not in change:
-            speed = choose_speed({**chosen["speed"], **change})
-            settings = SamplingSettings(**chosen["sampling"], merging=choose_merging(chosen["tome"]), speed=speed)
+            settings = SamplingSettings.from_groups(chosen["sampling"], chosen["tome"], {**chosen["speed"], **change})
             found.append(contender(f"exact, {name}", parts, settings))
     return found
 
 
 def contender(name: str, parts: Components, settings: SamplingSettings) -> Contender:
-    """This package, with some settings."""
+    """This package with some settings."""
 
     def plan(steps: int) -> list[Any]:
         scheduler = make_scheduler(settings.scheduler, parts.scheduler.config)
@@ -181,10 +176,12 @@ def contender(name: str, parts: Components, settings: SamplingSettings) -> Conte
 
     def sample(work: Work, steps: int) -> Run:
         size = {"height": work.size, "width": work.size}
-        asked = replace(settings, **size, steps=steps, guidance_scale=work.guidance, guidance_rescale=work.rescale)
+        own = replace(
+            settings, **size, steps=steps, guidance_scale=work.guidance, guidance_rescale=work.guidance_rescale
+        )
         requests = build_requests(PROMPT, num_images_per_prompt=work.batch)
-        made = sample_all(parts, requests, asked, noise=work.noise)
-        return Run(made.decoded, made.seconds["text"], made.step_seconds, made.seconds["decode"])
+        samples = sample_all(parts, requests, own, noise=work.noise)
+        return Run(samples.decoded, samples.seconds["text"], samples.step_seconds, samples.seconds["decode"])
 
     return Contender(
         name,
@@ -198,7 +195,7 @@ def contender(name: str, parts: Components, settings: SamplingSettings) -> Conte
 
 
 def pipeline(parts: Components) -> StableDiffusionPipeline:
-    """The pipeline of diffusers, with DDIM."""
+    """Diffusers' pipeline with DDIM."""
     pipe = StableDiffusionPipeline(
         vae=parts.vae,
         text_encoder=parts.text_encoder,
@@ -215,7 +212,7 @@ def pipeline(parts: Components) -> StableDiffusionPipeline:
 
 @torch.no_grad()
 def by_pipeline(pipe: StableDiffusionPipeline, work: Work, steps: int) -> Run:
-    """A batch by diffusers' pipeline, its steps told apart by its own callback."""
+    """A batch with diffusers' pipeline; its callback times the steps."""
     marks = [now(pipe.device)]
     prompts, negatives = pipe.encode_prompt(PROMPT, pipe.device, work.batch, True)
     marks.append(now(pipe.device))
@@ -230,7 +227,7 @@ def by_pipeline(pipe: StableDiffusionPipeline, work: Work, steps: int) -> Run:
         num_images_per_prompt=1,
         num_inference_steps=steps,
         guidance_scale=work.guidance,
-        guidance_rescale=work.rescale,
+        guidance_rescale=work.guidance_rescale,
         latents=work.noise.to(prompts),
         output_type="pt",
         callback_on_step_end=stepped,
@@ -242,7 +239,7 @@ def by_pipeline(pipe: StableDiffusionPipeline, work: Work, steps: int) -> Run:
 
 @torch.no_grad()
 def by_older_loop(parts: Components, work: Work, steps: int) -> Run:
-    """The loop of toolkits from before fused attention: DDIM, both halves in one batch, texts encoded every time."""
+    """The loop of toolkits older than fused attention: DDIM, both halves in one batch, texts encoded every time."""
     device = parts.unet.device
     scheduler = make_scheduler("ddim", parts.scheduler.config)
     scheduler.set_timesteps(steps)
@@ -254,7 +251,9 @@ def by_older_loop(parts: Components, work: Work, steps: int) -> Run:
         both = parts.unet(torch.cat([latents] * 2), timestep, encoder_hidden_states=text).sample
         unconditional, conditional = both.chunk(2)
         predicted = classifier_free_guidance(unconditional, conditional, work.guidance)
-        predicted = rescale_guidance(predicted, conditional, work.rescale) if work.rescale else predicted
+        predicted = (
+            rescale_guidance(predicted, conditional, work.guidance_rescale) if work.guidance_rescale else predicted
+        )
         latents = scheduler.step(predicted, timestep, latents).prev_sample
         marks.append(now(device))
     images = parts.vae.decode(latents / parts.vae.config.scaling_factor).sample / 2 + 0.5
@@ -264,7 +263,7 @@ def by_older_loop(parts: Components, work: Work, steps: int) -> Run:
 
 
 def now(device: torch.device) -> float:
-    """The time, once the device has done what it was given."""
+    """The time once the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

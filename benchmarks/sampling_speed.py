@@ -1,11 +1,11 @@
-"""Measure sampling beside its alternatives: seconds of a guided step, and of a whole image.
+"""Measure sampling beside its alternatives: seconds of a guided step and of a whole image.
 
-Peers: diffusers as its README shows, diffusers by its best documented recipe (bfloat16 where the device computes in
-it, channels_last, and compiled), diffusers with tomesd, and the loop of older toolkits. Ours: the presets of
-``speed=``. All run in one process, in turn, after a warm-up each that is reported apart; medians are reported.
+Peers: diffusers as in its README, diffusers with its best documented recipe (bfloat16 where the device computes in it,
+channels_last, and compiled), diffusers with tomesd, and the loop of older toolkits. Ours: the presets of ``speed=``.
+All run in one process, in turn, after a warm-up that is reported separately; figures are medians.
 
-The architecture is Stable Diffusion 1.5's with random weights, unless ``--pretrained`` names a model. A whole image
-is text and decoding as measured, and each of its steps at the median of its kind.
+The architecture is Stable Diffusion 1.5's with random weights, unless ``--pretrained`` names a model. A whole image is
+the measured text encoding and decoding plus its steps, each at the median of its kind.
 
 Example::
 
@@ -28,24 +28,23 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.bar_plot import Bar, draw_bars
-from benchmarks.report import Parser, print_table, report, write_json
-from benchmarks.sampling_peers import Contender, Run, Work, means, peers, presets
+from benchmarks.plots import Bar, save_bars
+from benchmarks.report import Parser, check_counts, main, print_table, report, write_json
+from benchmarks.sampling_peers import Contender, Run, Work, peers, presets, single_settings
 from benchmarks.tome_runs import load, psnr
 from sdmodule.cli.trainer import supports_bfloat16
 from sdmodule.components.checkpoint import MODELS, Components
-from sdmodule.errors import SettingsError
-from sdmodule.sampling.pipeline import describe
+from sdmodule.sampling.metadata import describe
 from sdmodule.sampling.settings import SamplingSettings
 
-BARS = (
+TARGETS = (
     ("speed=rounding", "step_over_best", 1.3),
     ("speed=rounding", "step_over_diffusers", 2.7),
     ("speed=fast", "step_over_best", 1.6),
     ("speed=turbo", "image_over_diffusers", 8.0),
     ("speed=exact", "step_over_diffusers", 1.0),
 )
-"""Which figure of which preset is to be at least what, at 512 pixels on two cores that compute in bfloat16."""
+"""Preset, figure, and its target at 512 pixels on two cores that compute in bfloat16."""
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -55,32 +54,30 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         SettingsError: an option is unknown or a value out of range.
     """
     gpu = torch.cuda.is_available()
-    parser = Parser(description="Measure sampling beside its alternatives.", allow_abbrev=False)
+    parser = Parser("Measure sampling beside its alternatives.", quick="two rounds, nothing compiled")
     parser.add_argument("--size", type=int, nargs="+", default=[512, 768, 1024] if gpu else [512], help="pixels")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 5, 16] if gpu else [1], help="images at once")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each is measured")
-    parser.add_argument("--pretrained", help="a model with weights; otherwise Stable Diffusion 1.5's, random")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 5, 16] if gpu else [1], help="batch sizes")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
+    parser.add_argument("--pretrained", help="a model; by default Stable Diffusion 1.5 with random weights")
     parser.add_argument("--guidance-scale", type=float, default=7.5)
-    parser.add_argument("--precision", choices=["bfloat16", "float32"], help="of the best recipe, rounding and faster")
-    parser.add_argument("--means", action="store_true", help="each of our means by itself too")
+    parser.add_argument(
+        "--precision", choices=["bfloat16", "float32"], help="of the best recipe and of all presets but exact"
+    )
+    parser.add_argument("--single", action="store_true", help="also each speed setting by itself")
     parser.add_argument("--no-compile", action="store_true", help="compile nothing")
-    parser.add_argument("--quick", action="store_true", help="two rounds, nothing compiled")
-    parser.add_argument("--json", type=Path, help="file to write the results to")
-    parser.add_argument("--plot", type=Path, help="PNG to draw them in")
+    parser.add_argument("--plot", type=Path, help="PNG to plot them in")
     settings = parser.parse_args(arguments)
     if settings.quick:
         settings.rounds, settings.no_compile = 2, True
-    for key, values in (("rounds", [settings.rounds]), ("size", settings.size), ("batch", settings.batch)):
-        if min(values) < 1:
-            raise SettingsError(f"--{key} {min(values)} is too small; give 1 or more.")
+    check_counts(settings, "rounds", "size", "batch")
     return settings
 
 
 def models(pretrained: str | None, precision: str | None = None) -> tuple[Components, Components]:
-    """The model in float32, and in a precision, or the fastest of the device: the same object where that is float32."""
+    """The model in float32, and in ``precision`` or the device's fastest one; the same object if that is float32."""
     plain = load(pretrained, "float32")
     device = plain.unet.device.type
-    for name in MODELS:  # as ``from_pretrained`` leaves them
+    for name in MODELS:  # as after ``from_pretrained``
         getattr(plain, name).to(memory_format=torch.contiguous_format)
     fastest = "bfloat16" if supports_bfloat16("gpu" if device == "cuda" else "cpu") else "float32"
     if (precision or fastest) == "float32":
@@ -92,7 +89,7 @@ def models(pretrained: str | None, precision: str | None = None) -> tuple[Compon
 
 
 class Measured:
-    """What was seen of one contender."""
+    """The measurements of one contender."""
 
     def __init__(self, contender: Contender) -> None:
         self.contender = contender
@@ -101,25 +98,25 @@ class Measured:
         self.steps: dict[Any, list[float]] = {}
 
     def run(self, work: Work, whole: bool) -> None:
-        """Measure once; the first time is the warm-up."""
-        one = self.contender
-        steps = one.steps if whole else one.enough
-        with one.ready():
+        """Measure once; the first call is the warm-up."""
+        contender = self.contender
+        steps = contender.steps if whole else contender.enough
+        with contender.ready():
             start = time.perf_counter()
-            if not self.runs and one.compiled:
-                one.sample(work, steps)
-            made = one.sample(work, steps)
+            if not self.runs and contender.compiled:
+                contender.sample(work, steps)
+            run = contender.sample(work, steps)
         if not self.runs:
             self.warmup = time.perf_counter() - start
-        self.runs.append(made)
+        self.runs.append(run)
         if len(self.runs) > 1:
-            first = 0 if whole else 1  # a step that begins cold
-            for kind, seconds in list(zip(one.plan(steps), made.steps, strict=True))[first:]:
+            first = 0 if whole else 1  # the first step starts cold
+            for kind, seconds in list(zip(contender.plan(steps), run.steps, strict=True))[first:]:
                 self.steps.setdefault(kind, []).append(seconds)
 
     @property
     def step(self) -> float:
-        """Median seconds of a step; where steps differ, the mean over an image of the medians."""
+        """Median seconds of a step; if steps differ, the mean of the medians over an image."""
         return self._denoising / len(self.contender.kinds)
 
     @property
@@ -143,7 +140,7 @@ def measure(plain: Components, best: Components, settings: argparse.Namespace, s
     work = Work(size, batch, noise, settings.guidance_scale, correction)
     compile = not settings.no_compile
     listed = [*peers(plain, best, compile), *presets(plain, best, compile)]
-    listed += means(plain, compile) if settings.means else []
+    listed += single_settings(plain, compile) if settings.single else []
     found = [Measured(one) for one in listed]
     for turn in range(settings.rounds + 1):
         for one in found:
@@ -184,10 +181,10 @@ def rows(found: Sequence[Measured], settings: argparse.Namespace, size: int, bat
     return lines
 
 
-def bars(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each figure that was promised, and what it is here."""
+def targets(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The targets, and the figures here."""
     found = []
-    for variant, figure, wanted in BARS:
+    for variant, figure, wanted in TARGETS:
         row = next(line for line in lines if line["variant"] == variant)
         measured = row[figure]
         found.append({"variant": variant, "figure": figure, "at_least": wanted, "measured": measured,
@@ -196,26 +193,26 @@ def bars(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw how many times as fast as diffusers each is: its steps, and its whole images."""
+    """Plot the speed-up of each over diffusers, for steps and for whole images."""
     charts = []
     for size, batch in dict.fromkeys((line["size"], line["batch"]) for line in lines):
         here = [line for line in lines if (line["size"], line["batch"]) == (size, batch)]
         for what in ("step", "image"):
-            title = f"{size} pixels, batch {batch}: {what}, times as fast as diffusers by its README"
+            title = f"{size} pixels, batch {batch}: {what}, speed-up over diffusers"
             bars = [Bar(x["variant"], x[f"{what}_over_diffusers"], "speed=" in x["variant"]) for x in here]
             charts.append((title, bars))
-    draw_bars(charts).save(path)
+    save_bars(charts, path)
 
 
 def protocol(plain: Components, best: Components, settings: argparse.Namespace) -> str:
-    """Say what was measured, in which precision, and why."""
+    """What is measured, in which precision, and why."""
     device = plain.unet.device.type
     dtype = str(next(best.unet.parameters()).dtype).removeprefix("torch.")
     why = "which the device computes in"
     if settings.precision:
         why = "as --precision says"
     elif best is plain:
-        why = "since the device has no bfloat16 of its own and would emulate it, many times slower"
+        why = "since the device has no bfloat16 instructions, and emulates it many times slower"
     return (
         f"{plain.source}; {device}, {torch.get_num_threads()} threads; best recipe and rounding in {dtype}, {why}; "
         f"medians of {settings.rounds} rounds, in turn"
@@ -241,7 +238,7 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
             lines += rows(measure(plain, best, settings, size, batch), settings, size, batch)
             result = report([__file__, *arguments], lines) | {"protocol": protocol(plain, best, settings)}
             if settings.pretrained is None:
-                result["bars"] = bars(lines)
+                result["bars"] = targets(lines)
             if settings.json:  # after each, since the next may take long
                 write_json(settings.json, result)
     if settings.plot:
@@ -253,7 +250,4 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        run(sys.argv[1:])
-    except SettingsError as error:
-        sys.exit(str(error))
+    main(run)

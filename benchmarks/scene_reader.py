@@ -1,8 +1,8 @@
-"""Read a scene back off an image, and judge it against its caption.
+"""Read a scene from an image, and judge it against its caption.
 
 The images of :mod:`sdmodule.data.toy.scenes` are flat colours inside known outlines, so image analysis reads them:
 the border gives the background, patches of another palette colour give the objects, and the outline that overlaps a
-patch best gives its shape, centre and radius. No network is involved, so nothing here can share a model's mistakes.
+patch best gives its shape, centre and radius. Without a network, the reader cannot share a model's mistakes.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from sdmodule.data.toy.scenes import COLOURS, IMAGE_SIZE, PLACES, RELATIONS, SHA
 from sdmodule.errors import SettingsError
 
 MIN_AREA = 25
-"""Fewest pixels of an object; the smallest that a scene can hold, a small star, has 60. Less is a speck."""
+"""Fewest pixels of an object; the smallest object, a small star, has 60, and anything below is a speck."""
 
 MIN_CORE = 4
-"""Fewest pixels of a patch of one colour after its rim, where colours blend, is taken off."""
+"""Fewest pixels of a patch of one colour without its rim, where colours blend."""
 
 MIN_OVERLAP = 0.7
 """Least overlap (intersection over union) with an outline at which a patch has a shape at all."""
 
 UNCLEAR = "unclear"
-"""Shape of a patch that overlaps no outline well enough."""
+"""Shape of a patch that overlaps no outline enough."""
 
 SIZE_LIMITS = {
     "small": (SIZES["small"][1] + sum(SIZES[None]) / 2) / 2,
     "large": (SIZES["large"][0] + sum(SIZES[None]) / 2) / 2,
 }
-"""Radius at which a named size ends: halfway between its range and the middle of the unnamed range (11.25, 14.75)."""
+"""Radius limit of a named size: halfway between its range and the middle of the unnamed range (11.25, 14.75)."""
 
 PLACE_LIMIT = (4.0 + 10.0) / 2
-"""Least offset of a named place: halfway between the most of an unnamed axis (4) and the least of a named one (10)."""
+"""Smallest offset of a named place: halfway between the largest unnamed offset (4) and the smallest named one (10)."""
 
 ATTRIBUTES = ("background", "count", "colour", "shape", "size", "place", "relation", "all")
 """What :func:`judge` may report, in order."""
@@ -65,7 +65,7 @@ class Reading:
 
 
 def read_scene(image: Image.Image) -> Reading:
-    """Read the background and the objects off an image.
+    """Read the background and the objects of an image.
 
     Where two colours meet, the blend may pass near a third (red to yellow passes orange). A colour therefore counts as
     present only where a patch of it survives the loss of its rim; every pixel is then given to the nearest of the
@@ -82,7 +82,7 @@ def read_scene(image: Image.Image) -> Reading:
     """
     if image.size != (IMAGE_SIZE, IMAGE_SIZE):
         raise SettingsError(
-            f"The image has {image.width}x{image.height} pixels, but scenes are read at {IMAGE_SIZE}x{IMAGE_SIZE}."
+            f"The image has {image.width}x{image.height} pixels; scenes are read at {IMAGE_SIZE}x{IMAGE_SIZE}."
         )
     pixels = np.asarray(image.convert("RGB"), dtype=float)
     nearest = _nearest(pixels, _PALETTE)
@@ -109,11 +109,11 @@ def read_scene(image: Image.Image) -> Reading:
 
 
 def judge(scene: Scene, reading: Reading) -> dict[str, bool]:
-    """Say which words of a scene's caption an image obeys.
+    """Judge which words of a scene's caption an image follows.
 
-    Only what the caption states is counted: size and place where it names them, the relation of two objects.
-    Missing objects make every word about them wrong; of surplus ones the largest are judged, and the count is wrong.
-    Two objects are matched with the caption's in the order that agrees with most of its words.
+    Only what the caption states is counted: size and place if it names them, and the relation of two objects. A missing
+    object makes every word about it wrong. With surplus objects the largest are judged, and the count is wrong. Two
+    objects are matched to the caption's in the order that agrees with most of its words.
 
     Args:
         scene: the scene whose caption was the prompt.
@@ -132,7 +132,7 @@ def judge(scene: Scene, reading: Reading) -> dict[str, bool]:
 
 
 def _judge_objects(scene: Scene, seen: tuple[SceneObject | None, ...]) -> dict[str, bool]:
-    """Judge the objects of an image, given in the order of the caption's (None where one is missing)."""
+    """Judge the objects of an image in the order of the caption's; None where one is missing."""
     objects = [item for item in seen if item is not None]
     complete = len(objects) == len(scene.objects)
     pairs = list(zip(scene.objects, objects, strict=False))
@@ -170,13 +170,13 @@ def _patches(mask: Mask) -> list[Mask]:
 
 
 def _core(mask: Mask) -> Mask:
-    """What is left of a mask without its rim and without specks."""
+    """A mask without its rim and specks."""
     patches = [patch for patch in _patches(ndimage.binary_erosion(mask, _SQUARE)) if patch.sum() >= MIN_CORE]
     return np.logical_or.reduce(patches) if patches else np.zeros_like(mask)
 
 
 def _cover(shape: str, x: float, y: float, radius: float) -> Array:
-    """Share of each pixel that a shape covers, painted by the renderer of the scenes themselves."""
+    """Share of each pixel that a shape covers, drawn by the renderer of the scenes."""
     image = render(Scene("black", (SceneObject("white", shape, x, y, radius),)))
     black, white = COLOURS["black"][0], COLOURS["white"][0]
     return (np.asarray(image, dtype=float)[:, :, 0] - black) / (white - black)
@@ -190,7 +190,7 @@ def _moments(cover: Array) -> tuple[float, float, float]:
 
 @cache
 def _unit_moments(shape: str, radius: float = 20.0) -> tuple[float, float, float]:
-    """Area and centroid of a shape of radius one about the origin."""
+    """Area and centroid of a shape of radius 1 around the origin."""
     area, x, y = _moments(_cover(shape, IMAGE_SIZE / 2, IMAGE_SIZE / 2, radius))
     return area / radius**2, (x - IMAGE_SIZE / 2) / radius, (y - IMAGE_SIZE / 2) / radius
 
@@ -198,7 +198,7 @@ def _unit_moments(shape: str, radius: float = 20.0) -> tuple[float, float, float
 def _fit(cover: Array) -> tuple[str, float, float, float]:
     """Shape, centre and radius of the outline that overlaps a cover best.
 
-    Each shape starts where its area and centroid equal the cover's; the best three are then moved and scaled a little.
+    Each shape starts with the area and centroid of the cover; the best three are then refined.
     """
     area, x, y = _moments(cover)
 

@@ -1,11 +1,11 @@
-"""Train and sample the embedded model for a time, while processes are killed, files damaged and disks filled.
+"""Train and sample the embedded model while processes are killed, files damaged and disks filled.
 
-Every round is one of these, drawn at random: a training or a prediction that is killed again and again, whose newest
-checkpoint or image is damaged in between, and whose disk may be full at first; or a damaged file that is offered to a
-command. What is left at the end is compared with what an undisturbed run has left, bit by bit. Meanwhile one training,
-which validates and samples too, goes on for the whole time, and its memory is watched.
+Each round is drawn at random: a training or a prediction that is killed repeatedly, whose newest checkpoint or image is
+damaged in between, and whose disk may be full at first; or a damaged file that is given to a command. The result is
+compared with that of an undisturbed run, bit by bit. Meanwhile another training, with validation and samples, runs the
+whole time, and its memory is monitored.
 
-Disks are filled where file systems may be mounted, which is root's to do on most machines.
+Full disks need the permission to mount file systems, on most machines that of root.
 
 Example::
 
@@ -14,7 +14,6 @@ Example::
 
 from __future__ import annotations
 
-import argparse
 import random
 import shutil
 import signal
@@ -37,11 +36,12 @@ from PIL import Image
 from scipy.stats import theilslopes
 
 from benchmarks.forked import Command
-from benchmarks.report import ROOT, print_table, report, write_json
+from benchmarks.report import ROOT, Parser, print_table, report, write_json
+from sdmodule.errors import SettingsError
 
 EMOJI = ROOT / "sdmodule" / "components" / "assets" / "emoji"
-MOST_GROWTH = 2.0
-"""Percent an hour by which memory may grow."""
+MAX_GROWTH = 2.0
+"""Percent per hour by which memory may grow."""
 
 TRAIN = [f"data.root={EMOJI}", "data.batch_size=2", "trainer.log_every_n_steps=1", "+steps=2", "sampler=ddim"]
 TRAIN += ["callbacks=[checkpoint,ema,samples,export]", "callbacks.samples.num_prompts=1", "callbacks.ema.start_step=2"]
@@ -52,62 +52,62 @@ SMALL_DISK, LARGE_DISK = 8 * 2**20, 400 * 2**20
 
 
 class Soak:
-    """The rounds, and what came of them.
+    """The rounds and their counts.
 
     Args:
-        place: folder to work in.
-        chance: draws all that is random.
+        folder: folder to work in.
+        rng: source of all draws.
     """
 
-    def __init__(self, place: Path, chance: random.Random) -> None:
-        self.place = place
-        self.chance = chance
+    def __init__(self, folder: Path, rng: random.Random) -> None:
+        self.folder = folder
+        self.rng = rng
         self.counts: Counter[str] = Counter()
         self.complaints: list[str] = []
         self.can_mount = True
-        self.straight = {kind: self._undisturbed(kind) for kind in ("train", "predict")}
+        self.undisturbed = {kind: self._run_undisturbed(kind) for kind in ("train", "predict")}
 
-    def _undisturbed(self, kind: str) -> dict[str, Any]:
-        out = self.place / f"straight-{kind}"
+    def _run_undisturbed(self, kind: str) -> dict[str, Any]:
+        out = self.folder / f"undisturbed-{kind}"
         settings = [*TRAIN, *KILLED] if kind == "train" else PREDICT
-        status, words = Command(kind, *settings, f"output_dir={out}", said=self.place / "said").ended()
+        status, words = Command(kind, *settings, f"output_dir={out}", log=self.folder / "log").wait()
         if status:
             raise RuntimeError(words)
-        return left_by(kind, out)
+        return load_results(kind, out)
 
     def round(self) -> None:
-        """One of the things that may go wrong."""
+        """One disturbance, drawn at random."""
         kinds = ["train", "predict", "file", "file"] + (["train disk", "predict disk"] if self.can_mount else [])
-        kind = self.chance.choice(kinds)
+        kind = self.rng.choice(kinds)
         if kind == "file":
-            self.offer_a_bad_file()
+            self.try_damaged_file()
             return
-        out = self.place / "out"
+        out = self.folder / "out"
         if not kind.endswith("disk"):
-            self.disturbed(kind, out)
+            self.run_disturbed(kind, out)
             shutil.rmtree(out)
             return
         with self.small_disk() as enlarged:
             if enlarged is not None:
-                self.disturbed(kind.partition(" ")[0], self.place / "disk" / "out", enlarged)
+                self.run_disturbed(kind.partition(" ")[0], self.folder / "disk" / "out", enlarged)
 
-    def disturbed(self, kind: str, out: Path, enlarged: Any = None) -> None:
-        """A run that is killed and damaged, whose disk is full at first, and that ends as the undisturbed one did."""
+    def run_disturbed(self, kind: str, out: Path, enlarged: Any = None) -> None:
+        """A run that is killed and damaged, on a disk that may be full at first, compared with the undisturbed one."""
         for attempt in range(40):
             resume = ["ckpt_path=last"] if kind == "train" and list(out.glob("checkpoints/*.ckpt")) else []
             settings = [*TRAIN, *KILLED, *resume] if kind == "train" else PREDICT
-            one = Command(kind, *settings, f"output_dir={out}", said=self.place / "said")
+            command = Command(kind, *settings, f"output_dir={out}", log=self.folder / "log")
             self.counts["resumes"] += attempt > 0
-            number = self.chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-            one.process.join(self.chance.uniform(0.5, 6) if attempt < 6 and enlarged is None else 120)
-            if one.process.is_alive():
-                one.send(number)
+            number = self.rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+            command.process.join(self.rng.uniform(0.5, 6) if attempt < 6 and enlarged is None else 120)
+            if command.process.is_alive():
+                command.send(number)
                 self.counts["kills"] += 1
-            status, words = one.ended()
+            status, words = command.wait()
             if status == 0:
                 break
             if status == 1:
-                self.told(words, "cannot be written" if enlarged else "")
+                self.check_message(words, "cannot be written" if enlarged else "")
                 if enlarged is None:
                     return
                 self.counts["full disks"] += 1
@@ -115,22 +115,22 @@ class Soak:
                 enlarged = None
             elif status != 128 + number:
                 self.complain(f"{kind} ended with {status}: {words}")
-            if self.chance.random() < 0.3:
+            if self.rng.random() < 0.3:
                 self.damage(kind, out)
         self.compare(kind, out)
 
     def damage(self, kind: str, out: Path) -> None:
-        """Damage the newest checkpoint, if it is not the only one, or an image."""
-        files = sorted(out.glob("checkpoints/*.ckpt" if kind == "train" else "images/*.png"), key=newness)
+        """Damage the newest checkpoint or image, if it is not the only one."""
+        files = sorted(out.glob("checkpoints/*.ckpt" if kind == "train" else "images/*.png"), key=modified)
         if len(files) < 2:
             return
-        files[-1].write_bytes(damaged(files[-1].read_bytes(), self.chance))
+        files[-1].write_bytes(damage(files[-1].read_bytes(), self.rng))
         self.counts["bad files offered"] += 1
-        self.counts["bad files refused"] += 1  # if not, the comparison at the end tells
+        self.counts["bad files refused"] += 1  # otherwise the comparison at the end fails
 
     def compare(self, kind: str, out: Path) -> None:
-        """Count what differs from an undisturbed run."""
-        ours, theirs = left_by(kind, out), self.straight[kind]
+        """Count differences from the undisturbed run."""
+        ours, theirs = load_results(kind, out), self.undisturbed[kind]
         what = "trainings" if kind == "train" else "images"
         names = {"a training"} if kind == "train" else set(theirs)
         wrong = [name for name in sorted({*ours, *theirs}) if not same(ours.get(name), theirs.get(name))]
@@ -138,19 +138,19 @@ class Soak:
         self.counts[f"{what} differing"] += len(wrong) if kind == "predict" else bool(wrong)
         self.counts["files lost"] += len(theirs.keys() - ours.keys())
         if wrong or list(out.rglob("*.part")):
-            self.complain(f"{kind} differs in {wrong[:5]}, or has left something half-written")
+            self.complain(f"{kind} differs in {wrong[:5]}, or left a partial file")
 
-    def offer_a_bad_file(self) -> None:
-        """A damaged checkpoint, image, file of prompts or of captions, each to the command that reads it."""
-        good = self.place / "straight-predict" / "images" / "00000-0.png"
-        checkpoint = next((self.place / "straight-train" / "checkpoints").glob("*.ckpt"))
-        photos = self.place / "photos"
+    def try_damaged_file(self) -> None:
+        """Give a damaged checkpoint, image, prompt file or caption file to the command that reads it."""
+        good = self.folder / "undisturbed-predict" / "images" / "00000-0.png"
+        checkpoint = next((self.folder / "undisturbed-train" / "checkpoints").glob("*.ckpt"))
+        photos = self.folder / "photos"
         shutil.copytree(EMOJI, photos, dirs_exist_ok=True)
-        bad = self.place / self.chance.choice(["bad.png", "bad.ckpt", "bad.jsonl", "photos/metadata.jsonl"])
+        bad = self.folder / self.rng.choice(["bad.png", "bad.ckpt", "bad.jsonl", "photos/metadata.jsonl"])
         lines = b'{"prompt": "a red circle"}\n{"prompt": "a star", "seed": 3}\n'
         sources = {".png": good, ".ckpt": checkpoint, ".jsonl": photos / "metadata.jsonl"}
         content = lines if bad.name == "bad.jsonl" else sources[bad.suffix].read_bytes()
-        bad.write_bytes(damaged(content, self.chance))
+        bad.write_bytes(damage(content, self.rng))
         command = {
             "bad.png": ["predict", f"from={bad}", "steps=2"],
             "bad.ckpt": ["train", *TRAIN, "trainer.max_steps=13", "callbacks=[]", f"ckpt_path={bad}"],
@@ -158,28 +158,28 @@ class Soak:
             "metadata.jsonl": ["train", *TRAIN, "trainer.max_steps=1", "callbacks=[]", f"data.root={photos}"],
         }[bad.name]
         command = [word for word in command if not ("callbacks=[]" in command and word.startswith("callbacks."))]
-        status, words = Command(*command, f"output_dir={self.place / 'bad'}", said=self.place / "said").ended()
+        status, words = Command(*command, f"output_dir={self.folder / 'bad'}", log=self.folder / "log").wait()
         self.counts["bad files offered"] += 1
         self.counts["bad files refused" if status else "bad files read"] += 1
         if status:
-            self.told(words)
-        shutil.rmtree(self.place / "bad", ignore_errors=True)
+            self.check_message(words)
+        shutil.rmtree(self.folder / "bad", ignore_errors=True)
 
-    def told(self, words: str, part: str = "") -> None:
-        """Check that a command ended in one sentence."""
+    def check_message(self, words: str, part: str = "") -> None:
+        """Check that a command ended with one sentence."""
         last = (words.splitlines() or [""])[-1]
         if "Traceback" in words or not last.startswith("error: ") or part not in last:
             self.complain(words)
 
     def complain(self, words: str) -> None:
-        """Note something that must not be."""
+        """Record a failure."""
         self.counts["failures"] += 1
         self.complaints.append(words)
 
     @contextmanager
     def small_disk(self) -> Iterator[Any]:
-        """A small disk, and a function that enlarges it; None where none can be mounted."""
-        disk = self.place / "disk"
+        """A small disk; yields a function that enlarges it, or None if no disk can be mounted."""
+        disk = self.folder / "disk"
         disk.mkdir(exist_ok=True)
         command = ["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK}", "none", str(disk)]
         self.can_mount = (
@@ -195,30 +195,30 @@ class Soak:
             subprocess.run(["umount", str(disk)], check=True)
 
 
-def newness(file: Path) -> int:
-    """When a file was written."""
+def modified(file: Path) -> int:
+    """Modification time of a file."""
     return file.stat().st_mtime_ns
 
 
-def damaged(content: bytes, chance: random.Random) -> bytes:
-    """A file cut off, with a flipped bit, or with a hole of zeros."""
-    at = chance.randrange(1, len(content))
+def damage(content: bytes, rng: random.Random) -> bytes:
+    """A file that is cut off, has a flipped bit, or has a run of zeros."""
+    at = rng.randrange(1, len(content))
     changed = bytearray(content)
-    kind = chance.randrange(3)
+    kind = rng.randrange(3)
     if kind == 0:
         return content[:at]
     if kind == 1:
-        changed[at] ^= 1 << chance.randrange(8)
+        changed[at] ^= 1 << rng.randrange(8)
     else:
         changed[at : at + 100] = bytes(min(100, len(content) - at))
     return bytes(changed)
 
 
-def left_by(kind: str, out: Path) -> dict[str, Any]:
-    """What a run has left, by name: the pixels of images; or weights, moments and averages of a training."""
+def load_results(kind: str, out: Path) -> dict[str, Any]:
+    """Results of a run by name: the pixels of images; or weights, optimizer state and EMA of a training."""
     if kind == "predict":
         return {file.name: Image.open(file).tobytes() for file in sorted((out / "images").glob("*.png"))}
-    newest = max((out / "checkpoints").glob("*.ckpt"), key=newness)
+    newest = max((out / "checkpoints").glob("*.ckpt"), key=modified)
     content = torch.load(newest, weights_only=True)
     exported = {str(file.relative_to(out)): file.read_bytes() for file in (out / "export").rglob("*.safetensors")}
     return {**{name: content[name] for name in ("global_step", "state_dict", "optimizer_states")}, **exported} | {
@@ -227,7 +227,7 @@ def left_by(kind: str, out: Path) -> dict[str, Any]:
 
 
 def same(ours: Any, theirs: Any) -> bool:
-    """Whether two things are equal to the bit, tensors within them too."""
+    """Whether two values, with all tensors in them, are equal to the bit."""
     if isinstance(ours, torch.Tensor):
         return isinstance(theirs, torch.Tensor) and torch.equal(ours, theirs)
     if isinstance(ours, dict):
@@ -238,8 +238,8 @@ def same(ours: Any, theirs: Any) -> bool:
 
 
 @contextmanager
-def memory_of(pid: int) -> Iterator[list[tuple[float, int]]]:
-    """Note a process's resident memory once a second: pairs of seconds and bytes."""
+def monitor_memory(pid: int) -> Iterator[list[tuple[float, int]]]:
+    """Record the resident memory of a process once per second, as pairs of seconds and bytes."""
     samples: list[tuple[float, int]] = []
     process, over, start = psutil.Process(pid), threading.Event(), time.monotonic()
 
@@ -257,37 +257,39 @@ def memory_of(pid: int) -> Iterator[list[tuple[float, int]]]:
 
 
 def growth(samples: Sequence[tuple[float, int]]) -> float | None:
-    """Percent an hour by which memory grows, behind the first quarter of the time; None for too few samples."""
+    """Memory growth in percent per hour after the first quarter of the time; None for too few samples."""
     times, sizes = zip(*samples[len(samples) // 4 :], strict=True) if len(samples) > 20 else ((), ())
     if not times:
         return None
-    slope = theilslopes(sizes, times).slope  # of all pairs the median: an allocator grows in steps
+    slope = theilslopes(sizes, times).slope  # the median over all pairs, since an allocator grows in steps
     return float(slope) * 3600 / (sum(sizes) / len(sizes)) * 100
 
 
 def run(arguments: Sequence[str]) -> dict[str, Any]:
-    """Run the benchmark; what it found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run the benchmark, print, write; the report."""
+    parser = Parser(
+        "Train and sample while processes are killed, files damaged and disks filled.", quick="half a minute"
+    )
     parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--seed", type=int, default=0, help="names what is drawn; the moments of kills depend on speed")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--quick", action="store_true", help="half a minute")
-    chosen = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        soak = Soak(place, random.Random(chosen.seed))
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws; when kills hit depends on the machine")
+    settings = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        soak = Soak(folder, random.Random(settings.seed))
         steady = [*TRAIN, "trainer.max_steps=1000000000", "trainer.val_check_interval=50"]
-        steady += ["callbacks=[checkpoint,ema,samples,timing]", f"output_dir={place / 'steady'}"]
-        watched = Command("train", *steady, said=place / "steady-said")
+        steady += ["callbacks=[checkpoint,ema,samples,timing]", f"output_dir={folder / 'steady'}"]
+        watched = Command("train", *steady, log=folder / "steady-log")
         start = time.monotonic()
-        with memory_of(watched.process.pid) as memory:
-            while (now := time.monotonic() - start) < (0.5 if chosen.quick else chosen.minutes) * 60:
+        with monitor_memory(watched.process.pid) as memory:
+            while (now := time.monotonic() - start) < (0.5 if settings.quick else settings.minutes) * 60:
                 soak.round()
         watched.send(signal.SIGTERM)
-        status, words = watched.ended()
+        status, words = watched.wait()
         if status != 143:
             soak.complain(words)
-        steps = [torch.load(file, weights_only=True)["global_step"] for file in place.glob("steady/checkpoints/*.ckpt")]
+        steps = [
+            torch.load(file, weights_only=True)["global_step"] for file in folder.glob("steady/checkpoints/*.ckpt")
+        ]
     row = {"minutes": round(now / 60, 1), "kills": 0, "resumes": 0, "full disks": 0}
     row |= {"bad files offered": 0, "bad files refused": 0, "bad files read": 0, "images compared": 0}
     row |= {"images differing": 0, "trainings compared": 0, "trainings differing": 0, "files lost": 0, "failures": 0}
@@ -295,21 +297,24 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
     slope = growth(memory)
     row |= {
         "steps of the steady training": max(steps, default=0),
-        "memory growth, % an hour": slope and round(slope, 2),
+        "memory growth, % per hour": slope and round(slope, 2),
     }
     print_table([{"what": name, "": value} for name, value in row.items()])
     for words in soak.complaints:
         print(f"\n{words}", file=sys.stderr)
-    result = report(["benchmarks/soak.py", *arguments], [row])
-    if chosen.json:
-        write_json(chosen.json, result)
+    result = report([__file__, *arguments], [row])
+    if settings.json:
+        write_json(settings.json, result)
     return result
 
 
 def main() -> None:
-    """End with status 1 if anything was lost, differed, failed or grew."""
-    [row] = run(sys.argv[1:])["rows"]
-    grew = (row["memory growth, % an hour"] or 0.0) > MOST_GROWTH
+    """Exit with status 1 if anything was lost, differed, failed or grew."""
+    try:
+        [row] = run(sys.argv[1:])["rows"]
+    except SettingsError as error:
+        sys.exit(str(error))
+    grew = (row["memory growth, % per hour"] or 0.0) > MAX_GROWTH
     bad = ("images differing", "trainings differing", "files lost", "failures")
     sys.exit(int(grew or any(row[name] for name in bad)))
 

@@ -1,7 +1,7 @@
-"""Measure what `TimingLogger` costs a training: the time spent in its hooks, logging included, against a step's time.
+"""Measure the overhead of `TimingLogger` in training: the time in its hooks, logging included, as a share of a step.
 
-The clock runs inside the hooks of a real training of the embedded model. The difference between a training with them
-and one without would drown in the noise of the machine.
+The clock runs inside the hooks while the embedded model trains. The difference between a training with the callback and
+one without it would be lost in noise.
 
 Example::
 
@@ -10,7 +10,6 @@ Example::
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
@@ -23,40 +22,40 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
 
-from benchmarks.report import print_table, report, write_json
+from benchmarks.report import Parser, main, print_table, report, write_json
 from sdmodule import StableDiffusionModule
 from sdmodule.callbacks.timing import TimingLogger
 from sdmodule.data.toy.dataset import ShapesDataModule
 
 BATCH_SIZES = (1, 4)
-"""Images a step; the cost is the same for any, so the smallest is the hardest."""
+"""Images per step; the overhead does not depend on it, so its share is largest for the smallest."""
 
 LOG_EVERY = 10
-"""Steps between figures for the logger, as in ``conf/trainer``."""
+"""Steps between two logged values, as in ``conf/trainer``."""
 
 
-class Watched(TimingLogger):
-    """The callback with a clock in it."""
+class ClockedTimingLogger(TimingLogger):
+    """The callback with a clock in its hooks."""
 
-    own = 0.0
+    seconds_in_hooks = 0.0
 
     def on_train_batch_start(self, *arguments: Any) -> None:
         """Time the hook."""
         start = time.perf_counter()
         super().on_train_batch_start(*arguments)
-        self.own += time.perf_counter() - start
+        self.seconds_in_hooks += time.perf_counter() - start
 
     def on_train_batch_end(self, *arguments: Any) -> None:
         """Time the hook."""
         start = time.perf_counter()
         super().on_train_batch_end(*arguments)
-        self.own += time.perf_counter() - start
+        self.seconds_in_hooks += time.perf_counter() - start
 
 
 def measure(batch_size: int, steps: int) -> dict[str, Any]:
-    """Train with the callback; a row of the result."""
+    """Row of a training with the callback."""
     with tempfile.TemporaryDirectory() as folder:
-        timing = Watched(folder)
+        timing = ClockedTimingLogger(folder)
         trainer = Trainer(
             max_steps=steps,
             accelerator="cpu",
@@ -71,7 +70,7 @@ def measure(batch_size: int, steps: int) -> dict[str, Any]:
         module = StableDiffusionModule("tiny")
         trainer.fit(module, ShapesDataModule(batch_size=batch_size, train_length=64))
     step = timing.training_figures(trainer, module)["step_seconds"]["median"]
-    each = timing.own / steps
+    each = timing.seconds_in_hooks / steps
     return {
         "batch_size": batch_size,
         "steps": steps,
@@ -83,9 +82,7 @@ def measure(batch_size: int, steps: int) -> dict[str, Any]:
 
 def run(arguments: Sequence[str]) -> dict[str, Any]:
     """Measure, print, and write the report that ``--json`` asks for."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", type=Path, help="where to write the report")
-    parser.add_argument("--quick", action="store_true", help="fewer steps")
+    parser = Parser("Measure the overhead of TimingLogger.", quick="10 steps instead of 100")
     settings = parser.parse_args(arguments)
     rows = [measure(batch_size, 10 if settings.quick else 100) for batch_size in BATCH_SIZES]
     print_table(rows)
@@ -96,4 +93,4 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(sys.argv[1:])
+    main(run)

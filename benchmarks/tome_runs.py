@@ -1,4 +1,4 @@
-"""What the benchmark of token merging runs: the model, the variants, and one timed run of each kind."""
+"""What the benchmark of token merging runs: model, variants, and timed runs."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
 
-from sdmodule.components.checkpoint import ASSETS, MODELS, Components, load_components, load_part
+from sdmodule.components.checkpoint import MODELS, Components, load_components, load_part
 from sdmodule.components.schedulers import make_scheduler
+from sdmodule.components.source import ASSETS
 from sdmodule.data.toy.scenes import caption, sample_single
-from sdmodule.sampling.pipeline import check_settings, sample_all
-from sdmodule.sampling.requests import build_requests
+from sdmodule.sampling.pipeline import sample_all
+from sdmodule.sampling.requests import TEXT2IMAGE, build_requests
+from sdmodule.sampling.schedule import check_settings
 from sdmodule.sampling.settings import SamplingSettings
 from sdmodule.speed.cpu.kernels import fastest_kernels
 from sdmodule.speed.layout import channels_last
 from sdmodule.speed.memory import retain_freed_memory
-from sdmodule.tome.settings import OFF, TokenMerging
+from sdmodule.tome.apply import apply_merging
+from sdmodule.tome.token_merging import OFF, TokenMerging
 
 BACKEND = "inductor"
-"""What compiles."""
+"""Compiler backend."""
 
 IMAGES_PER_CALL = 5
 WHOLE = {"merge_attn": True, "merge_crossattn": True, "merge_mlp": True}
@@ -35,7 +38,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "window": {"engine": "window"},
     "window, whole block": {"engine": "window", **WHOLE},
 }
-"""What is compared; the first is the reference."""
+"""The engines compared; the first is the reference."""
 
 
 EAGER, COMPILED, ROUNDING = MODES = ("eager", "compiled", "rounding")
@@ -43,13 +46,13 @@ EAGER, COMPILED, ROUNDING = MODES = ("eager", "compiled", "rounding")
 
 @dataclass(frozen=True)
 class Variant:
-    """One line of the table: what merges, how much, and how layers are computed.
+    """One row of the table.
 
     Attributes:
-        name: of the engine.
+        name: name of the engine.
         merging: its settings.
-        mode: ``eager``; ``compiled``, the transformer blocks; or ``rounding``, by the layout and the kernels of
-            ``speed=rounding`` on CPU, with its memory kept.
+        mode: how layers are computed: ``eager``; ``compiled``, with compiled transformer blocks; or ``rounding``, with
+            the layout, kernels and kept memory of ``speed=rounding`` on CPU.
     """
 
     name: str
@@ -58,9 +61,9 @@ class Variant:
 
 
 def load(pretrained: str | None, precision: str) -> Components:
-    """The model on the device, in channels_last: that of ``pretrained``, or Stable Diffusion 1.5's, random.
+    """A model on the device in channels_last; by default Stable Diffusion 1.5 with random weights.
 
-    The random one has the embedded model's tokenizer, since its own is not shipped.
+    The random model has the tokenizer of the embedded one.
     """
     if pretrained:
         parts = load_components(pretrained)
@@ -81,7 +84,7 @@ def load(pretrained: str | None, precision: str) -> Components:
 
 
 def variants(ratios: Sequence[float], max_downsample: int, compiled: bool) -> list[Variant]:
-    """What is measured, unmerged first."""
+    """The variants to measure, unmerged first."""
     listed = [Variant("none", OFF)]
     for ratio in ratios:
         for name, options in ENGINES.items():
@@ -93,7 +96,7 @@ def variants(ratios: Sequence[float], max_downsample: int, compiled: bool) -> li
 
 @contextmanager
 def in_mode(unet: Any, mode: str) -> Iterator[None]:
-    """Compute a UNet's layers in a mode, inside a ``with`` block; what was compiled is kept for the next turn."""
+    """Compute a UNet's layers in a mode inside a ``with`` block; compiled code is kept for the next turn."""
     if mode == COMPILED:
         torch._dynamo.config.recompile_limit = 256
         for block in unet.modules():
@@ -112,11 +115,11 @@ def in_mode(unet: Any, mode: str) -> Iterator[None]:
 
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
-"""Time that passed, or that the processor spent on this process, to which other work on the machine adds little."""
+"""Wall time, or CPU time of this process, which other work on the machine changes little."""
 
 
 def seconds_of(call: Callable[[], Tensor], device: torch.device, clock: str) -> tuple[float, Tensor]:
-    """Time one call, on a GPU from when nothing else is going on until it is through."""
+    """Seconds and result of one call, with an idle GPU before and after."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = CLOCKS[clock]()
@@ -128,9 +131,9 @@ def seconds_of(call: Callable[[], Tensor], device: torch.device, clock: str) -> 
 
 @torch.no_grad()
 def forward(parts: Components, variant: Variant, size: int, clock: str = "wall", seed: int = 0) -> tuple[float, Tensor]:
-    """Call the UNet on the input of a seed: the output ``[2, 4, h, w]``, and how long the next call takes.
+    """Output ``[2, 4, h, w]`` of the UNet for a seed's input, and the seconds of its second call.
 
-    The first call of an image puts weights in order for all others, and one step in fifty is like it.
+    The first call transforms weights for all others, and is only one step in fifty.
     """
     unet, side = parts.unet, size // parts.pixels_per_latent
     generator = torch.Generator().manual_seed(seed)
@@ -138,28 +141,28 @@ def forward(parts: Components, variant: Variant, size: int, clock: str = "wall",
     text = torch.randn(2, 77, unet.config.cross_attention_dim, generator=generator)
     latents, text = (x.to(unet.device, unet.dtype) for x in (latents, text))
     latents = latents.contiguous(memory_format=torch.channels_last)
-    with in_mode(unet, variant.mode), variant.merging.applied(unet, [seed], (side, side)):
+    with in_mode(unet, variant.mode), apply_merging(unet, variant.merging, [seed], (side, side)):
         result = unet(latents, 500, encoder_hidden_states=text).sample
         return seconds_of(lambda: unet(latents, 500, encoder_hidden_states=text).sample, unet.device, clock)[0], result
 
 
 def images(parts: Components, variant: Variant, size: int, images: int, steps: int) -> tuple[float, Tensor]:
-    """Time the published protocol, from text to decoded images, and give the images ``[images, 3, H, W]``."""
+    """Seconds of the published protocol, from text to decoded images, and the images ``[images, 3, H, W]``."""
     settings = SamplingSettings(scheduler="ddim", steps=steps, height=size, width=size, merging=variant.merging)
-    check_settings(parts, settings)
-    rng, made, seconds = random.Random(0), [], 0.0
+    check_settings(parts, settings, TEXT2IMAGE)
+    rng, batches, seconds = random.Random(0), [], 0.0
     for first in range(0, images, IMAGES_PER_CALL):
         prompt = caption(sample_single(rng))
         requests = build_requests(prompt, num_images_per_prompt=min(IMAGES_PER_CALL, images - first), seed=first)
         with in_mode(parts.unet, variant.mode):
             samples = sample_all(parts, requests, settings)
         seconds += sum(samples.seconds.values())
-        made.append(samples.decoded)
-    return seconds, torch.cat(made)
+        batches.append(samples.decoded)
+    return seconds, torch.cat(batches)
 
 
 def relative_error(result: Tensor, wanted: Tensor) -> float:
-    """Length of the difference over that of what was wanted (relative L2)."""
+    """Relative L2 error."""
     return float((result.double() - wanted.double()).norm() / wanted.double().norm())
 
 
@@ -169,7 +172,7 @@ def psnr(result: Tensor, wanted: Tensor) -> float:
 
 
 def forward_error(parts: Components, variant: Variant, size: int, unmerged: Variant) -> float:
-    """Relative error of one call of the UNet against the unmerged one."""
+    """Relative error of one call of the UNet, against the unmerged one."""
     if variant == unmerged:
         return 0.0
     return relative_error(forward(parts, variant, size)[1], forward(parts, unmerged, size)[1])

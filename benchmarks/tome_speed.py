@@ -1,10 +1,10 @@
-"""Measure token merging: speed beside error, of tomesd and of this package's engines.
+"""Measure token merging: speed and error of tomesd and of this package's engines.
 
-By default the published protocol (Bolya and Hoffman 2023, table 1): 512 pixels, 100 images in 20 calls of 5 of one
-prompt, 50 DDIM steps, ratios 0.5 and 0.75. ``--forward-only`` times single calls of the UNet instead, on the two
-halves of one guided image, another one in each turn: the second call each, as of the steps of an image all but one
-are. All variants run in one process, in turn, after a warm-up each; medians of times and means of errors are
-reported.
+The default is the published protocol (Bolya and Hoffman 2023, table 1): 512 pixels, 100 images in 20 calls of 5 images
+of one prompt, 50 DDIM steps, ratios 0.5 and 0.75. ``--forward-only`` times single calls of the UNet instead, on the two
+halves of one guided image, with another seed in each round: always the second call, since all steps of an image but the
+first are like it. All variants run in one process, in turn, after a warm-up; figures are medians of times and means of
+errors.
 
 Example::
 
@@ -28,8 +28,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.line_plot import Line, Panel, draw_panels
-from benchmarks.report import Parser, print_table, report, write_json
+from benchmarks.plots import Line, Panel, save_panels
+from benchmarks.report import Parser, check_counts, main, print_table, report, write_json
 from benchmarks.tome_runs import (
     EAGER,
     ENGINES,
@@ -48,16 +48,16 @@ from benchmarks.tome_runs import (
 from sdmodule.cli.trainer import supports_bfloat16
 from sdmodule.components.checkpoint import Components
 from sdmodule.errors import SettingsError
-from sdmodule.tome.settings import OFF
+from sdmodule.tome.token_merging import OFF
 
 PROTOCOL = {"size": 512, "images": 100, "steps": 50}
 """The published protocol."""
 
 PUBLISHED = {0.5: 542.20 / 427.65, 0.75: 542.20 / 393.05}
-"""Speed-up by tomesd, with seconds on an RTX 3090 in float32, of tomesd's README."""
+"""Speed-ups of tomesd by its README: ratios of seconds on an RTX 3090 in float32."""
 
-BARS = (("exact", 0.5, 1.10), ("window, whole block", 0.5, 1.25))
-"""Which engine at which ratio is to be how many times as fast as tomesd, at 512 pixels."""
+TARGETS = (("exact", 0.5, 1.10), ("window, whole block", 0.5, 1.25))
+"""Engine, ratio, and its target speed-up over tomesd at 512 pixels."""
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -66,45 +66,41 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     Raises:
         SettingsError: an option is unknown or a value out of range.
     """
-    parser = Parser(description="Measure token merging: speed beside error.", allow_abbrev=False)
-    parser.add_argument("--size", type=int, nargs="+", default=[512], help="pixels: 512, 768, 1024")
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.75], help="shares of the tokens to merge")
-    parser.add_argument("--forward-only", action="store_true", help="time calls of the UNet, not whole images")
-    parser.add_argument("--rounds", type=int, default=5, help="timed calls of the UNet each, with --forward-only")
+    parser = Parser("Measure token merging: speed and error.", quick="one ratio, one round, one image of two steps")
+    parser.add_argument("--size", type=int, nargs="+", default=[512], help="pixels, such as 512 768 1024")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.75], help="merge ratios")
+    parser.add_argument("--forward-only", action="store_true", help="time single calls of the UNet")
+    parser.add_argument("--rounds", type=int, default=5, help="timed calls of each variant, with --forward-only")
     parser.add_argument(
-        "--clock", choices=["wall", "cpu"], default="wall", help="cpu on a shared machine: forwards only"
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: for shared machines, with --forward-only"
     )
-    parser.add_argument("--images", type=int, default=PROTOCOL["images"], help="images each")
+    parser.add_argument("--images", type=int, default=PROTOCOL["images"], help="images of each variant")
     parser.add_argument("--steps", type=int, default=PROTOCOL["steps"], help="DDIM steps of an image")
     parser.add_argument("--precision", choices=["bfloat16", "float32", "float16"], default="bfloat16")
-    parser.add_argument("--compile", action="store_true", help="each variant a second time, its blocks compiled")
-    parser.add_argument("--max-downsample", type=int, default=1, help="of every variant")
-    parser.add_argument("--pretrained", help="a model with weights; otherwise Stable Diffusion 1.5's, random")
-    parser.add_argument("--quick", action="store_true", help="one ratio, one round, one image of two steps")
-    parser.add_argument("--json", type=Path, help="file to write the results to")
-    parser.add_argument("--plot", type=Path, help="PNG to draw speed-up over ratio and error over speed-up in")
+    parser.add_argument("--compile", action="store_true", help="also each variant with compiled blocks")
+    parser.add_argument("--max-downsample", type=int, default=1, help="tome.max_downsample")
+    parser.add_argument("--pretrained", help="a model; by default Stable Diffusion 1.5 with random weights")
+    parser.add_argument("--plot", type=Path, help="PNG to plot speed-up over ratio and error over speed-up in")
     settings = parser.parse_args(arguments)
     if settings.quick:
         settings.ratios, settings.rounds, settings.images, settings.steps = [0.5], 1, 1, 2
     if settings.clock == "cpu" and not (settings.forward_only and not torch.cuda.is_available()):
-        raise SettingsError("--clock cpu times calls of the UNet on a CPU; add --forward-only, or leave it out.")
-    for key in ("rounds", "images", "steps"):
-        if getattr(settings, key) < 1:
-            raise SettingsError(f"--{key} {getattr(settings, key)} is too small; give 1 or more.")
+        raise SettingsError("--clock cpu: only for calls of the UNet on a CPU; add --forward-only, or leave it out.")
+    check_counts(settings, "rounds", "images", "steps")
     return settings
 
 
 def label(variant: Variant, error: float) -> str:
-    """Whether a variant computes the same: to the bit, but for rounding, or with a loss."""
+    """Whether a variant's result is equal to the bit (exact), equal but for rounding, or lossy."""
     if error == 0.0:
         return "exact"
     return "lossy" if variant.merging.ratio else "rounding"
 
 
 def measure(parts: Components, settings: argparse.Namespace, size: int) -> list[dict[str, Any]]:
-    """Run all variants at one size, in turn, and make a row of each."""
+    """Rows of all variants at one size, which run in turn."""
     listed = variants(settings.ratios, settings.max_downsample, settings.compile)
-    # errors are those of merging: against the same mode unmerged, and the mode's own against eager
+    # errors of merging are against the same mode unmerged, and those of a mode against eager
     unmerged = {v: Variant("none", OFF, v.mode if v.merging.ratio else EAGER) for v in listed}
     times: dict[Variant, list[float]] = {variant: [] for variant in listed}
     errors: dict[Variant, list[float]] = {variant: [] for variant in listed}
@@ -114,8 +110,8 @@ def measure(parts: Components, settings: argparse.Namespace, size: int) -> list[
         seconds, result = run(parts, variant, size)
         times[variant].append(seconds)
         results[variant] = result.float().cpu()
-        told = f"{size} {variant.mode} {variant.name} {variant.merging.ratio} {seconds:.2f} s"
-        print(told, file=sys.stderr, flush=True)
+        line = f"{size} {variant.mode} {variant.name} {variant.merging.ratio} {seconds:.2f} s"
+        print(line, file=sys.stderr, flush=True)
 
     if settings.forward_only:
         for turn in range(settings.rounds + 1):
@@ -126,9 +122,9 @@ def measure(parts: Components, settings: argparse.Namespace, size: int) -> list[
             for variant in listed:
                 errors[variant].append(relative_error(results[variant], results[unmerged[variant]]))
         for taken in times.values():
-            del taken[0]  # of the warm-up
+            del taken[0]  # the warm-up
     else:
-        for variant in listed:  # two steps of one image are warm-up enough
+        for variant in listed:  # two steps of one image warm up
             images(parts, variant, size, images=1, steps=2)
         for variant in listed:
             timed(variant, partial(images, images=settings.images, steps=settings.steps))
@@ -139,13 +135,13 @@ def measure(parts: Components, settings: argparse.Namespace, size: int) -> list[
         peer = peers.get((v.mode, v.merging.ratio))
         found = row(settings, size, v, times, errors[v], results[v], results[unmerged[v]])
         if peer not in (None, v) and len(errors[v]) > 1 and all(errors[peer]):
-            found["error_over_tomesd"] = compared(errors[v], errors[peer])
+            found["error_over_tomesd"] = compare_errors(errors[v], errors[peer])
         rows.append(found)
     return rows
 
 
-def compared(errors: Sequence[float], peer: Sequence[float]) -> str:
-    """By how many percent errors are larger than a peer's of the same inputs: mean, and its standard error."""
+def compare_errors(errors: Sequence[float], peer: Sequence[float]) -> str:
+    """Percent by which errors exceed a peer's on the same inputs: mean and standard error."""
     percent = [100 * (error / other - 1) for error, other in zip(errors, peer, strict=True)]
     return f"{statistics.mean(percent):+.1f}% ± {statistics.stdev(percent) / len(percent) ** 0.5:.1f}"
 
@@ -159,7 +155,7 @@ def row(
     result: Tensor,
     plain: Tensor,
 ) -> dict[str, Any]:
-    """One line of the table; speed-ups are over the same mode, and over tomesd as it is released too."""
+    """One row of the table; speed-ups are over the same mode unmerged, and over tomesd in this mode and eager."""
     error = statistics.mean(errors)
     medians = {v: statistics.median(t) for v, t in times.items()}
     own = [v for v in medians if v.mode == variant.mode]
@@ -183,11 +179,11 @@ def row(
     return found
 
 
-def bars(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was promised of engines and what it is here: each against tomesd as it is released, errors side by side."""
+def targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The targets of engines and their figures here, against tomesd as released, with both errors."""
     at = {(r["engine"], r["ratio"]): r for r in rows if (r["size"], r["mode"]) == (512, EAGER)}
     found = []
-    for engine, ratio, wanted in BARS:
+    for engine, ratio, wanted in TARGETS:
         if (engine, ratio) in at:
             row, peer = at[engine, ratio], at["tomesd", ratio]
             measured = row["over_tomesd"]
@@ -198,12 +194,12 @@ def bars(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def protocol(parts: Components, settings: argparse.Namespace) -> str:
-    """Say what was timed, and where it falls short of the published protocol."""
+    """What is timed, and how it differs from the published protocol."""
     device = parts.unet.device.type
     where = f"{parts.source}, {settings.precision}, channels_last, {device}, {torch.get_num_threads()} threads"
     if settings.precision == "bfloat16" and device == "cpu" and not supports_bfloat16(device):
         where += (
-            "; this processor has no bfloat16 of its own: its matrix products are several times slower than float32"
+            "; this processor has no bfloat16 instructions: matrix products are several times slower than in float32"
         )
     if settings.forward_only:
         return f"the second call of the UNet on 2 rows, median of {settings.rounds}, {settings.clock} clock; {where}"
@@ -214,7 +210,7 @@ def protocol(parts: Components, settings: argparse.Namespace) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], size: int, path: Path) -> None:
-    """Draw speed-up over ratio and error over speed-up at one size, a line an engine, a row of panels a mode."""
+    """Plot speed-up over ratio and error over speed-up at one size: one line per engine, one row of plots per mode."""
     panels = []
     for mode in MODES:
         over_ratio, over_speed = [], []
@@ -227,8 +223,7 @@ def draw(rows: Sequence[dict[str, Any]], size: int, path: Path) -> None:
                 Panel(f"Speed-up over ratio, {size} pixels, {mode}", "ratio", "speed-up", over_ratio),
                 Panel(f"Error over speed-up, {mode}", "speed-up", "relative error of the UNet's output", over_speed),
             ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draw_panels(panels, columns=2).save(path)
+    save_panels(panels, path, columns=2)
 
 
 def run(arguments: Sequence[str]) -> dict[str, Any]:
@@ -238,15 +233,13 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
         arguments: what was typed after the name of the program.
 
     Returns:
-        The report, with ``protocol``: what was timed.
+        The report, with what was timed in ``protocol``.
 
     Raises:
         SettingsError: an argument cannot be used.
     """
     settings = parse(arguments)
-    variants(
-        settings.ratios, settings.max_downsample, settings.compile
-    )  # a ratio that cannot be is told of before the model is made
+    variants(settings.ratios, settings.max_downsample, settings.compile)  # checks the ratios before anything slow
     parts = load(settings.pretrained, settings.precision)
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
@@ -255,7 +248,7 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
         rows += measure(parts, settings, size)
         result = report([__file__, *arguments], rows) | {
             "protocol": protocol(parts, settings),
-            "bars": bars(rows) if settings.forward_only else [],
+            "bars": targets(rows) if settings.forward_only else [],
         }
         if settings.json:  # after every size, since the next may take hours
             write_json(settings.json, result)
@@ -268,7 +261,4 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        run(sys.argv[1:])
-    except SettingsError as error:
-        sys.exit(str(error))
+    main(run)

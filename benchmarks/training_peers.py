@@ -1,4 +1,4 @@
-"""What training is compared with: the loop of diffusers' text-to-image scripts, and this package's own commands."""
+"""The loop of diffusers' text-to-image training scripts, and this package's training, for comparison."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from sdmodule.speed.compile import compile_unet
 ADAPTER = LoraConfig(
     r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=["to_k", "to_q", "to_v", "to_out.0"]
 )
-"""That of diffusers' script for LoRA."""
+"""The adapter of diffusers' LoRA script."""
 
 LEARNING_RATE = 1e-4
 
 
 @dataclass(frozen=True)
 class Task:
-    """What each is asked for.
+    """A training to measure.
 
     Attributes:
         folder: images with captions.
-        size: pixels of a side.
-        batch: images a step.
+        size: image size in pixels.
+        batch: batch size.
         lora: train an adapter instead of the whole UNet.
-        precision: Lightning's name of the precision; ``bf16-mixed`` or ``32-true``.
-        work: a folder for what is left over.
+        precision: Lightning's name of the precision, ``bf16-mixed`` or ``32-true``.
+        work: folder for temporary files.
     """
 
     folder: Path
@@ -54,48 +54,48 @@ class Task:
     work: Path
 
 
-def with_adapter(unet: Any, lora: bool) -> None:
-    """Leave an adapter to be trained, or the whole UNet."""
+def prepare_unet(unet: Any, lora: bool) -> None:
+    """Make a new adapter trainable, or else the whole UNet."""
     unet.requires_grad_(not lora)
     if lora:
         unet.add_adapter(ADAPTER)
 
 
-def data_of(task: Task) -> ImageFolderDataModule:
-    """The images, a batch a step."""
+def make_data(task: Task) -> ImageFolderDataModule:
+    """Datamodule of the images."""
     return ImageFolderDataModule(str(task.folder), resolution=task.size, batch_size=task.batch, val_fraction=0.0)
 
 
 def script(parts: Components, task: Task, steps: int) -> list[float]:
-    """Seconds of each step of the loop of diffusers' ``train_text_to_image.py`` and its LoRA sibling.
+    """Seconds of each step of the loop of diffusers' ``train_text_to_image.py`` and its LoRA variant.
 
-    Images and captions are encoded at every step, the loss is gathered at every step, gradients are clipped at 1,
-    AdamW is torch's own with weight decay 0.01, the learning rate constant. In mixed precision what is not trained is
-    in 16 bits. ``parts.unet`` has what is to be trained, and is as it was afterwards.
+    Images and captions are encoded and the loss is gathered at every step; gradients are clipped at 1; the optimizer is
+    torch's AdamW with weight decay 0.01 and a constant learning rate. In mixed precision, frozen weights are in 16
+    bits. ``parts.unet`` trains its trainable weights; frozen ones are restored afterwards.
     """
     frozen = [weight for weight in parts.unet.parameters() if not weight.requires_grad]
-    whole = [weight.data.cpu() for weight in frozen]
+    float32 = [weight.data.cpu() for weight in frozen]
     try:
         if task.precision == "bf16-mixed":
             for weight in frozen:
                 weight.data = weight.data.to(torch.bfloat16)
         return _script(parts, task, steps)
     finally:
-        for weight, data in zip(frozen, whole, strict=True):
+        for weight, data in zip(frozen, float32, strict=True):
             weight.data = data.to(weight.device)
 
 
 def _script(parts: Components, task: Task, steps: int) -> list[float]:
-    parts.unet.set_attn_processor(AttnProcessor2_0())  # as they are when a checkpoint is loaded
+    parts.unet.set_attn_processor(AttnProcessor2_0())  # the defaults of a loaded checkpoint
     parts.text_encoder.set_attn_implementation("sdpa")
     mixed = "bf16" if task.precision == "bf16-mixed" else "no"
     accelerator = Accelerator(mixed_precision=mixed, cpu=not torch.cuda.is_available())
     trained = [weight for weight in parts.unet.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=1e-2)
-    data = data_of(task)
+    data = make_data(task)
     data.setup("fit")
-    made = accelerator.prepare(parts.unet, optimizer, data.train_dataloader(), get_scheduler("constant", optimizer))
-    unet, optimizer, loader, schedule = made
+    prepared = accelerator.prepare(parts.unet, optimizer, data.train_dataloader(), get_scheduler("constant", optimizer))
+    unet, optimizer, loader, schedule = prepared
     noising = make_scheduler("ddpm", parts.scheduler.config)
     dtype = torch.bfloat16 if mixed == "bf16" else torch.float32
     frozen = {name: getattr(parts, name).to(accelerator.device, dtype) for name in ("vae", "text_encoder")}
@@ -130,7 +130,7 @@ def _script(parts: Components, task: Task, steps: int) -> list[float]:
 
 
 def ours(module: StableDiffusionModule, task: Task, steps: int) -> list[float]:
-    """Seconds of each step of ``train.py cache=all``; what fills the cache is no step."""
+    """Seconds of each step of ``train.py cache=all``, without those of filling the cache."""
     timing = TimingLogger(task.work, warmup_steps=0, synchronize=True)
     trainer = make_trainer(
         "gpu" if torch.cuda.is_available() else "cpu",
@@ -143,12 +143,12 @@ def ours(module: StableDiffusionModule, task: Task, steps: int) -> list[float]:
         logger=False,
         default_root_dir=task.work,
     )
-    trainer.fit(module, data_of(task))
+    trainer.fit(module, make_data(task))
     return timing.steps
 
 
-def module_of(parts: Components, compile: str = "none") -> StableDiffusionModule:
-    """This package's module around parts that are there already, of which ``compile`` says what is compiled."""
+def make_module(parts: Components, compile: str = "none") -> StableDiffusionModule:
+    """This package's module around loaded parts; ``compile`` is that of ``training.compile``."""
     module = StableDiffusionModule("tiny", optimizer=partial(torch.optim.AdamW, lr=LEARNING_RATE, weight_decay=1e-2))
     module.parts, module.unet, module.vae, module.text_encoder = parts, parts.unet, parts.vae, parts.text_encoder
     compile_unet(module.unet, compile)
@@ -156,7 +156,7 @@ def module_of(parts: Components, compile: str = "none") -> StableDiffusionModule
 
 
 def write_images(folder: Path, count: int, size: int, captions: Sequence[str]) -> None:
-    """Random images with captions: speed does not depend on what they show."""
+    """Write random images with captions; speed does not depend on their content."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
     for k in range(count):

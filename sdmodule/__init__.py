@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdmodule.errors import SettingsError
-from sdmodule.version import __version__
 
 if TYPE_CHECKING:
     from sdmodule.module import StableDiffusionModule
 
+__version__ = "0.1.0"
 __all__ = ["SettingsError", "StableDiffusionModule", "__version__"]
+
+# where ``python -m sdmodule`` finds its __main__
+__path__.append(str(Path(__file__).parent / "cli" / "as_module"))
 
 
 def __getattr__(name: str) -> Any:

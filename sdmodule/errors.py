@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 MAX_SEED = 2**64 - 1
 """Largest seed that torch's generators take."""
@@ -119,3 +122,22 @@ def check_seed(key: str, value: Any) -> None:
         SettingsError: if it is not a whole number from 0 to `MAX_SEED`.
     """
     check_int(key, value, minimum=0, maximum=MAX_SEED)
+
+
+def build_settings(kind: type[T], group: str, settings: Mapping[str, Any] | None) -> T:
+    """A settings data class from a mapping; what is left out keeps its default.
+
+    Args:
+        kind: the data class.
+        group: name of the group of settings, for messages.
+        settings: values by name; None for all defaults.
+
+    Raises:
+        SettingsError: for anything but a mapping, an unknown name, or a value that the class refuses.
+    """
+    if settings is not None and not isinstance(settings, Mapping):
+        raise SettingsError(f"{group}={settings!r}: must be settings such as {group}={{name: value}}.")
+    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    if unknown := set(settings or {}) - known:
+        raise SettingsError(f"{group}.{choices(unknown)}: unknown; {group} has {choices(known)}.")
+    return kind(**(settings or {}))

@@ -1,38 +1,56 @@
-"""A whole checkpoint, random and tiny, made once without any network."""
+"""A tiny random checkpoint, images to train on, and commands that are called in this process."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
 os.environ.update(OFFLINE)  # huggingface_hub reads it when it is imported
 
-from pathlib import Path  # noqa: E402
+# torch and what needs it are imported in the fixtures: the process that hands out the tests has no use for them
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel  # noqa: E402
-from PIL import Image  # noqa: E402
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
 
-from sdmodule.components.checkpoint import Components, save_components  # noqa: E402
-from sdmodule.data.toy.tokenizer import scene_captions, write_tokenizer  # noqa: E402
-from sdmodule.module import StableDiffusionModule  # noqa: E402
+def pytest_collection_finish() -> None:
+    """Exempt all that is imported from garbage collection, which would look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """No test reaches the network or writes into the user's cache, nor leaves its own mode of W&B to the next."""
+    """No test reaches the network or the user's cache, and each starts with W&B offline."""
     for name, value in OFFLINE.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def composition() -> Iterator[None]:
+    """Hydra composes faster than in a process of its own."""
+    from tests.isolation import fast_composition
+
+    with fast_composition():
+        yield
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers folder of images of 32 x 32 pixels, its weights random, its tokenizer that of the scenes."""
+    """A diffusers folder of random weights for 32 x 32 pixels, with a tokenizer for the captions of scenes."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    from sdmodule.components.checkpoint import Components
+    from sdmodule.components.save import save_components
+    from sdmodule.data.toy.tokenizer import scene_captions, write_tokenizer
+
     folder = tmp_path_factory.mktemp("checkpoint")
     write_tokenizer(folder / "tokenizer", scene_captions(200), size=1024)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
@@ -86,14 +104,18 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def module(checkpoint: Path) -> StableDiffusionModule:
+def module(checkpoint: Path):
     """The checkpoint, ready to sample."""
+    from sdmodule.module import StableDiffusionModule
+
     return StableDiffusionModule.from_pretrained(str(checkpoint))
 
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    """Run a command in this process; returns its exit status, what it printed, and what it complained of."""
+    """Run a command in this process; returns its exit status, its standard output and its standard error."""
+
+    from tests.isolation import restored_messages
 
     def run(main, *arguments):
         monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
@@ -104,12 +126,15 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
             status = end.code
         return status, *capfd.readouterr()
 
-    return run
+    with restored_messages():
+        yield run
 
 
 @pytest.fixture
 def photos(tmp_path):
     """Six images with a ``metadata.jsonl``."""
+    from PIL import Image
+
     folder = tmp_path / "photos"
     folder.mkdir()
     for k in range(6):

@@ -18,8 +18,8 @@ from sdmodule.callbacks.ema import EMA
 from sdmodule.callbacks.validation_samples import ValidationSamples
 from sdmodule.data.toy.dataset import ShapesDataModule
 from sdmodule.errors import SettingsError
-from sdmodule.modes import evaluating
 from sdmodule.module import StableDiffusionModule
+from sdmodule.sampling.infer import evaluating
 from tests.fitting import fit
 
 VELOCITY = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
@@ -95,7 +95,7 @@ def test_the_two_prediction_types_are_two_trainings(build):
 
 
 def test_dropped_captions_are_empty(build):
-    always, never = (build(caption_dropout=share) for share in (1.0, 0.0))
+    always, never = (build(objective={"caption_dropout": share}) for share in (1.0, 0.0))
     losses = []
     for module in (always, never):
         batches = [
@@ -120,7 +120,7 @@ def test_training_twice_gives_the_same_weights_and_another_seed_gives_others(bui
     results = []
     for seed in (0, 0, 1):
         torch.manual_seed(len(results))  # the global random numbers have no say
-        module = build(seed=seed)
+        module = build(training={"seed": seed})
         train(module, 2)
         results.append(weights(module.unet))
     assert equal(results[0], results[1]) and not equal(results[0], results[2])
@@ -153,8 +153,9 @@ def test_sampling_in_the_middle_of_training_leaves_it_as_it_was(build):
     module = build(tuning=WITH_WORDS).train()
     module.vae.eval()
     modes = [part.training for part in module.modules()]
-    with pytest.raises(KeyError), evaluating(module):
-        assert not any(part.training for part in module.modules())
+    networks = [module.unet, module.vae, module.text_encoder]
+    with pytest.raises(KeyError), evaluating(module.parts):
+        assert not any(part.training for network in networks for part in network.modules())
         raise KeyError
     module.infer("a red star")
     assert [part.training for part in module.modules()] == modes
@@ -208,22 +209,24 @@ def test_another_base_model_is_refused_whatever_it_is_called(saved, checkpoint, 
     with torch.no_grad():
         next(getattr(other, part).parameters()).flatten()[0] += 1e-3
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(SettingsError, match=rf"on pretrained={checkpoint}, and pretrained=.*other .* in {part}; give"):
+    with pytest.raises(
+        SettingsError, match=rf"pretrained=.*other: the weights of {part} differ .*pretrained={checkpoint},"
+    ):
         train(StableDiffusionModule(str(tmp_path / "other"), tuning=WITH_WORDS), 3, resume=file)
 
     mine = shutil.copytree(checkpoint, tmp_path / "mine")
     train(StableDiffusionModule(str(mine)), 1).save_checkpoint(tmp_path / "mine.ckpt")
     shutil.rmtree(mine)
     (tmp_path / "other").rename(mine)
-    with pytest.raises(SettingsError, match=rf"has other weights in {part}; give"):
+    with pytest.raises(SettingsError, match=rf"the weights of {part} differ .*; give that base model"):
         train(StableDiffusionModule(str(mine)), 2, resume=tmp_path / "mine.ckpt")
-    with pytest.raises(SettingsError, match=rf"has other weights in {part}; give"):
+    with pytest.raises(SettingsError, match=rf"the weights of {part} differ .*; give that base model"):
         StableDiffusionModule.load_from_checkpoint(tmp_path / "mine.ckpt", weights_only=True)
 
 
 def test_parts_that_started_from_random_weights_have_no_base(build, tmp_path):
-    train(build(scratch=["unet"]), 2).save_checkpoint(tmp_path / "two.ckpt")
-    train(build(scratch=["unet"]), 3, resume=tmp_path / "two.ckpt")
+    train(build(training={"scratch": ["unet"]}), 2).save_checkpoint(tmp_path / "two.ckpt")
+    train(build(training={"scratch": ["unet"]}), 3, resume=tmp_path / "two.ckpt")
     StableDiffusionModule.load_from_checkpoint(tmp_path / "two.ckpt", weights_only=True)
 
 

@@ -1,4 +1,4 @@
-"""The wheel holds all that the two commands need, and they run from any folder."""
+"""The wheel has everything that the two commands need, and they run from any folder."""
 
 import json
 import os
@@ -12,9 +12,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
+pytestmark = pytest.mark.slow
+
 
 def run(*command, cwd):
-    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -22,7 +25,7 @@ def run(*command, cwd):
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"  # built from a copy, for a build leaves folders behind
+    source = folder / "source"  # a copy, since a build leaves folders behind
     files = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
     for name in files:
         if (ROOT / name).is_file() and not name.startswith(("tests/", "benchmarks/")):
@@ -35,11 +38,11 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """The programs' folder of a fresh environment that has the wheel, and everything else from the running one."""
+    """The folder of programs of a fresh environment with the wheel; the dependencies are those of the running one."""
     environment = tmp_path_factory.mktemp("environment")
     run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=environment)
     [packages] = environment.glob("lib/python*/site-packages")
-    # a plain path: the .pth files in the other folder, and with them its editable installs, are not read
+    # a plain path, so that .pth files in the other folder, and its editable installs, are ignored
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     python = environment / "bin" / "python"
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=environment)

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
 from sdmodule.io.redact import redact
-from sdmodule.training.loop_state import LoopState
+from sdmodule.training.loop_state import LoopState, write_loop_state
 
 
 class Stopped(SystemExit):
@@ -78,8 +78,8 @@ class TrainingCheckpoint(ModelCheckpoint):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._point is not None and trainer.fit_loop.epoch_loop.batch_progress.total.ready == self._point.batches:
-            self._point.due = False
+        if self._point is not None:
+            self._point.validation_finished(trainer)
         with self._undisturbed():
             super().on_validation_end(trainer, pl_module)
         self._stop_if_told(trainer)
@@ -107,7 +107,7 @@ class TrainingCheckpoint(ModelCheckpoint):
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._point is not None:
-            checkpoint["loops"]["fit_loop"] = self._point.state()
+            write_loop_state(checkpoint, self._point)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         for logger in trainer.loggers:

@@ -12,8 +12,8 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from sdmodule.errors import SettingsError
-from sdmodule.ranges import check_whole, is_number
+from sdmodule.errors import SettingsError, check_int, check_number
+from sdmodule.training.trainable import TrainableModule, trainable_parameters
 
 
 class EMA(Callback):
@@ -34,9 +34,8 @@ class EMA(Callback):
     """
 
     def __init__(self, decay: float = 0.999, start_step: int = 100) -> None:
-        if not is_number(decay) or not 0 <= decay < 1:
-            raise SettingsError(f"callbacks.ema.decay={decay} is not allowed; give a share from 0 to under 1.")
-        check_whole("callbacks.ema.start_step", start_step, least=0)
+        check_number("callbacks.ema.decay", decay, minimum=0, below=1)
+        check_int("callbacks.ema.start_step", start_step, minimum=0)
         self.decay = decay
         self.start_step = start_step
         self.updates = 0
@@ -103,21 +102,14 @@ class EMA(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self._raw is None or trainer.sanity_checking or not hasattr(pl_module, "val_log_suffix"):
+        if self._raw is None or trainer.sanity_checking or not isinstance(pl_module, TrainableModule):
             return
-        with self._withdrawn(pl_module):
-            trainer.strategy.validation_step(batch, batch_idx)  # the strategy's, which knows precision and devices
-
-    @contextmanager
-    def _withdrawn(self, module: Any) -> Iterator[None]:
-        """Validate the raw weights inside the block, under names of their own."""
-        self._swap_out(module)
-        module.val_log_suffix = "_raw"
+        self._swap_out(pl_module)
         try:
-            yield
+            with pl_module.validation_logged_with("_raw"):
+                trainer.strategy.validation_step(batch, batch_idx)  # the strategy's, which knows precision and devices
         finally:
-            module.val_log_suffix = ""
-            self._swap_in(module)
+            self._swap_in(pl_module)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -157,8 +149,3 @@ def load_average(module: LightningModule, checkpoint: str | Path) -> None:
         )
     for name, value in weights.items():
         value.data.copy_(average[name])
-
-
-def trainable_parameters(module: LightningModule) -> dict[str, torch.nn.Parameter]:
-    """The parameters that are trained, by name."""
-    return {name: value for name, value in module.named_parameters() if value.requires_grad}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from sdmodule.conditioning.text import count_chunks, escape_prompt
+from sdmodule.conditioning.text import count_chunks, encode_prompts, escape_prompt
+from sdmodule.data.base import TrainingData
 from sdmodule.data.cache.latents import CachedEmbeddings, CachedMomentsDataset, ImageDataset, moments_keys
 from sdmodule.data.cache.tensor_store import TensorStore
-from sdmodule.data.toy.dataset import View
+from sdmodule.data.example import View
 from sdmodule.errors import SettingsError
 from sdmodule.io.fingerprint import fingerprint, model_fingerprint
 from sdmodule.io.progress import progress
 from sdmodule.sampling.requests import INPAINT
+from sdmodule.training.loss import encode_moments
 
 LATENTS, ALL = "latents", "all"
 PIXELS_AT_ONCE = 8 * 512 * 512
@@ -53,7 +56,7 @@ class LatentCache(Callback):
             raise SettingsError(f"cache.what={what} is not known; give {LATENTS} or {ALL}.")
         self.folder = Path(folder).expanduser()
         self.what = what
-        self._images: ImageDataset | None = None
+        self._switched = ExitStack()
 
     def check(self, data: Any, module: Any) -> None:
         """Whether this can be cached; nothing is read or written.
@@ -66,11 +69,11 @@ class LatentCache(Callback):
             SettingsError: if not.
         """
         images: Any = getattr(data, "train_set", None)
-        if not hasattr(images, "content"):
+        if not hasattr(images, "content") or not isinstance(data, TrainingData):
             raise SettingsError(
                 f"cache={self.what} does not know the images of these data; use those of conf/data, or cache=none."
             )
-        if not hasattr(module, "encode_moments"):
+        if not hasattr(module, "encode_captions"):
             raise SettingsError(f"cache={self.what} has nothing to do for this model; use cache=none.")
         if not images.center_crop:
             raise SettingsError(
@@ -94,26 +97,21 @@ class LatentCache(Callback):
         self.check(data, pl_module)
         if isinstance(trainer.strategy, FSDPStrategy):
             raise SettingsError(f"cache={self.what} needs whole models on each device; use trainer=ddp, or cache=none.")
-        self._images = data.train_set
-        data.train_set = self._cached_images(trainer, pl_module, data)
-        if self.what == ALL:
-            embeddings = self._cached_embeddings(trainer, pl_module, data.train_set.images)
-            pl_module.cached_embeddings = embeddings  # type: ignore[assignment]
+        with ExitStack() as switched:
+            cached = self._cached_images(trainer, pl_module, data)
+            switched.enter_context(data.training_on(cached))
+            if self.what == ALL:
+                embeddings = self._cached_embeddings(trainer, pl_module, cached.images)
+                switched.enter_context(pl_module.cached_embeddings(embeddings))  # type: ignore[operator]
+            self._switched = switched.pop_all()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._give_back(trainer, pl_module)
+        self._switched.close()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._give_back(trainer, pl_module)
-
-    def _give_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._images is None:
-            return
-        trainer.datamodule.train_set = self._images  # type: ignore[attr-defined]
-        pl_module.cached_embeddings = None  # type: ignore[assignment]
-        self._images = None
+        self._switched.close()
 
     def _cached_images(self, trainer: Trainer, module: Any, data: Any) -> CachedMomentsDataset:
         images: ImageDataset = data.train_set
@@ -137,7 +135,7 @@ class LatentCache(Callback):
                 generator=torch.Generator(),
             )
             for batch in loader:
-                moments = module.encode_moments(batch["image"].to(module.device)).cpu()
+                moments = encode_moments(module.vae, batch["image"].to(module.device)).cpu()
                 yield {key: moments[k] for k, key in enumerate(batch["key"])}
 
         self._fill(trainer, store, list(sights.values()), make, "Encoding images")
@@ -158,7 +156,7 @@ class LatentCache(Callback):
             for start in range(0, len(share), CAPTIONS_AT_ONCE):
                 batch = share[start : start + CAPTIONS_AT_ONCE]
                 lengths = [count_chunks(prompt, tokenizer) * tokenizer.model_max_length for prompt in batch]
-                rows = zip(batch, module.encode_prompts(batch).cpu(), lengths, strict=True)
+                rows = zip(batch, encode_prompts(batch, tokenizer, encoder).cpu(), lengths, strict=True)
                 yield {fingerprint(prompt): row[:length] for prompt, row, length in rows}
 
         self._fill(trainer, store, missing, make, "Encoding captions")

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
 from typing_extensions import override
 
+from sdmodule import __version__
 from sdmodule.errors import unwritable
 from sdmodule.io.images import captioned_sheet
 from sdmodule.io.png_metadata import save_png
@@ -26,15 +27,12 @@ from sdmodule.io.run_folder import (
     INPUTS,
     RECORDS,
     gather_records,
-    image_name,
     read_records,
-    request_metadata,
     to_line,
     write_records,
 )
-from sdmodule.sampling.requests import SampleRequest
+from sdmodule.sampling.requests import SampleRequest, image_name, request_metadata
 from sdmodule.sampling.result import Samples
-from sdmodule.version import __version__
 
 SHEET_LIMIT = 64
 """Images on the contact sheet; a larger run shows its first ones."""

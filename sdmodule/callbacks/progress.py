@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import ExitStack
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -34,6 +35,7 @@ class ProgressBar(callbacks.ProgressBar):
         self.terminal = sys.stderr.isatty()
         self.bar: tqdm[Any] | None = None
         self._shown = 0.0
+        self._reports = ExitStack()  # step reports of the module, while it predicts
 
     @override
     def disable(self) -> None:
@@ -78,6 +80,7 @@ class ProgressBar(callbacks.ProgressBar):
         return self.show and time.perf_counter() - self._shown >= (REFRESH if self.terminal else self.every)
 
     def _end(self) -> None:
+        self._reports.close()
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -133,7 +136,7 @@ class ProgressBar(callbacks.ProgressBar):
             if self._is_due():
                 self._advance(self._at, {"step": f"{done}/{steps}"})
 
-        pl_module.on_step = on_step  # type: ignore[assignment]
+        self._reports.enter_context(pl_module.step_reports(on_step))  # type: ignore[operator]
 
     @override
     def on_predict_batch_end(

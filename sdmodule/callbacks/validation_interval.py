@@ -8,13 +8,14 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from sdmodule.training.loop_state import schedule_validation
+
 
 class ValidationInterval(Callback):
-    """Validate after every so many optimizer steps, over all epochs.
+    """Validate every ``steps`` optimizer steps, counted over all epochs.
 
-    Lightning counts batches, of which a step at the end of an epoch may have fewer than another: so it is told after
-    each batch whether this is one to validate behind. A checkpoint keeps that, for a training that goes on with another
-    interval.
+    Lightning counts batches, and the last step of an epoch may have fewer than the others. So after each batch
+    it is told whether to validate. Checkpoints keep the answer, for a training that resumes with another interval.
 
     Args:
         steps: optimizer steps between validations.
@@ -28,7 +29,7 @@ class ValidationInterval(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
-        self._tell(trainer, self.reached)
+        schedule_validation(trainer, self.reached)
 
     @override
     def on_train_batch_end(
@@ -38,14 +39,7 @@ class ValidationInterval(Callback):
         if stepped:
             self._step = trainer.global_step
             self.reached = trainer.enable_validation and self._step % self.steps == 0
-        self._tell(trainer, stepped and self.reached)
-
-    @staticmethod
-    def _tell(trainer: Trainer, now: bool) -> None:
-        progress = trainer.fit_loop.epoch_loop.batch_progress
-        # Lightning counts those of the epoch, unless it is told to look at no epoch's end
-        batches = (progress.total if trainer.check_val_every_n_epoch is None else progress.current).ready
-        trainer.val_check_batch = batches if now else batches + 1  # Lightning validates after multiples of it
+        schedule_validation(trainer, stepped and self.reached)
 
     @override
     def state_dict(self) -> dict[str, Any]:

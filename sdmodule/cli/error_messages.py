@@ -1,47 +1,48 @@
-"""What a command says of a wrong input: one sentence, whoever found it."""
+"""Errors as a command reports them: one sentence on what is wrong and what to do, whoever raised it."""
 
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import resources
 from pathlib import Path
 
 from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sdmodule.cli.config_keys import top_level_keys
 from sdmodule.errors import SettingsError, unwritable
 
+OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|ALLOC_FAILED")
+WORKER_DIED = re.compile(r"DataLoader worker \(pid")
 
-@contextmanager
-def report_composition_errors(at_work: Callable[[], bool]) -> Iterator[None]:
-    """Tell in a sentence what Hydra has no error of its own for: a folder of a sweep, a group of no text.
-
-    Args:
-        at_work: whether Hydra is still putting the settings together.
-
-    Raises:
-        SettingsError: instead of an error of another kind.
-    """
-    try:
-        yield
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:  # Hydra makes a sweep's folder itself
-        raise unwritable(Path(str(error.filename)), error.strerror) from error
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        if not at_work() or isinstance(error, (SettingsError, HydraException, OmegaConfBaseException)):
-            raise
-        raise SettingsError(
-            f"these settings cannot be put together: {one_line(error)}; --cfg job shows all."
-        ) from error
+PREDICT_MEMORY = (
+    ("batch_size", 1, "batch_size={} to 1"),
+    ("precision", "16-mixed", "precision={} to 16-mixed on a GPU"),
+    ("height", None, "height and width"),
+)
+TRAIN_MEMORY = (
+    ("data.batch_size", 1, "data.batch_size={} to 1, with trainer.accumulate_grad_batches as much larger"),
+    ("trainer.precision", "16-mixed", "trainer.precision={} to 16-mixed on a GPU"),
+    ("cache", "", "what is computed, with cache=latents"),
+    ("resolution", None, "resolution={}"),
+)
+"""Settings that save memory, cheapest first: the key, the value that cannot be lowered, the advice."""
 
 
 @contextmanager
 def report_user_errors(config_name: str, always: bool = False) -> Iterator[None]:
-    """End the process with one sentence for a wrong input; with the traceback where HYDRA_FULL_ERROR=1 asks for it."""
+    """End the process with one sentence for bad input, exit status 1, and with 130 for Ctrl-C.
+
+    Args:
+        config_name: primary configuration of the command.
+        always: hide the traceback even if ``HYDRA_FULL_ERROR=1`` asks for it.
+    """
     try:
         yield
     except (SettingsError, HydraException, OmegaConfBaseException) as error:
@@ -49,27 +50,101 @@ def report_user_errors(config_name: str, always: bool = False) -> Iterator[None]
             raise
         print(f"error: {explain(error, config_name)}", file=sys.stderr)
         sys.exit(1)
+    except BrokenPipeError:  # whoever read the output has stopped, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
 def explain(error: Exception, config_name: str) -> str:
-    """Say in one line what was wrong; for an unknown key, which key was probably meant."""
+    """An error's message in one line; for an unknown key, with the key that was probably meant."""
     unknown = re.search(r"Could not override '([^']+)'", str(error))
     if unknown is None:
         return one_line(error).partition(" Config search path:")[0].removeprefix(f"In '{config_name}': ")
-    source = (resources.files("sdmodule.conf") / f"{config_name}.yaml").read_text(encoding="utf-8")
-    keys = re.findall(r"^(?:  - )?(\w+):", source, re.MULTILINE)
-    close = difflib.get_close_matches(unknown[1], keys, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(unknown[1], top_level_keys(config_name), n=1, cutoff=0.5)
     meant = f"did you mean {close[0]}? " if close else ""
     return f"there is no key {unknown[1]}; {meant}--cfg job shows all keys."
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message without line breaks, and without the traceback of a process that loaded data.
+    """An error's message without line breaks, and without the traceback of a worker process that raised it.
 
-    What a file from elsewhere has in it may be named there, so nothing is left that a terminal takes for a command.
+    The message may quote a file, so characters that a terminal would act on are replaced.
     """
     line = " ".join(str(error).rpartition("SettingsError: ")[2].split())
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line)
+
+
+@contextmanager
+def report_composition_errors(is_composing: Callable[[], bool]) -> Iterator[None]:
+    """Turn what goes wrong while Hydra composes the configuration into a sentence.
+
+    Args:
+        is_composing: whether Hydra is still composing.
+
+    Raises:
+        SettingsError: instead of an error that Hydra has no type for.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:  # Hydra makes a sweep's folder itself
+        raise unwritable(Path(str(error.filename)), error.strerror) from error
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        if not is_composing() or isinstance(error, (SettingsError, HydraException, OmegaConfBaseException)):
+            raise
+        raise SettingsError(
+            f"these settings cannot be composed: {one_line(error)}; --cfg job shows all settings."
+        ) from error
+
+
+@contextmanager
+def report_resource_errors(cfg: DictConfig) -> Iterator[None]:
+    """Turn a lack of memory, of disk space or of access rights into a sentence that says what to do.
+
+    Args:
+        cfg: settings of the run, for the advice.
+
+    Raises:
+        SettingsError: instead of the error of torch or of the operating system.
+    """
+    import torch
+
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or OUT_OF_MEMORY.search(str(error)):
+            advice = ", then ".join(memory_advice(cfg))
+            raise SettingsError(f"out of memory; lower, in this order: {advice}.") from error
+        if WORKER_DIED.search(str(error)):
+            raise SettingsError(
+                "a data loading process died, probably out of memory; resume with ckpt_path=last and data.num_workers="
+                f"{max(0, OmegaConf.select(cfg, 'data.num_workers', default=0) // 2)}."
+            ) from error
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise SettingsError(
+                f"{error.filename or cfg.output_dir}: cannot be written ({error.strerror}); free some disk space or "
+                "choose another output_dir; files written before are complete."
+            ) from error
+        if error.filename is None:
+            raise
+        raise SettingsError(
+            f"{error.filename}: cannot be read or written ({error.strerror}); choose another path or change its "
+            "permissions."
+        ) from error
+
+
+def memory_advice(cfg: DictConfig) -> list[str]:
+    """Settings to lower to save memory, cheapest first."""
+    advice = []
+    for key, lowest, text in TRAIN_MEMORY if "ckpt_path" in cfg else PREDICT_MEMORY:
+        value = OmegaConf.select(cfg, key)
+        if (value == lowest and lowest is not None) or (key == "cache" and value):
+            continue
+        advice.append(text.format(value))
+    return advice

@@ -1,4 +1,4 @@
-"""What the configuration names is built: the one place beside the commands that knows Hydra."""
+"""Objects built from nodes of the configuration: the one wrapper around `hydra.utils.instantiate`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from lightning import Trainer
 
 EXTRAS = ("bitsandbytes", "deepspeed", "mlflow", "tensorboard")
-"""Packages that some settings need and that are installed only by their extra."""
+"""Packages that some settings need and that only an extra of sdmodule installs."""
 
 
 def build_trainer(cfg: DictConfig) -> Trainer:
-    """Build callbacks and loggers, and the trainer that has them."""
+    """The trainer of a command, with its callbacks and loggers."""
     callbacks = build_entries(cfg, "callbacks")
     if cfg.get("cache"):
         callbacks.append(instantiate(cfg.cache))
@@ -30,10 +30,14 @@ def build_trainer(cfg: DictConfig) -> Trainer:
 
 
 def build_entries(cfg: DictConfig, group: str) -> list[Any]:
-    """Build every entry of a group that has several, or none; one that is null is left out.
+    """All callbacks or all loggers; an entry that is null is left out.
+
+    Args:
+        cfg: composed configuration of a command.
+        group: ``callbacks`` or ``logger``.
 
     Raises:
-        SettingsError: for settings of an entry that was not chosen, such as an experiment may have.
+        SettingsError: for an entry that is no callback or logger, or has settings but was not chosen.
     """
     from lightning import Callback
     from lightning.pytorch.loggers import Logger
@@ -41,29 +45,31 @@ def build_entries(cfg: DictConfig, group: str) -> list[Any]:
     node = cfg.get(group)
     built = {name: entry for name, entry in instantiate(node).items() if entry is not None} if node else {}
     for name, entry in built.items():
-        if not isinstance(entry, (Callback, Logger, dict)):
-            raise SettingsError(
-                f"{group}.{name}={entry} is not allowed; give its settings, or take {name} out of {group}."
-            )
         if isinstance(entry, dict):
             raise SettingsError(
-                f"{group}.{name} has settings, {', '.join(entry)}, and {group} does not name it; add {name} to "
-                f"{group}=[…], or take the settings out with ~{group}.{name}."
+                f"{group}.{name} has settings ({', '.join(entry)}) but is not chosen; add {name} to {group}=[…], or "
+                f"remove the settings with ~{group}.{name}."
             )
+        if not isinstance(entry, (Callback, Logger)):
+            raise SettingsError(f"{group}.{name}={entry}: must be settings; set those, or remove {name} from {group}.")
     return list(built.values())
 
 
 def instantiate(node: DictConfig, **extra: Any) -> Any:
-    """Build what a node of the configuration names, with plain lists and dictionaries as arguments.
+    """The object that a node of the configuration describes, its arguments plain lists and dictionaries.
+
+    Args:
+        node: settings with a ``_target_``, or a dictionary of such nodes.
+        extra: further arguments of the target.
 
     Raises:
-        SettingsError: for a value that is not given, and for settings that the target does not take.
+        SettingsError: for a missing value, and for settings that the target does not take.
     """
     try:
         settings = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
         return hydra.utils.instantiate(verbatim(settings), **extra, _convert_="all")
     except MissingMandatoryValue as error:
-        raise SettingsError(f"{error.full_key} is not given; add {error.full_key}=… to the command.") from error
+        raise SettingsError(f"{error.full_key} is missing; add {error.full_key}=… to the command.") from error
     except InstantiationException as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, SettingsError):
@@ -78,16 +84,16 @@ def instantiate(node: DictConfig, **extra: Any) -> Any:
                 f"{name}: these settings cannot be used: {one_line(error.__cause__)}"
             )
         raise (cause or error) from error
-    except (TypeError, ValueError, AttributeError) as error:  # Hydra's own, for what it cannot read
+    except (TypeError, ValueError, AttributeError) as error:  # raised by Hydra itself for what it cannot read
         name = node._get_full_key(None) if isinstance(node, DictConfig) else "settings"
         raise SettingsError(f"{name}: these settings cannot be used: {one_line(error)}") from error
 
 
 def unknown_argument(error: InstantiationException, name: str) -> SettingsError | None:
-    """What to do with a setting that a target does not take; None for an error of another kind."""
+    """The error for a setting that the target does not take; None if that is not what went wrong."""
     found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error.__cause__))
     if found is None:
         return None
     inner = re.search(r"full_key: (\S+)", str(error))
     key = ".".join([name, *([inner[1]] if inner else []), found[2]])
-    return SettingsError(f"{key} is no setting of {found[1]}; leave it out, or, where a file sets it, add ~{key}.")
+    return SettingsError(f"{key}: {found[1]} has no such setting; leave it out or, if a file sets it, add ~{key}.")

@@ -1,4 +1,4 @@
-"""Free text on the command line, kept from Hydra's grammar and from OmegaConf's."""
+"""Arguments of the command line as overrides that Hydra reads, with free text protected from its grammar."""
 
 from __future__ import annotations
 
@@ -10,72 +10,56 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from sdmodule.cli.config_keys import key_tags
 from sdmodule.errors import SettingsError
-
-FREE_TEXT = (
-    *("prompt", "negative_prompt", "image", "mask", "control", "from"),
-    *("data.prompt", "data.class_prompt", "data.shards", "data.val_shards"),
-    *("tuning.placeholder", "tuning.initializer"),
-)
-"""Keys whose values are what people write, not expressions of Hydra's."""
-
-PATHS = (
-    *("pretrained", "controlnet", "prompts", "ckpt_path", "output_dir", "cache.folder"),
-    *("components.unet", "components.vae", "components.text_encoder", "components.tokenizer", "components.scheduler"),
-    *("data.root", "data.val_root", "data.class_root", "data.made_in", "callbacks.export.folder"),
-    *("data.name", "data.split", "data.val_split", "data.subset", "data.image_column", "data.caption_column"),
-)
-"""Keys whose values are files and folders, or what a data set calls its parts, which Hydra may read where it can: a
-sweep may be over several of them."""
 
 MISSING = "???"
 """What OmegaConf takes for a value that is not given."""
-
-
-def quote_overrides(arguments: Sequence[str]) -> list[str]:
-    """Quote the values of free-text keys, so that they reach the configuration letter for letter.
-
-    A list in brackets stays a list, and ``null`` stays null. Paths that Hydra cannot read are quoted as well.
-
-    Example:
-        >>> quoted(["prompt=a cat, (fluffy:1.2)", "steps=20"])
-        ["prompt='a cat, (fluffy:1.2)'", 'steps=20']
-    """
-    return [_quoted(argument) for argument in _options_first(arguments)]
-
 
 WITH_A_VALUE = (
     *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
     "--experimental-rerun",
 )
-"""Options of Hydra's that are followed by their value."""
+"""Options of Hydra that are followed by their value."""
+
+
+def quote_overrides(arguments: Sequence[str]) -> list[str]:
+    """Overrides in which the values of text keys are quoted, so that they reach the configuration letter for letter.
+
+    The tags of `sdmodule.cli.config_keys` say which keys hold text. A list in brackets stays a list, and ``null`` stays
+    null. Paths and names are quoted only if Hydra cannot read them or would read a number.
+
+    Example:
+        >>> quote_overrides(["prompt=a cat, (fluffy:1.2)", "steps=20"])
+        ["prompt='a cat, (fluffy:1.2)'", 'steps=20']
+    """
+    return [_quote_override(argument) for argument in _options_first(arguments)]
 
 
 def _options_first(arguments: Sequence[str]) -> list[str]:
-    """Options such as ``-m`` before all settings: Hydra's parser takes settings in one place alone."""
+    """Options such as ``-m`` before all overrides: Hydra's parser wants the overrides in one block."""
     options: list[str] = []
-    settings: list[str] = []
+    overrides: list[str] = []
     for before, argument in zip(["", *arguments], arguments, strict=False):
-        is_setting = before not in WITH_A_VALUE and re.match(r"[^-=][^=]*=|~", argument)
-        (settings if is_setting else options).append(argument)
-    return options + settings
+        is_override = before not in WITH_A_VALUE and re.match(r"[^-=][^=]*=|~", argument)
+        (overrides if is_override else options).append(argument)
+    return options + overrides
 
 
-def _quoted(argument: str) -> str:
+def _quote_override(argument: str) -> str:
     key, equals, value = argument.partition("=")
-    if not equals:
-        return argument
-    if key.lstrip("+") in PATHS and not _is_path(argument):
-        return f"{key}={_in_quotes(value)}"
-    if key.lstrip("+") not in FREE_TEXT or value == "null" or _is_list(value):
-        return argument
-    return f"{key}={_literal(value)}"
+    tag = key_tags().get(key.lstrip("+")) if equals else None
+    if tag == "text" and value != "null" and not _is_list(value):
+        return f"{key}={_quote_verbatim(value)}"
+    if tag in ("path", "name") and not _reads_as_text(argument):
+        return f"{key}={_quote(value)}"
+    return argument
 
 
-def _is_path(argument: str) -> bool:
-    """Whether Hydra's grammar has a meaning for an argument, and it is no number.
+def _reads_as_text(argument: str) -> bool:
+    """Whether Hydra's grammar reads an override, and not as a number.
 
-    It has none for ``ckpt_path=step=500.ckpt``, and a folder may be called 2024.
+    It does not read ``ckpt_path=step=500.ckpt``, and a folder may be called 2024.
     """
     try:
         value = OverridesParser.create().parse_override(argument).value()
@@ -84,92 +68,23 @@ def _is_path(argument: str) -> bool:
     return not isinstance(value, (int, float))
 
 
-def _literal(text: str) -> str:
-    """A text in Hydra's grammar, letter for letter whatever it is."""
+def _quote_verbatim(text: str) -> str:
+    """Any text in Hydra's grammar, with no meaning to OmegaConf either."""
     if text == MISSING:
         return f"""'${{oc.select:_,"{MISSING}"}}'"""
-    # In OmegaConf's grammar a backslash is itself unless it stands before "${".
-    return _in_quotes(re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text))
+    # OmegaConf takes a backslash literally unless it stands before "${".
+    return _quote(re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text))
 
 
-def _in_quotes(text: str) -> str:
-    """A text in Hydra's grammar, in which OmegaConf still finds what ``${`` means to it."""
-    # In Hydra's grammar a backslash is itself unless it stands before a quote.
+def _quote(text: str) -> str:
+    """A text in Hydra's grammar in which OmegaConf still resolves ``${…}``."""
+    # Hydra takes a backslash literally unless it stands before a quote.
     text = re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + (r"\'" if match[2] else ""), text)
     return f"'{text}'"
 
 
-def with_png_settings(arguments: Sequence[str]) -> list[str]:
-    """The arguments, quoted, behind the settings of the image that ``from=`` or ``--from`` names.
-
-    A key that is given beside it wins: its setting, or those of its whole group, are not taken from the image.
-
-    Raises:
-        SettingsError: if the image does not tell how it was made.
-    """
-    arguments = _without_option(arguments)
-    given = {argument.partition("=")[0].lstrip("+~") for argument in arguments}
-    [path] = [a.partition("=")[2] for a in arguments if re.match(r"\+*from=", a)][-1:] or [""]
-    if path in ("", "null"):
-        return quote_overrides(arguments)
-    from sdmodule.io.png_metadata import settings_from_png
-
-    settings = settings_from_png(path)
-    if given & {"prompts", "prompt", "num_images_per_prompt", "batch_size"}:  # then no batch is like the image's
-        given |= {"batch_size", "data.batch_row"}
-    if "prompts" in given:
-        given.add("prompt")
-    if "tomesd_cfg" in given:
-        given.add("tome")
-    if "speed" in given:
-        given |= _keys_of_presets(arguments)
-    needed = {"image", "mask"} if settings.get("model") == "inpaint" else set()
-    needed |= {"control"} if "controlnet" in settings else set()
-    if missing := needed - given - set(settings):
-        raise SettingsError(
-            f"from={path} was made from images, and the inputs/ of its run are not beside its folder; "
-            f"give {' and '.join(f'{name}=…' for name in sorted(missing))} too."
-        )
-    taken = {k: v for k, v in settings.items() if not given & {k, k.partition(".")[0], f"sampler.{k}"}}
-    return _options_first(
-        [*(f"{key}={_expression(value)}" for key, value in taken.items()), *quote_overrides(arguments)]
-    )
-
-
-def _keys_of_presets(arguments: Sequence[str]) -> set[str]:
-    """What the presets that are given set beside their own group; of a sweep, what any of them does."""
-    presets = {name for a in arguments if (given := re.match(r"\+*speed=(.*)", a)) for name in given[1].split(",")}
-    if presets <= {"exact", "rounding"}:
-        return {"precision"}
-    return {"steps", "sampler.scheduler", "tome", "precision"}
-
-
-def _without_option(arguments: Sequence[str]) -> list[str]:
-    """``--from IMAGE`` and ``--from=IMAGE`` as ``from=IMAGE``."""
-    rest, result = list(arguments), []
-    while rest:
-        argument = rest.pop(0)
-        if argument == "--from":
-            if not rest:
-                raise SettingsError("--from names no image; give --from IMAGE.png.")
-            argument = f"from={rest.pop(0)}"
-        result.append(argument.removeprefix("--") if argument.startswith("--from=") else argument)
-    return result
-
-
-def _expression(value: Any) -> str:
-    """A plain value in Hydra's grammar."""
-    if isinstance(value, str):
-        return _literal(value)
-    if isinstance(value, list):
-        return "[" + ",".join(map(_expression, value)) + "]"
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{_expression(item)}" for key, item in value.items()) + "}"
-    return json.dumps(value)
-
-
 def _is_list(value: str) -> bool:
-    """Whether the bracket that opens the value is closed by its last letter; ``[a] cat [b]`` is ordinary text."""
+    """Whether the opening bracket of a value is closed by its last character; ``[a] cat [b]`` is ordinary text."""
     if not value.startswith("[") or not value.endswith("]"):
         return False
     depth = 0
@@ -181,11 +96,80 @@ def _is_list(value: str) -> bool:
     return True
 
 
-def verbatim(value: Any) -> Any:
-    """Settings in which no text means anything to OmegaConf any more.
+def with_png_settings(arguments: Sequence[str]) -> list[str]:
+    """Quoted overrides, preceded by the settings of the image that ``from=`` or ``--from`` names.
 
-    ``hydra.utils.instantiate`` resolves what it is given once again, so a prompt with ``${x}`` or of ``???`` would not
-    survive it. Such a text becomes a node that Hydra builds: a call of ``json.loads``.
+    A key that is given as well wins: the setting, or the settings of the whole group, are not taken from the image.
+
+    Raises:
+        SettingsError: if the image does not hold its settings, or was made from other images that are not found.
+    """
+    arguments = _from_as_override(arguments)
+    given = {argument.partition("=")[0].lstrip("+~") for argument in arguments}
+    [path] = [a.partition("=")[2] for a in arguments if re.match(r"\+*from=", a)][-1:] or [""]
+    if path in ("", "null"):
+        return quote_overrides(arguments)
+    from sdmodule.io.png_metadata import settings_from_png
+
+    settings = settings_from_png(path)
+    if given & {"prompts", "prompt", "num_images_per_prompt", "batch_size"}:  # no batch is then like the image's
+        given |= {"batch_size", "data.batch_row"}
+    if "prompts" in given:
+        given.add("prompt")
+    if "tomesd_cfg" in given:
+        given.add("tome")
+    if "speed" in given:
+        given |= _keys_set_by_presets(arguments)
+    needed = {"image", "mask"} if settings.get("model") == "inpaint" else set()
+    needed |= {"control"} if "controlnet" in settings else set()
+    if missing := needed - given - set(settings):
+        raise SettingsError(
+            f"from={path}: the images it was made from are not in inputs/ beside its folder; add "
+            f"{' and '.join(f'{name}=…' for name in sorted(missing))}."
+        )
+    taken = {k: v for k, v in settings.items() if not given & {k, k.partition(".")[0], f"sampler.{k}"}}
+    return _options_first(
+        [*(f"{key}={_expression(value)}" for key, value in taken.items()), *quote_overrides(arguments)]
+    )
+
+
+def _from_as_override(arguments: Sequence[str]) -> list[str]:
+    """Arguments with ``--from IMAGE`` and ``--from=IMAGE`` written as ``from=IMAGE``."""
+    rest, result = list(arguments), []
+    while rest:
+        argument = rest.pop(0)
+        if argument == "--from":
+            if not rest:
+                raise SettingsError("--from: no image is given; use --from IMAGE.png.")
+            argument = f"from={rest.pop(0)}"
+        result.append(argument.removeprefix("--") if argument.startswith("--from=") else argument)
+    return result
+
+
+def _keys_set_by_presets(arguments: Sequence[str]) -> set[str]:
+    """Keys outside ``speed`` that the given presets set; in a sweep, those that any of them sets."""
+    presets = {name for a in arguments if (given := re.match(r"\+*speed=(.*)", a)) for name in given[1].split(",")}
+    if presets <= {"exact", "rounding"}:
+        return {"precision"}
+    return {"steps", "sampler.scheduler", "tome", "precision"}
+
+
+def _expression(value: Any) -> str:
+    """A plain value in Hydra's grammar."""
+    if isinstance(value, str):
+        return _quote_verbatim(value)
+    if isinstance(value, list):
+        return "[" + ",".join(map(_expression, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_expression(item)}" for key, item in value.items()) + "}"
+    return json.dumps(value)
+
+
+def verbatim(value: Any) -> Any:
+    """Settings that `hydra.utils.instantiate` passes on without resolving them once more.
+
+    Otherwise a prompt with ``${x}`` in it, or the prompt ``???``, would be lost. Such a text becomes a node that Hydra
+    builds: a call of ``json.loads``.
     """
     if isinstance(value, dict):
         return {key: verbatim(item) for key, item in value.items()}

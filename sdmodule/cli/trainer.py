@@ -1,4 +1,4 @@
-"""The Lightning trainer, with the machine and its own settings checked first."""
+"""The Lightning trainer that both commands use."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from typing_extensions import override
 from sdmodule.callbacks.finite_loss import STOP, NonFiniteLoss
 from sdmodule.callbacks.frozen_weights import CastFrozenWeights
 from sdmodule.callbacks.validation_interval import ValidationInterval
-from sdmodule.errors import SettingsError
-from sdmodule.ranges import check_whole
+from sdmodule.errors import SettingsError, check_int
 from sdmodule.training.checkpoint_io import AtomicCheckpointIO
 
 BF16_MIXED: Final = "bf16-mixed"
@@ -36,55 +35,55 @@ def make_trainer(
     callbacks: Sequence[Callback] = (),
     **settings: Any,
 ) -> Trainer:
-    """Build a trainer.
+    """A Lightning trainer, its settings checked against each other and against the machine.
 
     Args:
         accelerator: ``cpu`` or ``gpu``.
         max_steps: optimizer steps of the training.
-        val_check_interval: optimizer steps between validations, counted over epochs; a shorter training validates
+        val_check_interval: optimizer steps between validations, counted across epochs; a shorter training validates
             once, at its end.
-        accumulate_grad_batches: batches that make a step.
-        precision: one of Lightning's; or ``auto``: bf16-mixed where the device computes in bfloat16, else 32-true; or
-            ``auto-true``, to sample: bf16-true there, 16-true on a GPU that does not, else 32-true.
-        log_every_n_steps: optimizer steps between rows of the training's figures.
-        nan_loss: what becomes of a step whose loss is no number: ``stop`` or ``skip``.
-        callbacks: what goes along; a progress bar and checkpoints are made by these alone.
-        settings: any others of ``lightning.Trainer``.
+        accumulate_grad_batches: batches per optimizer step.
+        precision: one of Lightning's; or ``auto``: bf16-mixed if the device computes in bfloat16, else 32-true; or, for
+            sampling, ``auto-true``: bf16-true if it does, else 16-true on a GPU and 32-true on a CPU.
+        log_every_n_steps: optimizer steps between logged metrics.
+        nan_loss: what to do with a step whose loss is NaN or inf: ``stop`` or ``skip``.
+        callbacks: all callbacks; without one of the kind there are no checkpoints and no progress bar.
+        settings: further arguments of ``lightning.Trainer``.
 
     Raises:
-        SettingsError: for a GPU where there is none, and for settings that Lightning refuses.
+        SettingsError: if there is no GPU to use, or Lightning refuses the settings.
     """
     if accelerator == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
-        raise SettingsError("trainer=gpu needs a GPU and torch sees none on this machine; use trainer=cpu.")
-    check_whole("trainer.max_steps", max_steps)
-    check_whole("trainer.val_check_interval", val_check_interval)
-    check_whole("trainer.accumulate_grad_batches", accumulate_grad_batches)
-    check_whole("trainer.log_every_n_steps", log_every_n_steps)
+        raise SettingsError("trainer=gpu: torch finds no GPU on this machine; use trainer=cpu.")
+    check_int("trainer.max_steps", max_steps)
+    check_int("trainer.val_check_interval", val_check_interval)
+    check_int("trainer.accumulate_grad_batches", accumulate_grad_batches)
+    check_int("trainer.log_every_n_steps", log_every_n_steps)
     precision = resolve_precision(precision, accelerator)
     if "bf16" in str(precision) and not supports_bfloat16(accelerator):
         rank_zero_warn(
-            f"precision={precision}: this device emulates bfloat16, many times slower than float32; "
-            "precision=32-true is faster here."
+            f"precision={precision}: this device only emulates bfloat16, many times slower than float32; "
+            "use precision=32-true."
         )
     plugins = list(settings.pop("plugins", None) or [])
     strategy = str(settings.get("strategy"))
-    if "deepspeed" not in strategy:  # which writes checkpoints of its own kind
+    if "deepspeed" not in strategy:  # DeepSpeed writes its own checkpoints
         plugins.append(AtomicCheckpointIO())
-    own = "deepspeed" in strategy or "fsdp" in strategy  # these bring a precision of their own kind
-    if precision == BF16_MIXED and accelerator in ("cpu", "gpu") and not own:
+    own_precision = "deepspeed" in strategy or "fsdp" in strategy  # both come with their precision plugin
+    if precision == BF16_MIXED and accelerator in ("cpu", "gpu") and not own_precision:
         plugins.append(BFloat16Mixed("cpu" if accelerator == "cpu" else "cuda" if torch.cuda.is_available() else "mps"))
-    # a dry run validates at its end by itself
+    # Lightning's dry run validates at its end anyway
     interval = [] if settings.get("fast_dev_run") else [ValidationInterval(min(val_check_interval, max_steps))]
     try:
         return Trainer(
             accelerator=accelerator,
             max_steps=max_steps,
-            val_check_interval=val_check_interval,  # of batches, until `ValidationInterval` says when
+            val_check_interval=val_check_interval,  # in batches; `ValidationInterval` makes it steps
             check_val_every_n_epoch=None,
             accumulate_grad_batches=accumulate_grad_batches,
-            precision=None if any(isinstance(one, Precision) for one in plugins) else precision,  # type: ignore[arg-type]
+            precision=None if any(isinstance(plugin, Precision) for plugin in plugins) else precision,  # type: ignore[arg-type]
             log_every_n_steps=min(log_every_n_steps, max_steps),
-            # weights are whole again before any other callback validates or exports them
+            # first, so that weights are float32 again before any other callback validates or exports them
             callbacks=[CastFrozenWeights(), *callbacks, *interval, NonFiniteLoss(nan_loss)],
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
             enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
@@ -99,38 +98,25 @@ def make_trainer(
         raise SettingsError(f"trainer: Lightning refuses these settings: {' '.join(str(error).split())}") from error
 
 
-def check_training_precision(trainer: Trainer | None) -> None:
-    """Check that a trainer leaves the weights that it trains, and the images, in float32.
-
-    Raises:
-        SettingsError: if not.
-    """
-    precision = "" if trainer is None else str(trainer.precision)
-    if precision.endswith("-true") and precision != "32-true":
-        raise SettingsError(
-            f"trainer.precision={precision} is for sampling; train with 32-true, bf16-mixed, 16-mixed or auto."
-        )
-
-
 def resolve_precision(precision: str, accelerator: str) -> str:
-    """A precision under the name that Lightning has for it; what ``auto`` and ``auto-true`` are on a device."""
+    """Lightning's name of a precision, with ``auto`` and ``auto-true`` resolved for the device."""
     if precision == "auto":
         return BF16_MIXED if supports_bfloat16(accelerator) else "32-true"
     if precision == "auto-true":
         return "bf16-true" if supports_bfloat16(accelerator) else "16-true" if accelerator == "gpu" else "32-true"
-    if str(precision) in ("16", "bf16"):  # as older releases of Lightning named them
+    if str(precision) in ("16", "bf16"):  # the names of Lightning 1
         precision = f"{precision}-mixed"
     if precision == "16-mixed" and accelerator == "cpu":
-        rank_zero_warn(f"precision=16-mixed: a processor has none; {BF16_MIXED} is taken.")
+        rank_zero_warn(f"precision=16-mixed: not available on CPU; using {BF16_MIXED}.")
         return BF16_MIXED
     return precision
 
 
 class BFloat16Mixed(MixedPrecision):
-    """``bf16-mixed``, with gradients that can be clipped whatever the optimizer.
+    """``bf16-mixed`` in which gradients can be clipped with a fused optimizer too.
 
-    Lightning refuses to clip those of a fused optimizer in any mixed precision, since it would scale float16's back
-    itself. Those of bfloat16 are never scaled.
+    Lightning refuses this in every mixed precision, because a fused optimizer unscales float16 gradients itself.
+    bfloat16 gradients are never scaled.
 
     Args:
         device: ``cpu``, ``cuda`` or ``mps``.
@@ -145,7 +131,7 @@ class BFloat16Mixed(MixedPrecision):
 
     @override
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
-        """Scale gradients to a norm, as torch does, but not by 1 where to ask costs nothing."""
+        """Clip gradients as `torch.nn.utils.clip_grad_norm_` does, but on CPU skip the multiplication by 1."""
         weights = list(self.main_params(optimizer))
         norm = get_total_norm([weight.grad for weight in weights if weight.grad is not None])
         if norm.device.type == "cpu" and norm + 1e-6 <= clip_val:
@@ -154,8 +140,8 @@ class BFloat16Mixed(MixedPrecision):
 
 
 def supports_bfloat16(accelerator: str) -> bool:
-    """Whether the device multiplies in bfloat16 itself; most x86 processors before 2022 convert each number."""
+    """Whether the device multiplies in bfloat16 natively; most x86 CPUs from before 2022 convert every value."""
     if accelerator == "gpu":
         return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.10 does not tell
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.10 on
     return capabilities.get("architecture") != "x86_64" or capabilities["avx512_bf16"]

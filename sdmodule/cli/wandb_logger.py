@@ -1,4 +1,4 @@
-"""Weights & Biases: online with a key, offline without one, and never told more than it needs."""
+"""Weights & Biases: online with an API key, offline without one, and with nothing private in the run."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from sdmodule.io.redact import redact, shorten_home
 
 
 class PrivateWandbLogger(WandbLogger):
-    """Lightning's logger, which keeps to itself what W&B collects of the machine: paths, host, command line, source.
+    """Lightning's `WandbLogger` without what W&B collects about the machine: paths, host, command line, source code.
 
     Args:
-        project: where the run is filed.
+        project: W&B project of the run.
         save_dir: folder of the run; W&B makes ``wandb/`` in it.
-        log_model: log checkpoints and exports as artifacts, at the end; ``all`` logs every checkpoint at once.
-        group: runs that belong together; those of a sweep are given one.
+        log_model: true logs checkpoints and exports as artifacts at the end, ``all`` each checkpoint as it is saved.
+        group: W&B group of the run; the runs of a sweep get one.
         settings: of ``wandb.Settings``.
         others: of ``wandb.init``, such as ``name``, ``entity`` and ``tags``.
     """
@@ -38,7 +38,7 @@ class PrivateWandbLogger(WandbLogger):
         settings: Mapping[str, Any] | None = None,
         **others: Any,
     ) -> None:
-        # W&B reads its environment once a process; what has changed since then is told here
+        # W&B reads its environment once per process, so pass on what has changed since
         mode = others.pop("mode", None) or os.environ.get("WANDB_MODE")
         self.keyless = mode is None and not has_key(settings or {})
         private = {
@@ -60,10 +60,10 @@ class PrivateWandbLogger(WandbLogger):
             mode="offline" if self.keyless else mode,
             **redact(others),
         )
-        self._wandb_init.pop("anonymous")  # W&B warns of whoever names it
+        self._wandb_init.pop("anonymous")  # W&B warns about this argument
 
     def location(self) -> str:
-        """One line on where the run is to be found."""
+        """Where to find the run, in one line."""
         run = self.experiment
         if not getattr(run, "offline", False):
             return f"W&B: {run.url}" if getattr(run, "url", None) else ""
@@ -72,7 +72,7 @@ class PrivateWandbLogger(WandbLogger):
 
     @rank_zero_only
     def log_folder(self, folder: Path, name: str) -> None:
-        """Log a folder as an artifact, if models are to be logged."""
+        """Log a folder as an artifact, if ``log_model`` asks for it."""
         if not self._log_model:
             return
         artifact = wandb.Artifact(f"{name}-{self.experiment.id}", type="model")
@@ -90,9 +90,9 @@ def has_key(settings: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def wandb_run(output_dir: Path) -> Iterator[None]:
-    """A run of W&B within the block: it ends with it, and leaves nothing in the process.
+    """Finish the W&B run when the block ends, and leave nothing of it in the process.
 
-    What artifacts are made of is kept in the folder of the run and not in the home folder.
+    The files of artifacts are staged in the output folder instead of the home folder.
     """
     before = os.environ.get("WANDB_DATA_DIR")
     if before is None:
@@ -110,10 +110,10 @@ def wandb_run(output_dir: Path) -> Iterator[None]:
 
 
 def artifact_staging_dir(output_dir: Path) -> str:
-    """Where the files of artifacts wait for their upload.
+    """Folder in which the files of artifacts wait for their upload.
 
-    W&B writes the place into the file of the run. Linux can say it without naming the home folder, for as long as
-    ``wandb sync`` is called from the same folder as the run was.
+    W&B writes its path into the run file. On Linux a path relative to the current folder keeps the home folder out of
+    it; ``wandb sync`` must then be called from the folder that the run was started in.
     """
     if Path("/proc/self/cwd").exists() and output_dir.is_relative_to(Path.cwd()):
         return f"/proc/self/cwd/{output_dir.relative_to(Path.cwd())}/wandb"
@@ -121,7 +121,7 @@ def artifact_staging_dir(output_dir: Path) -> str:
 
 
 def hide_home(folder: Path) -> None:
-    """Take the home folder out of W&B's own logs of a run, which name every path."""
+    """Remove the home folder from the paths in W&B's own logs of a run."""
     for file in folder.glob("logs/*.log"):
         text = file.read_text(encoding="utf-8", errors="replace")
         if (short := shorten_home(text)) != text:

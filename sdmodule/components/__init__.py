@@ -1,1 +1,1 @@
-"""Checkpoints and what is loaded beside them: parts, adapters, ControlNets, learned words."""
+"""The parts of a checkpoint and what is loaded beside them: adapters, ControlNets, learned words."""

@@ -1,6 +1,6 @@
-"""Files of adapters: the layout of diffusers, and that of kohya's scripts, which AUTOMATIC1111's web UI reads.
+"""Adapter files in two layouts: that of diffusers, and that of kohya's scripts, which AUTOMATIC1111's web UI reads.
 
-Adapters come from strangers: they are read as safetensors alone, and each key must be known.
+Adapters are shared between strangers, so only safetensors files are read, and an unknown key is an error.
 """
 
 from __future__ import annotations
@@ -15,34 +15,35 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sdmodule.components.checkpoint import Components
-from sdmodule.components.lora_layers import DORA, LOHA, LOKR, LORA, Adapter, split_key
-from sdmodule.errors import SettingsError
+from sdmodule.components.lora_layers import DORA, LOHA, LOKR, LORA, METHODS, Adapter, split_key
+from sdmodule.errors import SettingsError, choices
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "kohya.safetensors"
 METADATA = "lora_adapter_metadata"
-"""Under which diffusers keeps the settings of peft in a file's header."""
+"""Header entry in which diffusers keeps the settings of peft."""
 
 MAGNITUDES = "lora_magnitude_vector"
-"""peft's name of the lengths that DoRA learns."""
+"""peft's name of the magnitudes that DoRA learns."""
 
 PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te"}
+KOHYA_PREFIXES = tuple(f"{prefix}_" for prefix in PREFIXES.values())
 KOHYA_NAMES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
 KOHYA_NAMES[MAGNITUDES] = "dora_scale"
-PEFT_NAMES = {kohya: own for own, kohya in KOHYA_NAMES.items()}
+PEFT_NAMES = {kohya: peft for peft, kohya in KOHYA_NAMES.items()}
 OLD_NAMES = {".lora.down.weight": ".lora_A.weight", ".lora.up.weight": ".lora_B.weight"}
-"""What diffusers called the factors before it had peft."""
+"""Names of the factors in diffusers before it used peft."""
 
 
 def write_diffusers(adapter: Adapter, folder: Path, dtype: str) -> None:
-    """Write the file that ``StableDiffusionPipeline.load_lora_weights`` looks for in a folder."""
+    """Write the file that ``StableDiffusionPipeline.load_lora_weights`` looks for, with weights of ``dtype``."""
     weights, settings = {}, {}
     for part in adapter.weights:
-        inside = "text_model." if part == "text_encoder" else ""  # transformers 5 leaves it out; others expect it
+        prefix = "text_model." if part == "text_encoder" else ""  # transformers 5 leaves it out; other tools expect it
         for key, value in adapter.weights[part].items():
-            # for text encoders diffusers hands the file to transformers, which knows DoRA's lengths by this name alone
-            end = ".weight" if inside and key.endswith(MAGNITUDES) else ""
-            weights[f"{part}.{inside}{key}{end}"] = value
+            # diffusers hands a text encoder's keys to transformers, which only knows DoRA's magnitudes by this name
+            suffix = ".weight" if prefix and key.endswith(MAGNITUDES) else ""
+            weights[f"{part}.{prefix}{key}{suffix}"] = value
         config = adapter.config(part).to_dict()
         for name in ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_dora"):
             value = config[name]
@@ -51,12 +52,12 @@ def write_diffusers(adapter: Adapter, folder: Path, dtype: str) -> None:
 
 
 def write_kohya(adapter: Adapter, folder: Path, dtype: str) -> None:
-    """Write the layout of kohya's scripts and of LyCORIS."""
+    """Write the layout of kohya's scripts and of LyCORIS, with weights of ``dtype``."""
     weights = {}
     for part in adapter.weights:
-        inside = "text_model_" if part == "text_encoder" else ""
+        prefix = f"{PREFIXES[part]}_text_model" if part == "text_encoder" else PREFIXES[part]
         for layer, factors in adapter.layers(part).items():
-            flat = f"{PREFIXES[part]}_{inside}{layer.replace('.', '_')}"
+            flat = f"{prefix}_{layer.replace('.', '_')}"
             for factor, value in factors.items():
                 if factor == MAGNITUDES:
                     value = value.reshape(len(value.flatten()), *[1] * (factors["lora_A.weight"].ndim - 1))
@@ -67,52 +68,51 @@ def write_kohya(adapter: Adapter, folder: Path, dtype: str) -> None:
 
 
 def _save(weights: dict[str, Tensor], file: Path, dtype: str, metadata: dict[str, str]) -> None:
-    typed = {key: value.to(getattr(torch, dtype)).contiguous() for key, value in weights.items()}
-    save_file(typed, file, metadata={"format": "pt", **metadata})
+    cast = {key: value.to(getattr(torch, dtype)).contiguous() for key, value in weights.items()}
+    save_file(cast, file, metadata={"format": "pt", **metadata})
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Weights and header of a ``.safetensors`` file.
+    """Tensors and header of a ``.safetensors`` file.
 
     Raises:
-        SettingsError: if it is none.
+        SettingsError: if it is missing, not a ``.safetensors`` file, or corrupt.
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise SettingsError(f"adapters: {path} was not found; give a .safetensors file, or the export of a training.")
+        raise SettingsError(
+            f"adapters={path}: not found; give a .safetensors file, or the export folder of a training run."
+        )
     if file.suffix != ".safetensors":
         raise SettingsError(
-            f"adapters: {path} is no .safetensors file, and any other may run code when it is read; convert it first."
+            f"adapters={path}: not a .safetensors file, and any other kind may run code when it is loaded; convert it."
         )
     try:
         with safe_open(file, "pt") as opened:
             return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
-        raise SettingsError(f"adapters: {path} cannot be read ({error}); give a whole .safetensors file.") from error
+        raise SettingsError(f"adapters={path}: cannot be read ({error}); download or export the file again.") from error
 
 
 def is_adapter(keys: Iterable[str]) -> bool:
-    """Whether the keys of a file are those of an adapter of low rank."""
-    return any(
-        key.startswith((*(f"{prefix}_" for prefix in PREFIXES.values()), "unet.", "text_encoder.")) for key in keys
-    )
+    """Whether a file's keys are those of a low-rank adapter, in either layout."""
+    return any(key.startswith((*KOHYA_PREFIXES, "unet.", "text_encoder.")) for key in keys)
 
 
 def to_adapter(tensors: dict[str, Tensor], header: dict[str, str], path: str | Path, parts: Components) -> Adapter:
-    """The adapter that a file of either layout holds.
+    """Parse an adapter file of either layout.
 
     Args:
-        tensors: of the file, as `read_tensors` gives them.
-        header: of the file.
+        tensors: tensors of the file, from `read_tensors`.
+        header: header of the file.
         path: the file, for messages.
-        parts: the model that it is for, whose layers' names tell what kohya's names mean.
+        parts: the model that it is for; its layers' names resolve kohya's, in which dots are underscores.
 
     Raises:
-        SettingsError: if the file holds anything that is not known.
+        SettingsError: if the file holds an unknown key or a layer that the model does not have.
     """
-    kohya = any(key.startswith(tuple(f"{prefix}_" for prefix in PREFIXES.values())) for key in tensors)
     adapter = Adapter(LORA, {}, {}, str(path))
-    if kohya:
+    if any(key.startswith(KOHYA_PREFIXES) for key in tensors):
         _read_kohya(tensors, adapter, parts)
     else:
         _read_diffusers(tensors, header, adapter)
@@ -126,12 +126,18 @@ def to_adapter(tensors: dict[str, Tensor], header: dict[str, str], path: str | P
 def _method(factors: set[str], path: str | Path) -> str:
     kinds = {factor.partition("_")[0] for factor in factors}
     if kinds == {"lora"}:
-        return DORA if "lora_magnitude_vector" in factors else LORA
+        return DORA if MAGNITUDES in factors else LORA
     if kinds == {"hada"}:
         return LOHA
     if kinds == {"lokr"}:
         return LOKR
-    raise SettingsError(f"adapters: {path} is no adapter of one known kind (lora, dora, loha or lokr).")
+    raise SettingsError(f"adapters={path}: not an adapter of a single method; give one of {choices(METHODS)}.")
+
+
+def _unknown_key(adapter: Adapter, key: str) -> SettingsError:
+    return SettingsError(
+        f"adapters={adapter.source}: unknown key {key}; give an adapter in the layout of diffusers or kohya's scripts."
+    )
 
 
 def _read_diffusers(tensors: dict[str, Tensor], header: dict[str, str], adapter: Adapter) -> None:
@@ -144,26 +150,28 @@ def _read_diffusers(tensors: dict[str, Tensor], header: dict[str, str], adapter:
         for old, new in OLD_NAMES.items():
             rest = rest.removesuffix(old) + new if rest.endswith(old) else rest
         if part not in PREFIXES or not split_key(rest)[1]:
-            raise SettingsError(f"adapters: {adapter.source} holds {key}, which is not known.")
+            raise _unknown_key(adapter, key)
         adapter.weights.setdefault(part, {})[rest] = value
     for part in adapter.weights:
         adapter.alphas[part] = _alphas(header, part, adapter)
 
 
 def _alphas(header: dict[str, str], part: str, adapter: Adapter) -> dict[str, float]:
-    """The alphas that a file of diffusers names in its header; without it each layer counts once."""
+    """Alpha of each layer, from the header of a diffusers file; empty without one, which means a factor of 1."""
     if METADATA not in header:
         return {}
     try:
         settings = json.loads(header[METADATA])
         common = float(settings[f"{part}.lora_alpha"])
-        # peft takes these names for patterns; a stranger's is not run, and those that are written are plain names
-        own = {name.replace("\\", ""): float(a) for name, a in settings[f"{part}.alpha_pattern"].items()}
+        # peft reads these names as regular expressions; a stranger's is never run, and those written are plain names
+        patterns = {name.replace("\\", ""): float(a) for name, a in settings[f"{part}.alpha_pattern"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise SettingsError(f"adapters: {adapter.source} has a header that cannot be read ({error}).") from error
+        raise SettingsError(
+            f"adapters={adapter.source}: the header cannot be read ({error}); export the file again."
+        ) from error
     alphas = {}
     for layer in adapter.layers(part):
-        alphas[layer] = next((alpha for name, alpha in own.items() if f".{layer}".endswith(f".{name}")), common)
+        alphas[layer] = next((alpha for name, alpha in patterns.items() if f".{layer}".endswith(f".{name}")), common)
     return alphas
 
 
@@ -173,20 +181,20 @@ def _read_kohya(tensors: dict[str, Tensor], adapter: Adapter, parts: Components)
         name, _, factor = key.partition(".")
         if name not in flat:
             raise SettingsError(
-                f"adapters: {adapter.source} adapts {name}, a layer that this model does not have; give one that was "
-                "trained on a model of this architecture."
+                f"adapters={adapter.source}: this model has no layer {name}; give an adapter that was trained on a "
+                "model of this architecture."
             )
         part, layer = flat[name]
         weights = adapter.weights.setdefault(part, {})
         if factor == "alpha":
             if value.numel() != 1:
-                raise SettingsError(f"adapters: {adapter.source} has no single number in {key}.")
+                raise SettingsError(f"adapters={adapter.source}: {key} must be a single number; export the file again.")
             adapter.alphas.setdefault(part, {})[layer] = float(value)
             continue
-        own = f"{layer}.{PEFT_NAMES.get(factor, factor)}"
-        if not split_key(own)[1]:
-            raise SettingsError(f"adapters: {adapter.source} holds {key}, which is not known.")
-        weights[own] = value
+        renamed = f"{layer}.{PEFT_NAMES.get(factor, factor)}"
+        if not split_key(renamed)[1]:
+            raise _unknown_key(adapter, key)
+        weights[renamed] = value
     for weights in adapter.weights.values():
         for key in weights:
             layer, factor = split_key(key)
@@ -195,15 +203,15 @@ def _read_kohya(tensors: dict[str, Tensor], adapter: Adapter, parts: Components)
 
 
 def _magnitudes(scale: Tensor, down: Tensor | None) -> Tensor:
-    """Lengths of a layer's outputs as peft shapes them: ``[out]``, or ``[1, out, 1, 1]`` of a convolution."""
+    """DoRA's magnitudes in the shape that peft expects: ``[out]``, or ``[1, out, 1, 1]`` for a convolution."""
     return scale.flatten() if down is None or down.ndim == 2 else scale.reshape(1, -1, *[1] * (down.ndim - 2))
 
 
 def _flat_names(parts: Components) -> Iterable[tuple[str, str, str]]:
-    """Each layer that can be adapted: its part, its name without dots, its name."""
+    """Layers that can be adapted, each as its part, its kohya name without the part's prefix, and its name."""
     for part in PREFIXES:
-        inside = "text_model_" if part == "text_encoder" else ""
+        prefix = "text_model_" if part == "text_encoder" else ""
         for layer, module in getattr(parts, part).named_modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)) or hasattr(module, "base_layer"):
                 short = layer.removeprefix("text_model.")
-                yield part, f"{inside}{short.replace('.', '_')}", layer
+                yield part, f"{prefix}{short.replace('.', '_')}", layer

@@ -1,9 +1,9 @@
-"""Adapters that a model samples with: of low rank, and learned words."""
+"""Adapters to sample with: low-rank adapters and learned words."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +11,22 @@ from torch import Tensor
 
 from sdmodule.components.adapter_file import DIFFUSERS_FILE, KOHYA_FILE, is_adapter, read_tensors, to_adapter
 from sdmodule.components.checkpoint import Components
-from sdmodule.components.learned_words import add_word
-from sdmodule.components.lora_layers import LOHA, LOKR, Adapter, attach_adapter, make_active, merge
-from sdmodule.errors import SettingsError, choices
-from sdmodule.training.textual_inversion import EMBEDDING_FILE
+from sdmodule.components.learned_words import EMBEDDING_FILE, add_word
+from sdmodule.components.lora_layers import LOHA, LOKR, Adapter, attach_adapter, merge_adapter, set_active_adapters
+from sdmodule.errors import SettingsError, build_settings, check_bool, check_number, choices
+from sdmodule.io.redact import shorten_home
 
-WHOLE = "emb_params"
-"""What AUTOMATIC1111's web UI calls the vectors of a word, whose name is then the file's."""
+UNNAMED_WORD = "emb_params"
+"""Key of a learned word in AUTOMATIC1111's web UI, which names the word after the file."""
 
 
 @dataclass(frozen=True)
 class AdapterChoice:
-    """An adapter to sample with.
+    """An adapter file and how strongly it is applied.
 
     Args:
-        path: a ``.safetensors`` file, or the folder that a training exported.
-        scale: how much it counts; below 0 it is turned round.
+        path: a ``.safetensors`` file, or the export folder of a training run.
+        scale: factor of the adapter's update; a negative one inverts it.
 
     Raises:
         SettingsError: for a value out of range.
@@ -37,72 +37,74 @@ class AdapterChoice:
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path:
-            raise SettingsError(f"adapters: path={self.path} is no path; give one of a .safetensors file.")
-        if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)) or not abs(self.scale) < 1e4:
-            raise SettingsError(f"adapters: scale={self.scale} is not allowed; give a number such as 0.8.")
+            raise SettingsError(f"adapters.path={self.path}: must be the path of a .safetensors file.")
+        check_number("adapters.scale", self.scale, above=-1e4, below=1e4)
 
     @property
     def file(self) -> Path:
-        """The file itself.
+        """Path of the file; in a folder, the first that is found under a known name.
 
         Raises:
             SettingsError: for a folder without one.
         """
-        place = Path(self.path).expanduser()
-        if not place.is_dir():
-            return place
+        path = Path(self.path).expanduser()
+        if not path.is_dir():
+            return path
         names = (DIFFUSERS_FILE, KOHYA_FILE, EMBEDDING_FILE)
         for name in names:
-            if (place / name).is_file():
-                return place / name
-        raise SettingsError(f"adapters: {self.path} holds none of {choices(names)}; give the path of a file.")
+            if (path / name).is_file():
+                return path / name
+        raise SettingsError(
+            f"adapters={self.path}: the folder holds none of {choices(names)}; give the path of a file."
+        )
 
 
 def parse_adapters(adapters: Sequence[Mapping[str, Any]] | None) -> list[AdapterChoice]:
-    """Adapters as a configuration names them.
+    """Parse the setting ``adapters``.
 
     Raises:
-        SettingsError: for anything else than a list of mappings with ``path`` and ``scale``.
+        SettingsError: if it is not a list of mappings with ``path`` and, optionally, ``scale``.
     """
     if isinstance(adapters, str):
-        raise SettingsError(f"adapters={adapters} is no list; give adapters=[{{path: {adapters}}}].")
+        raise SettingsError(f"adapters={adapters}: must be a list, such as adapters=[{{path: {adapters}}}].")
     chosen = []
     for one in adapters or []:
         if not isinstance(one, Mapping) or "path" not in one or one.keys() - {"path", "scale"}:
-            raise SettingsError(f"adapters has {one!r}; each is {{path: FILE, scale: 0.8}}.")
+            raise SettingsError(f"adapters={one!r}: each entry must have the form {{path: FILE, scale: 0.8}}.")
         chosen.append(AdapterChoice(**dict(one)))
     return chosen
 
 
 def use_adapters(parts: Components, chosen: Sequence[AdapterChoice], merged: bool) -> None:
-    """Put adapters on a model, in place, in order.
+    """Apply adapters to a model, in place and in order.
 
     Args:
         parts: the model.
-        chosen: which, and how much each counts.
-        merged: add them to the weights, which costs no time in sampling; otherwise they stand beside them.
+        chosen: the files and their scales.
+        merged: add them to the weights, which costs no time when sampling; otherwise they stay separate layers.
 
     Raises:
-        SettingsError: for a file that cannot be read or does not belong to this model; the model cannot be used then.
+        SettingsError: if a file cannot be read or does not fit this model, which is then half-adapted: discard it.
     """
-    beside: list[tuple[str, Adapter]] = []
+    unmerged: list[tuple[str, Adapter]] = []
     for number, one in enumerate(chosen):
         tensors, header = read_tensors(one.file)
         if not is_adapter(tensors):
             _add_word(parts, one, tensors)
             continue
         adapter = to_adapter(tensors, header, one.file, parts)
-        if not merged and beside and (kinds := {adapter.method, beside[0][1].method}) & {LOHA, LOKR} and len(kinds) > 1:
+        methods = {adapter.method, *(other.method for _, other in unmerged)}
+        if len(methods) > 1 and methods & {LOHA, LOKR}:
             raise SettingsError(
-                f"adapters: {choices(kinds)} cannot stand beside the same weights; set merge_adapters=true."
+                f"adapters={one.path}: {choices(methods)} cannot be combined unmerged; set merge_adapters=true."
             )
         name = f"adapter_{number}"
         attach_adapter(parts, adapter, one.scale, name)
         if merged:
-            merge(parts, name)
+            merge_adapter(parts, name)
         else:
-            beside.append((name, adapter))
-    make_active(parts, [name for name, _ in beside])
+            unmerged.append((name, adapter))
+    set_active_adapters(parts, [name for name, _ in unmerged])
 
 
 def _add_word(parts: Components, one: AdapterChoice, tensors: Mapping[str, Tensor]) -> None:
@@ -110,16 +112,55 @@ def _add_word(parts: Components, one: AdapterChoice, tensors: Mapping[str, Tenso
     name, vectors = next(iter(tensors.items())) if len(tensors) == 1 else ("", None)
     if vectors is None or vectors.ndim not in (1, 2):
         raise SettingsError(
-            f"adapters: {one.path} is neither an adapter of low rank (keys such as unet.… or lora_unet_…) nor a "
-            "learned word (one tensor)."
+            f"adapters={one.path}: neither a low-rank adapter (keys such as unet.… or lora_unet_…) nor a learned word "
+            "(one tensor); give one of these."
         )
     if vectors.shape[-1] != width or (vectors.ndim == 2 and not 1 <= len(vectors) <= 75):
         raise SettingsError(
-            f"adapters: the word of {one.path} has the shape {tuple(vectors.shape)} and this model takes 1 to 75 "
+            f"adapters={one.path}: the learned word has the shape {tuple(vectors.shape)}, and this model takes 1 to 75 "
             f"vectors of {width}; give one that was learned on a model of this architecture."
         )
     if one.scale != 1:
-        raise SettingsError(f"adapters: {one.path} is a learned word, which has no scale; leave scale={one.scale} out.")
-    placeholder = one.file.stem if name == WHOLE else name
+        raise SettingsError(f"adapters={one.path}: scale={one.scale} does not apply to a learned word; leave it out.")
+    placeholder = one.file.stem if name == UNNAMED_WORD else name
     vectors = vectors.float().reshape(-1, width)
     add_word(placeholder, vectors, parts.tokenizer, parts.text_encoder).requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """The adapters to sample with.
+
+    Args:
+        files: which, in order.
+        merge: add them to the weights, which costs no time in sampling; equal but for rounding.
+
+    Raises:
+        SettingsError: for a value out of range.
+    """
+
+    files: Sequence[AdapterChoice] = ()
+    merge: bool = False
+
+    def __post_init__(self) -> None:
+        check_bool("merge_adapters", self.merge)
+
+    @classmethod
+    def parse(cls, adapters: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> AdapterSettings:
+        """Adapters as a configuration names them: ``{"files": [{"path": …, "scale": …}], "merge": …}``, or the list.
+
+        Raises:
+            SettingsError: for anything else.
+        """
+        given = adapters if isinstance(adapters, Mapping) else {"files": adapters}
+        own = build_settings(cls, "adapters", given)
+        return replace(own, files=tuple(parse_adapters(own.files)))  # type: ignore[arg-type]
+
+    def plain(self) -> dict[str, Any]:
+        """In plain types, with ``~`` for the home folder; `parse` reads it."""
+        files = [{"path": shorten_home(one.path), "scale": one.scale} for one in self.files]
+        return {"files": files, "merge": self.merge}
+
+    def metadata(self) -> dict[str, Any]:
+        """What the metadata of an image says of its adapters."""
+        return {"adapters": self.plain()["files"], "merge_adapters": self.merge}

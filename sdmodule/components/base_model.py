@@ -1,4 +1,4 @@
-"""Which checkpoint a training starts from: its name, and what its weights are."""
+"""The checkpoint that a training run starts from, identified by fingerprints of its weights."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from sdmodule.errors import SettingsError, choices
 
 
 class BaseModel:
-    """The identity of a checkpoint, kept in the checkpoints of its training in the place of its weights.
+    """The identity of a base model, stored in training checkpoints instead of its frozen weights.
 
-    A copy elsewhere is the same base model, and another one under the same name is not. Parts that start from random
-    weights have no identity: what becomes of them is in the training's own checkpoints.
+    A copy in another place is the same base model; other weights under the same name are not. Parts that start from
+    random weights have no fingerprint: the training's own checkpoints hold them in full.
 
     Args:
-        parts: as they were loaded, before anything is put into them or trained.
-        scratch: names of those that are random.
+        parts: as loaded, before anything is added or trained.
+        scratch: names of the parts that start from random weights.
     """
 
     def __init__(self, parts: Components, scratch: Iterable[str] = ()) -> None:
         self.name = parts.source
         models: dict[str, nn.Module] = {name: getattr(parts, name) for name in MODELS if name not in set(scratch)}
-        # the parameters themselves: what training puts round them does not change what they are
+        # the parameters themselves: modules that training wraps around them do not change them
         self._weights = {name: dict(model.named_parameters()) for name, model in models.items()}
         self._fingerprints: dict[str, str] = {}
 
     def identify(self) -> dict[str, str]:
-        """A fingerprint of each part's weights, taken when it is first asked for; after that they may change."""
+        """Fingerprint of each part's weights, computed at the first call; the weights may change afterwards."""
         if self._weights:
             self._fingerprints = {name: weights_fingerprint(weights) for name, weights in self._weights.items()}
             self._weights = {}
@@ -44,30 +44,31 @@ class BaseModel:
         checkpoint["base_model"] = {"name": self.name, "fingerprints": self.identify()}
 
     def check(self, checkpoint: Mapping[str, Any]) -> None:
-        """Whether a checkpoint was trained on this base model.
+        """Check that a checkpoint was trained on this base model.
 
         Raises:
-            SettingsError: if not.
+            SettingsError: if it was trained on another one, or does not say.
         """
-        theirs = checkpoint.get("base_model")
-        if not isinstance(theirs, dict):
+        saved = checkpoint.get("base_model")
+        if not isinstance(saved, dict):
             raise SettingsError("the checkpoint does not say which base model it was trained on; give one that does.")
-        others = {name for name, own in self.identify().items() if theirs["fingerprints"].get(name, own) != own}
-        if others:
+        fingerprints = saved["fingerprints"]
+        different = {name for name, own in self.identify().items() if fingerprints.get(name, own) != own}
+        if different:
             raise SettingsError(
-                f"the checkpoint was trained on pretrained={theirs['name']}, and pretrained={self.name} of this run "
-                f"has other weights in {choices(others)}; give the base model that it was trained on."
+                f"pretrained={self.name}: the weights of {choices(different)} differ from those of "
+                f"pretrained={saved['name']}, which the checkpoint was trained on; give that base model."
             )
 
 
 def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """The fingerprint of weights, in the order of their names; the names are another's when a library changes them."""
+    """SHA-256 of weights in the order of their names; the names are left out, since libraries rename them."""
 
     def digest(weight: Tensor) -> bytes:
         content = weight.detach().cpu().contiguous()
-        own = hashlib.sha256(f"{content.dtype} {tuple(content.shape)}".encode())
-        own.update(content.reshape(-1).view(torch.uint8).numpy().data)
-        return own.digest()
+        hashed = hashlib.sha256(f"{content.dtype} {tuple(content.shape)}".encode())
+        hashed.update(content.reshape(-1).view(torch.uint8).numpy().data)
+        return hashed.digest()
 
     with ThreadPoolExecutor() as pool:
         return hashlib.sha256(b"".join(pool.map(digest, (weights[name] for name in sorted(weights))))).hexdigest()

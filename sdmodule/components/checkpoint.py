@@ -1,49 +1,47 @@
-"""What a checkpoint is: five parts, read from a folder, a hub id or a single file, and written as a folder."""
+"""The parts of a latent diffusion model, loaded from a diffusers folder, a hub id or a single file."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-from safetensors.torch import save_file
+from huggingface_hub import hf_hub_download
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 
 from sdmodule.components.schedulers import make_scheduler
-from sdmodule.conditioning.inpaint import is_inpaint_unet
-from sdmodule.errors import SettingsError, choices
-
-ASSETS = Path(__file__).parent / "assets"
-EMBEDDED = {"tiny": "tiny", "tiny-inpaint": "tiny"}
-"""Checkpoints that the package contains; the parts that one does not have itself are those of the other."""
+from sdmodule.components.single_file import load_single_file
+from sdmodule.components.source import INDEX, Source, find_source, folder_with_part, is_single_file, local_folder
+from sdmodule.errors import SettingsError, check_choice
 
 MODELS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 PARTS = (*MODELS, "tokenizer", "scheduler")
 GUIDANCE_SCALE = 7.5
-"""Stable Diffusion's usual guidance."""
+"""Stable Diffusion's usual guidance scale."""
 
 SAMPLING = "sampling.json"
-"""File of a checkpoint's folder that says how it is sampled best; diffusers does not read it."""
-
-SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
+"""File in a checkpoint's folder with its recommended guidance scale; diffusers ignores it."""
 
 
 @dataclass
 class Components:
-    """The five parts of a latent diffusion model (Rombach et al. 2022).
+    """The parts of a latent diffusion model (Rombach et al. 2022).
 
     Attributes:
-        source: the name that they came from.
-        guidance_scale: how strongly it is guided if nothing else is said; a folder says so in ``sampling.json``.
-        controlnet: a ControlNet beside the UNet, if there is one; no part of the checkpoint.
+        unet: the denoiser.
+        vae: the autoencoder between images and latents.
+        text_encoder: from tokens to the embeddings that the UNet attends to.
+        tokenizer: from prompts to tokens.
+        scheduler: a scheduler of diffusers, with the checkpoint's noise schedule.
+        source: the name the checkpoint was given by.
+        guidance_scale: default guidance scale; a checkpoint's folder sets it in ``sampling.json``.
+        controlnet: a ControlNet beside the UNet, or None; not part of the checkpoint.
+        origin: how the model was named beside its source (revision, adapters and so on), in plain types.
     """
 
     unet: UNet2DConditionModel
@@ -54,24 +52,22 @@ class Components:
     source: str
     guidance_scale: float = GUIDANCE_SCALE
     controlnet: Any = None
+    origin: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_timesteps(self) -> int:
+        """Timesteps of the noise schedule."""
+        return len(self.scheduler.alphas_cumprod)
+
+    @property
+    def resolution(self) -> int:
+        """Side in pixels of the images that the checkpoint was made for."""
+        return self.unet.config.sample_size * self.pixels_per_latent
 
     @property
     def pixels_per_latent(self) -> int:
-        """Side in pixels of what one latent stands for: 8 for Stable Diffusion."""
+        """Downsampling factor of the VAE, 8 for Stable Diffusion."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where parts are read from: a local folder, or a repository on the hub."""
-
-    location: str
-    revision: str | None = None
-    variant: str | None = None
-
-    def options(self, part: str) -> dict[str, Any]:
-        """Keyword arguments with which ``from_pretrained`` finds ``part``."""
-        return {"subfolder": part, "revision": self.revision}
 
 
 def load_components(
@@ -82,7 +78,7 @@ def load_components(
     components: Mapping[str, str] | None = None,
     scratch: Iterable[str] = (),
 ) -> Components:
-    """Read a checkpoint.
+    """Load a checkpoint.
 
     Args:
         pretrained: ``tiny``, a diffusers folder, a hub id, or a ``.safetensors``/``.ckpt`` file of the original layout.
@@ -92,199 +88,111 @@ def load_components(
         scratch: parts that keep their architecture and start from random weights.
 
     Raises:
-        SettingsError: when anything of it cannot be read; nothing is left half-loaded.
+        SettingsError: if any part cannot be read.
     """
     replaced = {name: path for name, path in (components or {}).items() if path}
-    for name in (*replaced, *scratch):
-        if name not in PARTS:
-            raise SettingsError(f"{name!r} is no part of a checkpoint; the parts are {choices(PARTS)}.")
-    if Path(pretrained).suffix in SINGLE_FILE_SUFFIXES:
+    for name in replaced:
+        check_choice("components", name, PARTS)
+    for name in scratch:
+        check_choice("scratch", name, PARTS)
+    if is_single_file(pretrained):
         parts = _load_file(pretrained)
     else:
-        source = _find(pretrained, revision, variant)
-        wanted = [name for name in PARTS if name not in replaced]
-        parts = {name: _load(name, source, name in scratch) for name in wanted}
+        source = find_source(pretrained, revision, variant)
+        parts = {name: _load(name, source, name in scratch) for name in PARTS if name not in replaced}
     for name, path in replaced.items():
         parts[name] = load_part(name, path, name in scratch, f"components.{name}")
     wanted_width, width = parts["unet"].config.cross_attention_dim, parts["text_encoder"].config.hidden_size
     if wanted_width != width:
         raise SettingsError(
-            f"the text encoder's hidden states are {width} wide and the UNet of pretrained={pretrained} attends to "
+            f"pretrained={pretrained}: the text encoder's hidden states are {width} wide and the UNet attends to "
             f"{wanted_width}; give components.text_encoder and components.unet that belong together."
         )
-    return Components(**parts, source=pretrained, guidance_scale=_usual_guidance(pretrained))
+    return Components(**parts, source=pretrained, guidance_scale=_default_guidance(pretrained))
 
 
-def _usual_guidance(pretrained: str) -> float:
-    """The guidance scale that a local checkpoint names as its own, or Stable Diffusion's."""
-    file = _folder(pretrained) / SAMPLING
+def load_part(name: str, pretrained: str, scratch: bool = False, key: str = "pretrained") -> Any:
+    """Load one part from its own folder or from a checkpoint.
+
+    Args:
+        name: one of `PARTS`.
+        pretrained: the folder of the part, or anything `load_components` takes.
+        scratch: keep the architecture and start from random weights.
+        key: the setting that named the place, for messages.
+
+    Raises:
+        SettingsError: if it cannot be read.
+    """
+    if is_single_file(pretrained):
+        return _load_file(pretrained, key)[name]
+    folder = Path(pretrained).expanduser()
+    if folder.is_dir() and not (folder / INDEX).is_file() and not (folder / name).is_dir():
+        return _load(name, Source(str(folder.parent), f"{key}={pretrained}"), scratch, subfolder=folder.name)
+    return _load(name, find_source(pretrained, whole=False, key=key), scratch)
+
+
+def _default_guidance(pretrained: str) -> float:
+    """Guidance scale of a local checkpoint's ``sampling.json``, or Stable Diffusion's."""
+    file = local_folder(pretrained) / SAMPLING
     if not file.is_file():
         return GUIDANCE_SCALE
     try:
         return float(json.loads(file.read_text())["guidance_scale"])
     except (ValueError, KeyError, TypeError) as error:
         raise SettingsError(
-            f'{file} cannot be read ({error}); write {{"guidance_scale": 7.5}}, or remove it.'
-        ) from error
-
-
-def _folder(pretrained: str) -> Path:
-    """Where an embedded checkpoint or a local folder is."""
-    return ASSETS / pretrained if pretrained in EMBEDDED else Path(pretrained).expanduser()
-
-
-def load_part(name: str, pretrained: str, scratch: bool = False, key: str = "pretrained") -> Any:
-    """Read one part from its own folder or from a checkpoint, as the setting ``key`` says.
-
-    With ``scratch`` only its architecture is kept.
-    """
-    if Path(pretrained).suffix in SINGLE_FILE_SUFFIXES:
-        return _load_file(pretrained, key)[name]
-    own = Path(pretrained).expanduser()
-    if own.is_dir() and not (own / "model_index.json").is_file() and not (own / name).is_dir():
-        return _load(name, Source(str(own.parent)), scratch, subfolder=own.name)
-    return _load(name, _find(pretrained, checkpoint=False, key=key), scratch)
-
-
-def save_components(parts: Components, folder: str | Path, dtype: str = "float32") -> None:
-    """Write a folder that diffusers' pipeline of its kind reads; ``dtype`` is that of its weights."""
-    folder = Path(folder)
-    for name in PARTS:
-        save_part(name, getattr(parts, name), folder, dtype)
-    pipeline = "StableDiffusionInpaintPipeline" if is_inpaint_unet(parts.unet) else "StableDiffusionPipeline"
-    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__}
-    index["requires_safety_checker"] = False
-    index |= {name: _library_and_class(getattr(parts, name)) for name in PARTS}
-    index |= {name: [None, None] for name in ("safety_checker", "feature_extractor", "image_encoder")}
-    (folder / SAMPLING).write_text(json.dumps({"guidance_scale": parts.guidance_scale}) + "\n")
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def save_part(name: str, part: Any, folder: str | Path, dtype: str = "float32") -> None:
-    """Write one part to ``folder/name``."""
-    place = Path(folder) / name
-    if name not in MODELS:
-        part.save_pretrained(place)
-        if name == "tokenizer":
-            part.backend_tokenizer.model.save(str(place))  # vocab.json and merges.txt, which older readers ask for
-        return
-    if name == "text_encoder":
-        weights = {key: value.to(getattr(torch, dtype)).contiguous() for key, value in part.state_dict().items()}
-        part.config.save_pretrained(place)
-        # transformers 5 leaves out the prefix that every other reader of these files expects.
-        prefixed = {key if key.startswith("text_model.") else f"text_model.{key}": v for key, v in weights.items()}
-        save_file(prefixed, place / "model.safetensors", metadata={"format": "pt"})
-    else:
-        save_model(part, place, dtype)
-
-
-def save_model(model: Any, place: str | Path, dtype: str = "float32") -> None:
-    """Write a model of diffusers' into a folder of its own."""
-    config_file = Path(place) / "config.json"
-    model.save_config(place)
-    config = json.loads(config_file.read_text())
-    config.pop("_name_or_path", None)  # where it was read from is nobody else's business
-    config_file.write_text(json.dumps(config, indent=2) + "\n")
-    weights = {key: value.to(getattr(torch, dtype)).contiguous() for key, value in model.state_dict().items()}
-    save_file(weights, Path(place) / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-
-
-def _library_and_class(part: Any) -> list[str]:
-    return [type(part).__module__.split(".")[0], type(part).__name__]
-
-
-def _find(
-    pretrained: str,
-    revision: str | None = None,
-    variant: str | None = None,
-    checkpoint: bool = True,
-    key: str = "pretrained",
-) -> Source:
-    """Tell an embedded checkpoint, a folder and a hub id apart, and check that it is a checkpoint."""
-    folder = _folder(pretrained)
-    if folder.is_dir():
-        if checkpoint and not (folder / "model_index.json").is_file():
-            raise SettingsError(
-                f"{key}={pretrained} is a folder without model_index.json; "
-                "give the folder of a whole diffusers checkpoint."
-            )
-        return Source(str(folder), None, variant)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", pretrained) or pretrained.startswith("."):
-        raise SettingsError(
-            f"{key}={pretrained} was not found; give {choices(EMBEDDED)}, a diffusers folder, a hub id "
-            "such as owner/name, or a .safetensors or .ckpt file."
-        )
-    if not isinstance(try_to_load_from_cache(pretrained, "model_index.json", revision=revision), str):
-        _ask_hub(pretrained, revision, key)
-    return Source(pretrained, revision, variant)
-
-
-def _ask_hub(pretrained: str, revision: str | None, key: str) -> None:
-    """Ask once whether the hub has a checkpoint: a download would ask for half a minute where there is no network."""
-    try:
-        get_hf_file_metadata(hf_hub_url(pretrained, "model_index.json", revision=revision))
-    except Exception as error:  # the hub's, the system's or those of the HTTP client that the hub's package has today
-        raise SettingsError(
-            f"{key}={pretrained} is neither a local folder nor to be had from the hub ({type(error).__name__}); "
-            f"with the weights already on disk give their folder: {key}=/path/to/folder."
+            f'pretrained={pretrained}: {file} cannot be read ({error}); write {{"guidance_scale": 7.5}}, or remove it.'
         ) from error
 
 
 def _load(name: str, source: Source, scratch: bool = False, subfolder: str | None = None) -> Any:
-    """Read one part of a folder or hub id, with one clear sentence when it is missing or broken."""
-    source = _owner(source, subfolder or name)
-    options: dict[str, Any] = {"subfolder": subfolder or name, "revision": source.revision}
-    place = f"{source.location}/{options['subfolder']}"
-    folder = Path(source.location)
-    if folder.is_dir() and not Path(place).is_dir():
-        raise SettingsError(f"the part {name} is missing: no folder {place}; add it, or set components.{name}.")
+    """Load one part of a folder or hub repository; ``subfolder`` is where, if not under its own name."""
+    subfolder = subfolder or name
+    location = folder_with_part(source, subfolder)
+    options: dict[str, Any] = {"subfolder": subfolder, "revision": source.revision}
+    folder = Path(location)
+    if folder.is_dir() and not (folder / subfolder).is_dir():
+        raise SettingsError(
+            f"{source.setting}: no folder {folder / subfolder}, so the part {name} is missing; "
+            f"add it, or set components.{name}."
+        )
     try:
         if name == "scheduler":
-            config = folder / options["subfolder"] / "scheduler_config.json"
+            config = folder / subfolder / "scheduler_config.json"
             if not folder.is_dir():
-                config = Path(
-                    hf_hub_download(source.location, "scheduler/scheduler_config.json", revision=source.revision)
-                )
+                config = Path(hf_hub_download(location, "scheduler/scheduler_config.json", revision=source.revision))
             return make_scheduler(None, json.loads(config.read_text()))
         if name == "tokenizer":
-            return CLIPTokenizer.from_pretrained(source.location, **options)
-        model = MODELS[name]
+            return CLIPTokenizer.from_pretrained(location, **options)
         if scratch:
-            return _from_scratch(name, source, options)
-        return model.from_pretrained(
-            source.location, variant=source.variant, use_safetensors=True, torch_dtype=torch.float32, **options
+            return _from_scratch(name, location, options)
+        return MODELS[name].from_pretrained(
+            location, variant=source.variant, use_safetensors=True, torch_dtype=torch.float32, **options
         )
     except SettingsError:
         raise
     except Exception as error:  # a broken file ends in any of them; tokenizers raises Exception itself
         reason = " ".join(str(error).split())[:200]
-        raise SettingsError(f"the part {name} of {source.location} cannot be read: {reason}") from error
+        raise SettingsError(
+            f"{source.setting}: the part {name} cannot be read ({reason}); restore it, or set components.{name}."
+        ) from error
 
 
-def _owner(source: Source, part: str) -> Source:
-    """Where a part is: an embedded checkpoint has some of its parts from another."""
-    folder = Path(source.location)
-    if folder.parent != ASSETS or (folder / part).is_dir():
-        return source
-    return Source(str(ASSETS / EMBEDDED[folder.name]))
-
-
-def _from_scratch(name: str, source: Source, options: dict[str, Any]) -> Any:
+def _from_scratch(name: str, location: str, options: dict[str, Any]) -> Any:
     model = MODELS[name]
     if name == "text_encoder":
-        encoder = model(model.config_class.from_pretrained(source.location, **options))
-        _part_words(encoder)
+        encoder = model(model.config_class.from_pretrained(location, **options))
+        _spread_embeddings(encoder)
         return encoder
-    return model.from_config(model.load_config(source.location, **options))
+    return model.from_config(model.load_config(location, **options))
 
 
 @torch.no_grad()
-def _part_words(encoder: CLIPTextModel) -> None:
-    """Start the words of a new text encoder far apart.
+def _spread_embeddings(encoder: CLIPTextModel) -> None:
+    """Initialise the embeddings of a new text encoder further apart than CLIP does.
 
-    CLIP starts them within 0.02 of each other. Trained on images alone, words of similar images then soon move as
-    one: after 5,000 steps of the embedded model, "circle" and "square" were 1% apart for the UNet. Started like this
-    they are 41% apart after 800.
+    CLIP draws them with a standard deviation of 0.02. Trained on images alone, the words of similar images then
+    collapse onto each other: after 5,000 steps of the embedded model, the UNet saw "circle" and "square" 1% apart.
+    With this initialisation they are 41% apart after 800 steps.
     """
     for module in encoder.modules():
         if isinstance(module, CLIPTextEmbeddings):
@@ -295,7 +203,5 @@ def _part_words(encoder: CLIPTextModel) -> None:
 def _load_file(path: str, key: str = "pretrained") -> dict[str, Any]:
     file = Path(path).expanduser()
     if not file.is_file():
-        raise SettingsError(f"{key}={path} was not found; give the path of a .safetensors or .ckpt file.")
-    from sdmodule.components.single_file import load_single_file
-
+        raise SettingsError(f"{key}={path}: not found; give the path of a .safetensors or .ckpt file.")
     return load_single_file(file)

@@ -1,27 +1,27 @@
-"""Words that a text encoder learned later (Gal et al. 2022, "An Image is Worth One Word")."""
+"""Words learned by textual inversion (Gal et al. 2022, "An Image is Worth One Word")."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from sdmodule.errors import SettingsError
 
-if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTokenizer
+EMBEDDING_FILE = "learned_embeds.safetensors"
+"""File that diffusers looks for in a folder."""
 
 
-class LearnedWords(nn.Module):
-    """The embedding of a text encoder with more words behind its own.
+class ExtendedEmbedding(nn.Module):
+    """Token embedding of a text encoder, extended by learned vectors.
 
     Args:
-        words: the embedding, which stays as it is.
-        first: token of the first new word.
-        vectors: of the new words, ``[n, D]``.
+        words: the original embedding, left as it is.
+        first: token id of the first learned vector.
+        vectors: initial values of the learned vectors, ``[n, D]``.
     """
 
     def __init__(self, words: nn.Module, first: int, vectors: Tensor) -> None:
@@ -32,67 +32,71 @@ class LearnedWords(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The vectors of the new words, which tell others dtype and device."""
+        """The learned vectors; transformers reads dtype and device from here."""
         return self.learned
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Vectors of tokens ``[B, L]``: ``[B, L, D]``."""
-        new = F.embedding((tokens - self.first).clamp(min=0, max=len(self.learned) - 1), self.learned)
-        old = self.words(tokens.clamp(max=self.first - 1))
-        return torch.where((tokens >= self.first).unsqueeze(-1), new.to(old.dtype), old)
+        """Embeddings ``[B, L, D]`` of token ids ``[B, L]``."""
+        learned = F.embedding((tokens - self.first).clamp(min=0, max=len(self.learned) - 1), self.learned)
+        original = self.words(tokens.clamp(max=self.first - 1))
+        return torch.where((tokens >= self.first).unsqueeze(-1), learned.to(original.dtype), original)
 
 
 def vectors_of(text: str, count: int, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> Tensor:
-    """The vectors of a text's tokens, again from the first where there are fewer than ``count``: ``[count, D]``.
+    """Embeddings ``[count, D]`` of a text's tokens, repeated from the first if there are fewer than ``count``.
 
     Raises:
-        SettingsError: for a text of more tokens.
+        SettingsError: for a text of no tokens, or of more than ``count``.
     """
     tokens = tokenizer(text, add_special_tokens=False).input_ids
     if not 1 <= len(tokens) <= count:
         raise SettingsError(
-            f"{text!r} has {len(tokens)} tokens and {count} vectors should start from them; give a text of 1 to "
-            f"{count} tokens, or more vectors."
+            f"tuning.initializer={text}: has {len(tokens)} tokens for {count} vectors; give a text of 1 to {count} "
+            "tokens, or raise tuning.vectors."
         )
     chosen = torch.tensor([tokens[k % len(tokens)] for k in range(count)], device=text_encoder.device)
     return text_encoder.get_input_embeddings()(chosen).detach().clone()
 
 
-def add_word(placeholder: str, vectors: Tensor, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> LearnedWords:
-    """Teach a model a word, in place: ``placeholder`` in a prompt stands for all of its vectors.
+def add_word(
+    placeholder: str, vectors: Tensor, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel
+) -> ExtendedEmbedding:
+    """Add a word to tokenizer and text encoder, in place: in a prompt, ``placeholder`` stands for all its vectors.
 
     Args:
         placeholder: the word, such as ``<my-cat>``.
         vectors: ``[n, D]``.
-        tokenizer: gets a token for each vector: ``<my-cat>``, ``<my-cat>_1``, …
-        text_encoder: gets the vectors.
+        tokenizer: receives one token for each vector: ``<my-cat>``, ``<my-cat>_1``, …
+        text_encoder: receives the vectors.
 
     Returns:
-        The embedding, with the vectors as its parameter ``learned``.
+        The extended embedding, with the vectors as its parameter ``learned``.
 
     Raises:
-        SettingsError: for a word that the model has, or that a prompt could not hold.
+        SettingsError: for a word that is in the vocabulary already, or that has characters of the prompt syntax.
     """
     if not re.fullmatch(r"[^\s():\\]+", placeholder):
-        raise SettingsError(f"{placeholder!r} cannot stand in a prompt as one word; give one such as <my-cat>.")
+        raise SettingsError(f"placeholder={placeholder}: cannot be one word of a prompt; give one such as <my-cat>.")
     names = [placeholder, *(f"{placeholder}_{k}" for k in range(1, len(vectors)))]
     vocabulary = tokenizer.get_vocab()
     for name in names:
         if name in vocabulary or f"{name.lower()}</w>" in vocabulary:
-            raise SettingsError(f"{name} is a word that the model has already; give a new one, such as <{name}-new>.")
+            raise SettingsError(
+                f"placeholder={name}: already in the vocabulary; give a new word, such as <{name}-new>."
+            )
     first = len(tokenizer)
     tokenizer.add_tokens(names)
-    embedding = LearnedWords(text_encoder.get_input_embeddings(), first, vectors.to(text_encoder.device))
+    embedding = ExtendedEmbedding(text_encoder.get_input_embeddings(), first, vectors.to(text_encoder.device))
     text_encoder.set_input_embeddings(embedding)
     return embedding
 
 
-def tokens_of_words(tokenizer: CLIPTokenizer) -> dict[int, list[int]]:
-    """For the first token of each learned word of several vectors, the tokens of all of them."""
+def multi_vector_tokens(tokenizer: CLIPTokenizer) -> dict[int, list[int]]:
+    """Tokens of each learned word that has several vectors, by its first token."""
     added = tokenizer.get_added_vocab()
-    spread = {}
+    words = {}
     for name, token in added.items():
         others = [added[f"{name}_{k}"] for k in range(1, len(added)) if f"{name}_{k}" in added]
         if others:
-            spread[token] = [token, *others]
-    return spread
+            words[token] = [token, *others]
+    return words

@@ -1,4 +1,4 @@
-"""Adapters of low rank: what one is, and how it is put on a model and taken from it."""
+"""Low-rank adapters of a model (LoRA, DoRA, LoHa, LoKr): extract, attach, activate and merge them with peft."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ LORA, DORA, LOHA, LOKR = METHODS = ("lora", "dora", "loha", "lokr")
 TRAINED = "default"
 """peft's name of the adapter that is trained."""
 
-RANK_IS_ROWS_OF = {LORA: ("lora_A.weight",), LOHA: ("hada_w1_b",), LOKR: ("lokr_w2_b", "lokr_w1_b")}
-RANK_IS_ROWS_OF[DORA] = RANK_IS_ROWS_OF[LORA]
+RANK_FACTORS = {LORA: ("lora_A.weight",), LOHA: ("hada_w1_b",), LOKR: ("lokr_w2_b", "lokr_w1_b")}
+RANK_FACTORS[DORA] = RANK_FACTORS[LORA]
+"""Factors with as many rows as the rank."""
 
 _FACTOR = re.compile(r"\.(lora_[AB]\.weight|lora_magnitude_vector|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?)$")
 
 
 @dataclass
 class Adapter:
-    """An adapter of the UNet, and of the text encoder if it has one.
+    """A low-rank adapter of the UNet, the text encoder, or both.
 
     Attributes:
-        method: one of :data:`METHODS`.
-        weights: for ``unet`` and ``text_encoder``, each factor under its layer: ``mid_block….to_q.lora_A.weight``.
-        alphas: for each part, the layers' alpha: an adapter counts ``alpha / rank`` times. A layer that is not here
-            counts once.
+        method: one of `METHODS`.
+        weights: for ``unet`` and ``text_encoder``, factors by key, such as ``mid_block….to_q.lora_A.weight``.
+        alphas: for each part, alpha by layer; the update is scaled by ``alpha / rank``, or by 1 for a layer without.
         source: where it came from, for messages.
     """
 
@@ -45,7 +45,7 @@ class Adapter:
     source: str = ""
 
     def layers(self, part: str) -> dict[str, dict[str, Tensor]]:
-        """The factors of each layer of a part, by layer and by the factor's name."""
+        """Factors of a part, by layer and then by the factor's name."""
         layers: dict[str, dict[str, Tensor]] = {}
         for key, value in self.weights[part].items():
             layer, factor = split_key(key)
@@ -53,26 +53,26 @@ class Adapter:
         return layers
 
     def rank(self, factors: dict[str, Tensor]) -> int | None:
-        """Rank of a layer's factors; None for a Kronecker product of two whole matrices, which has none."""
-        for name in RANK_IS_ROWS_OF[self.method]:
+        """Rank of a layer's factors; None for a Kronecker product of two full matrices."""
+        for name in RANK_FACTORS[self.method]:
             if name in factors:
                 return factors[name].shape[0]
         return None
 
     def config(self, part: str) -> PeftConfig:
-        """What peft needs to know of a part's layers."""
+        """Configuration of peft for the layers of a part."""
         ranks, alphas = {}, {}
         for layer, factors in self.layers(part).items():
             rank = self.rank(factors)
-            # a rank as large as the layer makes peft keep both matrices of a Kronecker product whole
+            # a rank as large as the layer makes peft keep both matrices of a Kronecker product full
             ranks[layer] = rank or max(max(factor.shape) for factor in factors.values())
             alphas[layer] = self.alphas.get(part, {}).get(layer, ranks[layer])
         rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
         settings: dict[str, Any] = {
             "r": rank,
             "target_modules": list(ranks),
-            "rank_pattern": {re.escape(layer): own for layer, own in ranks.items() if own != rank},
-            "alpha_pattern": {re.escape(layer): own for layer, own in alphas.items() if own != alpha},
+            "rank_pattern": {re.escape(layer): value for layer, value in ranks.items() if value != rank},
+            "alpha_pattern": {re.escape(layer): value for layer, value in alphas.items() if value != alpha},
         }
         if self.method in (LORA, DORA):
             return LoraConfig(lora_alpha=alpha, use_dora=self.method == DORA, **settings)
@@ -84,13 +84,13 @@ def _most_common(values: Any) -> Any:
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """A factor's key as its layer and its own name."""
+    """Layer and factor name of a key; the factor name is empty if the key is not a factor's."""
     found = _FACTOR.search(key)
     return (key[: found.start()], found[1]) if found else (key, "")
 
 
 def extract_adapter(parts: Components, method: str, name: str = TRAINED) -> Adapter:
-    """The adapter that is on a model."""
+    """Copy the adapter called ``name`` from a model to the CPU."""
     weights, alphas = {}, {}
     for part in ("unet", "text_encoder"):
         model = getattr(parts, part)
@@ -99,9 +99,9 @@ def extract_adapter(parts: Components, method: str, name: str = TRAINED) -> Adap
             continue
         state = get_peft_model_state_dict(model, adapter_name=name)
         weights[part] = {key: value.detach().cpu().clone() for key, value in state.items()}
-        alphas[part] = {layer: float(_alpha(found, name)) for layer, found in layers.items()}
+        alphas[part] = {layer: float(_alpha(module, name)) for layer, module in layers.items()}
     adapter = Adapter(method, weights, alphas, parts.source)
-    _count_whole_products_once(adapter, parts, name)
+    _fold_scale_into_full_products(adapter, parts, name)
     return adapter
 
 
@@ -109,28 +109,34 @@ def _alpha(layer: Any, name: str) -> float:
     return layer.lora_alpha[name] if hasattr(layer, "lora_alpha") else layer.alpha[name]
 
 
-def _count_whole_products_once(adapter: Adapter, parts: Components, name: str) -> None:
-    """Where a Kronecker product has no rank to divide alpha by, scale its first matrix: so other tools read it."""
+def _fold_scale_into_full_products(adapter: Adapter, parts: Components, name: str) -> None:
+    """Scale the first matrix of each Kronecker product without a rank: other tools ignore alpha there."""
     for part in adapter.weights:
-        found = dict(_adapted(getattr(parts, part), name))
+        modules = dict(_adapted(getattr(parts, part), name))
         for layer, factors in adapter.layers(part).items():
             if adapter.rank(factors) is None:
-                factors["lokr_w1"].mul_(found[layer].scaling[name])
+                factors["lokr_w1"].mul_(modules[layer].scaling[name])
                 del adapter.alphas[part][layer]
 
 
 def _adapted(model: nn.Module, name: str) -> Iterator[tuple[str, Any]]:
-    """Layers that have an adapter of this name."""
-    for place, layer in model.named_modules():
+    """Layers with an adapter called ``name``, and their paths in the model."""
+    for path, layer in model.named_modules():
         if isinstance(layer, BaseTunerLayer) and name in layer.r:  # type: ignore[attr-defined]
-            yield place, layer
+            yield path, layer
 
 
 def attach_adapter(parts: Components, adapter: Adapter, scale: float, name: str) -> None:
-    """Put an adapter beside the weights of a model, in place; nothing of it is trained.
+    """Add an adapter to a model as frozen layers beside its weights, in place.
+
+    Args:
+        parts: the model.
+        adapter: what to add.
+        scale: factor of its update.
+        name: peft's name for it.
 
     Raises:
-        SettingsError: if the file's layers, factors or shapes are not those of this model.
+        SettingsError: if the adapter's layers, factors or shapes do not fit this model.
     """
     for part in adapter.weights:
         model = getattr(parts, part)
@@ -140,7 +146,7 @@ def attach_adapter(parts: Components, adapter: Adapter, scale: float, name: str)
             inject_adapter_in_model(adapter.config(part), model, name)
         except ValueError as error:
             raise SettingsError(
-                f"adapters: {adapter.source} cannot be put on this model's {part}: {' '.join(str(error).split())}"
+                f"adapters={adapter.source}: does not fit the {part} ({' '.join(str(error).split())}); give another."
             ) from error
         expected = get_peft_model_state_dict(model, adapter_name=name)
         _check_factors(adapter, part, expected)
@@ -151,11 +157,11 @@ def attach_adapter(parts: Components, adapter: Adapter, scale: float, name: str)
 
 
 def _check_layers(adapter: Adapter, part: str, model: nn.Module) -> None:
-    have = dict(model.named_modules())
-    unknown = [layer for layer in adapter.layers(part) if layer not in have]
+    existing = dict(model.named_modules())
+    unknown = [layer for layer in adapter.layers(part) if layer not in existing]
     if unknown:
         raise SettingsError(
-            f"adapters: {adapter.source} adapts {len(unknown)} layers that this model's {part} does not have, such as "
+            f"adapters={adapter.source}: adapts {len(unknown)} layers that this model's {part} does not have, such as "
             f"{unknown[0]}; give one that was trained on a model of this architecture."
         )
 
@@ -164,22 +170,24 @@ def _check_factors(adapter: Adapter, part: str, expected: dict[str, Tensor]) -> 
     given = adapter.weights[part]
     if missing := sorted(expected.keys() - given.keys()):
         raise SettingsError(
-            f"adapters: {adapter.source} lacks {len(missing)} weights, such as {missing[0]} of {part}; it is not whole."
+            f"adapters={adapter.source}: {len(missing)} missing keys, such as {missing[0]} of {part}; "
+            "download or export the file again."
         )
-    if unused := sorted(given.keys() - expected.keys()):
+    if unexpected := sorted(given.keys() - expected.keys()):
         raise SettingsError(
-            f"adapters: {adapter.source} holds {len(unused)} weights without a use, such as {unused[0]} of {part}."
+            f"adapters={adapter.source}: {len(unexpected)} unexpected keys, such as {unexpected[0]} of {part}; "
+            "give one that was trained on a model of this architecture."
         )
     for key, value in given.items():
         if value.shape != expected[key].shape:
             raise SettingsError(
-                f"adapters: {adapter.source} has {key} of {part} in the shape {tuple(value.shape)} and this model "
-                f"takes {tuple(expected[key].shape)}; give one that was trained on a model of this architecture."
+                f"adapters={adapter.source}: {key} of {part} has the shape {tuple(value.shape)} and this model takes "
+                f"{tuple(expected[key].shape)}; give one that was trained on a model of this architecture."
             )
 
 
-def make_active(parts: Components, names: list[str]) -> None:
-    """Use these adapters, each where it is."""
+def set_active_adapters(parts: Components, names: list[str]) -> None:
+    """Activate these adapters, and no others, in every layer that has them."""
     for part in (parts.unet, parts.text_encoder):
         for module in part.modules():
             if isinstance(module, BaseTunerLayer):
@@ -188,12 +196,12 @@ def make_active(parts: Components, names: list[str]) -> None:
 
 
 @torch.no_grad()
-def merge(parts: Components, name: str) -> None:
-    """Add an adapter to the weights that it stands beside, and take it away."""
+def merge_adapter(parts: Components, name: str) -> None:
+    """Add an adapter to the model's weights and remove its layers."""
     for part in (parts.unet, parts.text_encoder):
-        for place, layer in list(_adapted(part, name)):
+        for path, layer in list(_adapted(part, name)):
             layer.merge(adapter_names=[name])
-            parent, _, child = place.rpartition(".")
+            parent, _, child = path.rpartition(".")
             setattr(part.get_submodule(parent), child, layer.get_base_layer())
         if hasattr(part, "peft_config"):
             del part.peft_config

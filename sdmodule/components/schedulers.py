@@ -1,4 +1,4 @@
-"""Noise schedulers of diffusers, by name or by configuration."""
+"""Build a scheduler of diffusers from a short name, a class name or settings."""
 
 from __future__ import annotations
 
@@ -23,22 +23,26 @@ SHORT_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "lms": ("LMSDiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),
 }
-"""Names that people type, with the class and the settings they stand for."""
+"""Short names, each with the class and the settings that it stands for."""
 
 KNOWN = {member.name for member in KarrasDiffusionSchedulers} & set(dir(diffusers))
-"""diffusers' classes that work with Stable Diffusion's noise schedule."""
+"""Scheduler classes of diffusers that work with Stable Diffusion's noise schedule."""
 
 CLASSES = sorted(name for name in KNOWN if issubclass(getattr(diffusers, name), SchedulerMixin))
-"""Those of them that are there: diffusers has an empty one in the place of what needs a package that is not."""
+"""The available ones: diffusers puts an empty class where an optional dependency is missing."""
 
 
 def resolve(wanted: str | Mapping[str, Any] | None, base: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The name of the class that `make_scheduler` builds, and the settings that replace the checkpoint's.
+    """Class name of the scheduler that `make_scheduler` builds, and the settings that override the checkpoint's.
 
-    The two say again what was wanted: ``make_scheduler({"name": name, **settings}, base)`` builds the same.
+    ``make_scheduler({"name": class_name, **settings}, base)`` builds the same scheduler.
+
+    Args:
+        wanted: see `make_scheduler`.
+        base: see `make_scheduler`.
 
     Raises:
-        SettingsError: for a name that is not known.
+        SettingsError: for an unknown name, or one that needs a package that is not installed.
     """
     settings = dict(wanted) if isinstance(wanted, Mapping) else {"name": wanted}
     name = settings.pop("name", None) or base.get("_class_name", "DDIMScheduler")
@@ -46,12 +50,12 @@ def resolve(wanted: str | Mapping[str, Any] | None, base: Mapping[str, Any]) -> 
     if class_name in KNOWN and class_name not in CLASSES:
         missing = [package for package in getattr(diffusers, class_name)._backends if find_spec(package) is None]
         raise SettingsError(
-            f"scheduler={name} needs {choices(missing)}, which is not installed; install it, or give "
+            f"scheduler={name}: needs {choices(missing)}, which is not installed; install it, or choose one of "
             f"{choices(SHORT_NAMES)}."
         )
     if class_name not in CLASSES:
         raise SettingsError(
-            f"scheduler={name} is not known; give {choices(SHORT_NAMES)}, or a class: {choices(CLASSES)}."
+            f"scheduler={name}: unknown; choose one of {choices(SHORT_NAMES)}, or a class: {choices(CLASSES)}."
         )
     return class_name, {**preset, **settings}
 
@@ -60,12 +64,12 @@ def make_scheduler(wanted: str | Mapping[str, Any] | None, base: Mapping[str, An
     """Build a scheduler on the noise schedule of a checkpoint.
 
     Args:
-        wanted: a short name or a class of diffusers; or ``{"name": …}`` with settings that replace the checkpoint's;
-            or None for the checkpoint's own scheduler.
+        wanted: a short name, or the name of a diffusers class; or ``{"name": …}`` with settings that override the
+            checkpoint's; or None for the checkpoint's own scheduler.
         base: configuration of the checkpoint's scheduler (betas, prediction type and the rest).
 
     Raises:
-        SettingsError: for a name or a setting that is not known.
+        SettingsError: for an unknown name or setting.
     """
     class_name, settings = resolve(wanted, base)
     scheduler_class = getattr(diffusers, class_name)
@@ -74,7 +78,7 @@ def make_scheduler(wanted: str | Mapping[str, Any] | None, base: Mapping[str, An
     if unknown:
         name = (wanted.get("name") if isinstance(wanted, Mapping) else wanted) or class_name
         raise SettingsError(
-            f"scheduler {name} has no setting {choices(unknown)}; its settings are {choices(allowed - {'self'})}."
+            f"scheduler={name}: unknown settings {choices(unknown)}; its settings are {choices(allowed - {'self'})}."
         )
-    # the class in the configuration is what a copy of this scheduler is made from
+    # a copy of this scheduler is built from the class named in its configuration
     return scheduler_class.from_config({**base, "_class_name": class_name}, **settings)

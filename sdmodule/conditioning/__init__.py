@@ -1,1 +1,1 @@
-"""What the denoiser is told: prompts as embeddings."""
+"""What the denoiser is given beside the latents: text embeddings, masks, control images."""

@@ -1,79 +1,36 @@
-"""A control image to residuals: a ControlNet beside the UNet (Zhang et al. 2023)."""
+"""Control images, and the residuals that a ControlNet computes from them for the UNet (Zhang et al. 2023)."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ControlNetModel
 from PIL import Image
 from torch import Tensor
 
+from sdmodule.components.checkpoint import Components
 from sdmodule.conditioning.canny import canny_edges
 from sdmodule.conditioning.masked_image import read_image
 from sdmodule.errors import SettingsError
 
-if TYPE_CHECKING:
-    from sdmodule.components.checkpoint import Components
-
-EMBEDDING_CHANNELS = (16, 32, 96, 256)
-"""Widths of the layers that bring a control image to the latents' size, each half as high and wide."""
-
-
-def from_unet(parts: Components) -> ControlNetModel:
-    """A ControlNet that starts as the encoder of the UNet and adds nothing (Zhang et al. 2023, section 3.1)."""
-    halvings = len(parts.vae.config.block_out_channels) - 1
-    channels = EMBEDDING_CHANNELS[: halvings + 1]
-    return ControlNetModel.from_unet(parts.unet, conditioning_embedding_out_channels=channels)
-
-
-def load_controlnet(place: str, parts: Components) -> ControlNetModel:
-    """Read a ControlNet from a folder or from the hub.
-
-    Raises:
-        SettingsError: if it cannot be read, or was made for another architecture.
-    """
-    folder = Path(place).expanduser()
-    if not folder.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", place):
-        raise SettingsError(
-            f"controlnet={place} was not found; give a folder of a ControlNet, or a hub id such as owner/name."
-        )
-    try:
-        found = ControlNetModel.from_pretrained(folder if folder.is_dir() else place, use_safetensors=True)
-    except Exception as error:  # a broken file ends in many kinds
-        reason = " ".join(str(error).split())[:200]
-        raise SettingsError(
-            f"controlnet={place} cannot be read ({reason}); give a diffusers folder of a ControlNet, or a hub id."
-        ) from error
-    for name in ("cross_attention_dim", "block_out_channels"):
-        own, other = (list(np.atleast_1d(each.config[name])) for each in (parts.unet, found))
-        if own != other:
-            raise SettingsError(
-                f"controlnet={place} has {name}={other} and the UNet of pretrained={parts.source} has {own}; give one "
-                "that was trained on a model of this architecture."
-            )
-    return found.eval().requires_grad_(False)
-
 
 def read_controls(control: Any, edges: bool, count: int) -> list[Image.Image]:
-    """The control image of each of ``count`` prompts.
+    """Control images of ``count`` prompts, in RGB.
 
     Args:
         control: a path, a PIL image, an array or a tensor; or a list, one for each prompt.
-        edges: it is a photo, of which the edges are taken; see `canny_edges`.
-        count: prompts; one prompt takes as many images as there are.
+        edges: take the `canny_edges` of each image.
+        count: number of prompts; a single image serves all of them.
 
     Raises:
-        SettingsError: for an image that cannot be read, or another number of them.
+        SettingsError: for an image that cannot be read, or another number of images.
     """
     given = list(control) if isinstance(control, (list, tuple)) else [control]
     if len(given) not in (1, count):
-        raise SettingsError(f"control has {len(given)} images for {count} prompts; give one, or one for each prompt.")
+        raise SettingsError(f"control: {len(given)} images for {count} prompts; give one image, or one per prompt.")
     images = []
     for k, one in enumerate(given):
         image = read_image(one, "control" if len(given) == 1 else f"control[{k}]").convert("RGB")
@@ -83,12 +40,12 @@ def read_controls(control: Any, edges: bool, count: int) -> list[Image.Image]:
 
 @dataclass
 class ControlGuide:
-    """The control images of a batch, ready for the denoising loop.
+    """A ControlNet and the control images of a batch.
 
     Attributes:
         controlnet: the network.
-        images: at the size of the samples, ``[B, 3, H, W]`` in [0, 1].
-        scale: how much the network counts.
+        images: control images at the size of the samples, ``[B, 3, H, W]`` in [0, 1].
+        scale: factor of the residuals.
     """
 
     controlnet: Any
@@ -96,16 +53,18 @@ class ControlGuide:
     scale: float = 1.0
 
     def residuals(self, latents: Tensor, timestep: Tensor, embeddings: Tensor) -> dict[str, Any]:
-        """What the UNet adds to its own features, as its keyword arguments.
+        """Residuals that the UNet adds to its features, as keyword arguments of its call.
 
         Args:
-            latents: what the UNet sees, ``[B or 2B, 4 or 9, h, w]``; guidance asks twice.
+            latents: input of the UNet, ``[B or 2B, 4 or 9, h, w]``; 2B with classifier-free guidance.
             timestep: a scalar, or ``[B]``.
-            embeddings: of the prompts, ``[B or 2B, L, D]``.
+            embeddings: text embeddings, ``[B or 2B, L, D]``.
         """
         images = self.images.repeat(len(latents) // len(self.images), 1, 1, 1).to(embeddings)
+        # beside an inpainting UNet, a text-to-image ControlNet takes the noisy latents only
+        noisy = latents[:, : self.controlnet.config.in_channels]
         down, middle = self.controlnet(
-            latents[:, : self.controlnet.config.in_channels],  # one of text-to-image beside a UNet that inpaints
+            noisy,
             timestep,
             encoder_hidden_states=embeddings,
             controlnet_cond=images,
@@ -115,17 +74,19 @@ class ControlGuide:
         return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
 
 
-def prepare_control(parts: Components, controls: Sequence[Image.Image], size: Sequence[int], scale: float) -> Any:
-    """The guide of a batch; None without control images.
+def prepare_control(
+    parts: Components, controls: Sequence[Image.Image], size: Sequence[int], scale: float
+) -> ControlGuide | None:
+    """The `ControlGuide` of a batch, or None without control images.
 
     Args:
         parts: the model.
-        controls: one for each image of the batch, or none.
+        controls: one control image for each sample, or none at all.
         size: ``(h, w)`` of the latents.
-        scale: how much the network counts.
+        scale: factor of the residuals.
 
     Raises:
-        SettingsError: for control images without a ControlNet, or the reverse.
+        SettingsError: for control images without a ControlNet, or a ControlNet without control images.
     """
     check_control(bool(controls), parts.controlnet is not None)
     if not controls:
@@ -135,19 +96,19 @@ def prepare_control(parts: Components, controls: Sequence[Image.Image], size: Se
 
 
 def controls_to_tensor(controls: Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
-    """Control images as ``[B, 3, H, W]`` in [0, 1], brought to ``size`` ``(H, W)`` where they are of another."""
+    """Control images as a tensor ``[B, 3, H, W]`` in [0, 1], resized to ``size`` ``(H, W)``."""
     height, width = size
     arrays = [np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)) for image in controls]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
 
 
 def check_control(controls: bool, controlnet: bool) -> None:
-    """Whether there are both a control image and a ControlNet, or neither.
+    """Check that control images and a ControlNet come together or not at all.
 
     Raises:
-        SettingsError: if there is one of them.
+        SettingsError: if only one of the two is there.
     """
     if controls and not controlnet:
-        raise SettingsError("control was given and there is no ControlNet to follow it; add controlnet=FOLDER.")
+        raise SettingsError("control: needs a ControlNet; add controlnet=FOLDER.")
     if controlnet and not controls:
-        raise SettingsError("controlnet was given and there is no image to follow; add control=IMAGE.png.")
+        raise SettingsError("controlnet: needs a control image; add control=IMAGE.png.")

@@ -1,8 +1,7 @@
-"""Where a model paints in an image: the part that it sees, at the size that it works at, and the way back."""
+"""Crop an image to the part that is inpainted, at the model's resolution, and paste the result back."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -11,24 +10,22 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from sdmodule.conditioning.masked_image import MaskedImage
-from sdmodule.errors import SettingsError
+from sdmodule.errors import SettingsError, check_bool, check_int, check_number
 from sdmodule.io.images import image_to_tensor
-from sdmodule.ranges import check_flag
 
 Box = tuple[int, int, int, int]
-"""``(x0, y0, x1, y1)`` in pixels, the last two exclusive."""
+"""``(x0, y0, x1, y1)`` in pixels; ``x1`` and ``y1`` are exclusive."""
 
 
 @dataclass(frozen=True)
 class InpaintSettings:
-    """How a masked image is repainted.
+    """How a masked image is inpainted.
 
     Args:
-        strength: share of the schedule that is walked: 1 starts from noise alone, less keeps something of what the
-            hole shows now.
-        mask_blur: radius in pixels of the soft edge with which the new part is laid over the old one.
-        only_masked: work on the part of the image round the hole alone, at the model's own resolution.
-        padding: pixels of the image round the hole that ``only_masked`` lets the model see.
+        strength: share of the schedule to denoise: 1 starts from pure noise, less keeps some of the masked content.
+        mask_blur: radius in pixels of the blur on the mask's edge, for pasting the result.
+        only_masked: inpaint a crop around the masked area at the model's full resolution.
+        padding: pixels of context around the masked area with ``only_masked``.
 
     Raises:
         SettingsError: for a value out of range.
@@ -40,24 +37,21 @@ class InpaintSettings:
     padding: int = 32
 
     def __post_init__(self) -> None:
-        if not _is_number(self.strength) or not 0.0 < self.strength <= 1.0:
-            raise SettingsError(f"strength={self.strength} is not allowed; give a number over 0 and at most 1.")
-        if not _is_number(self.mask_blur) or not 0.0 <= self.mask_blur < math.inf:
-            raise SettingsError(f"mask_blur={self.mask_blur} is not allowed; give a radius in pixels, 0 or more.")
-        check_flag("only_masked", self.only_masked)
-        if isinstance(self.padding, bool) or not isinstance(self.padding, int) or self.padding < 0:
-            raise SettingsError(f"padding={self.padding} is not allowed; give a whole number of pixels, 0 or more.")
+        check_number("strength", self.strength, above=0, maximum=1)
+        check_number("mask_blur", self.mask_blur, minimum=0)
+        check_bool("only_masked", self.only_masked)
+        check_int("padding", self.padding, minimum=0)
 
 
 @dataclass
 class InpaintCrop:
-    """The part of an image that a model works on.
+    """The part of an image that the model inpaints.
 
     Attributes:
-        image: what the model sees, ``[3, H, W]`` in [-1, 1].
-        mask: where it repaints, ``[1, H, W]``, 1 or 0.
-        box: which part of the image that is.
-        edge: how opaque the result lies over the image, of the image's size, mode L.
+        image: the crop at the model's size, ``[3, H, W]`` in [-1, 1].
+        mask: its mask, ``[1, H, W]``, 1 or 0.
+        box: where the crop lies in the image.
+        edge: opacity of the result when it is pasted, of the whole image's size, mode L.
     """
 
     image: Tensor
@@ -67,59 +61,55 @@ class InpaintCrop:
 
 
 def crop_for_inpainting(masked: MaskedImage, height: int, width: int, settings: InpaintSettings) -> InpaintCrop:
-    """Cut out what the model works on, at ``width`` by ``height`` pixels."""
+    """Crop a masked image and resize the crop to ``height`` by ``width`` pixels."""
     edge = masked.mask.filter(ImageFilter.GaussianBlur(settings.mask_blur)) if settings.mask_blur else masked.mask
     whole = (0, 0, *masked.image.size)
-    box = (
-        box_around(edge.getbbox() or whole, settings.padding, width / height, whole) if settings.only_masked else whole
-    )
-    part, hole = masked.image.crop(box), masked.mask.crop(box)
-    if part.size != (width, height):
-        part = part.resize((width, height), Image.Resampling.LANCZOS)
-        hole = hole.resize((width, height), Image.Resampling.NEAREST)
-    mask = torch.from_numpy(np.array(hole, dtype=np.float32) / 255.0)[None]
-    return InpaintCrop(image_to_tensor(part), mask, box, edge)
+    box = whole
+    if settings.only_masked:
+        box = crop_box(edge.getbbox() or whole, settings.padding, width / height, whole)
+    image, mask = masked.image.crop(box), masked.mask.crop(box)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+        mask = mask.resize((width, height), Image.Resampling.NEAREST)
+    binary = torch.from_numpy(np.array(mask, dtype=np.float32) / 255.0)[None]
+    return InpaintCrop(image_to_tensor(image), binary, box, edge)
 
 
-def box_around(hole: Box, padding: int, aspect: float, whole: Box) -> Box:
-    """The part of an image round a hole: padded, widened or heightened towards ``aspect``, kept within ``whole``."""
-    x0, y0, x1, y1 = hole[0] - padding, hole[1] - padding, hole[2] + padding, hole[3] + padding
-    wanted = max(x1 - x0, round((y1 - y0) * aspect)), max(y1 - y0, round((x1 - x0) / aspect))
-    left, right = _span(x0, x1, wanted[0], whole[2])
-    top, bottom = _span(y0, y1, wanted[1], whole[3])
+def crop_box(masked: Box, padding: int, aspect: float, whole: Box) -> Box:
+    """Box around a masked area: padded, extended towards the ``aspect`` ratio, and kept within ``whole``."""
+    x0, y0, x1, y1 = masked[0] - padding, masked[1] - padding, masked[2] + padding, masked[3] + padding
+    width, height = max(x1 - x0, round((y1 - y0) * aspect)), max(y1 - y0, round((x1 - x0) / aspect))
+    left, right = _extend(x0, x1, width, whole[2])
+    top, bottom = _extend(y0, y1, height, whole[3])
     return left, top, right, bottom
 
 
-def _span(start: int, end: int, length: int, limit: int) -> tuple[int, int]:
-    """A span of ``length`` round another one, shifted into 0 to ``limit`` and no longer than that."""
+def _extend(start: int, end: int, length: int, limit: int) -> tuple[int, int]:
+    """Extend a span to ``length``, centred where it fits, and kept within 0 to ``limit``."""
     length = min(length, limit)
     first = min(max(start - (length - (end - start)) // 2, 0), limit - length)
     return first, first + length
 
 
-def paste_back(canvas: InpaintCrop, painted: Image.Image, image: Image.Image) -> Image.Image:
-    """Lay what was painted over the image; outside the edge every pixel is the image's own."""
-    x0, y0, x1, y1 = canvas.box
-    if painted.size != (x1 - x0, y1 - y0):
-        painted = painted.resize((x1 - x0, y1 - y0), Image.Resampling.LANCZOS)
+def paste_back(crop: InpaintCrop, inpainted: Image.Image, image: Image.Image) -> Image.Image:
+    """Paste an inpainted crop into a copy of the image; pixels outside the mask's edge are unchanged."""
+    x0, y0, x1, y1 = crop.box
+    if inpainted.size != (x1 - x0, y1 - y0):
+        inpainted = inpainted.resize((x1 - x0, y1 - y0), Image.Resampling.LANCZOS)
     result = image.copy()
-    result.paste(painted, (x0, y0), canvas.edge.crop(canvas.box))
+    result.paste(inpainted, (x0, y0), crop.edge.crop(crop.box))
     return result
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def check_inpaint_settings(settings: InpaintSettings, task: str) -> None:
-    """Settings of inpainting mean nothing to a model that makes images from text: refuse them.
+    """Check that settings of inpainting are left at their defaults where they have no effect.
 
     Raises:
-        SettingsError: for a ``task`` of ``text2image`` and settings that are not the usual ones.
+        SettingsError: for changed settings with the ``task`` ``text2image``.
     """
-    usual = asdict(InpaintSettings())
-    changed = [f"{name}={value}" for name, value in asdict(settings).items() if value != usual[name]]
+    defaults = asdict(InpaintSettings())
+    changed = [f"{name}={value}" for name, value in asdict(settings).items() if value != defaults[name]]
     if changed and task == "text2image":
         raise SettingsError(
-            f"{', '.join(changed)} was given and model=text2image repaints nothing; use model=inpaint, or leave it out."
+            f"{', '.join(changed)}: no effect with model=text2image; use model=inpaint, or leave it out."
         )

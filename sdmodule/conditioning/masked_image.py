@@ -1,4 +1,4 @@
-"""Images and masks as people have them: files, PIL images, arrays, tensors, a box, an alpha channel."""
+"""Read images and masks from files, PIL images, arrays, tensors, boxes or an alpha channel."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image, ImageDraw
 
-from sdmodule.errors import SettingsError, choices
+from sdmodule.errors import SettingsError, choices, is_int, is_number
 from sdmodule.io.image_files import FORMATS, open_upright
 
 ALPHA = "alpha"
-"""What stands for a mask where the image's own transparent part is meant."""
+"""Value of ``mask`` that stands for the transparent part of the image."""
 
 
 @dataclass
 class MaskedImage:
-    """An image and where it is repainted.
+    """An image and the mask of what is inpainted.
 
     Attributes:
         image: RGB.
-        mask: of the same size, mode L, with nothing but 255, repaint, and 0, keep.
+        mask: of the same size, mode L: 255 is inpainted, 0 is kept, and nothing else occurs.
     """
 
     image: Image.Image
@@ -37,69 +37,63 @@ def pair_images_and_masks(images: Any, masks: Any, count: int) -> list[MaskedIma
     """Read images and masks for ``count`` prompts: one for all of them, or one for each.
 
     Args:
-        images: one image or a list: a path, a PIL image, an array ``[H, W, 3]`` or a tensor ``[3, H, W]``, of 0 to
-            255 if of whole numbers and of 0 to 1 if not. A tensor or an array with one more dimension is a list.
-        masks: likewise, but of one channel, more than half of white repainted; or a box ``[x0, y0, x1, y1]`` in
+        images: one image or a list: a path, a PIL image, an array ``[H, W, 3]`` or a tensor ``[3, H, W]``. Integers
+            range from 0 to 255, floats from 0 to 1. A batched tensor or array is a list.
+        masks: likewise with one channel, inpainted where it is above half of white; or a box ``[x0, y0, x1, y1]`` in
             pixels; or ``alpha``, for the transparent part of the image.
         count: number of prompts.
 
     Raises:
-        SettingsError: for an image or a mask that cannot be used, or lists that do not match.
+        SettingsError: for an image or a mask that cannot be used, or lists of different lengths.
     """
-    given_images, given_masks = _listed(images), _listed(masks)
-    total = max(len(given_images), len(given_masks))
-    for name, given in (("image", given_images), ("mask", given_masks)):
-        if len(given) not in (1, total):
-            raise SettingsError(f"{name} has {len(given)} entries for {total}; give one, or one for each of {total}.")
+    image_list, mask_list = _as_list(images), _as_list(masks)
+    total = max(len(image_list), len(mask_list))
+    for name, values in (("image", image_list), ("mask", mask_list)):
+        if len(values) not in (1, total):
+            other = "mask" if name == "image" else "image"
+            raise SettingsError(f"{name}: {len(values)} entries for {total} of {other}; give one, or one for each.")
     if total not in (1, count):
-        raise SettingsError(f"image has {total} entries for {count} prompts; give one image, or one a prompt.")
-    read = [
-        read_masked_image(
-            given_images[k % len(given_images)], given_masks[k % len(given_masks)], k if total > 1 else None
-        )
+        raise SettingsError(f"image: {total} entries for {count} prompts; give one image, or one per prompt.")
+    pairs = [
+        read_masked_image(image_list[k % len(image_list)], mask_list[k % len(mask_list)], k if total > 1 else None)
         for k in range(total)
     ]
-    return read * (count // total)
+    return pairs * (count // total)
 
 
 def count_images(images: Any, masks: Any) -> int:
-    """How many masked images `pair_images_and_masks` would make of these for one prompt or for as many."""
-    return max(len(_listed(images)), len(_listed(masks)))
+    """Number of masked images that `pair_images_and_masks` reads, before it repeats a single one for every prompt."""
+    return max(len(_as_list(images)), len(_as_list(masks)))
 
 
 def read_masked_image(image: Any, mask: Any, position: int | None = None) -> MaskedImage:
-    """Read an image and its mask; ``position`` is its place in a list, for messages. See `pair_images_and_masks`."""
+    """Read an image and its mask, see `pair_images_and_masks`; ``position`` is the index in a list, for messages."""
     at = "" if position is None else f"[{position}]"
     source = read_image(image, f"image{at}")
     if mask is None:
-        own = source.has_transparency_data
-        hint = "for its transparent part give mask=alpha" if own else "give a mask, such as mask=[x0,y0,x1,y1]"
-        raise SettingsError(f"image{at}{' with transparency' if own else ''} came without a mask; {hint}.")
+        alpha = ", or mask=alpha for the transparent part of the image" if source.has_transparency_data else ""
+        raise SettingsError(f"mask{at}: missing; give one for image{at}, such as mask=[x0,y0,x1,y1]{alpha}.")
     if isinstance(mask, str) and mask == ALPHA:
         if not source.has_transparency_data:
-            raise SettingsError(
-                f"mask{at}=alpha needs an image with transparency, and image{at} has none; give a mask."
-            )
-        hole = source.convert("RGBA").getchannel("A").point([255] * 128 + [0] * 128)
+            raise SettingsError(f"mask{at}=alpha: image{at} has no transparency; give a mask.")
+        area = source.convert("RGBA").getchannel("A").point([255] * 128 + [0] * 128)
     elif _is_box(mask):
-        hole = _box(mask, source.size, at)
+        area = _draw_box(mask, source.size, at)
     else:
-        hole = read_image(mask, f"mask{at}").convert("L").point([0] * 128 + [255] * 128)
-    if hole.size != source.size:
+        area = read_image(mask, f"mask{at}").convert("L").point([0] * 128 + [255] * 128)
+    if area.size != source.size:
         raise SettingsError(
-            f"mask{at} is of {_size(hole)} pixels and image{at} of {_size(source)}; give a mask of the image's size."
+            f"mask{at}: is {_size(area)} pixels and image{at} is {_size(source)}; give a mask of the image's size."
         )
-    darkest, lightest = hole.getextrema()
+    darkest, lightest = area.getextrema()
     if not lightest:
-        raise SettingsError(
-            f"mask{at} is empty: nothing in it is white, so nothing would be repainted; paint it white."
-        )
+        raise SettingsError(f"mask{at}: is empty, with nothing white in it; paint the area to inpaint white.")
     if darkest:
         rank_zero_info(f"mask{at} covers the whole image: nothing of image{at} is kept.")
-    return MaskedImage(source.convert("RGB"), hole)
+    return MaskedImage(source.convert("RGB"), area)
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     if _is_box(value):
         return [value]
     if isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 4:
@@ -112,20 +106,20 @@ def _is_box(value: Any) -> bool:
         isinstance(value, Sequence)
         and not isinstance(value, str)
         and len(value) > 0
-        and all(isinstance(side, (int, float)) and not isinstance(side, bool) for side in value)
+        and all(is_int(side) or isinstance(side, float) for side in value)
     )
 
 
-def _box(box: Sequence[float], size: tuple[int, int], at: str) -> Image.Image:
+def _draw_box(box: Sequence[float], size: tuple[int, int], at: str) -> Image.Image:
     given = "[" + ",".join(str(side) for side in box) + "]"
     width, height = size
-    if len(box) != 4 or any(side != int(side) for side in box):
-        raise SettingsError(f"mask{at}={given} is no box; give four whole numbers [x0,y0,x1,y1].")
+    if len(box) != 4 or not all(is_number(side) and side == int(side) for side in box):
+        raise SettingsError(f"mask{at}={given}: must be four whole numbers [x0,y0,x1,y1].")
     x0, y0, x1, y1 = map(int, box)
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
         raise SettingsError(
-            f"mask{at}={given} is no box within the image of {width}x{height} pixels; "
-            "give [x0,y0,x1,y1] with 0 <= x0 < x1 and 0 <= y0 < y1, and at most the image's size."
+            f"mask{at}={given}: must be a box within the image of {width}x{height} pixels; "
+            f"give [x0,y0,x1,y1] with 0 <= x0 < x1 <= {width} and 0 <= y0 < y1 <= {height}."
         )
     mask = Image.new("L", size, 0)
     ImageDraw.Draw(mask).rectangle((x0, y0, x1 - 1, y1 - 1), fill=255)
@@ -137,18 +131,26 @@ def _size(image: Image.Image) -> str:
 
 
 def read_image(value: Any, name: str) -> Image.Image:
-    """A copy of an image in whatever form; the caller's own is never changed."""
+    """Read an image of any form into a new PIL image.
+
+    Args:
+        value: a path, a PIL image, an array or a tensor, which stays unchanged.
+        name: the setting that it is from, for messages.
+
+    Raises:
+        SettingsError: if it cannot be read.
+    """
     if isinstance(value, Image.Image):
         return value.copy()
     if isinstance(value, (str, Path)):
         path = Path(value).expanduser()
         if not os.path.isfile(path):
-            raise SettingsError(f"{name}={value} was not found; give the path of an image.")
+            raise SettingsError(f"{name}={value}: not found; give the path of an image.")
         try:
             return open_upright(path)
-        except Exception as error:  # PIL's readers let many kinds through
+        except Exception as error:  # PIL's readers raise many kinds
             raise SettingsError(
-                f"{name}={value} cannot be read as an image ({error}); give one of {choices(FORMATS)}."
+                f"{name}={value}: cannot be read as an image ({error}); give one of {choices(FORMATS)}."
             ) from error
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
@@ -156,22 +158,21 @@ def read_image(value: Any, name: str) -> Image.Image:
         value = (value.permute(1, 2, 0) if value.ndim == 3 else value).numpy()
     if isinstance(value, np.ndarray):
         return _from_array(value, name)
-    raise SettingsError(f"{name} is of type {type(value).__name__}; give a path, a PIL image, an array or a tensor.")
+    raise SettingsError(f"{name}: is of type {type(value).__name__}; give a path, a PIL image, an array or a tensor.")
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:
-    flat = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
-    if not (flat.ndim == 2 or (flat.ndim == 3 and flat.shape[-1] in (3, 4))):
+    pixels = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
+    if not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[-1] in (3, 4))):
         raise SettingsError(
-            f"{name} has the shape {tuple(array.shape)}; give an array [H, W, 3] or a tensor [3, H, W], "
-            "a mask with one channel or none."
+            f"{name}: has the shape {tuple(array.shape)}; give an array [H, W, 3] or a tensor [3, H, W], "
+            "or for a mask one channel or none."
         )
-    if flat.dtype == bool:
-        flat = flat.astype(np.uint8) * 255
-    limit = 1.0 if flat.dtype.kind == "f" else 255
-    if not (flat.min() >= 0 and flat.max() <= limit):
+    if pixels.dtype == bool:
+        pixels = pixels.astype(np.uint8) * 255
+    limit = 1.0 if pixels.dtype.kind == "f" else 255
+    if not (pixels.min() >= 0 and pixels.max() <= limit):
         raise SettingsError(
-            f"{name} has values from {flat.min():g} to {flat.max():g}; give 0 to 1 for numbers with a fraction, "
-            "0 to 255 for whole numbers."
+            f"{name}: has values from {pixels.min():g} to {pixels.max():g}; floats must be 0 to 1, integers 0 to 255."
         )
-    return Image.fromarray((flat * 255).round().astype(np.uint8) if limit == 1.0 else flat.astype(np.uint8))
+    return Image.fromarray((pixels * 255).round().astype(np.uint8) if limit == 1.0 else pixels.astype(np.uint8))

@@ -1,8 +1,8 @@
-"""Masks to train inpainting on: brush strokes and boxes, drawn anew for each example.
+"""Random masks for training an inpainting model: brush strokes and boxes.
 
 The recipe is that of large-mask inpainting (Suvorov et al. 2022, section 3.3): half of the masks are polygonal chains
 of wide strokes, half are boxes, all scaled to the image. Stable Diffusion's inpainting checkpoints were trained with
-such masks and with a quarter of the images masked whole.
+such masks, and with masks that cover the whole image for a quarter of the examples.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from torch import Tensor
 def draw_masks(
     count: int, size: Sequence[int], whole: float, generator: torch.Generator | list[torch.Generator]
 ) -> Tensor:
-    """Draw masks ``[count, 1, H, W]``, 1 where the image is repainted and 0 where it stays.
+    """Draw masks ``[count, 1, H, W]``, 1 where the image is inpainted and 0 where it is kept.
 
     Args:
-        count: how many.
+        count: number of masks.
         size: height and width in pixels.
         whole: share of masks that cover the whole image.
-        generator: source of the draw, one for all masks or one for each; mask k does not depend on ``count``.
+        generator: one for all masks, or one for each; mask k does not depend on ``count``.
     """
     height, width = size
-    each = generator if isinstance(generator, list) else [generator] * count
-    seeds = [int(torch.randint(2**62, (), generator=source)) for source in each]
+    generators = generator if isinstance(generator, list) else [generator] * count
+    seeds = [int(torch.randint(2**62, (), generator=each)) for each in generators]
     masks = [draw_mask(random.Random(seed), height, width, whole) for seed in seeds]
     return torch.from_numpy(np.stack([np.asarray(mask) for mask in masks]))[:, None] / 255
 
 
 def draw_mask(rng: random.Random, height: int, width: int, whole: float = 0.0) -> Image.Image:
-    """Draw one mask, of mode L, 255 or 0; it is never empty, and covers everything with probability ``whole`` alone."""
+    """Draw one mask, mode L, 255 or 0; never empty, and covering the whole image only with probability ``whole``."""
     if rng.random() < whole:
         return Image.new("L", (width, height), 255)
     paint = _strokes if rng.random() < 0.5 else _boxes
@@ -56,7 +56,7 @@ def _boxes(draw: ImageDraw.ImageDraw, rng: random.Random, height: int, width: in
 
 
 def _strokes(draw: ImageDraw.ImageDraw, rng: random.Random, height: int, width: int) -> None:
-    """One to four chains of strokes that turn back and forth, up to two fifths of the image wide."""
+    """One to four chains of strokes that zigzag, each up to two fifths of the shorter side thick."""
     side = min(height, width)
     for _ in range(rng.randint(1, 4)):
         x, y = rng.uniform(0, width), rng.uniform(0, height)
@@ -64,10 +64,10 @@ def _strokes(draw: ImageDraw.ImageDraw, rng: random.Random, height: int, width: 
         for k in range(rng.randint(1, 5)):
             turn = rng.uniform(0, 2 * math.pi / 5)
             angle = 2 * math.pi - turn if k % 2 == 0 else turn
-            reach = rng.uniform(side / 16, side * 2 / 5)
-            start, x, y = (x, y), x + reach * math.sin(angle), y + reach * math.cos(angle)
+            length = rng.uniform(side / 16, side * 2 / 5)
+            start, x, y = (x, y), x + length * math.sin(angle), y + length * math.cos(angle)
             x, y = min(max(x, 0.0), float(width)), min(max(y, 0.0), float(height))
             draw.line((*start, x, y), fill=255, width=max(1, round(thickness)))
-            for cx, cy in (start, (x, y)):  # a round brush
+            for cx, cy in (start, (x, y)):  # round ends
                 r = thickness / 2
                 draw.ellipse((cx - r, cy - r, cx + r, cy + r), fill=255)

@@ -1,6 +1,7 @@
-"""Prompts to the hidden states that the UNet attends to, with weighted words and prompts of any length.
+"""Text embeddings of prompts, with weighted words and prompts of any length.
 
-An ordinary prompt gives, to the bit, what ``StableDiffusionPipeline.encode_prompt`` gives.
+For a prompt without weights and of at most 75 tokens, the embeddings equal those of diffusers'
+``StableDiffusionPipeline.encode_prompt`` to the bit.
 """
 
 from __future__ import annotations
@@ -11,19 +12,19 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from textwrap import shorten
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
 
-from sdmodule.components.learned_words import tokens_of_words
+from sdmodule.components.learned_words import multi_vector_tokens
 from sdmodule.errors import SettingsError
 
-if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTokenizer
-
 MAX_WEIGHT = 10.0
-COMMA_REACH = 20  # a long prompt is broken after a comma if one lies among the last 20 tokens of the chunk
+"""Largest weight of a word."""
+
+COMMA_REACH = 20
+"""A long prompt is split after a comma, if there is one among this many last tokens of a chunk."""
 
 _SYNTAX = re.compile(
     r"""
@@ -41,27 +42,27 @@ _SYNTAX = re.compile(
 def parse_weights(prompt: str) -> list[tuple[str, float]]:
     r"""Split a prompt into pieces of text and their weights.
 
-    Only ``(words:1.3)`` gives a weight; groups in groups multiply. Any other parenthesis is ordinary text, and
-    ``\(`` and ``\)`` always are.
+    Only ``(words:1.3)`` sets a weight; nested weights multiply. Any other parenthesis is literal text, and ``\(`` and
+    ``\)`` always are.
 
     Args:
         prompt: what the user wrote.
 
     Returns:
-        Pieces in order, neighbours of equal weight joined; a prompt without weights is one piece of weight 1.
+        Pieces in order, with neighbours of equal weight joined; a prompt without weights is one piece of weight 1.
 
     Raises:
-        SettingsError: a weight is negative or above 10.
+        SettingsError: if a weight is negative or above `MAX_WEIGHT`.
 
     Example:
         >>> parse_weights("a (red:1.3) cat (sleeping)")
         [('a ', 1.0), ('red', 1.3), (' cat (sleeping)', 1.0)]
     """
     pieces = [("", 1.0)]
-    groups: list[int] = []  # where in pieces each open parenthesis stands
+    groups: list[int] = []  # index in pieces of each open parenthesis
     for match in _SYNTAX.finditer(prompt):
         if match["weight"] and groups and groups[-1] + 1 < len(pieces):
-            start, factor = groups.pop(), _checked_weight(match["weight"], prompt)
+            start, factor = groups.pop(), _parse_weight(match["weight"], prompt)
             pieces[start:] = [(text, weight * factor) for text, weight in pieces[start + 1 :]]
             continue
         if match["opening"]:
@@ -74,33 +75,33 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
 
 
 def escape_prompt(text: str) -> str:
-    r"""The prompt that is read as a text is written, whatever its parentheses hold.
+    r"""Escape the parentheses of a text, so that it is a prompt without weights.
 
     Example:
-        >>> literal("a clock (12:30)")
+        >>> escape_prompt("a clock (12:30)")
         'a clock \\(12:30\\)'
     """
     return re.sub(r"([()])", r"\\\1", text)
 
 
-def _checked_weight(number: str, prompt: str) -> float:
+def _parse_weight(number: str, prompt: str) -> float:
     weight = float(number)
     if not 0 <= weight <= MAX_WEIGHT:
         raise SettingsError(
-            f"The weight {number} in the prompt {shorten(prompt, 200)!r} is not between 0 and {MAX_WEIGHT:g}: "
-            r"choose one in this range, or write \( and \) if the parentheses are meant as text."
+            f"prompt={shorten(prompt, 200)!r}: the weight {number} must be from 0 to {MAX_WEIGHT:g}; "
+            r"change it, or write \( and \) for literal parentheses."
         )
     return weight
 
 
 @dataclass(frozen=True)
 class TokenChunks:
-    """Prompts as chunks of tokens, each with its own begin, end and padding.
+    """Prompts as chunks of tokens, each with its own start, end and padding tokens.
 
     Attributes:
         input_ids: ``[B, chunks, L]``, int64.
         attention_mask: ``[B, chunks, L]``, int64, 0 at padding.
-        weights: ``[B, chunks, L]``, float32, 1 at begin, end and padding.
+        weights: ``[B, chunks, L]``, float32, 1 at start, end and padding.
     """
 
     input_ids: Tensor
@@ -109,23 +110,23 @@ class TokenChunks:
 
 
 def count_chunks(prompt: str, tokenizer: CLIPTokenizer) -> int:
-    """Count the chunks of ``tokenizer.model_max_length - 2`` tokens that a prompt needs; an empty one needs one."""
+    """Number of chunks of ``tokenizer.model_max_length - 2`` tokens that a prompt needs, at least 1."""
     return len(_split(prompt, tokenizer))
 
 
 def tokenize(prompts: Sequence[str], tokenizer: CLIPTokenizer, chunks: int | None = None) -> TokenChunks:
-    """Turn prompts into token ids, without cutting any.
+    """Tokenise prompts into chunks, without truncation.
 
     Args:
         prompts: B prompts, weighted or not.
-        tokenizer: its ``model_max_length`` is L, and it pads as it always does.
-        chunks: how many chunks to give each prompt; by default as many as the longest one needs.
+        tokenizer: its ``model_max_length`` is L.
+        chunks: number of chunks of every prompt; by default as many as the longest one needs.
 
     Returns:
         Ids, mask and weights, each ``[B, chunks, L]``; short prompts are filled up with empty chunks.
 
     Raises:
-        SettingsError: a prompt needs more than ``chunks``, or has a bad weight.
+        SettingsError: if a prompt needs more than ``chunks``, or has a weight out of range.
     """
     split = [_split(prompt, tokenizer) for prompt in prompts]
     longest = max(range(len(split)), key=lambda index: len(split[index]))
@@ -133,8 +134,8 @@ def tokenize(prompts: Sequence[str], tokenizer: CLIPTokenizer, chunks: int | Non
     chunks = needed if chunks is None else chunks
     if chunks < needed:
         raise SettingsError(
-            f"The prompt {shorten(prompts[longest], 60)!r} needs {needed} chunks of {tokenizer.model_max_length - 2} "
-            f"tokens and chunks is {chunks}: set it to {needed} or more, or shorten the prompt."
+            f"prompt={shorten(prompts[longest], 60)!r}: needs {needed} chunks of {tokenizer.model_max_length - 2} "
+            f"tokens and chunks={chunks}; set chunks to {needed} or more, or shorten the prompt."
         )
     rows = [row for prompt in split for row in prompt + [[]] * (chunks - len(prompt))]
     bos, eos = (tokenizer.bos_token_id, 1.0), (tokenizer.eos_token_id, 1.0)
@@ -153,15 +154,15 @@ def tokenize(prompts: Sequence[str], tokenizer: CLIPTokenizer, chunks: int | Non
 
 
 def _split(prompt: str, tokenizer: CLIPTokenizer) -> list[list[tuple[int, float]]]:
-    """Tokenise piece by piece, so that each token knows its weight, and break what is too long after a comma."""
+    """Tokens of a prompt with their weights, in chunks that end after a comma where possible."""
     texts, weights = zip(*parse_weights(prompt), strict=True)
     *pieces, comma = tokenizer([*texts, ","], add_special_tokens=False, verbose=False).input_ids
-    spread = tokens_of_words(tokenizer)
+    words = multi_vector_tokens(tokenizer)
     tokens = [
-        (each, weight)
-        for piece, weight in zip(pieces, weights, strict=True)
+        (expanded, weight)
+        for piece, weight in zip(pieces, weights, strict=True)  # piece by piece, so that each token has its weight
         for token in piece
-        for each in spread.get(token, [token])
+        for expanded in words.get(token, [token])
     ]
     size = tokenizer.model_max_length - 2
     chunks = []
@@ -180,29 +181,32 @@ def encode_prompts(
     *,
     chunks: int | None = None,
 ) -> Tensor:
-    """Encode prompts, every chunk by itself and all of them in one call of the text encoder.
+    """Text embeddings of prompts, ``[B, chunks * L, D]``; each chunk is encoded separately, all in one call.
 
     Args:
         prompts: B prompts.
-        tokenizer: the text encoder's; its ``model_max_length`` is L, 77 for Stable Diffusion.
-        text_encoder: gives hidden states of width D; gradients flow if it is trained.
-        chunks: how many chunks to give each prompt; by default as many as the longest one needs.
+        tokenizer: its ``model_max_length`` is L, 77 for Stable Diffusion.
+        text_encoder: its hidden states have width D; gradients flow if it is trained.
+        chunks: number of chunks of every prompt; by default as many as the longest one needs.
 
     Returns:
         ``encoder_hidden_states`` ``[B, chunks * L, D]`` in the text encoder's dtype.
 
     Raises:
-        SettingsError: a prompt needs more than ``chunks`` or has a bad weight, or tokenizer and text encoder differ.
+        SettingsError: if a prompt needs more than ``chunks`` or has a weight out of range, or if the tokenizer's length
+            exceeds the text encoder's.
     """
     length, positions = tokenizer.model_max_length, text_encoder.config.max_position_embeddings
     if length > positions:
         raise SettingsError(
-            f"The tokenizer's model_max_length is {length} and the text encoder reads {positions} tokens: "
+            f"tokenizer.model_max_length={length}: the text encoder reads {positions} tokens; "
             f"set model_max_length to {positions} in tokenizer_config.json."
         )
     tokens = tokenize(prompts, tokenizer, chunks)
     device = text_encoder.device
-    use_mask = getattr(text_encoder.config, "use_attention_mask", False)  # Stable Diffusion's encoders see the padding
+    use_mask = getattr(
+        text_encoder.config, "use_attention_mask", False
+    )  # Stable Diffusion's encoders attend to padding
     mask = tokens.attention_mask.flatten(0, 1).to(device) if use_mask else None
     hidden: Tensor = text_encoder(tokens.input_ids.flatten(0, 1).to(device), attention_mask=mask)[0]
     weights = tokens.weights.flatten(0, 1)
@@ -212,14 +216,14 @@ def encode_prompts(
 
 
 def apply_prompt_weights(hidden: Tensor, weights: Tensor) -> Tensor:
-    """Multiply hidden states by their tokens' weights and keep each chunk's mean.
+    """Multiply hidden states by their tokens' weights, and rescale each chunk to its former mean.
 
-    This is the convention of AUTOMATIC1111's web UI. Its ratio of means is meaningless where the mean is next to
-    nothing, as in a text encoder that starts from random weights (its LayerNorm centres every token), or changes
-    sign: such a chunk is only multiplied. A chunk whose weights are all one comes back as it was, to the bit.
+    This is the convention of AUTOMATIC1111's web UI. The ratio of means is meaningless if the mean is close to zero,
+    as in a text encoder with random weights (its LayerNorm centres every token), or changes its sign: such a chunk is
+    multiplied, but not rescaled. A chunk whose weights are all 1 is unchanged, to the bit.
 
     Args:
-        hidden: ``[N, L, D]``, one chunk a row.
+        hidden: ``[N, L, D]``, one chunk per row.
         weights: ``[N, L]``.
 
     Returns:

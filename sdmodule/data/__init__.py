@@ -1,1 +1,1 @@
-"""What is trained on, and what is asked for."""
+"""Data modules: captioned images for training, requests for sampling."""

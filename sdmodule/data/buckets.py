@@ -1,7 +1,7 @@
-"""Sizes of about one area and of many shapes, so that images are cropped little (aspect-ratio buckets).
+"""Aspect-ratio buckets: image sizes of about one area and of many shapes, so that little is cropped.
 
-The idea is that of NovelAI's "aspect ratio bucketing" (2022): each image goes to the size of the most similar shape,
-and a batch is of one size.
+The idea is NovelAI's "aspect ratio bucketing" (2022): each image is resized to the bucket whose shape is closest to
+its own, and all images of a batch come from one bucket.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ import math
 from collections.abc import Sequence
 
 MAX_RATIO = 2.0
-"""Of the longer side to the shorter one; an image of a more extreme shape is cropped to this."""
+"""Largest ratio of the longer side to the shorter one; images of a more extreme shape are cropped to it."""
 
 Size = tuple[int, int]
 """Height and width in pixels."""
 
 
 def bucket_sizes(size: Size) -> list[Size]:
-    """The sizes of at most the area of ``size``, itself among them, from the tallest to the widest.
+    """Buckets of at most the area of ``size``, which is one of them, from the tallest to the widest.
 
-    Sides are multiples of an eighth of the square's side, at most 64 pixels and at least 8, so that latents and the
-    UNet's levels have whole sizes.
+    Sides are multiples of an eighth of the square's side, at most 64 and at least 8 pixels, so that the latents and
+    every level of the UNet have whole sizes.
     """
     height, width = size
     area = height * width
@@ -34,9 +34,9 @@ def bucket_sizes(size: Size) -> list[Size]:
 
 
 def nearest_bucket(width: int, height: int, sizes: Sequence[Size]) -> Size:
-    """The size whose shape is most like that of an image; the larger of two alike."""
+    """The bucket whose aspect ratio is closest to an image's; of two equally close ones, the larger."""
 
-    def difference(size: Size) -> tuple[float, int]:
+    def distance(size: Size) -> tuple[float, int]:
         return abs(math.log(width / height) - math.log(size[1] / size[0])), -size[0] * size[1]
 
-    return min(sizes, key=difference)
+    return min(sizes, key=distance)

@@ -1,4 +1,4 @@
-"""Images of one thing, and beside them images of its kind, which keep the model from forgetting the others."""
+"""Data for DreamBooth (Ruiz et al. 2023): images of one subject beside class images, for prior preservation."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from typing_extensions import override
 
 from sdmodule.data.datamodule import ImageDataModule
 from sdmodule.data.dataset import ImageFolderDataset
+from sdmodule.data.example import CaptionStyle, Example
 from sdmodule.data.sampler import training_loader
-from sdmodule.data.sources.folder import CaptionStyle, Example, absolute, image_files
-from sdmodule.data.sources.mix import Folder, ImageSubset, Source
-from sdmodule.errors import SettingsError
+from sdmodule.data.sources.folder import Folder, absolute, image_files
+from sdmodule.data.sources.mix import ImageSubset, WeightedSource
+from sdmodule.errors import SettingsError, check_int
 from sdmodule.io.fingerprint import fingerprint
-from sdmodule.ranges import check_whole
 
 
-class Pairs(Dataset[list[dict[str, Any]]]):
-    """An image of the thing and one of its kind; each is shown as often as the larger set needs.
+class InstancePriorPairs(Dataset[list[dict[str, Any]]]):
+    """Pairs of an image of the subject and a class image; the smaller of the two sets repeats.
 
     Args:
-        images: those of the thing first.
-        instances: how many of the thing there are.
+        images: a data set, first the subject's images, then the class images.
+        instances: number of images of the subject.
     """
 
     def __init__(self, images: Any, instances: int) -> None:
@@ -40,7 +40,7 @@ class Pairs(Dataset[list[dict[str, Any]]]):
         return max(self.instances, self.priors)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw other crops and flips from now on."""
+        """Draw new crops, flips and captions."""
         if hasattr(self.images, "set_epoch"):
             self.images.set_epoch(epoch)
 
@@ -48,35 +48,36 @@ class Pairs(Dataset[list[dict[str, Any]]]):
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
         instance = self.images[index % self.instances]
         prior = self.images[self.instances + index % self.priors]
-        if "mask" in instance and "mask" not in prior:  # all of it counts
+        if "mask" in instance and "mask" not in prior:  # the loss counts all of a class image
             prior = {**prior, "mask": torch.ones_like(instance["mask"])}
         return [{**instance, "prior": torch.tensor(False)}, {**prior, "prior": torch.tensor(True)}]
 
 
-def both_halves(pairs: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
-    """A batch of twice as many images as pairs: the thing's in the first half, those of its kind in the second."""
+def collate_pairs(pairs: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
+    """A batch of twice as many images as pairs: first all images of the subject, then all class images."""
     return default_collate([pair[half] for half in (0, 1) for pair in pairs])
 
 
 class DreamBoothDataModule(ImageDataModule):
-    """Batches for DreamBooth (Ruiz et al. 2023): images of a thing and, with ``class_prompt``, as many of its kind.
+    """Batches for DreamBooth: images of a subject and, with ``class_prompt``, as many class images.
 
-    Those of its kind are made by the model itself before the training (`PriorImages`) as far as they are missing.
-    ``prior`` ``[B]`` says which images of a batch they are.
+    Class images that are missing are sampled from the model itself before training (`ClassImages`). ``prior`` ``[B]``
+    is true for the class images of a batch.
 
     Args:
-        root: folder of images of the thing.
-        prompt: their caption, with a rare word as the thing's name: ``a photo of sks dog``.
-        class_prompt: caption of its kind: ``a photo of a dog``; None trains on the thing alone.
-        class_images: how many of its kind.
-        class_root: where they are, or are put; None is a folder of their own under ``made_in``.
-        maker: what says which images are made: the model, and how it samples; another one makes others. Where nothing
-            is said, all models share one folder.
-        made_in: folder for all that were made.
-        template: a text that ``prompt`` is put into, in the place of ``{}``; of several one is drawn each time.
-        shuffle_tags: put the parts of ``prompt`` between commas in another order each time.
-        keep_tags: how many of the first parts stay where they are.
-        settings: those of `ImageDataModule`, without ``buckets`` and ``conditioning``.
+        root: folder of images of the subject.
+        prompt: their caption, with a rare word for the subject: ``a photo of sks dog``.
+        class_prompt: caption of the class: ``a photo of a dog``; None trains without prior preservation.
+        class_images: number of class images.
+        class_root: folder of class images; None for one under ``made_in``.
+        maker: whatever the sampled class images depend on: the model, and how it samples. Another value samples
+            others; without it all models share one folder.
+        made_in: folder of all sampled class images.
+        template: a text in which ``{}`` is replaced by ``prompt``; of several, one is drawn each time.
+        shuffle_tags: shuffle the comma-separated parts of ``prompt`` each time.
+        keep_tags: how many of the first parts stay in place.
+        settings: settings of `ImageDataModule`, without ``conditioning``, and ``buckets`` only without
+            ``class_prompt``.
 
     Raises:
         SettingsError: for a setting out of range; in `setup`, for a folder that cannot be used.
@@ -97,20 +98,23 @@ class DreamBoothDataModule(ImageDataModule):
         keep_tags: int = 0,
         **settings: Any,
     ) -> None:
-        source = Source(Folder(root, prompt=prompt), 1.0, template, shuffle_tags, keep_tags)
+        source = WeightedSource(Folder(root, prompt=prompt), 1.0, template, shuffle_tags, keep_tags)
         super().__init__([source], **settings)
-        check_whole("data.class_images", class_images)
+        check_int("data.class_images", class_images)
         if class_prompt is not None and not isinstance(class_prompt, str):
-            raise SettingsError(f"data.class_prompt={class_prompt} is no text; give one caption, in quotes.")
+            raise SettingsError(f"data.class_prompt={class_prompt}: must be one caption, in quotes.")
         if self.buckets and class_prompt is not None:
-            raise SettingsError("data.buckets=true parts images by shape, and pairs are of one; leave it out.")
+            raise SettingsError(
+                "data.buckets=true: cannot be used with data.class_prompt, since the images of a pair share one size; "
+                "leave one of them out."
+            )
         if self.conditioning is not None:
             raise SettingsError(
-                f"data.conditioning={self.conditioning} is for a ControlNet, and data=dreambooth has no control "
+                f"data.conditioning={self.conditioning}: is for a ControlNet, and data=dreambooth has no control "
                 "images; use data=image_folder, or another tuning."
             )
         if class_root is not None and class_prompt is None:
-            raise SettingsError(f"data.class_root={class_root} needs data.class_prompt, the caption of its images.")
+            raise SettingsError(f"data.class_root={class_root}: needs data.class_prompt, the caption of its images.")
         self.class_prompt = class_prompt
         self.class_images = class_images
         made = Path(made_in).expanduser() / fingerprint(class_prompt, self.size, json.dumps(maker, sort_keys=True))
@@ -137,27 +141,27 @@ class DreamBoothDataModule(ImageDataModule):
         )
 
     def _prior_files(self) -> list[Path]:
-        """The images of the kind: those that are there, and names of those that are to be made."""
+        """The class images: those that exist, and the names of those that are still to be sampled."""
         folder = absolute(self.class_root)
         good: dict[Path, None] = {}
         if folder.is_file() or image_files(folder):
-            examples = Source(Folder(str(folder), "data.class_root", self.class_prompt)).examples(self.skip_bad)
+            source = WeightedSource(Folder(str(folder), "data.class_root", self.class_prompt))
+            examples = source.examples(self.skip_bad)
             good = dict.fromkeys(Path(str(examples[k].path)) for k in range(len(examples)))
         found = [file for file in good if not file.name.startswith("prior-")]
         own = found[: self.class_images]
         if unused := found[len(own) :]:
             rank_zero_warn(
-                f"data.class_images={self.class_images}: {len(unused)} of the {len(found)} images in {folder} are "
-                f"not used; data.class_images={len(found)} takes all."
+                f"data.class_images={self.class_images}: {len(unused)} of the {len(found)} images in {folder} are not "
+                f"used; set data.class_images={len(found)} to use all."
             )
         names = (folder / f"prior-{k:05}.png" for k in count())
-        made = (file for file in names if file in good or not file.is_file())
-        return [*own, *islice(made, self.class_images - len(own))]
+        sampled = (file for file in names if file in good or not file.is_file())
+        return [*own, *islice(sampled, self.class_images - len(own))]
 
     @override
     def train_dataloader(self) -> DataLoader:
         if not self.priors:
             return super().train_dataloader()
-        pairs = Pairs(self.train_set, self.instances)
-        loader = (self.batch_size, self.seed, self.num_workers, self.trainer)
-        return training_loader(pairs, *loader, collate=both_halves)
+        pairs = InstancePriorPairs(self.train_set, self.instances)
+        return training_loader(pairs, self.batch_size, self.seed, self.num_workers, self.trainer, collate=collate_pairs)

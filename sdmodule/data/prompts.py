@@ -11,16 +11,16 @@ from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from sdmodule.conditioning.control import check_control
-from sdmodule.ranges import check_whole
+from sdmodule.errors import check_int
 from sdmodule.sampling.requests import TEXT2IMAGE, SampleRequest, build_requests
 
 
-class Batches(IterableDataset[list[SampleRequest]]):
-    """Batches in their order; Lightning, which would cut a list anew for every device, takes them as they are.
+class RequestBatches(IterableDataset[list[SampleRequest]]):
+    """Batches of requests in order; being iterable, they are not split again by Lightning's distributed sampler.
 
     Args:
-        batches: of requests.
-        done: indices of the images that are there already, and are made for company alone.
+        batches: the batches.
+        done: indices of images that exist already; they only fill up their batch.
     """
 
     def __init__(self, batches: Sequence[list[SampleRequest]], done: Container[int]) -> None:
@@ -36,26 +36,27 @@ class Batches(IterableDataset[list[SampleRequest]]):
 class PromptDataModule(LightningDataModule):
     """Batches of a predict run: lists of `SampleRequest`.
 
-    Images that share a batch do so whatever has been done already, so that a run which is resumed rounds its sums as
-    one that was never stopped.
+    Which images share a batch does not depend on what is done already, so a resumed run computes the same images, to
+    the bit, as an uninterrupted one.
 
     Args:
-        prompt: see `build_requests`, as for the others up to ``task``.
+        prompt: see `build_requests`, as for the others up to ``controlnet``.
         prompts: path of a file of prompts.
-        negative_prompt: what guidance leads away from.
-        num_images_per_prompt: images of each prompt.
+        negative_prompt: what guidance steers away from.
+        num_images_per_prompt: images per prompt.
         seed: seed of the first image.
-        image: for inpainting, the image to repaint, or one for each prompt.
-        mask: where to repaint it, or one for each.
-        task: what the model is asked to do.
-        control: the image that a ControlNet follows, or one for each prompt.
-        control_edges: the edges of ``control`` are followed.
-        controlnet: the ControlNet, without which nothing follows ``control``.
-        batch_size: images sampled at once; it does not change them, but for their last bit.
-        batch_row: sample a single image at this place of a full batch, as it was sampled before; to the last bit.
+        image: for inpainting, the image, or one per prompt.
+        mask: the mask of the image, or one per prompt.
+        task: ``text2image`` or ``inpaint``.
+        control: the control image of a ControlNet, or one per prompt.
+        control_edges: take the Canny edges of ``control``.
+        controlnet: the ControlNet that ``control`` is for.
+        batch_size: images sampled at once; it changes an image by rounding at most.
+        batch_row: put a single image into this row of a full batch, to reproduce to the bit an image that was sampled
+            there.
 
     Attributes:
-        done: records of images that are there already, by index; they are not sampled.
+        done: metadata of images that exist already, by index; they are not sampled again.
 
     Raises:
         SettingsError: if a setting or the file cannot be used.
@@ -78,7 +79,7 @@ class PromptDataModule(LightningDataModule):
         batch_row: int | None = None,
     ) -> None:
         super().__init__()
-        check_whole("batch_size", batch_size)
+        check_int("batch_size", batch_size)
         check_control(control is not None, controlnet is not None)
         self.requests = build_requests(
             prompt,
@@ -97,17 +98,18 @@ class PromptDataModule(LightningDataModule):
         self.done: Mapping[int, dict[str, Any]] = {}
 
     def batches(self, devices: int = 1) -> list[list[SampleRequest]]:
-        """What is left to sample; every batch of which something is left is sampled whole."""
+        """The batches that are left to sample; one of which some images are missing is sampled completely."""
         if self.batch_row is not None and len(self.requests) == 1 and self.batch_row < self.batch_size:
-            company = replace(self.requests[0], kept=False)
-            whole = [[company] * self.batch_size]
-            whole[0][self.batch_row] = self.requests[0]
+            filler = replace(self.requests[0], kept=False)
+            batches = [[filler] * self.batch_size]
+            batches[0][self.batch_row] = self.requests[0]
         else:
-            size = min(self.batch_size, -(-len(self.requests) // devices))  # every device has something to do
-            whole = [self.requests[k : k + size] for k in range(0, len(self.requests), size)]
-        return [batch for batch in whole if any(r.kept and r.index not in self.done for r in batch)]
+            size = min(self.batch_size, -(-len(self.requests) // devices))  # no device is idle
+            batches = [self.requests[k : k + size] for k in range(0, len(self.requests), size)]
+        return [batch for batch in batches if any(r.kept and r.index not in self.done for r in batch)]
 
     @override
     def predict_dataloader(self) -> DataLoader:
         rank, devices = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return DataLoader(Batches(self.batches(devices)[rank::devices], self.done), batch_size=None, collate_fn=list)
+        batches = RequestBatches(self.batches(devices)[rank::devices], self.done)
+        return DataLoader(batches, batch_size=None, collate_fn=list)

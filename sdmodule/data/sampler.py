@@ -1,4 +1,4 @@
-"""The order of training examples, and the place in it where a training goes on."""
+"""The order of training examples, and where in it a resumed run continues."""
 
 from __future__ import annotations
 
@@ -12,30 +12,32 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
 
+from sdmodule.errors import MAX_SEED
+
 
 class ShuffleByEpoch(DistributedSampler[Any]):
-    """Shuffles by (seed, epoch) into batches over all devices, and gives each device its part of every batch.
+    """Shuffles by (seed, epoch) into global batches, and gives each device its part of every batch.
 
-    Each batch over all devices is of one group of examples, and every device has equally many of it. The order does
-    not depend on the number of devices: example k of a batch goes to device ``k % devices``.
+    The examples of a global batch all come from one group. The order does not depend on the number of devices:
+    example k of a global batch goes to device ``k % devices``.
 
-    What is left of a group at the end of an epoch is filled up to a batch with examples of the group that the epoch
-    has shown already; where there is but one group it waits for another epoch's order instead.
+    The last batch of a group is filled up with examples of that group which the epoch has already shown. With a
+    single group, the rest is dropped instead: another epoch's order shows it.
 
-    It is a ``DistributedSampler`` since Lightning puts one of its own in the place of any other kind.
+    It is a ``DistributedSampler`` because Lightning replaces samplers of any other kind by its own.
 
     Args:
-        data: the examples; told the epoch if they have a method for it.
-        batch_size: examples a batch on each device.
-        devices: how many.
-        rank: of this one.
-        seed: names the order.
-        groups: indices of examples that may be in one batch; all of them if None.
+        data: the examples; its ``set_epoch``, if it has one, is called with each new epoch.
+        batch_size: examples per batch on each device.
+        devices: number of devices.
+        rank: rank of this device.
+        seed: seed of the order.
+        groups: indices of examples that may share a batch; None for a single group of all.
 
     Attributes:
-        together: examples a batch over all devices.
-        batches: of an epoch.
-        skip: batches of the first epoch that were seen before the training was stopped.
+        global_batch_size: examples per batch over all devices.
+        batches: batches per epoch.
+        skip: batches of the first epoch that a resumed run has already seen.
     """
 
     skip = 0
@@ -52,31 +54,30 @@ class ShuffleByEpoch(DistributedSampler[Any]):
         super().__init__(data, devices, rank, seed=seed)
         count = len(data)  # type: ignore[arg-type]
         self.groups = groups
-        self.together = batch_size * devices
-        if groups is None:  # too few for a batch are one, some repeated where the devices' parts would differ
-            self.together = min(self.together, -(-count // devices) * devices)
-            self.batches = max(1, count // self.together)
+        self.global_batch_size = batch_size * devices
+        if groups is None:  # too few for a batch are one batch; some repeat where devices' parts would differ
+            self.global_batch_size = min(self.global_batch_size, -(-count // devices) * devices)
+            self.batches = max(1, count // self.global_batch_size)
         else:
-            self.batches = sum(-(-len(group) // self.together) for group in groups)
+            self.batches = sum(-(-len(group) // self.global_batch_size) for group in groups)
 
     def __len__(self) -> int:
-        return self.batches * self.together // self.num_replicas
+        return self.batches * self.global_batch_size // self.num_replicas
 
     @override
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        generator = torch.Generator().manual_seed((self.seed + self.epoch) % (MAX_SEED + 1))
         skip, self.skip = self.skip, 0
-        for batch in islice(self._together(generator), skip, None):
+        for batch in islice(self._global_batches(generator), skip, None):
             yield from batch[self.rank :: self.num_replicas]
 
-    def _together(self, generator: torch.Generator) -> Iterator[list[int]]:
-        """The epoch's batches over all devices."""
+    def _global_batches(self, generator: torch.Generator) -> Iterator[list[int]]:
         if self.groups is None:
             order = torch.randperm(len(self.dataset), generator=generator).tolist()  # type: ignore[arg-type]
-            yield from islice(_cut(order, self.together), self.batches)
+            yield from islice(_chunks(order, self.global_batch_size), self.batches)
             return
         orders = [[group[k] for k in torch.randperm(len(group), generator=generator)] for group in self.groups]
-        batches = [batch for order in orders for batch in _cut(order, self.together)]
+        batches = [batch for order in orders for batch in _chunks(order, self.global_batch_size)]
         yield from (batches[k] for k in torch.randperm(len(batches), generator=generator).tolist())
 
     @override
@@ -86,8 +87,8 @@ class ShuffleByEpoch(DistributedSampler[Any]):
             self.dataset.set_epoch(epoch)
 
 
-def _cut(order: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Batches of one size; the last is filled up from the beginning, as often as it takes."""
+def _chunks(order: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Chunks of equal size; the last one is filled up from the start of the order, repeatedly if need be."""
     for start in range(0, len(order), size):
         yield [order[position % len(order)] for position in range(start, start + size)]
 
@@ -101,34 +102,36 @@ def training_loader(
     groups: Sequence[Sequence[int]] | None = None,
     collate: Callable[[Sequence[Any]], Any] | None = None,
 ) -> DataLoader:
-    """Batches of shuffled examples; a training that goes on within an epoch goes on behind its last batch.
+    """A loader of shuffled batches; a run that is resumed mid-epoch continues after its last batch.
 
     Args:
-        data: the examples; if they are fewer than a batch, that is the batch.
-        batch_size: examples a batch on each device.
-        seed: names the order.
-        workers: processes that load; 0 loads in the training process.
-        trainer: tells the devices and where the training stands.
-        groups: indices of examples that may be in one batch; all of them if None.
-        collate: makes a batch of examples; torch's own if None.
+        data: the examples; if they are fewer than a batch, the batch is smaller.
+        batch_size: examples per batch on each device.
+        seed: seed of the order.
+        workers: number of worker processes; 0 loads in the training process.
+        trainer: gives the number of devices and the progress of training.
+        groups: indices of examples that may share a batch; None for a single group of all.
+        collate: makes a batch of examples; None for torch's default.
     """
     devices, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
     sampler = ShuffleByEpoch(data, batch_size, devices, rank, seed, groups)
-    # workers read ahead before the trainer first sets the epoch: a resumed run must not start with epoch 0
+    # workers prefetch before the trainer first sets the epoch: a resumed run must not start with epoch 0
     sampler.set_epoch(trainer.current_epoch if trainer else 0)
-    if sampler.together < batch_size * devices:
-        count, together = len(data), sampler.together // devices  # type: ignore[arg-type]
+    device_batch_size = sampler.global_batch_size // devices
+    if device_batch_size < batch_size:
+        count = len(data)  # type: ignore[arg-type]
         rank_zero_warn(
-            f"data.batch_size={batch_size}: there are {count} images to train on, so a batch is of {together}."
+            f"data.batch_size={batch_size}: there are only {count} training images, so the batch size is "
+            f"{device_batch_size}."
         )
     loader = DataLoader(
         data,
-        batch_size=sampler.together // devices,
+        batch_size=device_batch_size,
         sampler=sampler,
         num_workers=workers,
         collate_fn=collate,
         persistent_workers=workers > 0,
-        # without its own generator the loader would draw from the global random numbers
+        # without its own generator, the loader would advance the global RNG
         generator=torch.Generator().manual_seed(seed),
     )
     if trainer and trainer.fit_loop.restarting:

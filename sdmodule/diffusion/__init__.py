@@ -1,1 +1,1 @@
-"""The mathematics of diffusion, as pure functions of tensors."""
+"""The equations of diffusion models: noising, targets, loss weighting, guidance and the denoising loop."""

@@ -1,4 +1,4 @@
-"""The denoising loop."""
+"""Initial noise and the denoising loop."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
-"""Takes noisy latents ``[B, C, h, w]`` and a timestep (a scalar); returns the UNet's guided prediction."""
+"""Guided prediction ``[B, C, h, w]`` for noisy latents ``[B, C, h, w]`` and a scalar timestep."""
 
 
 def seed_generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator an image, so that an image depends on its own seed and on nothing else in its batch."""
+    """One CPU generator per image, so that an image depends on its own seed and not on its batch or device."""
     return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
-def draw_latents(shape: tuple[int, int, int], sources: Sequence[torch.Generator], like: Tensor) -> Tensor:
-    """Standard normal noise ``[B, *shape]``, row k from ``sources[k]``, with the device and dtype of ``like``."""
-    rows = [torch.randn((1, *shape), generator=source, dtype=like.dtype) for source in sources]
+def draw_latents(shape: tuple[int, int, int], generators: Sequence[torch.Generator], like: Tensor) -> Tensor:
+    """Standard normal noise ``[B, *shape]``, row k from ``generators[k]``, with the device and dtype of ``like``."""
+    rows = [torch.randn((1, *shape), generator=generator, dtype=like.dtype) for generator in generators]
     return torch.cat(rows).to(like.device)
 
 
@@ -28,30 +28,30 @@ def denoise(
     predict: Denoiser,
     latents: Tensor,
     scheduler: Any,
-    sources: Sequence[torch.Generator],
+    generators: Sequence[torch.Generator],
     eta: float = 0.0,
     *,
     skipped: int = 0,
     keep: Callable[[Tensor, Tensor | None], Tensor] | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Walk from noise to an image's latents (algorithm 2 of Ho et al. 2020, with the scheduler's own update).
+    """Denoise latents step by step (Ho et al. 2020, algorithm 2, with the scheduler's update).
 
     Args:
-        predict: the guided model.
-        latents: where to start, as noisy as the first timestep, ``[B, C, h, w]``.
-        scheduler: a scheduler of diffusers with its timesteps set.
-        sources: one generator an image, for schedulers that add noise as they go.
-        eta: share of DDPM noise in DDIM (Song et al. 2021, equation 16); other schedulers have none.
-        skipped: timesteps at the noisy end that are left out.
-        keep: changes the latents after each step, told which timestep comes next, None after the last.
-        on_step: called with the number of steps done and the latents after each step.
+        predict: guided prediction of the model.
+        latents: initial latents at the noise level of the first timestep, ``[B, C, h, w]``.
+        scheduler: a diffusers scheduler with its timesteps set.
+        generators: one per image, for schedulers that add noise at each step.
+        eta: amount of noise in DDIM (Song et al. 2021, equation 16); other schedulers ignore it.
+        skipped: number of first, noisiest timesteps to skip.
+        keep: changes the latents after each step, given the next timestep, or None after the last.
+        on_step: called after each step with the number of steps done and the latents.
 
     Returns:
-        Latents ``[B, C, h, w]``.
+        Denoised latents ``[B, C, h, w]``.
     """
     accepted = inspect.signature(scheduler.step).parameters
-    extra = {k: v for k, v in {"eta": eta, "generator": list(sources)}.items() if k in accepted}
+    extra = {k: v for k, v in {"eta": eta, "generator": list(generators)}.items() if k in accepted}
     timesteps = scheduler.timesteps[skipped:]
     for index, timestep in enumerate(timesteps):
         prediction = predict(scheduler.scale_model_input(latents, timestep), timestep)

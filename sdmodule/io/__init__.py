@@ -1,1 +1,1 @@
-"""Files: images, metadata, reports, atomic writes."""
+"""Files: images and their metadata, atomic writes, run folders and reports."""

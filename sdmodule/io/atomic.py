@@ -1,4 +1,4 @@
-"""Files and folders that are seen whole or not at all, whenever the process that writes them is killed."""
+"""Atomic writes of files and folders: readers see all of them or nothing, even if the writer is killed."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-EXCHANGE = 2
-"""RENAME_EXCHANGE of Linux's ``renameat2``."""
+RENAME_EXCHANGE = 2
+"""Flag of Linux's ``renameat2``: swap the two paths."""
 
-HERE = -100
-"""AT_FDCWD: paths are those of the current folder."""
+AT_FDCWD = -100
+"""Descriptor for Linux's ``renameat2``: paths are relative to the current folder."""
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Write a file aside: it takes its place, on the disk, when the block ends, and is removed if the block fails.
+    """Write a file to a temporary path; it is flushed and renamed when the block ends, and deleted if the block fails.
 
     Args:
-        path: where the file is to be; its folder exists.
+        path: the final path; its folder must exist.
 
     Yields:
-        Where to write it.
+        The temporary path, in the same folder.
 
     Raises:
         OSError: if it cannot be moved into place.
@@ -44,13 +44,17 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def atomic_write_text(file: Path, text: str) -> None:
-    """Write a text as `atomic_write` does."""
+    """Write a text file atomically, see `atomic_write`."""
     with atomic_write(file) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
 def write_text_once(file: Path, text: str) -> str:
-    """Write a text as `atomic_write` does, unless another process was first; give what the file holds."""
+    """Write a text file atomically, unless it exists already.
+
+    Returns:
+        The content of the file, which may be another process's.
+    """
     aside = _beside(file)
     try:
         aside.write_text(text, encoding="utf-8")
@@ -63,15 +67,15 @@ def write_text_once(file: Path, text: str) -> str:
 
 @contextmanager
 def atomic_replace_dir(folder: str | Path) -> Iterator[Path]:
-    """Write a folder aside; it takes the place of the one that is there, at once, when the block ends.
+    """Write a folder to a temporary path; it replaces the existing one, in one step, when the block ends.
 
-    Where that one holds other files too, it is not ours alone: these stay, and the new files are put there one by one.
+    If the existing folder has files that the new one lacks, they stay, and the new files are moved in one by one.
 
     Args:
-        folder: where it is to be.
+        folder: the final path.
 
     Yields:
-        An empty folder to write into.
+        An empty temporary folder.
 
     Raises:
         OSError: if it cannot be moved into place.
@@ -97,14 +101,14 @@ def atomic_replace_dir(folder: str | Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, older_than: float = 0.0) -> None:
-    """Remove what killed processes have left half-written in a folder.
+    """Delete the temporary files of killed processes in a folder.
 
     Args:
         folder: where to look.
-        older_than: seconds; younger ones may be another process's that is at work.
+        older_than: age in seconds; younger ones may belong to a process that is still running.
     """
     for left in folder.glob(".*.part"):
-        if not re.fullmatch(r"\..+\.[0-9a-f]{32}\.part", left.name):  # another program's
+        if not re.fullmatch(r"\..+\.[0-9a-f]{32}\.part", left.name):  # not one of ours
             continue
         with suppress(OSError):
             if time.time() - left.stat().st_mtime >= older_than:
@@ -112,11 +116,12 @@ def remove_leftovers(folder: Path, older_than: float = 0.0) -> None:
 
 
 def _beside(path: Path) -> Path:
+    """A temporary path in the same folder, of the form that `remove_leftovers` deletes."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
 
 
 def _flush(path: Path) -> None:
-    """Have what is written lie on the disk; not every file system can do that for a folder."""
+    """Flush a file or a folder to disk; not every file system can do that for a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with suppress(OSError) if path.is_dir() else nullcontext():
@@ -130,14 +135,14 @@ def _files(folder: Path) -> set[Path]:
 
 
 def _exchange(one: Path, other: Path) -> None:
-    """Swap two folders; where the system cannot do it at once, by three renames."""
+    """Swap two folders, in one step where the system can, else by three renames."""
     try:
         swap = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError):
         swap = None
-    if swap is not None and swap(HERE, os.fsencode(one), HERE, os.fsencode(other), EXCHANGE) == 0:
+    if swap is not None and swap(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
         return
-    between = _beside(other)
-    os.rename(other, between)
+    temporary = _beside(other)
+    os.rename(other, temporary)
     os.rename(one, other)
-    os.rename(between, one)
+    os.rename(temporary, one)

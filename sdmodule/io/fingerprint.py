@@ -1,4 +1,4 @@
-"""Short names of contents: what is the same has the same one, whatever it is called and wherever it lies."""
+"""Fingerprints: short hashes of content, the same wherever it is stored and whatever its name."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from sdmodule.errors import SettingsError
 from sdmodule.io.image_files import ImageFile
 
 SIZE = 16
-"""Bytes of a fingerprint: two of a billion contents share one with a probability of 1e-21."""
+"""Bytes of a fingerprint: among a billion contents, two collide with a probability of about 1e-21."""
 
-PASSING = ("transformers_version", "dtype", "torch_dtype")
-"""Entries of a model's configuration that say who wrote it, not what it computes."""
+IGNORED_CONFIG = ("transformers_version", "dtype", "torch_dtype")
+"""Entries of a model's configuration that do not change what it computes."""
 
 
 def fingerprint(*texts: object) -> str:
-    """The fingerprint of texts, or of what is written as such."""
+    """The fingerprint of texts, or of the ``str`` of other objects."""
     return hashlib.blake2b(json.dumps([str(text) for text in texts]).encode(), digest_size=SIZE).hexdigest()
 
 
 def file_fingerprint(path: ImageFile) -> str:
-    """The fingerprint of a file's bytes, the same wherever they are stored.
+    """The fingerprint of a file's bytes.
 
     Raises:
         SettingsError: if it cannot be read.
@@ -42,8 +42,8 @@ def file_fingerprint(path: ImageFile) -> str:
 
 
 def model_fingerprint(model: nn.Module, config: Mapping[str, Any]) -> str:
-    """The fingerprint of a model's weights and of the settings that they are used with."""
-    settings = {k: v for k, v in config.items() if not k.startswith("_") and k not in PASSING}
+    """The fingerprint of a model's weights and configuration."""
+    settings = {k: v for k, v in config.items() if not k.startswith("_") and k not in IGNORED_CONFIG}
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=SIZE)
     for name, weight in sorted(model.state_dict().items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())

@@ -1,4 +1,4 @@
-"""One page to browse a run, or a sweep of runs: ``index.html``, which needs no network and opens from the disk."""
+"""``index.html``: a page to browse the images of a run or a sweep, which opens from disk without a network."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from sdmodule.io.run_folder import RECORDS, TIMINGS, read_records
 
 @dataclass
 class Job:
-    """One run, as the page shows it.
+    """One run on the page.
 
     Attributes:
-        root: its folder.
-        name: what tells it from the others of its sweep.
-        folder: where its images are, seen from the page; empty if beside it.
+        root: the run folder.
+        name: its title among the jobs of a sweep.
+        folder: path of the run folder relative to the page; empty if the page is in it.
         swept: the settings that differ between the jobs of a sweep.
     """
 
@@ -32,26 +32,26 @@ class Job:
 
     @property
     def records(self) -> Iterator[dict[str, Any]]:
-        """What ``predictions.jsonl`` holds, an image at a time."""
+        """The records in ``predictions.jsonl``, one at a time."""
         return read_records(self.root / RECORDS)
 
     @cached_property
     def timings(self) -> dict[str, Any]:
-        """What ``timings.json`` holds."""
+        """The content of ``timings.json``; empty if there is none."""
         timings = self.root / TIMINGS
         return json.loads(timings.read_text(encoding="utf-8")) if timings.is_file() else {}
 
 
 def write_page(folder: Path, title: str, jobs: Sequence[Job], plot: str | None = None) -> None:
-    """Write ``index.html``, without more than an image's metadata in memory.
+    """Write ``index.html``, with no more than one image's metadata in memory.
 
-    Prompts are anybody's text: they stand in the page as data alone, with nothing in them that ends the data.
+    Prompts are untrusted text: the page holds them as JSON, in which ``<`` is escaped so that they cannot end it.
 
     Args:
-        folder: where.
-        title: of the page.
+        folder: where the page is written.
+        title: title of the page.
         jobs: the runs to show.
-        plot: an image of the seconds, in the same folder.
+        plot: name of the plot of seconds per image, in the same folder.
     """
     template = (resources.files("sdmodule.io") / "report.html").read_text(encoding="utf-8")
     head, tail = template.split("@DATA@")
@@ -62,13 +62,13 @@ def write_page(folder: Path, title: str, jobs: Sequence[Job], plot: str | None =
 
 
 def _pieces(title: str, jobs: Sequence[Job], plot: str | None) -> Iterator[str]:
-    """The page's data as JSON, an image at a time."""
+    """The data of the page as JSON, one image at a time."""
     yield f'{{"title": {_json(title)}, "plot": {_json(plot)}, "jobs": ['
     for number, job in enumerate(jobs):
-        told = {"name": job.name, "folder": job.folder, "swept": job.swept, "timings": job.timings}
-        yield f'{", " if number else ""}{_json(told)[:-1]}, "records": ['
-        for place, record in enumerate(job.records):
-            yield f"{', ' if place else ''}{_json(record)}"
+        head = {"name": job.name, "folder": job.folder, "swept": job.swept, "timings": job.timings}
+        yield f'{", " if number else ""}{_json(head)[:-1]}, "records": ['
+        for index, record in enumerate(job.records):
+            yield f"{', ' if index else ''}{_json(record)}"
         yield "]}"
     yield "]}"
 

@@ -1,4 +1,4 @@
-"""Files of images: which kinds are read, and how their pixels come out."""
+"""Image files: which formats are read, and what their pixels are."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from PIL import ExifTags, Image, ImageOps
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-"""What PIL may take a file for; others of its readers start programs."""
+"""Formats that PIL may detect; some of its other readers start programs."""
 
 
 class StoredImage(Protocol):
-    """An image that is no file of its own but a part of one; as a text, what people find it by."""
+    """An image that is part of a larger file; ``str`` says where to find it."""
 
     def read(self) -> bytes:
-        """The bytes that its file would have."""
+        """The bytes of the image, as they would be in a file of its own."""
         ...
 
 
@@ -29,17 +29,17 @@ ImageFile = Path | StoredImage
 
 
 def pil_source(image: ImageFile) -> Path | BytesIO:
-    """An image as PIL opens it."""
+    """What PIL opens an image from."""
     return image if isinstance(image, Path) else BytesIO(image.read())
 
 
 @contextmanager
 def open_image(path: ImageFile, formats: tuple[str, ...] = FORMATS) -> Iterator[Image.Image]:
-    """Open an image; its pixels are not read yet.
+    """Open an image without reading its pixels.
 
     Raises:
-        Exception: of many kinds, from PIL's readers; one of them for more than PIL's ``MAX_IMAGE_PIXELS``, 89 million,
-            which may be a small file that fills the memory.
+        Exception: of many kinds, from PIL's readers; among them for more pixels than PIL's ``MAX_IMAGE_PIXELS``, 89
+            million, since a small file may unpack to more than memory holds.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -49,7 +49,7 @@ def open_image(path: ImageFile, formats: tuple[str, ...] = FORMATS) -> Iterator[
 
 
 def open_upright(path: ImageFile) -> Image.Image:
-    """Read an image's first frame, turned as its camera was held, 16 bits scaled to 8, in whatever mode it has.
+    """The first frame of an image in its own mode, rotated as EXIF says, with 16 bits scaled to 8.
 
     Raises:
         Exception: of many kinds, from PIL's readers, for a file whose pixels cannot be decoded.
@@ -63,7 +63,7 @@ def open_upright(path: ImageFile) -> Image.Image:
 
 
 def upright_size(path: ImageFile) -> tuple[int, int]:
-    """Width and height of an image once it is upright; its pixels are not read.
+    """Width and height of an image once rotated as EXIF says; its pixels are not read.
 
     Raises:
         Exception: of many kinds, as `open_upright` does.

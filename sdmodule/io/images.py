@@ -1,4 +1,4 @@
-"""Images as files, arrays and tensors."""
+"""Images as PIL images, arrays and tensors, and sheets of several."""
 
 from __future__ import annotations
 
@@ -11,35 +11,38 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from sdmodule.errors import SettingsError, choices
+from sdmodule.errors import check_choice
 
 
 def image_to_tensor(image: Image.Image) -> Tensor:
-    """Turn an RGB image into a tensor ``[3, H, W]`` in [-1, 1]."""
+    """An RGB image as a tensor ``[3, H, W]`` in [-1, 1]."""
     array = np.asarray(image, dtype=np.float32) / 255.0
     return torch.from_numpy(2.0 * array - 1.0).permute(2, 0, 1).contiguous()  # diffusers' arithmetic, to the bit
 
 
 def to_images(images: Tensor) -> list[Image.Image]:
-    """Turn images ``[B, 3, H, W]`` in [0, 1] into PIL images, each value rounded to the nearest of 256."""
+    """Images ``[B, 3, H, W]`` in [0, 1] as PIL images; values are rounded, not truncated, to 8 bits."""
     arrays = (images.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
     return [Image.fromarray(array) for array in arrays]
 
 
 def convert_images(images: Tensor, return_type: str) -> Any:
-    """Images ``[B, 3, H, W]`` in [0, 1] as PIL images, as an array ``[B, H, W, 3]``, or as they are.
+    """Images ``[B, 3, H, W]`` in [0, 1] in another form.
+
+    Args:
+        images: the images.
+        return_type: ``image`` for PIL images, ``numpy`` for an array ``[B, H, W, 3]``, ``tensor`` for the same tensor.
 
     Raises:
         SettingsError: for another return type.
     """
-    forms = {"image": to_images, "numpy": lambda p: p.permute(0, 2, 3, 1).numpy(), "tensor": lambda p: p}
-    if return_type not in forms:
-        raise SettingsError(f"return_type={return_type!r} is not known; give one of {choices(forms)}.")
-    return forms[return_type](images)
+    converters = {"image": to_images, "numpy": lambda x: x.permute(0, 2, 3, 1).numpy(), "tensor": lambda x: x}
+    check_choice("return_type", return_type, converters)
+    return converters[return_type](images)
 
 
 def contact_sheet(images: list[Image.Image], columns: int) -> Image.Image:
-    """Paste images of one size side by side, ``columns`` in a row, on white."""
+    """Images of one size in a grid of ``columns`` columns, on white."""
     width, height = images[0].size
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
@@ -49,16 +52,16 @@ def contact_sheet(images: list[Image.Image], columns: int) -> Image.Image:
 
 
 def captioned_sheet(images: Sequence[Image.Image], captions: Sequence[str], tile: int = 192) -> Image.Image:
-    """Put images side by side, each above its caption, in a sheet about as wide as it is high.
+    """Images in a roughly square grid, each above its caption, on white.
 
     Args:
         images: images of any sizes; each is fitted into a square of ``tile`` pixels.
-        captions: one line of text each, broken into as many lines as it takes.
-        tile: side of an image's square in pixels.
+        captions: one caption per image, wrapped to the width of the square.
+        tile: side of the square in pixels.
     """
     font = ImageFont.load_default(12)
     columns = math.ceil(math.sqrt(len(images)))
-    wrapped = [break_lines(caption, font, tile) for caption in captions]
+    wrapped = [wrap_text(caption, font, tile) for caption in captions]
     line = 15
     row_height = tile + line * max(map(len, wrapped)) + 12
     sheet = Image.new("RGB", (columns * (tile + 8) + 8, -(-len(images) // columns) * row_height + 8), "white")
@@ -72,8 +75,8 @@ def captioned_sheet(images: Sequence[Image.Image], captions: Sequence[str], tile
     return sheet
 
 
-def break_lines(text: str, font: Any, width: int, most: int = 4) -> list[str]:
-    """Break text into lines of at most ``width`` pixels, at blanks where there are any; the rest is left to dots."""
+def wrap_text(text: str, font: Any, width: int, max_lines: int = 4) -> list[str]:
+    """Wrap text to lines of at most ``width`` pixels, at spaces if possible; the rest after ``max_lines`` is "…"."""
     lines = [""]
     for word in text.split():
         while font.getlength(word) > width:
@@ -86,4 +89,4 @@ def break_lines(text: str, font: Any, width: int, most: int = 4) -> list[str]:
         else:
             lines.append(word)
     lines = [line for line in lines if line] or [""]
-    return lines if len(lines) <= most else [*lines[: most - 1], "…"]
+    return lines if len(lines) <= max_lines else [*lines[: max_lines - 1], "…"]

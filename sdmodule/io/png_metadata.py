@@ -1,9 +1,8 @@
-"""How an image was made: written into its PNG text, read from it, and turned into settings that make it again."""
+"""Metadata in the PNG text of an image: written, read, and turned into the settings that reproduce the image."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from sdmodule.errors import SettingsError, choices
+from sdmodule.errors import SettingsError, choices, is_int, is_number
 from sdmodule.io.atomic import atomic_write
 from sdmodule.io.image_files import open_image
 
@@ -21,23 +20,19 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _is_flag(value: object) -> bool:
+def _is_bool(value: object) -> bool:
     return isinstance(value, bool)
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _is_count(value: Any) -> bool:
+    return is_int(value) and value >= 0
 
 
 def _is_setting(value: object) -> bool:
-    """A plain value of a part's configuration: no mapping, so that nothing in it can name what is to be built."""
+    """Whether a value is plain or a list of plain values: no mapping, so that it cannot instantiate anything."""
     if isinstance(value, list):
         return all(_is_setting(item) and not isinstance(item, list) for item in value)
-    return value is None or _is_text(value) or _is_flag(value) or _is_number(value)
+    return value is None or _is_text(value) or _is_bool(value) or is_number(value)
 
 
 def _is_settings(value: object) -> bool:
@@ -48,7 +43,7 @@ def _is_settings(value: object) -> bool:
 
 def _is_adapters(value: object) -> bool:
     return isinstance(value, list) and all(
-        isinstance(one, dict) and one.keys() == {"path", "scale"} and _is_text(one["path"]) and _is_number(one["scale"])
+        isinstance(one, dict) and one.keys() == {"path", "scale"} and _is_text(one["path"]) and is_number(one["scale"])
         for one in value
     )
 
@@ -61,11 +56,11 @@ FIELDS: dict[str, Callable[[object], bool]] = {
     "image": _is_text,
     "mask": _is_text,
     "control": _is_text,
-    "control_scale": _is_number,
+    "control_scale": is_number,
     "steps": _is_count,
-    "guidance_scale": _is_number,
-    "guidance_rescale": _is_number,
-    "eta": _is_number,
+    "guidance_scale": is_number,
+    "guidance_rescale": is_number,
+    "eta": is_number,
     "scheduler": _is_text,
     "scheduler_settings": _is_settings,
     "height": _is_count,
@@ -75,26 +70,26 @@ FIELDS: dict[str, Callable[[object], bool]] = {
     "variant": _is_text,
     "components": _is_settings,
     "adapters": _is_adapters,
-    "merge_adapters": _is_flag,
+    "merge_adapters": _is_bool,
     "controlnet": _is_text,
     "precision": _is_text,
     "tome": _is_settings,
     "speed": _is_settings,
     "inpaint": _is_text,
-    "strength": _is_number,
-    "mask_blur": _is_number,
-    "only_masked": _is_flag,
+    "strength": is_number,
+    "mask_blur": is_number,
+    "only_masked": _is_bool,
     "padding": _is_count,
     "batch_size": _is_count,
     "batch_row": _is_count,
     "device": _is_text,
     "software": _is_text,
-    "seconds": _is_number,
+    "seconds": is_number,
 }
-"""What an image's text may tell, and what each of it must be; anything else in a PNG's text is another program's."""
+"""Metadata fields with the check of each one's type; other entries of a PNG's text are ignored."""
 
-NEEDED = ("prompt", "negative_prompt", "seed", "steps", "guidance_scale", "scheduler", "model")
-"""Without these an image is not one of ours."""
+REQUIRED = ("prompt", "negative_prompt", "seed", "steps", "guidance_scale", "scheduler", "model")
+"""Fields that every image of predict has."""
 
 KEYS = {
     **{name: name for name in ("prompt", "negative_prompt", "seed", "steps", "guidance_scale", "height", "width")},
@@ -106,11 +101,11 @@ KEYS = {
     "model": "pretrained",
     "batch_row": "data.batch_row",
 }
-"""Keys of predict's configuration for metadata of one value."""
+"""Fields of a single value, with their keys in the configuration of predict."""
 
 
 def save_png(image: Image.Image, path: Path, metadata: Mapping[str, Any]) -> None:
-    """Write an image with its metadata as PNG text; no half-written image is ever seen."""
+    """Write an image as PNG, atomically, with its metadata as PNG text."""
     text = PngInfo()
     for name, value in metadata.items():
         text.add_itxt(name, value if isinstance(value, str) else json.dumps(value))
@@ -119,25 +114,25 @@ def save_png(image: Image.Image, path: Path, metadata: Mapping[str, Any]) -> Non
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """What an image's text tells of its making, each of it of the type that it must be.
+    """The metadata in an image's PNG text, with their types checked.
 
-    The text is data of whoever made the file: what is not known is left out, and nothing in it is ever built or run.
+    The text is untrusted: unknown fields are left out, and nothing in it is instantiated or run.
 
     Raises:
-        SettingsError: if the file is no whole PNG, or its text is not that of an image made here.
+        SettingsError: if the file is not an intact PNG, or lacks the metadata that predict writes.
     """
     try:
         with open_image(Path(path).expanduser(), formats=("PNG",)) as file:
             file.load()
             text = dict(file.text)  # type: ignore[attr-defined]
     except FileNotFoundError as error:
-        raise SettingsError(f"from={path} was not found; give the path of an image that predict wrote.") from error
+        raise SettingsError(f"from={path}: not found; give an image that predict wrote.") from error
     except Exception as error:  # a damaged file ends in many kinds
-        raise SettingsError(f"from={path} cannot be read as a PNG ({error}); give one that predict wrote.") from error
-    if missing := [name for name in NEEDED if name not in text]:
+        raise SettingsError(f"from={path}: is not an intact PNG ({error}); give one that predict wrote.") from error
+    if missing := [name for name in REQUIRED if name not in text]:
         raise SettingsError(
-            f"from={path} does not tell how it was made (no {choices(missing)} in its text); give a PNG that predict "
-            "wrote, as it wrote it."
+            f"from={path}: has no metadata of predict (no {choices(missing)} in its PNG text); give an unchanged PNG "
+            "that predict wrote."
         )
     return {name: _parse(text[name], name, path) for name in FIELDS if name in text}
 
@@ -150,18 +145,18 @@ def _parse(text: str, name: str, path: str | Path) -> Any:
     except (ValueError, RecursionError):
         value = None
     if not FIELDS[name](value):
-        raise SettingsError(f"from={path} has {name}={text[:80]!r} in its text, which cannot be; give another image.")
+        raise SettingsError(f"from={path}: has the invalid {name}={text[:80]!r} in its PNG text; give another image.")
     return value
 
 
 def settings_from_png(path: str | Path) -> dict[str, Any]:
-    """The keys of predict's configuration, with the values that make an image again.
+    """The settings of predict, by configuration key, that reproduce an image.
 
     Args:
-        path: an image that predict wrote; one that was repainted needs the ``inputs/`` of its run.
+        path: an image that predict wrote; input images are taken from the ``inputs/`` of its run folder.
 
     Raises:
-        SettingsError: if it does not tell how it was made.
+        SettingsError: if its metadata cannot be read.
     """
     metadata = read_metadata(path)
     settings = {KEYS[name]: value for name, value in metadata.items() if name in KEYS}

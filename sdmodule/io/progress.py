@@ -1,4 +1,4 @@
-"""Progress bars, where somebody can see them, and lines where output is no terminal."""
+"""Progress bars in a terminal, and lines of progress elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 @contextmanager
 def denoising_bar(total: int, show: bool = True) -> Iterator[Callable[[int, Tensor], None]]:
-    """A bar of denoising steps; yields what to call after each step. Draws nothing where output is no terminal."""
+    """A progress bar of denoising steps, shown only in a terminal; yields the function to call after each step."""
     visible = show and sys.stderr.isatty()
     with tqdm(total=total, desc="denoising", unit="step", leave=False, disable=not visible) as bar:
 
@@ -25,9 +25,14 @@ def denoising_bar(total: int, show: bool = True) -> Iterator[Callable[[int, Tens
 
 @contextmanager
 def progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """Show how far a long work is; yields what to call with the number of things just done.
+    """Show the progress of a long task; yields the function to call with the number of items just done.
 
-    A bar in a terminal; elsewhere a line at the start and at each tenth. The first device shows its own share.
+    In a terminal it is a bar, elsewhere a line at the start and at every tenth. Only rank 0 shows it, for its own
+    share.
+
+    Args:
+        total: number of items.
+        what: the task, for the bar or line.
     """
     first = getattr(rank_zero_only, "rank", 0) == 0
     visible = first and sys.stderr.isatty()

@@ -1,4 +1,4 @@
-"""What of a configuration is nobody else's business: keys to services, and where the home folder is."""
+"""Removing secrets and the path of the home folder from a configuration before it is written or logged."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 SECRET_WORDS = frozenset(
     {"key", "apikey", "token", "password", "passwd", "passphrase", "secret", "credential", "credentials"}
 )
-"""A setting with one of these words in its name is not written down."""
+"""The value of a setting with one of these words in its name is hidden."""
 
 FREE_TEXT = frozenset({"prompt", "negative_prompt"})
-"""Settings that are what an image shows, and are written as they are."""
+"""Settings that hold a user's free text, which is never changed."""
 
 HIDDEN = "…"
 
 
 def is_secret(name: str) -> bool:
-    """Whether a setting of this name is secret: ``api_key`` and ``hubToken`` are, ``tokenizer`` is not."""
+    """Whether the name of a setting stands for a secret: ``api_key`` and ``hubToken`` do, ``tokenizer`` does not."""
     words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)
     return not SECRET_WORDS.isdisjoint(word.lower() for word in words)
 
 
 def shorten_home(text: str) -> str:
-    """A path, or a text with paths in it, with ``~`` for the home folder; what reads paths here expands it again."""
+    """A path, or a text that contains paths, with ``~`` for the home folder; settings of paths expand it again."""
     home = str(Path.home())
     if home in ("/", "."):
         return text
@@ -32,11 +32,11 @@ def shorten_home(text: str) -> str:
 
 
 def redact(value: Any, name: str = "") -> Any:
-    """A configuration without secrets and home folders, to be written down or logged.
+    """A configuration with secrets hidden and the home folder shortened to ``~``.
 
     Args:
-        value: mappings, lists and plain values.
-        name: the name of the setting that has this value.
+        value: a mapping, a list or a plain value.
+        name: name of the setting that has this value.
     """
     if isinstance(value, dict):
         return {key: redact(item, str(key)) for key, item in value.items()}

@@ -1,50 +1,58 @@
-"""What the jobs of a sweep have left, side by side: a table, a sheet, a plot and a page."""
+"""The report of a sweep: its jobs side by side as a table, a contact sheet, a plot and a page."""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
+import warnings
 from collections.abc import Sequence
-from html import escape
+from importlib.util import find_spec
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from sdmodule.io.atomic import atomic_write_text
+from sdmodule.io.atomic import atomic_write, atomic_write_text
 from sdmodule.io.html_report import Job, write_page
-from sdmodule.io.images import break_lines
+from sdmodule.io.images import wrap_text
 from sdmodule.io.png_metadata import save_png
 from sdmodule.io.redact import redact
 
 SHEET_ROWS = 24
-"""Rows of the sheet; a larger sweep shows its first ones."""
+"""Rows of the contact sheet; a larger sweep shows the first ones."""
+
+PLOT = "seconds.svg"
 
 
 def summarize(folder: Path, finished: Sequence[tuple[Path, Sequence[str]]]) -> None:
-    """Write ``summary.csv``, ``sheet.png``, ``seconds.svg`` and ``index.html`` of the jobs of a sweep.
+    """Write ``summary.csv``, ``sheet.png``, ``seconds.svg`` and ``index.html`` for the jobs of a sweep.
+
+    The plot needs matplotlib; without it one line says how to install it.
 
     Args:
-        folder: of the sweep.
-        finished: each job's folder and the overrides that it was given.
+        folder: folder of the sweep.
+        finished: folder and overrides of each job.
     """
     given = [dict(override.split("=", 1) for override in overrides if "=" in override) for _, overrides in finished]
     keys = dict.fromkeys(key for overrides in given for key in overrides)
     swept = [key for key in keys if len({overrides.get(key) for overrides in given}) > 1]
     jobs = []
-    for (place, _), overrides in zip(finished, given, strict=True):
+    for (root, _), overrides in zip(finished, given, strict=True):
         values = {key: str(redact(overrides.get(key, ""), key)).strip("'\"") for key in swept}
-        name = ", ".join(f"{key}={value}" for key, value in values.items()) or place.name
-        jobs.append(Job(place, name, place.relative_to(folder).as_posix(), values))
+        name = ", ".join(f"{key}={value}" for key, value in values.items()) or root.name
+        jobs.append(Job(root, name, root.relative_to(folder).as_posix(), values))
     atomic_write_text(folder / "summary.csv", table(jobs))
-    atomic_write_text(folder / "seconds.svg", plot(jobs))
     if any(True for job in jobs for _ in job.records):
         save_png(sheet(folder, jobs), folder / "sheet.png", {})
-    write_page(folder, folder.absolute().name, jobs, "seconds.svg")
+    if plottable := find_spec("matplotlib") is not None:
+        plot(jobs, folder / PLOT)
+    else:
+        print(f"{PLOT} was not drawn: matplotlib is missing; pip install 'sdmodule[plots]'", flush=True)
+    write_page(folder, folder.absolute().name, jobs, PLOT if plottable else None)
 
 
 def table(jobs: Sequence[Job]) -> str:
-    """A row a job: its folder, the swept values, its figures."""
+    """One row of CSV per job: its folder, the swept values and its timings."""
     rows = []
     for job in jobs:
         timings = job.timings
@@ -61,13 +69,13 @@ def table(jobs: Sequence[Job]) -> str:
 
 
 def seconds_per_image(job: Job) -> float | None:
-    """Seconds of text, denoising and decoding for an image, without the warm-up; None if it was not timed."""
+    """Seconds per image for text, denoising and decoding, without the warm-up; None if it was not timed."""
     rate = job.timings.get("images_per_second")
     return 1 / rate if rate else None
 
 
 def sheet(folder: Path, jobs: Sequence[Job], tile: int = 160, margin: int = 180) -> Image.Image:
-    """Images in a table: a column a job, a row a prompt and seed."""
+    """A contact sheet with one column per job and one row per prompt and seed."""
     rows: dict[tuple[str, int], dict[str, str]] = {}
     for job in jobs:
         for record in job.records:
@@ -76,11 +84,11 @@ def sheet(folder: Path, jobs: Sequence[Job], tile: int = 160, margin: int = 180)
     page = Image.new("RGB", (margin + len(jobs) * (tile + 8), head + min(len(rows), SHEET_ROWS) * (tile + 8)), "white")
     draw = ImageDraw.Draw(page)
     for column, job in enumerate(jobs):
-        lines = break_lines(job.name, font, tile)
+        lines = wrap_text(job.name, font, tile)
         draw.multiline_text((margin + column * (tile + 8), 4), "\n".join(lines), fill="black", font=font, spacing=0)
     for number, ((prompt, seed), files) in enumerate(list(rows.items())[:SHEET_ROWS]):
         y = head + number * (tile + 8)
-        lines = [*break_lines(prompt, font, margin - 16, most=(tile - line) // line), str(seed)]
+        lines = [*wrap_text(prompt, font, margin - 16, max_lines=(tile - line) // line), str(seed)]
         draw.multiline_text((8, y), "\n".join(lines), fill="black", font=font, spacing=0)
         for column, job in enumerate(jobs):
             if job.folder in files:
@@ -92,47 +100,39 @@ def sheet(folder: Path, jobs: Sequence[Job], tile: int = 160, margin: int = 180)
     return page
 
 
-def plot(jobs: Sequence[Job]) -> str:
-    """Seconds for an image against the swept value, as SVG: on a scale for numbers, side by side for anything else."""
+def plot(jobs: Sequence[Job], file: Path) -> None:
+    """Plot seconds per image against the swept value as SVG: a line over numbers, else separate points."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
     timed = [(job, seconds) for job in jobs if (seconds := seconds_per_image(job)) is not None]
     key = next(iter(jobs[0].swept)) if len(jobs[0].swept) == 1 else ""
     values = [_number(job.swept.get(key, "")) for job, _ in timed]
-    numeric = bool(values) and all(value is not None for value in values) and len(set(values)) > 1
-    places = [value or 0.0 for value in values] if numeric else [float(k) for k in range(len(timed))]
-    low, high = (min(places), max(places)) if places else (0.0, 1.0)
-    most = max((seconds for _, seconds in timed), default=1.0) * 1.15
-    left, right, top, bottom = 70, 620, 20, 300
-
-    def at(place: float, seconds: float) -> tuple[float, float]:
-        return left + 20 + (place - low) / ((high - low) or 1) * (right - left - 40), bottom - seconds / most * (
-            bottom - top
-        )
-
-    points = sorted(at(place, seconds) for place, (_, seconds) in zip(places, timed, strict=True))
-    parts = [f'<path d="M{left} {top}V{bottom}H{right}" class="axis"/>']
-    if numeric:
-        parts.append(f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}" class="line"/>')
-    for place, (job, seconds) in zip(places, timed, strict=True):
-        x, y = at(place, seconds)
-        label = job.swept.get(key, "") if key else job.name
-        short = label if len(label) < 24 else label[:23] + "…"
-        parts.append(
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{escape(job.name)}: {seconds:.3g} s</title></circle>'
-        )
-        parts.append(f'<text x="{x:.1f}" y="{y - 10:.1f}" class="middle">{seconds:.3g} s</text>')
-        parts.append(f'<text x="{x:.1f}" y="{bottom + 18}" class="middle">{escape(short)}</text>')
-    parts.append(f'<text x="{(left + right) / 2}" y="{bottom + 40}" class="middle">{escape(key)}</text>')
-    parts.append(
-        f'<text transform="translate(20 {(top + bottom) / 2}) rotate(-90)" class="middle">seconds an image</text>'
+    numbers = [value for value in values if value is not None]
+    numeric = len(numbers) == len(timed) and len(set(numbers)) > 1
+    points = sorted(
+        (value if numeric and value is not None else float(k), seconds, job.swept[key] if key else job.name)
+        for k, (value, (job, seconds)) in enumerate(zip(values, timed, strict=True))
     )
-    style = (
-        "text{font:13px sans-serif;fill:#333}.middle{text-anchor:middle}circle{fill:#2155c4}"
-        ".axis,.line{fill:none;stroke:#888}.line{stroke:#2155c4;stroke-width:2}"
-        "@media(prefers-color-scheme:dark){text{fill:#ddd}circle{fill:#86aefc}.line{stroke:#86aefc}}"
-    )
-    body = "\n".join(parts)
-    size = 'width="640" height="350" viewBox="0 0 640 350"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{style}</style>\n{body}\n</svg>\n'
+    # text stays text, "$" in it is no formula, and the same data give the same file
+    options = {"svg.fonttype": "none", "text.parse_math": False, "svg.hashsalt": "sdmodule"}
+    with style.context(["default", options]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # the reader's font may have what matplotlib's lacks
+        figure = Figure((640 / 96, 350 / 96), layout="constrained")  # inches, of 96 pixels in a browser
+        axes = figure.add_subplot()
+        axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o-" if numeric else "o")
+        for x, y, _ in points:
+            axes.annotate(f"{y:.3g} s", (x, y), xytext=(0, 6), textcoords="offset points", ha="center")
+        axes.set_xticks(
+            [x for x, _, _ in points], [label if len(label) < 24 else label[:23] + "…" for *_, label in points]
+        )
+        axes.set_ylim(0, 1.15 * max((y for _, y, _ in points), default=1.0))
+        axes.margins(x=0.1)
+        axes.set_xlabel(key)
+        axes.set_ylabel("seconds per image")
+        axes.spines[["top", "right"]].set_visible(False)
+        with atomic_write(file) as aside:
+            figure.savefig(aside, format="svg", metadata={"Date": None})
 
 
 def _number(text: str) -> float | None:

@@ -2,28 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sdmodule.components.checkpoint import Components
 from sdmodule.conditioning.inpaint_crop import check_inpaint_settings
+from sdmodule.errors import build_settings
 from sdmodule.io.progress import denoising_bar
-from sdmodule.modes import evaluating
 from sdmodule.sampling.pipeline import sample_all
 from sdmodule.sampling.requests import build_requests
-from sdmodule.speed.prepare import speed_applied
-from sdmodule.speed.settings import choose_speed
-from sdmodule.tome.settings import choose_merging
+from sdmodule.sampling.settings import SamplingSettings
+from sdmodule.speed.apply import speed_applied
+from sdmodule.speed.speed_settings import SpeedSettings
+from sdmodule.tome.token_merging import choose_merging
 
-if TYPE_CHECKING:
-    from sdmodule.module import StableDiffusionModule
+
+class InferOptions(TypedDict, total=False):
+    """Keyword arguments of `infer`, which describes them."""
+
+    control: Any
+    control_scale: float | None
+    height: int | None
+    width: int | None
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    guidance_rescale: float | None
+    negative_prompt: str | Sequence[str] | None
+    num_images_per_prompt: int
+    eta: float | None
+    generator: torch.Generator | Sequence[torch.Generator] | None
+    latents: Tensor | None
+    seed: int
+    scheduler: str | Mapping[str, Any] | None
+    inpaint: Mapping[str, Any] | None
+    tome: Mapping[str, Any] | None
+    speed: Mapping[str, Any] | None
+    return_type: Literal["image", "numpy", "tensor"]
+    show_progress: bool
 
 
 def infer(
-    module: StableDiffusionModule,
+    parts: Components,
+    sampling: SamplingSettings,
+    task: str,
     prompt: str | Sequence[str],
     image: Any = None,
     mask: Any = None,
@@ -50,42 +76,44 @@ def infer(
 ) -> dict[str, Any]:
     """Sample images.
 
-    Settings left out are those of the module's ``sampling``; if nothing was said, 50 steps and the checkpoint's
-    own guidance: 2 for the embedded model, 7.5 for any that names none.
+    Settings left out are those of ``sampling``: unless it says otherwise, 50 steps and the checkpoint's own guidance
+    (2 for the embedded model, 7.5 for a checkpoint that names none).
 
     Args:
-        module: the model; as its method, itself.
-        prompt: one prompt or several; of any length, with ``(words:1.3)`` to weigh words.
-        image: for ``task="inpaint"``, the image to repaint: a path, a PIL image, an array or a tensor, or a list.
+        parts: the model.
+        sampling: settings for what is not given here.
+        task: ``text2image`` or ``inpaint``.
+        prompt: one prompt or several; of any length, with ``(words:1.3)`` to weight words.
+        image: for ``task="inpaint"``, the image to inpaint: a path, a PIL image, an array or a tensor, or a list.
         mask: where: white in an image of the same size, a box ``[x0, y0, x1, y1]``, ``"alpha"``, or a list.
-        control: the image that a ControlNet follows, in any form of ``image``; or one for each prompt.
-        control_scale: how much the ControlNet counts.
-        height: pixels, a multiple of the autoencoder's factor.
+        control: the control image for a ControlNet, in any form of ``image``; or one per prompt.
+        control_scale: weight of the ControlNet's residuals.
+        height: pixels, a multiple of the VAE's factor.
         width: pixels, likewise.
         num_inference_steps: denoising steps.
         guidance_scale: strength of classifier-free guidance; 1 or less is none.
-        guidance_rescale: share of the correction of guidance's overexposure.
-        negative_prompt: what to keep away from: one for all prompts, or one for each.
+        guidance_rescale: share of the correction for overexposure by guidance.
+        negative_prompt: what guidance leads away from: one for all prompts, or one per prompt.
         num_images_per_prompt: images of each prompt.
         eta: share of DDPM noise in DDIM, 0 to 1.
-        generator: source of all noise instead of ``seed``: one for all images, or one for each.
+        generator: source of all noise instead of ``seed``: one for all images, or one per image.
         latents: initial noise instead of the seed's, ``[images, 4, height / factor, width / factor]``.
         seed: image k is drawn from ``seed + k``.
         scheduler: name or settings of a scheduler.
         inpaint: strength, mask_blur, only_masked and padding; see ``InpaintSettings``.
         tome: token merging, ``{"ratio": 0}`` for none; see ``TokenMerging``.
-        speed: means of sampling faster, ``{}`` for none; see ``SpeedSettings``.
+        speed: what is done to sample faster, ``{}`` for nothing; see ``SpeedSettings``.
         return_type: ``image`` for PIL, ``numpy`` for ``[B, H, W, 3]``, ``tensor`` for ``[B, 3, H, W]``; in [0, 1].
-        show_progress: show a bar of the steps, in a terminal.
+        show_progress: show a progress bar of the steps, in a terminal.
 
     Returns:
-        ``samples``, all images of the first prompt first; ``seeds`` and ``prompts`` beside them; ``seconds`` of
-        the stages text, denoise and decode; and ``metadata``, the settings in plain types.
+        ``samples``, all images of the first prompt first; ``seeds`` and ``prompts`` beside them; ``seconds`` of the
+        stages text, denoise and decode; and ``metadata``, the settings in plain types.
 
     Raises:
         SettingsError: for an input that cannot be used.
     """
-    settings = module.sampling.updated(
+    settings = sampling.updated(
         height=height,
         width=width,
         steps=num_inference_steps,
@@ -93,12 +121,12 @@ def infer(
         guidance_rescale=guidance_rescale,
         eta=eta,
         scheduler=scheduler,
-        inpaint=replace(module.sampling.inpaint, **(inpaint or {})),
+        inpaint=replace(sampling.inpaint, **(inpaint or {})),
         control_scale=control_scale,
         merging=None if tome is None else choose_merging(tome),
-        speed=None if speed is None else choose_speed(speed),
+        speed=None if speed is None else build_settings(SpeedSettings, "speed", speed),
     )
-    check_inpaint_settings(settings.inpaint, module.task)
+    check_inpaint_settings(settings.inpaint, task)
     requests = build_requests(
         prompt,
         None,
@@ -107,21 +135,32 @@ def infer(
         seed,
         image=image,
         mask=mask,
-        task=module.task,
+        task=task,
         control=control,
     )
     bar = denoising_bar(settings.steps_taken, show_progress)
-    with (
-        module.full_precision_weights(),
-        evaluating(module),
-        speed_applied(module.parts, settings.speed),
-        bar as on_step,
-    ):
-        samples = sample_all(module.parts, requests, settings, noise=latents, generator=generator, on_step=on_step)
+    with evaluating(parts), speed_applied(parts, settings.speed), bar as on_step:
+        samples = sample_all(parts, requests, settings, noise=latents, generator=generator, on_step=on_step)
     return {
         "samples": samples.converted(return_type),
-        "prompts": [r.prompt for r in requests],
-        "seeds": [r.seed for r in requests],
+        "prompts": [request.prompt for request in requests],
+        "seeds": [request.seed for request in requests],
         "seconds": samples.seconds,
         "metadata": samples.metadata,
     }
+
+
+@contextmanager
+def evaluating(parts: Components) -> Iterator[None]:
+    """Evaluation mode for all networks inside the block; afterwards each layer is in its own mode again."""
+    networks: list[nn.Module] = [parts.unet, parts.vae, parts.text_encoder]
+    if parts.controlnet is not None:
+        networks.append(parts.controlnet)
+    modes = {layer: layer.training for network in networks for layer in network.modules()}
+    for network in networks:
+        network.eval()
+    try:
+        yield
+    finally:
+        for layer, mode in modes.items():
+            layer.training = mode

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from sdmodule.conditioning.control import read_controls
 from sdmodule.conditioning.masked_image import MaskedImage, count_images, pair_images_and_masks
 from sdmodule.conditioning.text import parse_weights
 from sdmodule.errors import SettingsError, choices
+from sdmodule.io.run_folder import IMAGES, INPUTS
 from sdmodule.ranges import check_flag
 
 LARGEST_SEED = 2**64 - 1
@@ -54,6 +56,28 @@ class SampleRequest:
         if self.masked is not None:
             given |= {"image": self.masked.image, "mask": self.masked.mask}
         return {name: image for name, image in given.items() if image is not None}
+
+
+def image_name(request: SampleRequest) -> str:
+    """Path of a request's image within its run folder."""
+    return f"{IMAGES}/{request.index:05d}-{request.seed}.png"
+
+
+def request_metadata(request: SampleRequest) -> dict[str, Any]:
+    """What was requested of one image, in plain types; input images are named by their content."""
+    metadata: dict[str, Any] = {
+        "index": request.index,
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "seed": request.seed,
+    }
+    return metadata | {key: _input_name(image) for key, image in request.inputs().items()}
+
+
+def _input_name(image: Image.Image) -> str:
+    """Path of an input image within a run folder: a hash of its mode, size and pixels."""
+    digest = hashlib.blake2b(f"{image.mode} {image.size}".encode() + image.tobytes(), digest_size=8)
+    return f"{INPUTS}/{digest.hexdigest()}.png"
 
 
 def build_requests(

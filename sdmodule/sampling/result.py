@@ -1,7 +1,8 @@
-"""The images of one batch, and how they came about."""
+"""The images of one batch, and how they were made."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,13 +21,13 @@ class Samples:
     """Images of one batch.
 
     Attributes:
-        decoded: what the model made, ``[B, 3, H, W]`` in [0, 1], float32, on the CPU.
-        requests: what each image was asked to be.
-        seconds: time of each stage: ``text``, ``denoise``, ``decode``.
+        decoded: what the VAE returned, ``[B, 3, H, W]`` in [0, 1], float32, on the CPU.
+        requests: what was asked for, one per image.
+        seconds: time of each stage: ``text``, ``encode`` for inpainting, ``denoise``, ``decode``.
         metadata: settings that hold for the whole batch, in plain types.
-        crops: for inpainting, the part of each image that the model worked on.
-        places: each image's row in the tensors that were computed at once, and how many rows they had; sums of
-            floating-point numbers, and so the last bit of an image, may depend on it.
+        crops: for inpainting, the part of each image that was inpainted.
+        places: each image's row in its batch, and the batch's size; the last bit of an image may depend on them, since
+            sums of floating-point numbers do.
         step_seconds: time of each denoising step.
     """
 
@@ -38,16 +39,37 @@ class Samples:
     places: list[tuple[int, int]] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
 
+    @classmethod
+    def joined(cls, batches: Sequence[Samples], requests: list[SampleRequest], order: Sequence[int]) -> Samples:
+        """One result of several batches.
+
+        Args:
+            batches: in the order in which they were sampled.
+            requests: in the order asked for.
+            order: for each request, its position among the images of all batches.
+        """
+        crops = [crop for batch in batches for crop in batch.crops]
+        places = [place for batch in batches for place in batch.places]
+        return cls(
+            torch.cat([batch.decoded for batch in batches])[list(order)],
+            requests,
+            {stage: sum(batch.seconds[stage] for batch in batches) for stage in batches[0].seconds},
+            batches[0].metadata,
+            [crops[k] for k in order] if crops else [],
+            [places[k] for k in order],
+            [step for batch in batches for step in batch.step_seconds],
+        )
+
     def images(self) -> list[Image.Image]:
-        """The finished images; what was repainted lies in its image, at that image's own size."""
+        """The finished images; an inpainted one is pasted into its original, at the original's size."""
         made = to_images(self.decoded)
         if not self.crops:
             return made
         originals = [request.masked.image for request in self.requests if request.masked is not None]
-        return [paste_back(*parts) for parts in zip(self.crops, made, originals, strict=True)]
+        return [paste_back(*each) for each in zip(self.crops, made, originals, strict=True)]
 
     def converted(self, return_type: str) -> Any:
-        """The finished images as `images.convert_images` gives them.
+        """The finished images as PIL images, an array or a tensor; see `convert_images`.
 
         Raises:
             SettingsError: for an array or a tensor of images of different sizes.
@@ -58,5 +80,5 @@ class Samples:
         if return_type == "image":
             return images
         if len({image.size for image in images}) > 1:
-            raise SettingsError(f"return_type={return_type!r} needs images of one size; use return_type='image'.")
+            raise SettingsError(f"return_type={return_type!r}: images must be of one size; use return_type='image'.")
         return convert_images(torch.stack([image_to_tensor(image) for image in images]) / 2 + 0.5, return_type)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sdmodule.conditioning.inpaint_crop import InpaintSettings
-from sdmodule.errors import SettingsError
-from sdmodule.speed.settings import EXACT, SpeedSettings
-from sdmodule.tome.settings import OFF, TokenMerging
+from sdmodule.errors import build_settings, check_int, check_number
+from sdmodule.speed.speed_settings import EXACT, SpeedSettings
+from sdmodule.tome.token_merging import OFF, TokenMerging, choose_merging
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,15 @@ class SamplingSettings:
         scheduler: a scheduler's name or settings (see ``make_scheduler``); the checkpoint's own if None.
         steps: denoising steps.
         guidance_scale: strength of classifier-free guidance, 1 or less is none; the checkpoint's own if None.
-        guidance_rescale: share of the correction of guidance's overexposure; None takes 0.7 for a model of zero
+        guidance_rescale: share of the correction for overexposure by guidance; None takes 0.7 for a model of zero
             terminal SNR and 0 for any other.
         eta: share of DDPM noise in DDIM, 0 to 1.
         height: pixels; the checkpoint's own size if None.
         width: pixels; the checkpoint's own size if None.
-        merging: token merging; off unless its ratio is more than 0.
-        inpaint: how masked images are repainted.
-        control_scale: how much a ControlNet counts; 0 is not at all.
-        speed: means of sampling faster; none that changes an image unless given.
+        control_scale: weight of a ControlNet's residuals; 0 turns it off.
+        inpaint: how masked images are inpainted.
+        merging: token merging; off unless its ratio is greater than 0.
+        speed: what is done to sample faster; nothing that changes an image unless given.
 
     Raises:
         SettingsError: for a value out of range.
@@ -41,30 +41,42 @@ class SamplingSettings:
     eta: float = 0.0
     height: int | None = None
     width: int | None = None
-    merging: TokenMerging = OFF
-    inpaint: InpaintSettings = field(default_factory=InpaintSettings)
     control_scale: float = 1.0
+    inpaint: InpaintSettings = field(default_factory=InpaintSettings)
+    merging: TokenMerging = OFF
     speed: SpeedSettings = EXACT
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise SettingsError(f"steps={self.steps!r} is not allowed; give a whole number of at least 1.")
-        for name in ("eta", "control_scale", "guidance_scale", "guidance_rescale"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) and not (value is None and "guidance" in name):
-                raise SettingsError(f"{name}={value} is not allowed; give a number.")
-        if not 0.0 <= self.eta <= 1.0:
-            raise SettingsError(f"eta={self.eta} is not allowed; give a number from 0 to 1.")
-        if not 0.0 <= self.control_scale <= 100.0:
-            raise SettingsError(f"control_scale={self.control_scale} is not allowed; give a number from 0 to 100.")
-        if self.guidance_scale is not None and not -1e4 < self.guidance_scale < 1e4:
-            raise SettingsError(f"guidance_scale={self.guidance_scale} is not allowed; give a number such as 7.5.")
-        if self.guidance_rescale is not None and not 0.0 <= self.guidance_rescale <= 1.0:
-            raise SettingsError(f"guidance_rescale={self.guidance_rescale} is not allowed; give a number from 0 to 1.")
+        check_int("steps", self.steps)
+        check_number("eta", self.eta, minimum=0, maximum=1)
+        check_number("control_scale", self.control_scale, minimum=0, maximum=100)
+        if self.guidance_scale is not None:
+            check_number("guidance_scale", self.guidance_scale, above=-1e4, below=1e4)
+        if self.guidance_rescale is not None:
+            check_number("guidance_rescale", self.guidance_rescale, minimum=0, maximum=1)
+
+    @classmethod
+    def from_groups(
+        cls,
+        sampling: Mapping[str, Any] | None = None,
+        tome: Mapping[str, Any] | None = None,
+        speed: Mapping[str, Any] | None = None,
+    ) -> SamplingSettings:
+        """Settings from the groups ``sampling`` (with ``inpaint`` inside), ``tome`` and ``speed``.
+
+        Raises:
+            SettingsError: for an unknown setting or a value out of range.
+        """
+        own = build_settings(cls, "sampling", sampling)
+        inpaint = own.inpaint
+        if not isinstance(inpaint, InpaintSettings):
+            inpaint = build_settings(InpaintSettings, "sampling.inpaint", inpaint)
+        fast = build_settings(SpeedSettings, "speed", speed)
+        return replace(own, inpaint=inpaint, merging=choose_merging(tome), speed=fast)
 
     @property
     def steps_taken(self) -> int:
-        """Steps that are walked: fewer than ``steps`` where the strength is below 1."""
+        """Denoising steps that are run: fewer than ``steps`` where the inpainting strength is below 1."""
         return int(self.steps * self.inpaint.strength)
 
     def updated(self, **changes: Any) -> SamplingSettings:

@@ -1,1 +1,1 @@
-"""Means of sampling faster: those that change nothing, those that change rounding, and those that change images."""
+"""Faster sampling: options that keep the bits, options that change rounding, and options that change the image."""

@@ -1,4 +1,4 @@
-"""What computes the UNet's attention, by name."""
+"""Attention backends of the UNet, chosen by name."""
 
 from __future__ import annotations
 
@@ -13,42 +13,41 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdmodule.errors import SettingsError, choices
 
-KERNELS = {
+SDPA_BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
-"""Those of ``torch.nn.functional.scaled_dot_product_attention``."""
+"""Backends of ``torch.nn.functional.scaled_dot_product_attention``."""
 
 PROCESSORS = {"plain": AttnProcessor, "xformers": XFormersAttnProcessor}
-"""Those that are diffusers' processors."""
+"""Backends that are attention processors of diffusers."""
 
-
-class NamedAttention(AttnProcessor2_0):
-    """Torch's own, whose place no faster one takes."""
-
-
-ANYWHERE = ("sdpa", "flash", "math", "plain")
-"""Those that need no GPU."""
+WITHOUT_GPU = ("sdpa", "flash", "math", "plain")
+"""Backends that also run on a CPU."""
 
 IN_THIS_BUILD = {
     "flash": torch.backends.cuda.is_flash_attention_available,
     "cudnn": torch.backends.cudnn.is_available,
 }
-"""Whether those that a build of torch for GPUs may lack are in this one."""
+"""Whether this build of torch has a backend that a CUDA build may lack."""
+
+
+class NamedAttention(AttnProcessor2_0):
+    """Torch's attention, asked for by name: a type of its own, so that ``speed.cpu`` does not replace it."""
 
 
 @contextmanager
-def attention_by(unet: Any, name: str) -> Iterator[None]:
-    """Compute a UNet's attention by the one of a name inside a ``with`` block.
+def attention_backend(unet: Any, name: str) -> Iterator[None]:
+    """Compute a UNet's attention with one backend inside a ``with`` block.
 
     Args:
-        unet: a ``UNet2DConditionModel``, where it is to run.
-        name: one of ``settings.ATTENTION``.
+        unet: a ``UNet2DConditionModel``, already on its device.
+        name: one of ``speed_settings.ATTENTION``; ``sdpa`` changes nothing.
 
     Raises:
-        SettingsError: if this machine does not have it.
+        SettingsError: if this machine does not have the backend.
     """
     if name == "sdpa":
         yield
@@ -57,7 +56,7 @@ def attention_by(unet: Any, name: str) -> Iterator[None]:
     before = unet.attn_processors
     unet.set_attn_processor(PROCESSORS.get(name, NamedAttention)())
     try:
-        with sdpa_kernel(KERNELS[name]) if name in KERNELS else nullcontext():
+        with sdpa_kernel(SDPA_BACKENDS[name]) if name in SDPA_BACKENDS else nullcontext():
             yield
     finally:
         unet.set_attn_processor(before)
@@ -65,18 +64,18 @@ def attention_by(unet: Any, name: str) -> Iterator[None]:
 
 @contextmanager
 def plain_attention(text_encoder: Any, *networks: Any) -> Iterator[None]:
-    """Compute attention as two plain products inside a ``with`` block, as training in bfloat16 on CPU is faster.
+    """Compute attention as two plain matrix products inside a ``with`` block: faster training in bfloat16 on CPU.
 
-    The backward pass of torch's fused attention was once seen to take four times as long there; in float32 it was
-    measured since to be the faster one, and it keeps less.
+    There the backward pass of torch's fused attention once took four times as long. In float32 fused attention is the
+    faster one, and it keeps less memory.
 
     Args:
         text_encoder: a text encoder of transformers.
-        networks: UNets and ControlNets; None is passed over.
+        networks: UNets and ControlNets; None is skipped.
     """
     present = [network for network in networks if network is not None]
     before = [network.attn_processors for network in present]
-    of_text = text_encoder.config._attn_implementation
+    text_before = text_encoder.config._attn_implementation
     try:
         for network in present:
             network.set_attn_processor(AttnProcessor())
@@ -85,21 +84,28 @@ def plain_attention(text_encoder: Any, *networks: Any) -> Iterator[None]:
     finally:
         for network, processors in zip(present, before, strict=True):
             network.set_attn_processor(processors)
-        text_encoder.set_attn_implementation(of_text)
+        text_encoder.set_attn_implementation(text_before)
 
 
 def check_attention(name: str, device: str | None = None) -> None:
-    """Check that this machine has the attention of a name, and that a device, if one is named, can use it.
+    """Check that this machine has an attention backend.
+
+    Args:
+        name: one of ``speed_settings.ATTENTION``.
+        device: ``cuda`` or ``cpu``; the GPU where there is one if None.
 
     Raises:
-        SettingsError: if not.
+        SettingsError: if a package, a GPU or a build of torch is missing.
     """
     if name == "xformers" and find_spec("xformers") is None:
-        raise SettingsError("speed.attention=xformers needs the package xformers; pip install xformers, or use sdpa.")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device != "cuda" and name not in ANYWHERE:
         raise SettingsError(
-            f"speed.attention={name} needs a CUDA GPU, and this runs on {device}; give one of {choices(ANYWHERE)}."
+            "speed.attention=xformers: the package xformers is not installed; pip install xformers, or use sdpa."
+        )
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device != "cuda" and name not in WITHOUT_GPU:
+        raise SettingsError(
+            f"speed.attention={name}: needs a CUDA GPU, and this runs on {device}; choose one of "
+            f"{choices(WITHOUT_GPU)}."
         )
     if device == "cuda" and name in IN_THIS_BUILD and not IN_THIS_BUILD[name]():
-        raise SettingsError(f"speed.attention={name} is not in this build of torch; use sdpa.")
+        raise SettingsError(f"speed.attention={name}: not in this build of torch; use sdpa.")

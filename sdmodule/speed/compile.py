@@ -1,7 +1,11 @@
-"""Compilation of the UNet for training."""
+"""Compilation of the UNet, for training and for sampling."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,34 +16,30 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from typing_extensions import override
 
-from sdmodule.errors import SettingsError, choices
-
 COMPILE = ("none", "blocks", "whole")
+RECOMPILE_LIMIT = 64
+"""Shapes of blocks that torch must be willing to compile; its own limit is 8."""
 
+BACKEND = "inductor"
+"""Compiler backend for sampling."""
 
-def check_compile(which: str) -> None:
-    """Check what is to be compiled.
-
-    Raises:
-        SettingsError: if it is not known.
-    """
-    if which not in COMPILE:
-        raise SettingsError(f"model.compile={which} is not known; give one of {choices(COMPILE)}.")
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
+"""Environment variable for the folder of compiled code; torch's own default is a temporary folder."""
 
 
 def compile_unet(unet: nn.Module, which: str) -> None:
-    """Compile a UNet.
+    """Compile a UNet for training, for good.
 
     Args:
         unet: a ``UNet2DConditionModel``.
-        which: ``none``; ``blocks``, each by itself, of which those that are alike share what was compiled; or
-            ``whole``, as one graph, whose steps are faster and which takes many times as long to compile.
+        which: ``none``; ``blocks``, one by one, where blocks of the same shape share the compiled code; or ``whole``,
+            as one graph, whose steps are faster but which takes many times as long to compile.
     """
     if which == "none":
         return
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     if which == "blocks":
-        for block in blocks_to_compile(unet):
+        for block in repeated_blocks(unet):
             block.compile(dynamic=False)
     if which == "whole":
         for layer in unet.modules():
@@ -47,16 +47,44 @@ def compile_unet(unet: nn.Module, which: str) -> None:
                 layer.__class__ = DoublingUpsample2D
             elif type(layer) is nn.Conv2d and layer.kernel_size == layer.stride == (1, 1) and layer.groups == 1:
                 layer.__class__ = PixelwiseConv2d
-        unet.compile(dynamic=False, options={"size_asserts": False})  # which take 3% of a step of small layers
+        # size checks take 3% of a step of small layers
+        unet.compile(dynamic=False, options={"size_asserts": False})
 
 
-def blocks_to_compile(unet: nn.Module) -> list[nn.Module]:
-    """The blocks of which a UNet is made many times over."""
+@contextmanager
+def compiled(unet: Any, which: str) -> Iterator[None]:
+    """Compile a UNet for sampling inside a ``with`` block.
+
+    Compiled code is kept between runs in ``~/.cache/sdmodule/compiled``, unless ``TORCHINDUCTOR_CACHE_DIR`` names
+    another folder. The first batch compiles or reads the cache; ``timings.json`` reports it separately as the warm-up.
+
+    Args:
+        unet: a ``UNet2DConditionModel``; what a training has compiled stays as it is.
+        which: ``blocks``, one by one, or ``whole``, as one graph.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    os.environ.setdefault(CACHE, str(home / "sdmodule" / "compiled"))
+    modules: list[nn.Module] = [unet] if which == "whole" else repeated_blocks(unet)
+    modules = [module for module in modules if module._compiled_call_impl is None]
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, RECOMPILE_LIMIT)
+    try:
+        for module in modules:
+            module.compile(dynamic=False, backend=BACKEND)
+        yield
+    finally:
+        torch._dynamo.config.recompile_limit = limit
+        for module in modules:
+            module._compiled_call_impl = None
+
+
+def repeated_blocks(unet: nn.Module) -> list[nn.Module]:
+    """The residual and transformer blocks that a UNet repeats."""
     return [block for block in unet.modules() if isinstance(block, (ResnetBlock2D, Transformer2DModel))]
 
 
 class PixelwiseConv2d(nn.Conv2d):
-    """A ``Conv2d`` of 1x1 that is compiled as a linear layer, whose gradients take oneDNN half of the time on CPU."""
+    """A 1x1 ``Conv2d`` that compiles to a linear layer, whose gradients take oneDNN half the time on CPU."""
 
     @override
     def forward(self, input: Tensor) -> Tensor:
@@ -67,22 +95,22 @@ class PixelwiseConv2d(nn.Conv2d):
 
 
 class DoublingUpsample2D(Upsample2D):
-    """An ``Upsample2D`` that repeats pixels without interpolation; one becomes it by its ``__class__``.
+    """An ``Upsample2D`` that repeats pixels instead of interpolating; assigned through ``__class__``.
 
-    On CPU in bfloat16, torch 2.13 computes gradients of 0 for a compiled interpolation to the nearest neighbour, and
-    everything below it then learns nothing.
+    On CPU in bfloat16, torch 2.13 computes gradients of 0 for a compiled nearest-neighbor interpolation, so that
+    nothing below it learns.
     """
 
     @override
     def forward(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-        """Twice as high and wide, ``[B, C, h, w]`` to ``[B, C, 2h, 2w]``, and convolved, equal to the bit."""
+        """Double the size, ``[B, C, h, w]`` to ``[B, C, 2h, 2w]``, and convolve; equal to the bit."""
         height, width = hidden_states.shape[2:]
         if output_size is not None and tuple(output_size) != (2 * height, 2 * width):
-            return _interpolated(self, hidden_states, output_size)
+            return _interpolate(self, hidden_states, output_size)
         repeated = hidden_states[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2)
         return self.conv(repeated.reshape(*hidden_states.shape[:2], 2 * height, 2 * width))
 
 
 @torch.compiler.disable
-def _interpolated(layer: Upsample2D, hidden_states: Tensor, output_size: Any) -> Tensor:
+def _interpolate(layer: Upsample2D, hidden_states: Tensor, output_size: Any) -> Tensor:
     return Upsample2D.forward(layer, hidden_states, output_size)

@@ -1,8 +1,7 @@
-"""Deep features used again over several steps (Ma et al. 2024, "DeepCache: Accelerating Diffusion Models for Free").
+"""Deep features cached over several steps (Ma et al. 2024, "DeepCache: Accelerating Diffusion Models for Free").
 
-A UNet is a row of layers down, a middle, and a row of layers up, each of which also takes what the layer down at its
-own depth gave. What comes up from the depth changes little from one step to the next. So at most steps only the outer
-layers are run, on the last result from inside.
+The features that reach the outer layers of a UNet from its deep ones change little from step to step. So most steps
+run the outer layers only, on the deep features of an earlier step.
 """
 
 from __future__ import annotations
@@ -27,18 +26,18 @@ from sdmodule.errors import SettingsError
 
 DOWN, UP = (CrossAttnDownBlock2D, DownBlock2D), (CrossAttnUpBlock2D, UpBlock2D)
 Context = tuple[Tensor, Tensor]
-"""Embedding of the timestep ``[B, E]``, and of the text ``[B, L, D]``."""
+"""Embeddings of the timestep ``[B, E]`` and of the text ``[B, L, D]``."""
 
 
 class Layer(NamedTuple):
-    """A layer down, whose result a layer up takes too, or a layer up."""
+    """One layer of the UNet's path down, which feeds a skip connection, or of its path up, which takes one."""
 
     resnet: nn.Module | None
     attention: nn.Module | None = None
     resize: nn.Module | None = None
 
     def __call__(self, hidden: Tensor, context: Context) -> Tensor:
-        """Run resnet and attention; the change of size is the caller's, who knows the size."""
+        """Run resnet and attention; the caller, who knows the size, runs ``resize``."""
         embedding, text = context
         if self.resnet is not None:
             hidden = self.resnet(hidden, embedding)
@@ -48,7 +47,7 @@ class Layer(NamedTuple):
 
 
 def layers_down(unet: Any) -> list[Layer]:
-    """Every layer down whose result is taken again on the way up, but the first convolution."""
+    """The layers of the path down that feed a skip connection, without the first convolution."""
     layers = []
     for block in unet.down_blocks:
         layers += [Layer(*pair) for pair in _pairs(block)]
@@ -57,7 +56,7 @@ def layers_down(unet: Any) -> list[Layer]:
 
 
 def layers_up(unet: Any) -> list[Layer]:
-    """Every layer up; the last of a block enlarges its result."""
+    """The layers of the path up; the last one of a block upsamples its result."""
     layers = []
     for block in unet.up_blocks:
         pairs = _pairs(block)
@@ -72,35 +71,38 @@ def _pairs(block: Any) -> list[tuple[nn.Module, nn.Module | None]]:
 
 
 def check_cache(unet: Any, layers: int) -> None:
-    """Check that the deep layers of a UNet can be left out.
+    """Check that a UNet's deep features can be cached.
+
+    Args:
+        unet: a ``UNet2DConditionModel``.
+        layers: outer layers that run at every step.
 
     Raises:
-        SettingsError: for a UNet of other blocks than Stable Diffusion's, or more layers than it has outside of its
-            first change of size.
+        SettingsError: for blocks that Stable Diffusion does not have, or more layers than the UNet has before its first
+            downsampling.
     """
     for blocks, known in ((unet.down_blocks, DOWN), (unet.up_blocks, UP)):
         for block in blocks:
             if type(block) not in known:
                 raise SettingsError(
-                    f"speed.cache_every leaves out deep layers of Stable Diffusion's UNet, and this one has a "
+                    f"speed.cache_every: works with the blocks of Stable Diffusion's UNet, and this one has a "
                     f"{type(block).__name__}; set speed.cache_every=1."
                 )
-    most = len(unet.down_blocks[0].resnets) + 1
-    if layers > most:
+    limit = len(unet.down_blocks[0].resnets) + 1
+    if layers > limit:
         raise SettingsError(
-            f"speed.cache_layers={layers} is more than the {most} layers of full resolution of this UNet; "
-            f"give 1 to {most}."
+            f"speed.cache_layers={layers}: must be from 1 to {limit}, the layers of this UNet at full resolution."
         )
 
 
 @dataclass
 class DeepFeatures:
-    """What a UNet keeps between steps.
+    """What a UNet caches between steps.
 
     Attributes:
         layers: outer layers that run at every step.
-        fresh: run all of them at the next call.
-        features: what came up from inside at the last whole run, ``[B, C, h, w]``.
+        fresh: run the whole UNet at the next call.
+        features: input of the outer layers on the path up, from the last whole run, ``[B, C, h, w]``.
     """
 
     layers: int
@@ -109,9 +111,9 @@ class DeepFeatures:
 
 
 class CachingUNet(UNet2DConditionModel):
-    """A ``UNet2DConditionModel`` that can leave out its deep layers; one becomes it, and ceases, by its ``__class__``.
+    """A ``UNet2DConditionModel`` that can skip its deep layers; assigned through ``__class__``.
 
-    Run whole, it gives the same to the bit as the class that it is made of.
+    Run whole, it returns what diffusers' class returns, to the bit.
     """
 
     deep: DeepFeatures
@@ -124,9 +126,10 @@ class CachingUNet(UNet2DConditionModel):
         down_block_additional_residuals: Sequence[Tensor] = (),
         mid_block_additional_residual: Tensor | None = None,
     ) -> UNet2DConditionOutput:
-        """Predict for noisy latents ``[B, C, h, w]``; of B fewer than at the last whole run, they are the last rows.
+        """Prediction for noisy latents ``[B, C, h, w]``.
 
-        The residuals are those of a ControlNet, as ``UNet2DConditionModel`` takes them.
+        Fewer rows than in the last whole run are its last ones: the prompts' half, once guidance has ended. The
+        residuals are those of a ControlNet.
         """
         deep = self.deep
         time = self.get_time_embed(sample=sample, timestep=timestep)
@@ -157,7 +160,7 @@ class CachingUNet(UNet2DConditionModel):
 
 
 def _ascend(layers: list[Layer], hidden: Tensor, skips: list[Tensor], context: Context) -> Tensor:
-    """Run layers up, each on the last of the ``skips`` too, which it takes from their end."""
+    """Run layers of the path up; each takes the last of the ``skips`` off the list."""
     for layer in layers:
         hidden = layer(torch.cat([hidden, skips.pop()], dim=1), context)
         if layer.resize is not None:
@@ -166,22 +169,22 @@ def _ascend(layers: list[Layer], hidden: Tensor, skips: list[Tensor], context: C
 
 
 def always_whole(fresh: bool) -> None:
-    """What is told before a step where all of the UNet runs at every one."""
+    """The start-step function without DeepCache: the whole UNet runs at every step."""
 
 
 @contextmanager
 def caching(unet: Any, layers: int) -> Iterator[Callable[[bool], None]]:
-    """Let a UNet leave out its deep layers inside a ``with`` block.
+    """Let a UNet skip its deep layers inside a ``with`` block.
 
     Args:
         unet: a ``UNet2DConditionModel``.
         layers: outer layers that run at every step.
 
     Yields:
-        What to call before each step, with whether it is to run all of the UNet.
+        A function to call before each step, with whether the whole UNet is to run.
 
     Raises:
-        SettingsError: as ``check_cache`` does.
+        SettingsError: as `check_cache` does.
     """
     check_cache(unet, layers)
     before = unet.__class__

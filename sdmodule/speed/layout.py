@@ -1,4 +1,4 @@
-"""The layout in memory that convolutions are fastest in."""
+"""The channels_last memory format, through every layer of UNet and VAE."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from sdmodule.speed.swap_class import swap_class
 
 @contextmanager
 def channels_last(*modules: nn.Module) -> Iterator[None]:
-    """Keep the weights of modules with their channels innermost, and put them back afterwards.
+    """Keep the weights of modules in channels_last inside a ``with`` block.
 
-    A convolution then gives its result in that layout too, so that no layer converts.
+    Convolutions then return their result in that format too, so that no layer converts.
     """
     weights = [weight for module in modules for weight in module.parameters() if weight.ndim == 4]
     before = [weight.is_contiguous() for weight in weights]
@@ -34,24 +34,24 @@ def channels_last(*modules: nn.Module) -> Iterator[None]:
 
 
 def is_channels_last(module: nn.Module) -> bool:
-    """Whether the weights of a module's convolutions have their channels innermost, those of 1x1 apart, which may."""
+    """Whether a module's convolutions have channels_last weights; 1x1 ones, which are in both, do not count."""
     weights = [weight for weight in module.parameters() if weight.ndim == 4 and weight.shape[2:].numel() > 1]
     return bool(weights) and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
 
 
 @contextmanager
 def tokens_in_place(*modules: nn.Module) -> Iterator[None]:
-    """Let the transformers of modules leave their results as their tokens lie, inside a ``with`` block."""
-    every = (part for module in modules for part in module.modules())
-    with swap_class(TokensInPlace, [part for part in every if type(part) is Transformer2DModel]):
+    """Let the transformers of modules return channels_last results inside a ``with`` block."""
+    every = (layer for module in modules for layer in module.modules())
+    with swap_class(TokensInPlace, [layer for layer in every if type(layer) is Transformer2DModel]):
         yield
 
 
 class TokensInPlace(Transformer2DModel):
-    """A ``Transformer2DModel`` that leaves its result as its tokens lie; one becomes it, and ceases, by ``__class__``.
+    """A ``Transformer2DModel`` whose result is channels_last, as its tokens are; assigned through ``__class__``.
 
-    Tokens have their channels innermost. That of diffusers turns them outermost at its end, and what is added to its
-    result stays so: from the first transformer on no layer would find the layout that it is fastest in.
+    That of diffusers returns a contiguous result, and the layers after it keep that format: from the first transformer
+    on, no convolution would get channels_last images.
     """
 
     @override
@@ -65,10 +65,10 @@ class TokensInPlace(Transformer2DModel):
         return_dict: bool = True,
         **options: Any,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Run the blocks on an image ``[B, C, h, w]``; ``options`` are the blocks' own."""
-        if torch.is_grad_enabled() and self.gradient_checkpointing:  # which needs more than the blocks
-            given = (encoder_hidden_states, timestep, added_cond_kwargs, class_labels)
-            return super().forward(hidden_states, *given, return_dict=return_dict, **options)
+        """Run the blocks on an image ``[B, C, h, w]``; ``options`` go to the blocks."""
+        if torch.is_grad_enabled() and self.gradient_checkpointing:  # diffusers' forward wraps each block
+            context = (encoder_hidden_states, timestep, added_cond_kwargs, class_labels)
+            return super().forward(hidden_states, *context, return_dict=return_dict, **options)
         height = hidden_states.shape[2]
         tokens = self.norm(hidden_states)
         tokens = self.proj_in(_tokens(tokens)) if self.use_linear_projection else _tokens(self.proj_in(tokens))
@@ -89,10 +89,10 @@ class TokensInPlace(Transformer2DModel):
 
 
 def _tokens(image: Tensor) -> Tensor:
-    """``[B, C, h, w]`` to ``[B, h * w, C]``, of the same memory where channels are innermost."""
+    """``[B, C, h, w]`` to ``[B, h * w, C]``; a view of a channels_last image."""
     return image.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def _image(tokens: Tensor, height: int) -> Tensor:
-    """``[B, h * w, C]`` to ``[B, C, h, w]``, of the same memory."""
+    """``[B, h * w, C]`` to ``[B, C, h, w]``, a view."""
     return tokens.unflatten(1, (height, -1)).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""Memory that the process keeps instead of giving it back."""
+"""Memory that the process keeps instead of returning it to the system."""
 
 from __future__ import annotations
 
@@ -9,39 +9,40 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
-"""Names of glibc's ``mallopt``; their numbers are part of its interface."""
+"""Parameters of glibc's ``mallopt``; the numbers are part of its ABI."""
 
 NEVER = 2**31 - 1
 USUAL = {TRIM_THRESHOLD: 64 << 20, MMAP_THRESHOLD: 32 << 20, MMAP_MAX: 65536}
-"""Where glibc's own settings arrive once large blocks have been freed."""
+"""The values that glibc's dynamic thresholds reach once large blocks have been freed."""
 
 LOCK = threading.Lock()
-blocks: list[ctypes.CDLL] = []
-"""Of the blocks that are being run, an entry each."""
+active: list[ctypes.CDLL] = []
+"""One entry for each ``with`` block that is open."""
 
 
 @contextmanager
 def retain_freed_memory() -> Iterator[None]:
-    """Inside a ``with`` block, let freed memory wait for the next layer instead of giving it back to the system.
+    """Keep freed memory for the next layer inside a ``with`` block, instead of returning it to the system.
 
-    glibc takes every large tensor from the system and gives it back when it is freed, so that each layer's result is
-    zeroed page by page before it is written. The switch is of the whole process: the last block that ends turns it
-    back, so that images sampled amid a training leave its memory alone. Does nothing where the C library is another.
+    By default glibc maps every large tensor and unmaps it when it is freed, so the kernel zeroes each layer's
+    result page by page before it is written. The switch holds for the whole process: the last block to end turns it
+    off, so that sampling in the middle of a training leaves the training's memory alone. Does nothing with another C
+    library.
     """
     if platform.libc_ver()[0] != "glibc":
         yield
         return
     libc = ctypes.CDLL(None)
     with LOCK:
-        blocks.append(libc)
+        active.append(libc)
         libc.mallopt(MMAP_MAX, 0)
         libc.mallopt(TRIM_THRESHOLD, NEVER)
     try:
         yield
     finally:
         with LOCK:
-            blocks.pop()
-            if not blocks:
+            active.pop()
+            if not active:
                 for name, value in USUAL.items():
                     libc.mallopt(name, value)
                 libc.malloc_trim(0)

@@ -1,4 +1,4 @@
-"""Modules that compute the same another way for the length of a ``with`` block."""
+"""Modules that take another class, and so another ``forward``, inside a ``with`` block."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import nn
 
 @contextmanager
 def swap_class(kind: type[nn.Module], layers: Iterable[nn.Module], keeps: tuple[str, ...] = ()) -> Iterator[None]:
-    """Have modules be of another class inside a ``with`` block: their weights, names and hooks stay as they are.
+    """Change the class of modules inside a ``with`` block; their weights, names and hooks stay.
 
     Args:
-        kind: a class derived from theirs, with nothing to be initialized.
-        layers: all of the class that ``kind`` is derived from.
-        keeps: attributes in which modules of ``kind`` keep what they make; dropped at the end.
+        kind: a subclass of the modules' class that needs no initialization.
+        layers: modules of exactly the class that ``kind`` derives from.
+        keeps: attributes in which modules of ``kind`` cache values; deleted at the end.
     """
     found = list(layers)
     before = [layer.__class__ for layer in found]
@@ -25,7 +25,7 @@ def swap_class(kind: type[nn.Module], layers: Iterable[nn.Module], keeps: tuple[
         yield
     finally:
         for layer, own in zip(found, before, strict=True):
-            if layer.__class__ is kind:  # and none that it became in between
+            if layer.__class__ is kind:  # not a class that was set inside the block
                 layer.__class__ = own
             for name in keeps:
                 layer.__dict__.pop(name, None)

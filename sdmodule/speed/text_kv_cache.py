@@ -1,4 +1,4 @@
-"""What cross-attention makes of a text is the same at every step: it is computed once."""
+"""Keys and values of the text, computed once for all steps: cross-attention gets the same text at each."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 
-class Remembered(nn.Module):
-    """In place of a layer: what it gave for a batch, whatever it is given now.
+class CachedProjection(nn.Module):
+    """A stand-in for a key or value projection that returns its cached result.
 
     Args:
-        layer: what stood here.
-        value: its result ``[B, L, C]``; asked for fewer rows than B, it gives the last ones.
+        layer: the projection.
+        value: its result ``[B, L, C]``.
     """
 
     def __init__(self, layer: nn.Module, value: Tensor) -> None:
@@ -24,18 +24,17 @@ class Remembered(nn.Module):
         self.value = value
 
     def forward(self, tokens: Tensor, *_: Any) -> Tensor:
-        """The remembered result, for as many rows as there are tokens' rows."""
+        """The cached result; for fewer rows than B, its last rows, which are the prompts' half."""
         return self.value[-len(tokens) :]
 
 
 @contextmanager
 def text_kv_cache(unet: Any, embeddings: Tensor) -> Iterator[None]:
-    """Compute keys and values of a text once, for all calls of a UNet inside a ``with`` block.
+    """Compute keys and values of the text once for all calls of a UNet inside a ``with`` block.
 
     Args:
         unet: a ``UNet2DConditionModel``.
-        embeddings: the ``encoder_hidden_states`` that it will be given, or the last rows of which it will be given,
-            ``[B, L, D]``.
+        embeddings: the ``encoder_hidden_states`` of every call, ``[B, L, D]``; a call may also get its last rows.
     """
     layers: list[tuple[nn.Module, str, nn.Module]] = []
     try:
@@ -46,7 +45,7 @@ def text_kv_cache(unet: Any, embeddings: Tensor) -> Iterator[None]:
             for name in ("to_k", "to_v"):
                 layer = getattr(attention, name)
                 layers.append((attention, name, layer))
-                setattr(attention, name, Remembered(layer, layer(embeddings)))
+                setattr(attention, name, CachedProjection(layer, layer(embeddings)))
         yield
     finally:
         for attention, name, layer in layers:

@@ -1,4 +1,4 @@
-"""How much of a batch the autoencoder decodes at once."""
+"""How much of a batch the VAE decodes at once."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def vae_slicing(vae: Any, how: str) -> Iterator[None]:
 
     Args:
         vae: the autoencoder.
-        how: ``whole``; ``sliced``, image by image; or ``tiled``, which also decodes large images in tiles that
-            overlap, and blends their seams.
+        how: ``whole``; ``sliced``, image by image; or ``tiled``, which also splits large images into overlapping tiles
+            and blends their seams.
     """
     before = vae.use_slicing, vae.use_tiling
     vae.use_slicing, vae.use_tiling = how != "whole", how == "tiled"

@@ -1,4 +1,4 @@
-"""The transformer blocks of a UNet: where each lies, and how many tokens it sees."""
+"""The transformer blocks of a UNet: the position and the token grid of each."""
 
 from __future__ import annotations
 
@@ -16,19 +16,25 @@ Grid = tuple[int, int]
 
 
 class PlacedBlock(NamedTuple):
-    """A transformer block, how much smaller than the latents its image is, and in which part of the UNet it lies."""
+    """A transformer block and its position.
+
+    Attributes:
+        block: the block.
+        downsample: how much smaller than the latents its grid is.
+        part: number of the UNet's down, middle or up block that contains it.
+    """
 
     block: BasicTransformerBlock
     downsample: int
     part: int
 
     def grid(self, size: Grid) -> Grid:
-        """The block's tokens for latents of a height and width; each halving rounds up, as the UNet's do."""
+        """Height and width in tokens for latents of a height and width; rounded up, as the UNet does."""
         return math.ceil(size[0] / self.downsample), math.ceil(size[1] / self.downsample)
 
 
 def transformer_blocks(unet: Any) -> list[PlacedBlock]:
-    """All transformer blocks of a UNet, in the order in which it calls them."""
+    """All transformer blocks of a UNet, in the order of its forward pass."""
     deepest = len(unet.down_blocks) - 1
     parts = [(part, level) for level, part in enumerate(unet.down_blocks)]
     parts += [(unet.mid_block, deepest)] if unet.mid_block is not None else []
@@ -42,25 +48,25 @@ def transformer_blocks(unet: Any) -> list[PlacedBlock]:
 
 
 def blocks_to_merge(unet: Any, max_downsample: int) -> list[PlacedBlock]:
-    """The blocks that a ``max_downsample`` reaches.
+    """The transformer blocks that are downsampled by at most ``max_downsample``.
 
     Raises:
-        SettingsError: if it reaches none, or one with parts that no block of Stable Diffusion has.
+        SettingsError: if there are none, or if one is not a block of Stable Diffusion.
     """
     every = transformer_blocks(unet)
     if not every:
-        raise SettingsError("tome finds no transformer block in this UNet; set tome.ratio=0.")
+        raise SettingsError("tome: this UNet has no transformer blocks; set tome.ratio=0.")
     chosen = [placed for placed in every if placed.downsample <= max_downsample]
     if not chosen:
         first = min(placed.downsample for placed in every)
         raise SettingsError(
-            f"tome.max_downsample={max_downsample} merges nothing in this UNet, whose first transformer blocks see "
-            f"latents {first} times smaller; give tome.max_downsample={first}."
+            f"tome.max_downsample={max_downsample}: merges nothing in this UNet, whose transformer blocks start at a "
+            f"downsampling of {first}; set tome.max_downsample={first}."
         )
     for block, _, _ in chosen:
         if block.norm_type != "layer_norm" or block.pos_embed is not None or hasattr(block, "fuser"):
             raise SettingsError(
-                "tome merges the transformer blocks of Stable Diffusion, and those of this UNet have other norms, "
-                f"positions or boxes (norm_type={block.norm_type}); set tome.ratio=0."
+                "tome: works with the transformer blocks of Stable Diffusion, and those of this UNet have other norms, "
+                f"position embeddings or grounding boxes (norm_type={block.norm_type}); set tome.ratio=0."
             )
     return chosen

@@ -1,4 +1,4 @@
-"""Which tokens stay: one of each cell of ``sy`` by ``sx`` tokens, drawn for all steps and blocks before the first."""
+"""The destination tokens that others merge into: one of each ``sy`` by ``sx`` cell, drawn ahead of the first step."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ from sdmodule.tome.blocks import Grid
 def draw_destinations(
     grids: Sequence[Grid], seeds: Sequence[int], steps: int, sx: int, sy: int, use_rand: bool
 ) -> list[Tensor]:
-    """Draw the token that stays in each cell, for each block, step and image.
+    """Draw the destination of each cell, for each block, step and image.
 
-    An image's draws come from a CPU generator of its own seed, step by step and block by block, in the order in which
-    tomesd draws from its one generator: with one seed they are the same draws. They do not depend on the batch.
+    Each image has a CPU generator of its own seed, which draws step by step and block by block, in the order of
+    tomesd's single generator: for one seed the draws are tomesd's. They do not depend on the batch.
 
     Args:
         grids: height and width in tokens of each block.
         seeds: one for each image, or a single one for all.
-        steps: how many times the UNet will be called.
+        steps: number of calls of the UNet.
         sx: width of a cell.
         sy: height of a cell.
-        use_rand: draw; otherwise the first token of each cell stays.
+        use_rand: draw at random; otherwise the destination is the first token of each cell.
 
     Returns:
-        For each block ``[steps, R, h // sy, w // sx]``, from 0 to ``sx * sy - 1``, R the number of seeds.
+        For each block ``[steps, R, h // sy, w // sx]`` with values 0 to ``sx * sy - 1``; R is the number of seeds, or 1
+        without ``use_rand``.
     """
     cells = [(h // sy, w // sx) for h, w in grids]
-    kind = torch.uint8 if sx * sy <= 256 else torch.int32
+    dtype = torch.uint8 if sx * sy <= 256 else torch.int32
     if not use_rand:
-        return [torch.zeros(steps, 1, *shape, dtype=kind) for shape in cells]
-    draws = [torch.empty(steps, len(seeds), *shape, dtype=kind) for shape in cells]
+        return [torch.zeros(steps, 1, *shape, dtype=dtype) for shape in cells]
+    draws = [torch.empty(steps, len(seeds), *shape, dtype=dtype) for shape in cells]
     for image, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed)
         for step in range(steps):
@@ -43,16 +44,16 @@ def draw_destinations(
 
 
 def destination_mask(draws: Tensor, grid: Grid, sx: int, sy: int) -> Tensor:
-    """Mark the tokens that stay.
+    """Mask of the destination tokens.
 
     Args:
-        draws: the token that stays in each cell, counted by rows, ``[R, h // sy, w // sx]``.
-        grid: height and width in tokens, which the cells need not fill.
+        draws: the destination in each cell, row-major, ``[R, h // sy, w // sx]``.
+        grid: height and width in tokens; cells need not divide it.
         sx: width of a cell.
         sy: height of a cell.
 
     Returns:
-        ``[R, h * w]``, boolean.
+        ``[R, h * w]``, bool.
     """
     h, w = grid
     images, rows, columns = draws.shape

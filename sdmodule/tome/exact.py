@@ -1,7 +1,7 @@
-"""Bipartite soft matching over the whole image (Bolya and Hoffman 2023, section 4), with tomesd's own result.
+"""Bipartite soft matching over the whole image (Bolya and Hoffman 2023, section 4), with the result of tomesd.
 
-tomesd moves tokens by ``gather`` and ``scatter`` with an index for every channel. Here a match becomes one integer a
-token, worked out once, and rows of channels are moved whole.
+tomesd moves tokens by ``gather`` and ``scatter`` with an index for every channel. Here a match is one integer per
+token, and tokens move as whole rows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from sdmodule.tome.destinations import destination_mask
 
 
 class ExactMatching:
-    """Match tokens to the most similar one of those that stay, and merge the most similar pairs.
+    """Match each token to its most similar destination, and merge the most similar pairs.
+
+    Attributes:
+        removed: number of tokens that are merged into a destination.
+        merged: number of tokens that remain.
 
     Args:
         grid: height and width in tokens.
@@ -28,19 +32,19 @@ class ExactMatching:
         self.grid, self.sx, self.sy = grid, sx, sy
         tokens = grid[0] * grid[1]
         self.staying = (grid[0] // sy) * (grid[1] // sx)
-        self.gone = min(int(tokens * ratio), tokens - self.staying)
-        self.merged = tokens - self.gone
+        self.removed = min(int(tokens * ratio), tokens - self.staying)
+        self.merged = tokens - self.removed
         self.order = self.place = torch.empty(0, dtype=torch.int64)
 
     def use(self, draws: Tensor, device: torch.device) -> None:
-        """Take the draws ``[R, h // sy, w // sx]`` of a step; done between calls, so that no graph holds a sort."""
+        """Set the destinations ``[R, h // sy, w // sx]`` of a step, outside the UNet's graph, which needs no sort."""
         mask = destination_mask(draws, self.grid, self.sx, self.sy)
-        # an unstable sort of the kind and numbers that tomesd sorts: among equals the order is arbitrary, but the same
+        # an unstable sort of the same values as in tomesd: equal ones are in arbitrary order, but in the same order
         order = mask.to(torch.int64).neg().argsort(dim=1)
         self.order, self.place = order.to(device), order.argsort(dim=1).to(device)
 
     def positions(self, tokens: Tensor) -> Tensor:
-        """The merged token of each of the tokens ``[B, N, C]``: ``[B, N]``. Those that stay come last."""
+        """Index of the merged token of each token ``[B, N, C]``: ``[B, N]``. Destinations have the last indices."""
         batch, count, _ = tokens.shape
         order = self.order.repeat(batch // len(self.order), 1)
         place = self.place.repeat(batch // len(self.place), 1)
@@ -52,27 +56,27 @@ class ExactMatching:
         )
         similarity, partner = most_similar(leaving, staying)
 
-        # by falling similarity: the first `gone` go to their partner, each of the others keeps a place of its own
+        # by falling similarity: the first `removed` merge into their partner, the others keep a place of their own
         ranked = similarity.argsort(dim=-1, descending=True)
         kept = self.merged - self.staying
-        own = torch.arange(-self.gone, kept, device=tokens.device).expand_as(ranked)
-        partners = partner.gather(1, ranked[:, : self.gone]) + kept
-        chosen = torch.cat([partners, own[:, self.gone :]], dim=1)
+        own = torch.arange(-self.removed, kept, device=tokens.device).expand_as(ranked)
+        partners = partner.gather(1, ranked[:, : self.removed]) + kept
+        chosen = torch.cat([partners, own[:, self.removed :]], dim=1)
         leavers = torch.empty_like(chosen).scatter_(1, ranked, chosen)
         stayers = torch.arange(kept, self.merged, device=tokens.device).expand(batch, -1)
         return torch.cat([stayers, leavers], dim=1).gather(1, place)
 
 
 def most_similar(tokens: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """How similar each of the tokens ``[B, N, C]`` is to one of the others ``[B, M, C]`` at most, and to which.
+    """Highest similarity of each token ``[B, N, C]`` to the others ``[B, M, C]``, and the index of that other token.
 
     Returns:
-        Two of ``[B, N]``.
+        Two tensors ``[B, N]``.
     """
-    # of a pooling's threads each takes an image, so that most of many would wait; no graph may ask for their number
+    # max_pool2d has one thread per image, which leaves most of many threads idle; a compiled graph cannot count them
     if torch.compiler.is_compiling() or tokens.device.type != "cpu" or torch.get_num_threads() > 4:
         return (tokens @ others.transpose(1, 2)).max(dim=-1)
-    # the largest over a window as high as the image: the same, in a quarter of the time of `max` on two cores
+    # a pooling window over all others gives the same in a quarter of the time of `max` on two cores
     similarities = (others @ tokens.transpose(1, 2)).unsqueeze(2).permute(0, 3, 1, 2)
     largest, place = F.max_pool2d(similarities, (others.shape[1], 1), return_indices=True)
     return largest.flatten(1), place.flatten(1)

@@ -1,4 +1,4 @@
-"""A plan of one merge: which merged token each token is part of. To merge is to average, to unmerge is to copy back."""
+"""The plan of one merge: the merged token of each token. Merging averages tokens; unmerging copies the average back."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 class Plan(NamedTuple):
-    """Where each of B x N tokens goes among the B x M merged ones.
+    """The merged token of each token, for a batch of B images with N tokens each, of which M remain.
 
     Attributes:
-        rows: merged token of each token, counted over the whole batch, ``[B * N]``.
-        counts: how many tokens each merged token stands for, ``[B * M, 1]``.
+        rows: index of each token's merged token in the batch, ``[B * N]``.
+        counts: number of tokens in each merged token, ``[B * M, 1]``.
     """
 
     rows: Tensor
@@ -21,11 +21,11 @@ class Plan(NamedTuple):
 
     @classmethod
     def of(cls, positions: Tensor, merged: int) -> Plan:
-        """Make a plan of integer maps.
+        """Plan from the indices of merged tokens within each image.
 
         Args:
-            positions: the merged token of each token, ``[B, N]``, each from 0 to M - 1.
-            merged: M, how many merged tokens an image has.
+            positions: index of each token's merged token, ``[B, N]``, from 0 to M - 1.
+            merged: M, the number of merged tokens of an image.
         """
         batch = len(positions)
         first = torch.arange(batch, device=positions.device)[:, None] * merged
@@ -34,10 +34,10 @@ class Plan(NamedTuple):
         return cls(rows, counts[:, None])
 
     def merge(self, tokens: Tensor, batch: int) -> Tensor:
-        """Average tokens ``[B, N, C]`` that go together: ``[B, M, C]``."""
+        """Average the tokens of each merged token: ``[B, N, C]`` to ``[B, M, C]``."""
         sums = tokens.new_zeros(len(self.counts), tokens.shape[-1]).index_add_(0, self.rows, tokens.flatten(0, 1))
         return sums.div_(self.counts.to(sums.dtype)).unflatten(0, (batch, -1))
 
     def unmerge(self, merged: Tensor, batch: int) -> Tensor:
-        """Give each token a copy of what it became part of: ``[B, M, C]`` to ``[B, N, C]``."""
+        """Copy each merged token back to its tokens: ``[B, M, C]`` to ``[B, N, C]``."""
         return merged.flatten(0, 1).index_select(0, self.rows).unflatten(0, (batch, -1))

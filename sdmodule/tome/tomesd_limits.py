@@ -1,4 +1,4 @@
-"""What tomesd 0.1.3 fails at, told before the first step."""
+"""Latent sizes that tomesd 0.1.3 cannot handle, checked before the first step."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from sdmodule.tome.blocks import Grid, transformer_blocks
 
 
 def check_tomesd(unet: Any, size: Grid, max_downsample: int) -> None:
-    """Check that tomesd would see each block's grid as it is.
+    """Check that tomesd infers the right token grid for each block.
 
-    It works the grid out from the number of tokens, and for sizes that a block's downsampling does not divide it can
-    take one downsampling for another: it then merges another block than was asked for, or ends in an IndexError.
+    It infers the grid from the number of tokens. For sizes that a block's downsampling does not divide, it can confuse
+    one downsampling with another, and then merges the wrong blocks or raises an IndexError.
+
+    Args:
+        unet: a ``UNet2DConditionModel``.
+        size: height and width of the latents.
+        max_downsample: as in `sdmodule.tome.token_merging.TokenMerging`.
 
     Raises:
         SettingsError: for such a size.
@@ -25,6 +30,6 @@ def check_tomesd(unet: Any, size: Grid, max_downsample: int) -> None:
         merges, should = guess <= max_downsample, placed.downsample <= max_downsample
         if merges != should or (merges and (math.ceil(h / guess), math.ceil(w / guess)) != grid):
             raise SettingsError(
-                f"tome.engine=tomesd with tome.max_downsample={max_downsample} fails for latents of {h} by {w}; "
+                f"tome.engine=tomesd: fails for latents of {h} by {w} with tome.max_downsample={max_downsample}; "
                 "use tome.engine=exact, or a height and width that the UNet's downsampling divides."
             )

@@ -1,8 +1,8 @@
-"""Bipartite matching inside small windows: no search over the image, no sort, nothing of a shape that varies.
+"""Bipartite matching within small windows: no search over the image, no sort, and no shape that varies.
 
-The idea is that of Bolya and Hoffman 2023, with the search for a partner kept to a token's neighbourhood: a window of
-two by two cells, 4x4 tokens for the usual strides, of which 4 stay. The 16x16 similarities of each window replace a
-matrix over the whole image, and each token's rank among its 15 neighbours, counted by comparison, replaces sorting.
+As in Bolya and Hoffman 2023, but a token's partner is in its own window of two by two cells: 4x4 tokens with the
+default strides, 4 of them destinations. The 16x16 similarities of each window replace a matrix over the whole image,
+and ranks that are counted by comparing neighbors replace the sort.
 """
 
 from __future__ import annotations
@@ -15,30 +15,34 @@ from sdmodule.tome.blocks import Grid
 from sdmodule.tome.destinations import destination_mask
 
 EPSILON = 1e-12
-"""The length that tokens shorter than that are taken to have, as by ``torch.nn.functional.normalize``."""
+"""Lower bound of a token's length, as in ``torch.nn.functional.normalize``."""
 
 
 def tokens_merged(ratio: float, tokens: int) -> int:
-    """How many of a window's tokens a ratio merges.
+    """Number of tokens that a ratio merges in a window.
 
     Raises:
-        SettingsError: for a ratio that would merge part of a token.
+        SettingsError: if it is not a whole number.
     """
     exact = ratio * tokens
     if abs(exact - round(exact)) > 1e-6:
         below, above = (int(exact) / tokens, (int(exact) + 1) / tokens)
         raise SettingsError(
-            f"tome.ratio={ratio} merges {exact:g} tokens in each window of {tokens} with tome.engine=window; "
+            f"tome.ratio={ratio}: would merge {exact:g} of the {tokens} tokens in each window with tome.engine=window; "
             f"give {below:g} or {above:g}, or use tome.engine=exact."
         )
     return round(exact)
 
 
 class WindowMatching:
-    """Match tokens to the most similar one of those that stay in their window, and merge the most similar pairs.
+    """Match each token to its most similar destination within its window, and merge the most similar pairs.
 
-    Cells that no window of two by two holds, and tokens that no cell holds, stay as they are: at the lower and the
-    right edge of grids that a window does not divide. On a grid that is one cell high or wide a window is too.
+    Where windows do not divide the grid, the tokens that are left over at the lower and right edge are not merged. On a
+    grid that is one cell high or wide, so are the windows.
+
+    Attributes:
+        removed: number of tokens that are merged into a destination, in each window.
+        merged: number of tokens that remain.
 
     Args:
         grid: height and width in tokens.
@@ -47,36 +51,36 @@ class WindowMatching:
         sy: height of a cell.
 
     Raises:
-        SettingsError: for a ratio that would merge part of a token.
+        SettingsError: if the ratio does not merge a whole number of tokens in each window.
     """
 
     def __init__(self, grid: Grid, ratio: float, sx: int, sy: int) -> None:
         self.grid, self.sx, self.sy = grid, sx, sy
         h, w = grid
-        high, wide = sy * min(2, h // sy), sx * min(2, w // sx)
-        self.size = high * wide
-        self.gone = tokens_merged(ratio, self.size)
-        rows, columns = h // high, w // wide
+        window_h, window_w = sy * min(2, h // sy), sx * min(2, w // sx)
+        self.size = window_h * window_w
+        self.removed = tokens_merged(ratio, self.size)
+        rows, columns = h // window_h, w // window_w
         self.windows = rows * columns
         self.left_over = h * w - self.windows * self.size
-        self.merged = h * w - self.windows * self.gone
+        self.merged = h * w - self.windows * self.removed
 
         token = torch.arange(h * w).view(h, w)
-        inside = token[: rows * high, : columns * wide]
-        inside = inside.reshape(rows, high, columns, wide).transpose(1, 2).flatten()
+        inside = token[: rows * window_h, : columns * window_w]
+        inside = inside.reshape(rows, window_h, columns, window_w).transpose(1, 2).flatten()
         outside = torch.ones(h * w, dtype=torch.bool).index_fill_(0, inside, False).nonzero()[:, 0]
         self.inside = inside
         self.place = torch.cat([inside, outside]).argsort()
         self.stays = torch.empty(0, dtype=torch.bool)
 
     def use(self, draws: Tensor, device: torch.device) -> None:
-        """Take the draws ``[R, h // sy, w // sx]`` of a step."""
+        """Set the destinations ``[R, h // sy, w // sx]`` of a step."""
         mask = destination_mask(draws, self.grid, self.sx, self.sy)
         self.stays = mask[:, self.inside.cpu()].view(len(draws), self.windows, self.size).to(device)
         self.inside, self.place = self.inside.to(device), self.place.to(device)
 
     def positions(self, tokens: Tensor) -> Tensor:
-        """The merged token of each of the tokens ``[B, N, C]``: ``[B, N]``. Those of no window come last."""
+        """Index of the merged token of each token ``[B, N, C]``: ``[B, N]``. Tokens outside windows come last."""
         batch = len(tokens)
         stays = self.stays.repeat(batch // len(self.stays), 1, 1).flatten(0, 1)
         inside = tokens.index_select(1, self.inside)
@@ -86,16 +90,16 @@ class WindowMatching:
         similarity, partner = similarities.masked_fill(~stays[:, None], -torch.inf).max(dim=-1)
         similarity = similarity.masked_fill(stays, -torch.inf)
 
-        # a token's rank is how many are more similar to their partner; of equals, the first comes first
+        # a token's rank is the number of tokens that are more similar to their partner; ties go to the earlier token
         this, other = similarity[:, :, None], similarity[:, None, :]
         earlier = torch.ones(self.size, self.size, dtype=torch.bool, device=tokens.device).tril(-1)
         rank = ((other > this) | ((other == this) & earlier)).sum(dim=-1)
-        goes = rank < self.gone
+        goes = rank < self.removed
         own = (~goes).cumsum(dim=-1) - 1
         slot = torch.where(goes, own.gather(1, partner), own)
-        slot = slot.clamp(min=0)  # only what is not a number gets here below 0, and is to come out as it went in
+        slot = slot.clamp(min=0)  # only NaNs get below 0 here; they come out as they went in
 
-        each = self.size - self.gone
+        each = self.size - self.removed
         first = torch.arange(self.windows, device=tokens.device)[:, None] * each
         windowed = (slot.view(batch, self.windows, self.size) + first).flatten(1)
         rest = torch.arange(self.windows * each, self.merged, device=tokens.device).expand(batch, -1)

@@ -1,4 +1,4 @@
-"""Training of an autoencoder, the first stage of a latent diffusion model (Rombach et al. 2022, section 3.1)."""
+"""Training a VAE, the first stage of a latent diffusion model (Rombach et al. 2022, section 3.1)."""
 
 from __future__ import annotations
 
@@ -9,37 +9,35 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.utils.torch_utils import randn_tensor
-from lightning import LightningModule
 from torch import Tensor
 from typing_extensions import override
 
-from sdmodule.cli.trainer import check_training_precision
-from sdmodule.components.checkpoint import load_part, save_part
-from sdmodule.errors import SettingsError
+from sdmodule.components.checkpoint import load_part
+from sdmodule.components.save import save_part
+from sdmodule.errors import SettingsError, check_seed
 from sdmodule.io.redact import shorten_home
-from sdmodule.ranges import check_whole
-from sdmodule.training.checkpoint_io import check_weights
 from sdmodule.training.full import FullTuning
-from sdmodule.training.optimizers import check_optimizer, check_state, name_optimizers
+from sdmodule.training.optimizers import Optimization
 from sdmodule.training.rng import Generators, per_example_generators
+from sdmodule.training.trainable import TrainableModule
 from sdmodule.training.tuning import choose_tuning
 
 
-class AutoencoderModule(LightningModule):
+class AutoencoderModule(TrainableModule):
     """Train an ``AutoencoderKL`` from scratch or from a checkpoint.
 
     The loss is the squared error, a share of the absolute error, which keeps edges sharp, and a slight pull of the
-    latents towards a standard normal distribution (``kl_weight``, equation 3 of Kingma and Welling 2014).
+    latents towards a standard normal distribution (Kingma and Welling 2014, equation 3).
 
     Args:
         pretrained: ``tiny``, a diffusers folder or a hub id; its ``vae`` gives the architecture.
         scratch: names the parts that start from random weights (here: ``["vae"]`` or nothing).
-        tuning: ``full`` is all that there is for an autoencoder.
-        seed: seed of the noise that latents are drawn with.
+        tuning: only ``full`` is possible.
         l1_weight: weight of the absolute error.
         kl_weight: weight of the divergence from a standard normal distribution, per latent value.
         optimizer: takes the trainable parameters and returns the optimizer.
-        lr_scheduler: takes the optimizer and returns the schedule of its learning rate.
+        lr_scheduler: takes the optimizer and returns its learning rate schedule.
+        seed: seed of the noise that latents are drawn with.
 
     Raises:
         SettingsError: for another tuning, and for a seed out of range.
@@ -58,16 +56,14 @@ class AutoencoderModule(LightningModule):
     ) -> None:
         super().__init__()
         if choose_tuning(tuning) != FullTuning():
-            raise SettingsError(f"tuning={tuning} is for UNets, and model=autoencoder has none; leave it out.")
-        check_whole("model.seed", seed, least=0)
+            raise SettingsError(f"tuning={tuning}: is for UNets, and model=autoencoder has none; leave it out.")
+        check_seed("model.seed", seed)
         pretrained = shorten_home(pretrained)
         self.save_hyperparameters("pretrained", "l1_weight", "kl_weight", "seed")
         self.vae = load_part("vae", pretrained, scratch="vae" in scratch)
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
+        self.optimization = Optimization(optimizer, lr_scheduler)
         self.seed = seed
         self.latent_variance: float | None = None  # of the last validation
-        self.val_log_suffix = ""  # end of the names under which validation is logged; set where it is of other weights
 
     @property
     def resolution(self) -> int:
@@ -100,9 +96,8 @@ class AutoencoderModule(LightningModule):
         posterior = self.vae.encode(batch["image"]).latent_dist
         reconstruction = self.vae.decode(posterior.mode()).sample.float().clamp(-1, 1)
         errors = (reconstruction - batch["image"]).square().mean(dim=(1, 2, 3))
-        found = {"val/psnr": _psnr(errors).mean(), "val/latent_variance": posterior.mode().float().square().mean()}
-        named = {f"{name}{self.val_log_suffix}": value for name, value in found.items()}
-        self.log_dict(named, prog_bar=not self.val_log_suffix, sync_dist=True, batch_size=len(errors))
+        found = {"psnr": _psnr(errors).mean(), "latent_variance": posterior.mode().float().square().mean()}
+        self.log_validation(found, main="psnr", batch_size=len(errors))
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -111,28 +106,18 @@ class AutoencoderModule(LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["latent_variance"] = self.latent_variance
-        name_optimizers(checkpoint, self._trainer)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_weights(checkpoint["state_dict"], self)
-        check_state(checkpoint, self.optimizer, self.lr_scheduler, self.parameters(), self._trainer)
+        super().on_load_checkpoint(checkpoint)
         self.latent_variance = checkpoint.get("latent_variance")
 
     @override
     def setup(self, stage: str) -> None:
         if stage == "fit":
-            check_training_precision(self._trainer)
-            steps = self._trainer.max_steps if self._trainer is not None else None
-            check_optimizer(self.optimizer, self.lr_scheduler, self.parameters(), steps)
-
-    @override
-    def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(self.parameters())
-        if self.lr_scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
+            self.check_fit()
 
     def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
         """Write ``folder/vae``, its scaling factor set so that the latents seen in validation have unit variance."""

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from lightning import Trainer
 
-from sdmodule.components.checkpoint import Components, save_model
-from sdmodule.conditioning.control import from_unet
+from sdmodule.components.checkpoint import Components
+from sdmodule.components.controlnet import from_unet
+from sdmodule.components.save import save_model
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,9 @@ class ControlNetTuning:
     def text_encoder_learns(self, step: int) -> bool:
         """The text encoder stays as it is."""
         return False
+
+    def check_trainer(self, trainer: Trainer | None) -> None:
+        """Any trainer will do."""
 
     def prepare(self, parts: Components, seed: int) -> None:
         """Add the ControlNet, its first layers drawn from ``seed``; it alone is trained."""

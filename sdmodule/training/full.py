@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from sdmodule.components.checkpoint import Components, save_components
+from lightning import Trainer
+
+from sdmodule.components.checkpoint import Components
+from sdmodule.components.save import save_components
 from sdmodule.training.text_encoder import TextEncoderTraining
 
 
@@ -20,6 +23,9 @@ class FullTuning(TextEncoderTraining):
     def from_scratch(self) -> set[str]:
         """Parts that may start from random weights, since all of them is trained."""
         return {"unet", "text_encoder"} if self.text_encoder else {"unet"}
+
+    def check_trainer(self, trainer: Trainer | None) -> None:
+        """Any trainer will do."""
 
     def prepare(self, parts: Components, seed: int) -> None:
         """Mark what is trained; ``seed`` has nothing to draw."""

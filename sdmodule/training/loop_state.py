@@ -1,8 +1,11 @@
-"""Where a training stands after an optimizer's step, in the form from which Lightning goes on exactly there.
+"""Lightning's loop internals: the one file that touches them.
 
-Lightning writes down where its loops are at the moment of saving. From some of those moments it does not go on as if
-nothing had been: within the batches of one step it leaves out those that it has seen, whose gradients are lost; a
-validation that was due, or that was stopped, it leaves out or counts in halves; a figure may be logged a step too late.
+``tests/training/test_loop_state.py`` names the Lightning versions that this was verified on, and fails on any other.
+
+Lightning records where its loops are when a checkpoint is written. From some of those places it does not resume
+exactly: within an accumulation window it skips the batches already seen, whose gradients are lost; a validation that
+was due or interrupted is skipped or counted in halves; a metric may be logged one step late. `LoopState` records the
+loops at the end of the last optimizer step instead, in the form from which Lightning resumes exactly there.
 """
 
 from __future__ import annotations
@@ -17,38 +20,42 @@ VALIDATION = "epoch_loop.val_loop.batch_progress"
 
 
 class LoopState:
-    """The loops after a step.
+    """The loops after an optimizer step.
 
     Args:
         trainer: at the end of the step's last batch, in ``on_train_batch_end``.
 
     Attributes:
-        step: optimizer steps that are done.
-        batches: that were seen, over all epochs.
-        due: whether a validation follows, and has not come to its end.
+        step: optimizer steps done.
+        batches: batches seen, over all epochs.
+        validation_due: whether a validation follows and has not finished.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self.step = trainer.global_step
         self.loops = copy.deepcopy(trainer.fit_loop.state_dict())
-        batches = self.loops[PROGRESS]
-        self.batches: int = batches["total"]["ready"]
-        checked = trainer.enable_validation and self.batches % trainer.val_check_batch == 0
-        self.at_validation = self.due = checked
+        self.batches: int = self.loops[PROGRESS]["total"]["ready"]
+        self.at_validation = trainer.enable_validation and self.batches % trainer.val_check_batch == 0
+        self.validation_due = self.at_validation
+
+    def validation_finished(self, trainer: Trainer) -> None:
+        """Note that the validation after this step has finished, if it is this step's."""
+        if batches_seen(trainer) == self.batches:
+            self.validation_due = False
 
     def state(self) -> dict[str, Any]:
-        """The state of the fit loop for a checkpoint."""
+        """The fit loop's state for a checkpoint."""
         loops = copy.deepcopy(self.loops)
         batches, epochs, stepped = loops[PROGRESS], loops["epoch_progress"], loops["epoch_loop.state_dict"]
         for counts in (batches["total"], batches["current"]):
             counts["completed"] = counts["processed"]
-        begun = int(self.due)  # one that is due is as if its first batch had been begun: it is made from the start
+        begun = int(self.validation_due)  # a pending validation looks begun, so that it runs from its start
         loops[VALIDATION] = {
             "total": {"ready": begun, "started": begun, "processed": 0, "completed": 0},
             "current": {"ready": 0, "started": 0, "processed": 0, "completed": 0},
             "is_last_batch": False,
         }
-        if self.at_validation:  # Lightning goes on behind it, and counts the step there
+        if self.at_validation:  # Lightning resumes behind it, and counts the step there
             return loops
         stepped["_batches_that_stepped"] += 1
         if batches["is_last_batch"]:  # the next epoch begins
@@ -57,3 +64,39 @@ class LoopState:
             for counts in (epochs["total"], epochs["current"]):
                 counts["processed"] = counts["completed"] = counts["started"]
         return loops
+
+
+def write_loop_state(checkpoint: dict[str, Any], state: LoopState) -> None:
+    """Replace the fit loop's state in a checkpoint."""
+    checkpoint["loops"]["fit_loop"] = state.state()
+
+
+def batches_seen(trainer: Trainer) -> int:
+    """Training batches seen so far, over all epochs."""
+    return trainer.fit_loop.epoch_loop.batch_progress.total.ready
+
+
+def resumed_batch(trainer: Trainer) -> int | None:
+    """Batches of the epoch that a resumed training has seen already; None if it is not resuming."""
+    return trainer.fit_loop.epoch_loop.batch_progress.current.ready if trainer.fit_loop.restarting else None
+
+
+def schedule_validation(trainer: Trainer, now: bool) -> None:
+    """Let Lightning validate after the current batch, or not.
+
+    Lightning validates after multiples of ``val_check_batch``, counted within the epoch unless it ignores epochs.
+    """
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    batches = (progress.total if trainer.check_val_every_n_epoch is None else progress.current).ready
+    trainer.val_check_batch = batches if now else batches + 1
+
+
+def set_last_step(trainer: Trainer, step: int) -> None:
+    """Let the training end after an optimizer step, whatever ``max_steps`` it was started with."""
+    trainer.fit_loop.epoch_loop.max_steps = step
+
+
+def resumes_validation(trainer: Trainer) -> bool:
+    """Whether a resumed training starts with a validation that was pending."""
+    validation = trainer.fit_loop.epoch_loop.val_loop
+    return not validation.skip and validation.restarted_mid_evaluation

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning import Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, inject_adapter_in_model
 from torch import nn
 
@@ -81,18 +82,19 @@ class LoraTuning(TextEncoderTraining):
             if self.text_encoder:
                 self._adapt(parts.text_encoder, "text_target_modules")
 
-    def check_strategy(self, strategy: Strategy) -> None:
-        """Check that devices which leave out different adapters do not wait for each other's gradients.
+    def check_trainer(self, trainer: Trainer | None) -> None:
+        """Check that devices that drop different adapters do not wait for each other's gradients.
 
         Raises:
             SettingsError: if they would.
         """
+        strategy = trainer.strategy if trainer is not None else None
         if self.method in (LORA, DORA) or not self.dropout or not isinstance(strategy, DDPStrategy):
             return
         if not strategy._ddp_kwargs.get("find_unused_parameters"):
             raise SettingsError(
-                f"tuning.dropout={self.dropout} leaves out whole adapters of tuning.method={self.method}, which ddp "
-                "waits for; set trainer.strategy=ddp_find_unused_parameters_true, or tuning.dropout=0."
+                f"tuning.dropout={self.dropout}: drops whole adapters of tuning.method={self.method}, and DDP waits "
+                "for their gradients; set trainer.strategy=ddp_find_unused_parameters_true, or tuning.dropout=0."
             )
 
     def _adapt(self, model: nn.Module, setting: str) -> None:

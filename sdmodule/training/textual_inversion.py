@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from lightning import Trainer
 from safetensors.torch import save_file
 
 from sdmodule.components.checkpoint import Components
-from sdmodule.components.learned_words import add_word, vectors_of
+from sdmodule.components.learned_words import EMBEDDING_FILE, add_word, vectors_of
 from sdmodule.errors import SettingsError
-
-EMBEDDING_FILE = "learned_embeds.safetensors"
-"""What diffusers looks for in a folder."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,9 @@ class TextualInversion:
     def text_encoder_learns(self, step: int) -> bool:
         """The word's vectors reach the UNet through the text encoder, at every step."""
         return True
+
+    def check_trainer(self, trainer: Trainer | None) -> None:
+        """Any trainer will do."""
 
     def prepare(self, parts: Components, seed: int) -> None:
         """Add the word; its vectors alone are trained.

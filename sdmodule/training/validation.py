@@ -1,51 +1,59 @@
-"""The loss on images that are not trained on, measured so that runs can be compared."""
+"""The validation loss, comparable between runs and between training objectives."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sdmodule.sampling.requests import INPAINT
+from sdmodule.components.checkpoint import Components
+from sdmodule.training.inpaint import InpaintTraining
+from sdmodule.training.loss import Conditions, control_guide, denoising_errors, encode_images, mask_channels
 from sdmodule.training.objective import SQUARED_ERROR
-from sdmodule.training.rng import validation_generators
 
-if TYPE_CHECKING:
-    from sdmodule.module import StableDiffusionModule
+TIMESTEP_RANGES = 4
+"""Equal ranges of timesteps; every image is noised to the middle of each."""
 
-RANGES = 4
-"""Equal ranges of timesteps, in the middle of each of which every image is tried."""
+NO_FULL_MASKS = InpaintTraining(full_mask_share=0.0)
+"""Validation draws no mask that covers the whole image."""
 
 
-def validation_losses(module: StableDiffusionModule, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
-    """Mean squared errors of a batch, whatever the objective of training: an image's noise is the same in every run.
+def validation_losses(
+    parts: Components,
+    batch: Mapping[str, Any],
+    embeddings: Tensor,
+    generators: Sequence[torch.Generator],
+    inpainting: bool = False,
+) -> dict[str, Tensor]:
+    """Mean squared errors of a batch, with the same noise for an image in every run.
 
     Args:
-        module: the model.
+        parts: the model.
         batch: images with captions.
-        batch_idx: its number.
+        embeddings: text embeddings of the captions, ``[B, L, D]``.
+        generators: one per image.
+        inpainting: whether the UNet is given masks.
 
     Returns:
-        ``loss``, the mean over all ranges of timesteps; ``loss_FIRST_LAST`` of each of them; and for a model that
-        inpaints ``loss_hole`` and ``loss_kept``, inside and outside of the mask.
+        ``loss``, the mean over all ranges of timesteps; ``loss_FIRST_LAST`` of each range; and for inpainting
+        ``loss_masked_area`` and ``loss_unmasked_area``.
     """
-    generators = validation_generators(module.seed, len(batch["caption"]), batch_idx, module._trainer)
-    latents = module.encode_images(batch, generators)
-    channels = module.mask_channels(batch, generators, whole=0.0) if module.task == INPAINT else None
-    width = len(module.alphas_cumprod) // RANGES
-    levels, losses = [], {}
-    for start in range(0, width * RANGES, width):
-        timesteps = torch.full((len(latents),), start + width // 2, device=module.device)
+    generators = list(generators)
+    latents = encode_images(parts.vae, batch, generators)
+    channels = mask_channels(parts.vae, batch, generators, NO_FULL_MASKS if inpainting else None)
+    conditions = Conditions(embeddings, channels, control_guide(parts.controlnet, batch))
+    width = len(parts.scheduler.alphas_cumprod) // TIMESTEP_RANGES
+    errors, losses = [], {}
+    for start in range(0, width * TIMESTEP_RANGES, width):
+        timesteps = torch.full((len(latents),), start + width // 2, device=latents.device)
         noise = SQUARED_ERROR.draw_noise(latents, generators)
-        control = module.control(batch)
-        errors = module.denoising_errors(latents, noise, timesteps, batch["caption"], channels, control=control)
-        levels.append(errors)
-        losses[f"loss_{start}_{start + width - 1}"] = errors.mean()
-    errors = torch.stack(levels).mean(dim=0)
+        errors.append(denoising_errors(parts, latents, noise, timesteps, conditions))
+        losses[f"loss_{start}_{start + width - 1}"] = errors[-1].mean()
+    mean = torch.stack(errors).mean(dim=0)
     if channels is not None:
-        hole = channels[:, :1]
-        losses["loss_hole"] = (errors * hole).sum() / hole.sum().clamp(min=1)
-        losses["loss_kept"] = (errors * (1 - hole)).sum() / (1 - hole).sum().clamp(min=1)
-    return {"loss": errors.mean(), **losses}
+        mask = channels[:, :1]
+        losses["loss_masked_area"] = (mean * mask).sum() / mask.sum().clamp(min=1)
+        losses["loss_unmasked_area"] = (mean * (1 - mask)).sum() / (1 - mask).sum().clamp(min=1)
+    return {"loss": mean.mean(), **losses}

@@ -1,4 +1,4 @@
-"""The reader reads what the renderer painted, and the benchmark counts what a painter got right."""
+"""The reader reads what the renderer drew, and the benchmark counts what a model got right."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw, ImageFilter
 
 import sdmodule
 from benchmarks import prompt_following
+from benchmarks.inpaint_scenes import draw_inpaint_scene, judge_inpainting
 from benchmarks.presets import preset
-from benchmarks.repainted_scenes import draw_repaint, judge_repaint
 from benchmarks.report import command_line
 from benchmarks.scene_reader import UNCLEAR, Reading, judge, read_scene
 from sdmodule.data.toy.scenes import Scene, SceneObject, caption, render, sample_double, sample_single
@@ -58,7 +58,7 @@ def test_reader_measures_the_object() -> None:
     assert (found.x, found.y, found.radius) == pytest.approx((painted.x, painted.y, painted.radius), abs=0.25)
 
 
-def test_edge_that_passes_a_third_colour_is_no_object() -> None:
+def test_a_blend_of_two_colours_is_no_object() -> None:
     scene = Scene("yellow", (SceneObject("red", "star", 32.0, 32.0, 16.0),))
     reading = read_scene(render(scene).filter(ImageFilter.GaussianBlur(1.0)))
     assert [item.colour for item in reading.objects] == ["red"]
@@ -131,7 +131,7 @@ def test_image_of_another_size_is_refused() -> None:
 
 
 class _Painter:
-    """Stands for a model: it paints every prompt right, but takes a heart for a circle."""
+    """A stand-in for a model that draws every prompt right, except that hearts become circles."""
 
     def __init__(self) -> None:
         scenes = prompt_following.draw_scenes(seed=0, share=10)
@@ -179,7 +179,7 @@ def test_benchmark_counts_what_the_model_gets_wrong(
     assert "two objects" in capsys.readouterr().out
 
 
-def test_every_image_keeps_its_seed_whatever_the_batch() -> None:
+def test_an_images_seed_does_not_depend_on_the_batch() -> None:
     painter: Any = _Painter()
     prompts = list(painter.scenes)[:20]
     prompt_following.sample(painter, prompts, prompt_following.parse(["batch_size=8", "seed=5", "--steps", "3"]))
@@ -199,17 +199,17 @@ def test_overrides_and_options_mix() -> None:
         (["eta=1"], "guidance_scale, pretrained"),
         (["task=paint"], "invalid choice: 'paint'"),
         (["steps"], "write key=value"),
-        (["steps=0"], "steps=0 is too small"),
+        (["steps=0"], "steps=0: must be at least 1"),
         (["steps=many"], "invalid int value: 'many'"),
         (["--nonsense"], "nonsense"),
     ],
 )
-def test_bad_arguments_are_named(arguments: list[str], message: str) -> None:
+def test_a_bad_argument_is_named(arguments: list[str], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         prompt_following.parse(arguments)
 
 
-def test_a_task_has_its_model_and_token_merging_its_settings() -> None:
+def test_each_task_has_its_model_and_tome_takes_overrides() -> None:
     settings = prompt_following.parse(["task=inpaint", "tome.ratio=0.5", "tome.use_rand=false", "tome.engine=tomesd"])
     assert settings.pretrained == "tiny-inpaint"
     assert preset(settings.speed, *settings.presets)["tome"] == {
@@ -217,21 +217,36 @@ def test_a_task_has_its_model_and_token_merging_its_settings() -> None:
     }  # fmt: skip
 
 
-def test_a_repainted_scene_asks_for_another_object_in_a_box_that_holds_both() -> None:
+def test_an_inpaint_scene_asks_for_another_object_within_its_box() -> None:
     rng = random.Random(0)
     for _ in range(50):
-        repaint = draw_repaint(rng)
-        before, after = render(repaint.before), render(repaint.wanted)
-        verdict = judge_repaint(repaint, before, after)
+        scene = draw_inpaint_scene(rng)
+        before, after = render(scene.before), render(scene.wanted)
+        verdict = judge_inpainting(scene, before, after)
         assert all(verdict.values())
-        (old,), (new,) = repaint.before.objects, repaint.wanted.objects
-        assert old.colour != new.colour and old.shape != new.shape and new.colour != repaint.before.background
-        assert not judge_repaint(repaint, before, before)["object"]
-        x0, y0, x1, _ = repaint.box
+        (old,), (new,) = scene.before.objects, scene.wanted.objects
+        assert old.colour != new.colour and old.shape != new.shape and new.colour != scene.before.background
+        assert not judge_inpainting(scene, before, before)["object"]
+        x0, y0, x1, _ = scene.box
         after.putpixel((x0 - 1 if x0 else x1, y0), (1, 2, 3))
-        assert not judge_repaint(repaint, before, after)["kept"]
+        assert not judge_inpainting(scene, before, after)["kept"]
 
 
 def test_recorded_command_has_no_absolute_path() -> None:
     command = ["/opt/run.py", "--json", "/home/me/a.json", "pretrained=/models/mine", "steps=20"]
     assert command_line(command) == "python run.py --json a.json pretrained=mine steps=20"
+
+
+def test_inpainting_samples_in_batches() -> None:
+    class Inpainter:
+        def infer(self, prompts: Sequence[str], **options: Any) -> dict[str, list[Image.Image]]:
+            assert len(prompts) == len(options["image"]) == len(options["mask"])
+            return {"samples": options["image"]}
+
+    rng = random.Random(0)
+    scenes = [draw_inpaint_scene(rng) for _ in range(5)]
+    befores = [render(scene.before) for scene in scenes]
+    masked = [(before, scene.box) for before, scene in zip(befores, scenes, strict=True)]
+    model: Any = Inpainter()
+    images = prompt_following.sample(model, ["a star"] * 5, prompt_following.parse(["batch_size=2"]), masked)
+    assert images == befores

@@ -1,10 +1,13 @@
-"""The soak counts what it did, and finds nothing lost."""
+"""The soak test counts what it did, and loses nothing."""
 
 import json
+
+import pytest
 
 from benchmarks.soak import growth, run
 
 
+@pytest.mark.slow
 def test_half_a_minute_loses_nothing(tmp_path, capsys):
     [row] = run(["--quick", "--json", str(tmp_path / "soak.json")])["rows"]
     assert json.loads((tmp_path / "soak.json").read_text())["rows"] == [row]
@@ -13,7 +16,7 @@ def test_half_a_minute_loses_nothing(tmp_path, capsys):
     assert not lost and row["kills"] + row["bad files offered"] > 0
 
 
-def test_growth_is_that_of_the_time_after_the_warm_up():
+def test_growth_leaves_out_the_warm_up():
     warm_up = [(float(k), 10 * k) for k in range(25)]
     steady = [(float(k), 1000 + (k % 7)) for k in range(25, 100)]
     assert abs(growth(warm_up + steady)) < 15

@@ -1,11 +1,11 @@
-"""What the timing of a training costs is measured, and printed as it is written."""
+"""The overhead of the timing callback is measured, printed and written."""
 
 import json
 
 from benchmarks.timing_overhead import run
 
 
-def test_the_report_says_what_the_timing_costs(tmp_path, capsys):
+def test_the_report_has_the_overhead(tmp_path, capsys):
     result = run(["--quick", "--json", str(tmp_path / "x.json")])
     assert json.loads((tmp_path / "x.json").read_text()) == result
     assert [row["batch_size"] for row in result["rows"]] == [1, 4] and "cost_percent" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The benchmark of token merging, on a small model: what it says, not how long it takes."""
+"""The token merging benchmark on a small model: its report, not its figures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks import tome_runs, tome_speed
 from sdmodule import SettingsError
 
 
-def test_forward_passes_are_rows_with_speed_error_and_label(checkpoint, tmp_path):
+def test_rows_have_speed_error_and_label(checkpoint, tmp_path):
     file, plot = tmp_path / "speed.json", tmp_path / "speed.png"
     given = ["--pretrained", str(checkpoint), "--forward-only", "--size", "32", "64", "--rounds", "1"]
     tome_speed.run([*given, "--precision", "float32", "--json", str(file), "--plot", str(plot)])
@@ -38,7 +38,7 @@ def test_forward_passes_are_rows_with_speed_error_and_label(checkpoint, tmp_path
     assert Image.open(plot).size == (2 * 620, len(modes) * 440)
 
 
-def test_images_are_labelled_where_the_protocol_is_shortened(checkpoint):
+def test_a_shortened_protocol_says_so(checkpoint):
     given = ["--pretrained", str(checkpoint), "--size", "32", "--precision", "float32", "--quick"]
     result = tome_speed.run(given)
     assert "shortened: images 1 of 100, steps 2 of 50" in result["protocol"]
@@ -47,8 +47,9 @@ def test_images_are_labelled_where_the_protocol_is_shortened(checkpoint):
     assert all(math.isfinite(rows[engine]["psnr_db"]) and rows[engine]["error"] > 0 for engine in tome_speed.ENGINES)
 
 
-def test_compiled_variants_have_lines_of_their_own(checkpoint, monkeypatch):
-    monkeypatch.setattr(tome_runs, "BACKEND", "eager")  # what it makes of a graph is tested with the engines
+@pytest.mark.slow
+def test_compiled_variants_have_their_own_rows(checkpoint, monkeypatch):
+    monkeypatch.setattr(tome_runs, "BACKEND", "eager")  # compiled code is tested with the engines
     torch._dynamo.reset()
     given = ["--pretrained", str(checkpoint), "--forward-only", "--size", "32", "--precision", "float32"]
     rows = tome_speed.run([*given, "--quick", "--compile"])["rows"]
@@ -64,12 +65,12 @@ def test_compiled_variants_have_lines_of_their_own(checkpoint, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--steps", "0"], "--steps 0 is too small"),
+        (["--steps", "0"], "--steps 0: must be at least 1"),
         (["--ratios", "0.9"], r"to 0\.75"),
         (["--clock", "cpu"], "add --forward-only"),
         (["--engines", "fast"], "Unrecognized arguments: --engines fast"),
     ],
 )
-def test_bad_arguments_are_one_sentence(arguments, message):
+def test_a_bad_argument_is_one_sentence(arguments, message):
     with pytest.raises(SettingsError, match=message):
         tome_speed.run(arguments)

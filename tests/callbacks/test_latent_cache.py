@@ -6,9 +6,6 @@ import json
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +16,11 @@ from lightning import Callback, Trainer
 from PIL import Image
 from safetensors import safe_open
 
+from benchmarks.forked import Command, run
 from sdmodule.callbacks.latent_cache import LatentCache
 from sdmodule.callbacks.validation_samples import ValidationSamples
 from sdmodule.cli.main import train_main
-from sdmodule.conditioning.text import escape_prompt
+from sdmodule.conditioning.text import encode_prompts, escape_prompt
 from sdmodule.data.cache.latents import CachedEmbeddings
 from sdmodule.data.cache.tensor_store import TensorStore
 from sdmodule.data.datamodule import ImageFolderDataModule
@@ -30,8 +28,7 @@ from sdmodule.data.toy.dataset import ShapesDataModule
 from sdmodule.data.toy.scenes import caption, render, sample_scene
 from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
-
-ROOT = Path(__file__).parents[2]
+from sdmodule.training.loss import encode_moments
 
 
 @pytest.fixture
@@ -89,7 +86,7 @@ def held(cache: Path, kind: str = "moments") -> dict[str, str]:
 @pytest.mark.parametrize("flip", [False, True], ids=["", "flipped"])
 @pytest.mark.parametrize("what", ["latents", "all"])
 def test_the_losses_are_those_of_training_on_images(checkpoint, folder, tmp_path, what, flip):
-    settings = {"caption_dropout": 0.5, "optimizer": lambda weights: torch.optim.AdamW(weights, lr=1e-3)}
+    settings = {"objective": {"caption_dropout": 0.5}, "optimizer": lambda weights: torch.optim.AdamW(weights, lr=1e-3)}
     plain = fit(checkpoint, images_of(folder, random_flip=flip), None, 8, **settings)
     for _ in range(2):  # made, then found
         data = images_of(folder, random_flip=flip)
@@ -117,9 +114,10 @@ def test_captions_are_read_as_they_are_written_in_every_place(checkpoint, folder
     text = "a clock (12:30) in a frame (4:3)"
     for k in range(5):
         (folder / f"{k}.txt").write_text(text)
-    plain = fit(checkpoint, images_of(folder), None, caption_dropout=0.0)
+    plain = fit(checkpoint, images_of(folder), None, objective={"caption_dropout": 0.0})
     samples = ValidationSamples(tmp_path / "samples", num_prompts=1)
-    cached = fit(checkpoint, images_of(folder), LatentCache(tmp_path / "cache", "all"), 3, samples, caption_dropout=0.0)
+    cache, objective = LatentCache(tmp_path / "cache", "all"), {"caption_dropout": 0.0}
+    cached = fit(checkpoint, images_of(folder), cache, 3, samples, objective=objective)
     assert cached == pytest.approx(plain, rel=1e-5)
     assert (tmp_path / "samples" / "000003.png").is_file()
     [store] = tmp_path.glob("cache/embeddings-*")
@@ -135,7 +133,7 @@ def test_painted_images_are_cached_too(checkpoint, module, tmp_path):
     [folder] = tmp_path.iterdir()
     store = TensorStore(folder)
     cached = torch.stack([store[Path(key).name] for key in held(tmp_path)])
-    moments = module.encode_moments(torch.stack([data.train_set[k]["image"] for k in range(6)]))
+    moments = encode_moments(module.vae, torch.stack([data.train_set[k]["image"] for k in range(6)]))
     assert cached.dtype == torch.float32 and cached.shape == (6, 8, 8, 8)
     torch.testing.assert_close(*(x[x[:, 0, 0, 0].argsort()] for x in (cached, moments)))
 
@@ -146,7 +144,8 @@ def test_embeddings_are_filled_up_as_the_text_encoder_does_it(checkpoint, module
     embeddings = CachedEmbeddings(TensorStore(store))
     captions = ["", *((folder / f"{k}.txt").read_text() for k in range(5))]
     for batch in (captions, captions[:2]):
-        torch.testing.assert_close(embeddings(batch), module.encode_prompts(batch))
+        computed = encode_prompts(batch, module.parts.tokenizer, module.text_encoder)
+        torch.testing.assert_close(embeddings(batch), computed)
     assert "an image of nothing" not in embeddings
 
 
@@ -186,7 +185,7 @@ def test_a_broken_file_is_passed_over_and_made_anew(checkpoint, folder, tmp_path
     plain = fit(checkpoint, images_of(folder), LatentCache(tmp_path))
     [file] = tmp_path.glob("*/*.safetensors")
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.warns(UserWarning, match=r"safetensors is broken and is passed over"):
+    with pytest.warns(UserWarning, match=r"safetensors is corrupt and was skipped"):
         assert fit(checkpoint, images_of(folder), LatentCache(tmp_path)) == plain
     assert len(held(tmp_path)) == 5
 
@@ -202,15 +201,10 @@ def test_a_broken_file_is_passed_over_and_made_anew(checkpoint, folder, tmp_path
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
-def test_what_cannot_be_cached_is_told_before_anything_is_written(
-    checkpoint, folder, tmp_path, monkeypatch, capfd, settings, says
-):
+def test_what_cannot_be_cached_is_told_before_anything_is_written(call, checkpoint, folder, tmp_path, settings, says):
     common = [f"pretrained={checkpoint}", f"data.root={folder}", "resolution=32", f"output_dir={tmp_path / 'out'}"]
-    monkeypatch.setattr(sys, "argv", ["train", *common, f"cache.folder={tmp_path / 'cache'}", *settings])
-    with pytest.raises(SystemExit) as end:
-        train_main()
-    complaint = capfd.readouterr().err
-    assert end.value.code == 1 and says in complaint and len(complaint.splitlines()) == 1
+    status, _, complaint = call(train_main, *common, f"cache.folder={tmp_path / 'cache'}", *settings)
+    assert status == 1 and says in complaint and len(complaint.splitlines()) == 1
     assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
 
 
@@ -224,30 +218,19 @@ def test_data_that_no_cache_knows_is_refused(checkpoint, folder, tmp_path):
 
 def test_an_interrupted_making_goes_on_where_it_stopped(checkpoint, tmp_path):
     cache, out = tmp_path / "cache", tmp_path / "out"
-    command = [sys.executable, ROOT / "train.py", "data=shapes", "data.train_length=1500", "data.val_length=2"]
+    command = ["train", "data=shapes", "data.train_length=1500", "data.val_length=2", "trainer.max_steps=1"]
     command += [f"pretrained={checkpoint}", "cache=latents", f"cache.folder={cache}", f"output_dir={out}"]
-    command += ["trainer.max_steps=1", "data.batch_size=2", "+steps=1"]
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=tmp_path,
-        # a job in the background of a shell has Ctrl-C switched off
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    ) as process:
-        while not held(cache):
-            assert process.poll() is None, process.stdout.read()
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        output = process.communicate(timeout=120)[0]
-    assert process.returncode == 130 and "interrupted: what is done is in" in output and "Traceback" not in output
+    command += ["data.batch_size=2", "+steps=1"]
+    one = Command(*command, log=tmp_path / "log")
+    one.wait_until(lambda: bool(held(cache)))
+    one.send(signal.SIGINT)
+    status, output = one.wait()
+    assert status == 130 and "interrupted: what is done is in" in output and "Traceback" not in output
     before = held(cache)
     assert 256 <= len(before) < 1500
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert f"Encoding images into {next(cache.iterdir())}: {1500 - len(before):,}\n" in done.stdout
+    output = run(*command, log=tmp_path / "log")
+    assert f"Encoding images into {next(cache.iterdir())}: {1500 - len(before):,}\n" in output
     after = held(cache)
     assert len(after) == 1500 and before.items() <= after.items()
     assert not [file for file in cache.rglob("*") if file.is_file() and file.suffix != ".safetensors"]
-    assert done.stdout.splitlines()[-1].startswith("Wrote ")
+    assert output.splitlines()[-1].startswith("Wrote ")

@@ -1,4 +1,4 @@
-"""The page of a run, opened in a browser, and what a sweep leaves."""
+"""The page of a run or a sweep, opened in a browser, and the other reports of a sweep."""
 
 import csv
 import xml.etree.ElementTree as ElementTree
@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.forked import run
 from sdmodule.cli.main import predict_main
+from sdmodule.io import sweep_report
+from sdmodule.io.html_report import Job
+from sdmodule.io.run_folder import RECORDS, write_records
 from tests.chromium import PROGRAM, Page
 
 EVIL = "a <b>star</b> </script><script>document.title='broken'</script> <!-- \"'&amp; \u2028"
@@ -24,19 +28,17 @@ def browser(tmp_path):
 
 @pytest.fixture(scope="module")
 def sweep(checkpoint, tmp_path_factory):
-    """The folder of a sweep over three values of token merging, of two prompts with two seeds each."""
+    """The folder of a sweep over three ratios of token merging, with two prompts of two seeds each."""
     out = tmp_path_factory.mktemp("my runs #1") / "a sweep? 50%"
-    with pytest.MonkeyPatch.context() as patch:
-        settings = ["-m", "tome.ratio=0,0.5,0.75", f"pretrained={checkpoint}", f"output_dir='{out}'", "steps=2"]
-        settings += [f"prompts='{out.parent / 'prompts.txt'}'", "num_images_per_prompt=2", "progress=false"]
-        (out.parent / "prompts.txt").write_text(f"a red circle\n{EVIL}\n", encoding="utf-8")
-        patch.setattr("sys.argv", ["predict.py", *settings])
-        predict_main()
+    settings = ["-m", "tome.ratio=0,0.5,0.75", f"pretrained={checkpoint}", f"output_dir='{out}'", "steps=2"]
+    settings += [f"prompts='{out.parent / 'prompts.txt'}'", "num_images_per_prompt=2", "progress=false"]
+    (out.parent / "prompts.txt").write_text(f"a red circle\n{EVIL}\n", encoding="utf-8")
+    run("predict", *settings, log=out.parent / "log")
     return out
 
 
 def loaded(browser):
-    """Whether every image on the page has loaded, those that are out of sight too."""
+    """Natural widths of all images on the page, loaded even if they are out of view."""
     return browser.run(
         "Promise.all([...document.images].map(async (image) => { image.loading = 'eager'; await image.decode();"
         " return image.naturalWidth; }))"
@@ -57,7 +59,7 @@ def test_the_page_of_a_sweep_in_a_browser(browser, sweep):
     bars = "document.querySelectorAll('.bar').length"
     assert browser.run(bars) == 3 and "images/s" in browser.run("document.querySelector('.bars').textContent")
 
-    # the filter filters
+    # the filter
     browser.run("document.querySelector('#filter').focus()")
     browser.type("CIRCLE red")
     assert browser.run("document.querySelectorAll('tbody tr').length") == 2
@@ -70,7 +72,7 @@ def test_the_page_of_a_sweep_in_a_browser(browser, sweep):
     )
     assert browser.run("document.querySelectorAll('tbody tr').length") == 4
 
-    # the slider moves, by keys alone
+    # comparison of two images, by keyboard alone
     for _ in range(2):
         browser.run("document.querySelector('td button[aria-pressed=false]').focus()")
         browser.press("Enter")
@@ -84,14 +86,14 @@ def test_the_page_of_a_sweep_in_a_browser(browser, sweep):
     browser.press("End")
     assert "100%" in browser.run(edge)
 
-    # one after the other instead of side by side
+    # a gallery instead of the table
     browser.run("document.querySelector('#table').click()")
     assert browser.run("document.querySelectorAll('figure').length") == 12
     assert "0.75" in browser.run("[...document.querySelectorAll('figure')].at(-1).querySelector('dl').textContent")
     assert browser.messages == []
 
 
-def test_the_page_of_one_run_shows_what_was_repainted(browser, call, checkpoint, tmp_path):
+def test_the_page_of_an_inpaint_run_shows_before_and_after(browser, call, checkpoint, tmp_path):
     photo = tmp_path / "photo.png"
     Image.new("RGB", (40, 30), "red").save(photo)
     settings = ["prompt=a star", "model=inpaint", f"image={photo}", "mask=[0,0,20,20]", "steps=1"]
@@ -103,7 +105,7 @@ def test_the_page_of_one_run_shows_what_was_repainted(browser, call, checkpoint,
     assert loaded(browser) == [40, 40, 40] and browser.messages == []
 
 
-def test_a_sweep_ends_with_a_table_a_sheet_and_a_plot(sweep):
+def test_a_sweep_has_a_table_a_contact_sheet_and_a_plot(sweep):
     rows = list(csv.DictReader((sweep / "summary.csv").open(encoding="utf-8")))
     assert [(row["job"], row["tome.ratio"], row["images"]) for row in rows] == [
         ("0", "0", "4"),
@@ -114,11 +116,37 @@ def test_a_sweep_ends_with_a_table_a_sheet_and_a_plot(sweep):
     sheet = np.asarray(Image.open(sweep / "sheet.png"))
     assert sheet.shape[0] > 4 * 160 and sheet.shape[1] > 3 * 160 and len(np.unique(sheet.reshape(-1, 3), axis=0)) > 500
     plot = ElementTree.parse(sweep / "seconds.svg")
-    assert len(plot.findall(".//{http://www.w3.org/2000/svg}circle")) == 3
-    assert "tome.ratio" in "".join(plot.getroot().itertext())
+    texts = [text.text for text in plot.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"0", "0.5", "0.75", "tome.ratio", "seconds per image"} <= {*texts}
+    assert sum(text.endswith(" s") for text in texts) == 3
 
 
-def test_a_sweep_that_breaks_off_shows_what_was_done(call, checkpoint, tmp_path):
+def test_a_sweep_without_matplotlib_has_no_plot_and_says_so(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sweep_report, "find_spec", lambda name: None)
+    (tmp_path / "0").mkdir()
+    write_records(tmp_path / "0" / RECORDS, [])
+    sweep_report.summarize(tmp_path, [(tmp_path / "0", ["steps=1"])])
+    assert capsys.readouterr().out.splitlines() == [
+        "seconds.svg was not drawn: matplotlib is missing; pip install 'sdmodule[plots]'"
+    ]
+    assert sorted(path.name for path in tmp_path.glob("*.*")) == ["index.html", "summary.csv"]
+    assert '"plot": null' in (tmp_path / "index.html").read_text()
+
+
+def test_the_plot_takes_any_label_and_no_timings(tmp_path):
+    jobs = [
+        Job(tmp_path, f"job {k}", str(k), {"prompt": text}) for k, text in enumerate(("a $x_$ <b>", "日本 🌵", "c"))
+    ]
+    for job in jobs[:2]:
+        job.timings["images_per_second"] = 2.0
+    sweep_report.plot(jobs, tmp_path / "a.svg")
+    texts = [text.text for text in ElementTree.parse(tmp_path / "a.svg").iter("{http://www.w3.org/2000/svg}text")]
+    assert {"a $x_$ <b>", "日本 🌵", "prompt"} <= {*texts} and texts.count("0.5 s") == 2 and "c" not in texts
+    sweep_report.plot(jobs[2:], tmp_path / "b.svg")
+    assert "prompt" in (tmp_path / "b.svg").read_text()
+
+
+def test_an_interrupted_sweep_reports_its_finished_jobs(call, checkpoint, tmp_path):
     settings = ["-m", "prompt=a", "steps=1,2,5000", f"pretrained={checkpoint}", f"output_dir={tmp_path / 'out'}"]
     status, _, complaint = call(predict_main, *settings)
     assert status == 1 and "steps=5000" in complaint

@@ -1,5 +1,6 @@
-"""What loggers are told of a run, read from the files that they leave."""
+"""What a run logs, read back from the files of the loggers."""
 
+import csv
 import json
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from sdmodule.cli.csv_logger import AtomicCSVLogger
 from sdmodule.cli.main import predict_main, train_main
 from tests.cli.test_commands import records, told
 from tests.wandb_file import read_run
@@ -27,7 +29,7 @@ def scalars(folder):
     return events
 
 
-def test_predict_tells_its_loggers_of_images_table_times_and_configuration(call, checkpoint, tmp_path):
+def test_predict_logs_images_table_timings_and_configuration(call, checkpoint, tmp_path):
     photo = tmp_path / "photo.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 40, 3), dtype=np.uint8)).save(photo)
     out = tmp_path / "out"
@@ -69,7 +71,7 @@ def test_predict_tells_its_loggers_of_images_table_times_and_configuration(call,
     assert "predict/images_per_second" in (out / "metrics.csv").read_text()
 
 
-def test_train_tells_its_loggers_of_images_figures_times_and_configuration(call, checkpoint, photos, tmp_path):
+def test_train_logs_images_metrics_timings_and_configuration(call, checkpoint, photos, tmp_path):
     out = tmp_path / "out"
     settings = [f"data.root={photos}", f"pretrained={checkpoint}", "resolution=32", "+steps=1", "trainer.max_steps=6"]
     settings += ["trainer.val_check_interval=2", "trainer.log_every_n_steps=1", "callbacks.samples.num_prompts=1"]
@@ -94,7 +96,7 @@ def test_train_tells_its_loggers_of_images_figures_times_and_configuration(call,
     assert timings["steps"] == 6 and timings["warmup"]["steps"] == 2 and timings["step_seconds"]["median"] > 0
 
 
-def test_runs_of_a_sweep_are_a_group_and_each_its_own(call, checkpoint, tmp_path):
+def test_the_runs_of_a_sweep_share_a_group(call, checkpoint, tmp_path):
     settings = ["prompt=a", f"pretrained={checkpoint}", "logger=wandb", f"output_dir={tmp_path / 'sweep'}"]
     assert call(predict_main, "-m", "steps=1,2", *settings)[0] == 0
     runs = [read_run(tmp_path / "sweep" / job) for job in "01"]
@@ -105,7 +107,7 @@ def test_runs_of_a_sweep_are_a_group_and_each_its_own(call, checkpoint, tmp_path
 
 
 @pytest.mark.parametrize("mode", ["disabled", "offline"])
-def test_the_mode_that_is_asked_for_is_respected(call, checkpoint, tmp_path, monkeypatch, mode):
+def test_wandb_mode_is_respected(call, checkpoint, tmp_path, monkeypatch, mode):
     monkeypatch.setenv("WANDB_MODE", mode)
     settings = ["prompt=a", "steps=1", f"pretrained={checkpoint}", "logger=wandb", f"output_dir={tmp_path / 'out'}"]
     status, _, complaint = call(predict_main, *settings)
@@ -114,7 +116,7 @@ def test_the_mode_that_is_asked_for_is_respected(call, checkpoint, tmp_path, mon
     assert os.environ["WANDB_MODE"] == mode and "WANDB_DATA_DIR" not in os.environ
 
 
-def test_a_logger_that_is_not_installed_is_named(call, checkpoint, tmp_path):
+def test_a_logger_that_is_not_installed_is_reported(call, checkpoint, tmp_path):
     try:
         import mlflow  # noqa: F401
     except ImportError:
@@ -123,15 +125,32 @@ def test_a_logger_that_is_not_installed_is_named(call, checkpoint, tmp_path):
         assert not (tmp_path / "o").exists()
 
 
-# ---------------------------------------------------------------------------------------------- what stays here
+def test_metrics_survive_a_kill_while_a_column_is_added(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
 
-SECRET = "hf_THISISSECRET"  # what a test greps for
+    logger, file = AtomicCSVLogger(tmp_path, name="", version=""), tmp_path / "metrics.csv"
+    for step, metrics in enumerate([{"a": 1.0}, {"a": 2.0, "b": 3.0}]):
+        logger.log_metrics(metrics, step)
+        logger.save()
+    with file.open() as lines:
+        before = list(csv.DictReader(lines))
+    assert [(row["a"], row["b"], row["step"]) for row in before] == [("1.0", "", "0"), ("2.0", "3.0", "1")]
+    monkeypatch.setattr(csv.DictWriter, "writerows", killed)
+    logger.log_metrics({"c": 4.0}, 2)
+    with pytest.raises(KeyboardInterrupt):
+        logger.save()
+    with file.open() as lines:
+        assert list(csv.DictReader(lines)) == before
+
+
+# ---------------------------------------------------------------------------------------------- what stays private
+
+SECRET = "hf_THISISSECRET"
 
 
 @pytest.mark.parametrize("name", ["predict", "sweep", "train"])
-def test_neither_keys_nor_the_home_folder_are_in_any_file_of_a_run(
-    call, checkpoint, photos, tmp_path, monkeypatch, name
-):
+def test_no_file_of_a_run_holds_a_key_or_the_home_folder(call, checkpoint, photos, tmp_path, monkeypatch, name):
     home = tmp_path / "home" / "ann"
     home.mkdir(parents=True)
     (home / "weights").symlink_to(checkpoint)
@@ -159,7 +178,7 @@ def test_neither_keys_nor_the_home_folder_are_in_any_file_of_a_run(
         content = path.read_bytes()
         found = [word for word in (SECRET, str(home)) if word.encode() in content]
         assert not found, f"{path} holds {found}"
-    if name == "predict":  # and what was written down is found again from it
+    if name == "predict":  # and the image can still be made again
         [image] = (home / "run").glob("images/*.png")
         assert call(predict_main, f"from={image}", f"output_dir={home}/again")[0] == 0
         assert np.array_equal(pixels(home / "again" / "images" / image.name), pixels(image))

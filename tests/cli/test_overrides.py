@@ -1,4 +1,4 @@
-"""What people write as a prompt reaches the model letter for letter."""
+"""Free text on the command line reaches the configuration letter for letter."""
 
 import random
 
@@ -8,6 +8,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from sdmodule.cli.config_keys import key_tags, read_tags
 from sdmodule.cli.instantiate import instantiate
 from sdmodule.cli.overrides import quote_overrides
 
@@ -55,7 +56,7 @@ NASTY = [
 
 
 def parsed(argument, sweep=False):
-    """The requests that come of an argument, read by Hydra alone or handed on by its sweeper to a job."""
+    """Requests of an argument that Hydra reads, or that its sweeper first passes on to a job."""
     [override] = OverridesParser.create().parse_overrides(quote_overrides([argument]))
     if sweep:
         [[[argument]]] = BasicSweeper.split_arguments([override], None)
@@ -70,7 +71,7 @@ def test_a_prompt_arrives_letter_for_letter(text, sweep):
     assert parsed(f"prompt={text}", sweep)[0].prompt == text
 
 
-def test_random_letters_arrive_too():
+def test_random_text_arrives_too():
     rng = random.Random(0)
     for _ in range(100):
         text = "x" + "".join(rng.choices(LETTERS, k=rng.randrange(9)))
@@ -78,7 +79,7 @@ def test_random_letters_arrive_too():
 
 
 @pytest.mark.parametrize("text", ["???", "${x}\\", " it's: (a, b) "])
-def test_prompts_arrive_through_the_whole_configuration(text):
+def test_a_prompt_arrives_through_the_composed_configuration(text):
     with initialize_config_module("sdmodule.conf", version_base="1.3"):
         cfg = compose("predict", quote_overrides([f"prompt={text}", f"negative_prompt={text}"]))
     [request] = instantiate(cfg.data).requests
@@ -91,7 +92,7 @@ def test_a_value_in_brackets_is_a_list(sweep):
     assert [r.prompt for r in parsed("prompt=[a cat,a dog]", sweep)] == ["a cat", "a dog"]
 
 
-def test_null_is_no_text():
+def test_null_stays_null():
     assert quote_overrides(["prompt=null"]) == ["prompt=null"]
 
 
@@ -100,7 +101,7 @@ def test_other_arguments_are_left_alone():
     assert sorted(quote_overrides(arguments)) == sorted(arguments)
 
 
-def test_options_stand_before_settings():
+def test_options_come_before_overrides():
     assert quote_overrides(["steps=3", "-m", "prompt=a -m", "~logger", "--cfg", "job"]) == [
         *("-m", "--cfg", "job", "steps=3", "prompt='a -m'", "~logger")
     ]
@@ -117,7 +118,7 @@ def test_a_path_arrives_letter_for_letter(key, path):
     assert OmegaConf.create({"value": override.value()}).value == path
 
 
-def test_a_path_may_name_other_settings():
+def test_a_path_can_refer_to_other_settings():
     [override] = OverridesParser.create().parse_overrides(quote_overrides(["output_dir=runs/seed=${seed}"]))
     assert OmegaConf.create({"output_dir": override.value(), "seed": 3}).output_dir == "runs/seed=3"
 
@@ -125,3 +126,26 @@ def test_a_path_may_name_other_settings():
 def test_a_path_that_hydra_reads_is_left_to_it():
     arguments = ["pretrained=a,b", "output_dir=runs/${seed}", "ckpt_path=null"]
     assert quote_overrides(arguments) == arguments
+
+
+TEXT = {"prompt", "negative_prompt", "image", "mask", "control", "from", "data.prompt", "data.class_prompt"}
+TEXT |= {"data.shards", "data.val_shards", "tuning.placeholder", "tuning.initializer"}
+PATHS = {"pretrained", "controlnet", "prompts", "ckpt_path", "output_dir", "cache.folder", "callbacks.export.folder"}
+PATHS |= {f"components.{part}" for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")}
+PATHS |= {"data.root", "data.val_root", "data.class_root", "data.made_in", "data.name", "data.split", "data.val_split"}
+PATHS |= {"data.subset", "data.image_column", "data.caption_column", "data.caption_key", "data.revision", "revision"}
+
+
+def test_the_configuration_tags_its_text_keys():
+    tags = key_tags()
+    assert {key for key, tag in tags.items() if tag == "text"} == TEXT
+    assert {key for key, tag in tags.items() if tag in ("path", "name")} == PATHS
+
+
+def test_a_comment_protects_a_new_key(tmp_path):
+    (tmp_path / "data" / "shared").mkdir(parents=True)
+    (tmp_path / "tuning").mkdir()
+    (tmp_path / "top.yaml").write_text("a: null  # text: a\nb:  # path: all below\n  c: null\n  d: x\ne: 1  # text\n")
+    (tmp_path / "data" / "shared" / "x.yaml").write_text("_target_: y\nf: ${g}/h  # name: f\n")
+    (tmp_path / "tuning" / "x.yaml").write_text("# @package _global_\ntuning:\n  i: ???  # text: i\ndata:\n  j: 1\n")
+    assert read_tags(tmp_path) == {"a": "text", "b.c": "path", "b.d": "path", "data.f": "name", "tuning.i": "text"}

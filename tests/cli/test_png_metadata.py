@@ -1,6 +1,7 @@
-"""A run that was killed is finished, and an image is made again from the image alone."""
+"""Resuming a run of predict, and making an image again from its PNG metadata."""
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from benchmarks.forked import Command, run
 from sdmodule.cli.main import predict_main
 from tests.cli.test_commands import records, told
 
@@ -29,47 +31,22 @@ def same_images(ours, others):
     return ours.keys() == others.keys() and all(np.array_equal(ours[name], others[name]) for name in ours)
 
 
-# What takes seconds is imported once; every run of the command is a process of its own all the same.
-KILLED_TEN_TIMES = """
-import os, random, signal, sys, time
-from pathlib import Path
-import lightning, diffusers, sdmodule.module, sdmodule.callbacks.prediction_writer
-from sdmodule.cli.main import predict_main
-
-images, arguments, chance = Path(sys.argv[1]) / "images", sys.argv[2:], random.Random()
-for _ in range(10):
-    before = len(list(images.glob("*.png")))
-    child = os.fork()
-    if child == 0:
-        sys.argv = ["predict.py", *arguments]
-        predict_main()
-        os._exit(0)
-    wanted, ended = before + chance.randrange(4), 0
-    while len(list(images.glob("*.png"))) < wanted and not ended:
-        time.sleep(0.002)
-        ended, _ = os.waitpid(child, os.WNOHANG)
-    time.sleep(chance.random() * 0.05)
-    if not ended:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    print(before, len(list(images.glob("*.png"))), sorted(file.name for file in images.glob(".*")))
-"""
-
-
-def test_a_run_killed_at_ten_random_moments_is_finished_as_if_it_never_was(call, checkpoint, tmp_path):
+@pytest.mark.slow
+def test_a_run_killed_ten_times_resumes_to_the_images_of_an_uninterrupted_run(call, checkpoint, tmp_path):
     common = [f"prompt={PROMPTS}", "num_images_per_prompt=16", "batch_size=3", "steps=2", f"pretrained={checkpoint}"]
     assert call(predict_main, *common, f"output_dir={tmp_path / 'straight'}")[0] == 0
-    out = tmp_path / "out"
-    command = [sys.executable, "-c", KILLED_TEN_TIMES, out, *common, "resume=true", f"output_dir={out}"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    out, rng = tmp_path / "out", random.Random()
+    for _ in range(10):
+        wanted = len(list(out.glob("images/*.png"))) + rng.randrange(4)
+        one = Command("predict", *common, "resume=true", f"output_dir={out}", log=tmp_path / "log")
+        one.kill(lambda wanted=wanted: len(list(out.glob("images/*.png"))) >= wanted, rng.random() * 0.05)
     left = made(out)
     with (out / "predictions.jsonl").open("a") as lines:
-        lines.write('{"file": "images/000')  # as a disk that stopped in the middle of a line leaves it
+        lines.write('{"file": "images/000')  # half a line, as a full disk leaves it
 
     dates = {name: (out / "images" / name).stat().st_mtime_ns for name in left}
     status, printed, complaint = call(predict_main, *common, "resume=true", f"output_dir={out}")
-    assert (status, complaint) == (0, "") and f"{len(left)} of 48 images are there" in printed, done.stdout
+    assert (status, complaint) == (0, "") and f"{len(left)} of 48 images are there" in printed, printed
     assert same_images(made(out), made(tmp_path / "straight"))
     assert {name: (out / "images" / name).stat().st_mtime_ns for name in left} == dates  # not made twice
     assert [record["index"] for record in records(out)] == list(range(48))
@@ -77,7 +54,7 @@ def test_a_run_killed_at_ten_random_moments_is_finished_as_if_it_never_was(call,
     assert (out / "grid.png").is_file() and not list(out.glob("**/*.part"))
 
 
-def test_what_is_done_is_not_done_again(call, checkpoint, tmp_path):
+def test_resuming_makes_only_missing_and_broken_images(call, checkpoint, tmp_path):
     common = ["prompt=[a,b,c]", "batch_size=1", "steps=2", f"pretrained={checkpoint}", f"output_dir={tmp_path / 'out'}"]
     assert call(predict_main, *common)[0] == 0
     before = made(tmp_path / "out")
@@ -99,7 +76,7 @@ def test_what_is_done_is_not_done_again(call, checkpoint, tmp_path):
         ("tome.ratio=0.5", ["tome=None", "ratio"]),
     ],
 )
-def test_another_run_is_not_resumed(call, checkpoint, tmp_path, change, words):
+def test_a_run_with_other_settings_is_not_resumed(call, checkpoint, tmp_path, change, words):
     out = tmp_path / "out"
     common = [f"pretrained={checkpoint}", f"output_dir={out}"]
     assert call(predict_main, "prompt=[a,b]", "steps=2", *common)[0] == 0
@@ -109,13 +86,15 @@ def test_another_run_is_not_resumed(call, checkpoint, tmp_path, change, words):
     assert (out / "config.yaml").read_text() == before
 
 
-def test_several_processes_fill_one_folder(monkeypatch, checkpoint, tmp_path):
+@pytest.mark.slow
+def test_two_processes_write_the_same_folder_as_one(monkeypatch, checkpoint, tmp_path):
     common = [f"prompt={PROMPTS}", "num_images_per_prompt=3", "batch_size=2", "steps=2", f"pretrained={checkpoint}"]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # sums are rounded alike on as many threads
-    for name, more in {"one": [], "two": ["trainer.devices=2", "trainer.strategy=ddp"]}.items():
-        command = [sys.executable, ROOT / "predict.py", *common, f"output_dir={tmp_path / name}", *more]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+    run("predict", *common, f"output_dir={tmp_path / 'one'}", log=tmp_path / "log")
+    command = [sys.executable, ROOT / "predict.py", *common, f"output_dir={tmp_path / 'two'}"]
+    command += ["trainer.devices=2", "trainer.strategy=ddp"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert same_images(made(tmp_path / "two"), made(tmp_path / "one"))
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(
         path.name for path in (tmp_path / "one").iterdir()
@@ -136,7 +115,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_image_is_made_again_with_equal_pixels(call, checkpoint, tmp_path, kind):
+def test_an_image_is_made_again_to_the_pixel(call, checkpoint, tmp_path, kind):
     photo = tmp_path / "my photo, 1.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8)).save(photo)
     settings = [*KINDS[kind], f"prompt={PROMPTS}", "num_images_per_prompt=2", "steps=3", f"pretrained={checkpoint}"]
@@ -153,7 +132,7 @@ def test_an_image_is_made_again_with_equal_pixels(call, checkpoint, tmp_path, ki
         assert (status, complaint) == (0, "")
         [again] = made(tmp_path / str(k)).values()
         assert np.array_equal(again, before[image.name])
-    # and from the image that was made again
+    # and again from the copy
     [once] = (tmp_path / "2" / "images").iterdir()
     assert call(predict_main, f"from={once}", f"output_dir={tmp_path / 'twice'}")[0] == 0
     assert np.array_equal(next(iter(made(tmp_path / "twice").values())), before[image.name])
@@ -166,7 +145,7 @@ def image(call, checkpoint, tmp_path):
     return tmp_path / "first" / "images" / "00000-3.png"
 
 
-def test_what_is_given_beside_an_image_wins(call, image, tmp_path):
+def test_settings_given_beside_an_image_win(call, image, tmp_path):
     changed = ["steps=1", "sampler=euler", "prompt=[a dog,a cat]", "num_images_per_prompt=2"]
     assert call(predict_main, f"from={image}", *changed, f"output_dir={tmp_path / 'out'}")[0] == 0
     found = [(r["prompt"], r["seed"], r["steps"], r["scheduler"]) for r in records(tmp_path / "out")]
@@ -174,7 +153,7 @@ def test_what_is_given_beside_an_image_wins(call, image, tmp_path):
     assert found == [(text, 3 + k, 1, "EulerDiscreteScheduler") for k, text in enumerate(prompts)]
 
 
-def test_a_preset_beside_an_image_is_the_whole_preset(call, image, tmp_path):
+def test_a_preset_beside_an_image_is_applied_completely(call, image, tmp_path):
     changed = ["speed=turbo", "speed.compile=none", "precision=32-true", "steps=3"]
     assert call(predict_main, f"from={image}", *changed, f"output_dir={tmp_path / 'out'}")[0] == 0
     [record] = records(tmp_path / "out")
@@ -184,7 +163,7 @@ def test_a_preset_beside_an_image_is_the_whole_preset(call, image, tmp_path):
 
 @pytest.mark.parametrize("of", ["exact", "rounding"])
 @pytest.mark.parametrize(("preset", "kept"), [("exact", True), ("rounding", True), ("fast", False)])
-def test_a_preset_replaces_of_an_image_what_it_sets_itself(call, checkpoint, tmp_path, of, preset, kept):
+def test_a_preset_replaces_only_the_settings_of_an_image_that_it_sets(call, checkpoint, tmp_path, of, preset, kept):
     own = [f"speed={of}", "speed.compile=none", "precision=32-true"]
     own += ["sampler=euler", "steps=4", "tome.ratio=0.25", f"pretrained={checkpoint}"]
     assert call(predict_main, "prompt=a", *own, f"output_dir={tmp_path / 'first'}")[0] == 0
@@ -196,7 +175,7 @@ def test_a_preset_replaces_of_an_image_what_it_sets_itself(call, checkpoint, tmp
     assert (found == ("EulerDiscreteScheduler", 4, 0.25)) == kept
 
 
-def test_token_merging_by_its_other_name_replaces_an_images_own(call, checkpoint, tmp_path):
+def test_tomesd_cfg_replaces_the_token_merging_of_an_image(call, checkpoint, tmp_path):
     common = ["prompt=a", "steps=1", f"pretrained={checkpoint}"]
     assert call(predict_main, *common, "tome.ratio=0.5", f"output_dir={tmp_path / 'first'}")[0] == 0
     image = tmp_path / "first" / "images" / "00000-0.png"
@@ -213,7 +192,7 @@ def test_a_sweep_over_an_image(call, image, tmp_path, first):
     assert [records(tmp_path / "out" / str(job))[0]["steps"] for job in (0, 1)] == [1, 2]
 
 
-def test_images_of_an_earlier_run_are_set_aside(call, checkpoint, tmp_path):
+def test_images_of_an_earlier_run_are_moved_aside(call, checkpoint, tmp_path):
     out = tmp_path / "out"
     common = ["steps=1", f"pretrained={checkpoint}", f"output_dir={out}"]
     assert call(predict_main, "prompt=[a,b]", *common)[0] == 0
@@ -227,7 +206,7 @@ def test_images_of_an_earlier_run_are_set_aside(call, checkpoint, tmp_path):
 
 
 def altered(original, path, **changes):
-    """The same pixels with another text, as anybody may write it."""
+    """The same pixels with other metadata, as anybody could write it."""
     image, text = Image.open(original), PngInfo()
     for name, value in {**image.text, **changes}.items():
         if value is not None:
@@ -240,9 +219,9 @@ NASTY = "x' +hydra.run.dir=/ ${oc.env:HOME} [a] \\' \" {b: c}, null\n???"
 
 
 @pytest.mark.parametrize("prompt", [NASTY, "null", "[a,b]", "???", ""])
-def test_a_text_in_an_image_is_a_text(call, image, tmp_path, prompt):
-    told_otherwise = altered(image, tmp_path / "x.png", prompt=prompt, parameters="_target_: os.system")
-    assert call(predict_main, f"from={told_otherwise}", f"output_dir={tmp_path / 'out'}")[0] == 0
+def test_a_prompt_in_an_image_stays_text(call, image, tmp_path, prompt):
+    changed = altered(image, tmp_path / "x.png", prompt=prompt, parameters="_target_: os.system")
+    assert call(predict_main, f"from={changed}", f"output_dir={tmp_path / 'out'}")[0] == 0
     assert [record["prompt"] for record in records(tmp_path / "out")] == [prompt]
 
 
@@ -260,18 +239,18 @@ def test_a_text_in_an_image_is_a_text(call, image, tmp_path, prompt):
         ({"model": "nothing_like_it"}, ["nothing_like_it"]),
     ],
 )
-def test_an_image_that_tells_nonsense(call, image, tmp_path, changes, words):
+def test_bad_metadata_is_reported(call, image, tmp_path, changes, words):
     path = altered(image, tmp_path / "x.png", **changes)
     told(call(predict_main, f"from={path}", f"output_dir={tmp_path / 'out'}"), *words)
 
 
 @pytest.mark.parametrize("name", ["nothing.png", "text.png"])
-def test_what_is_no_image(call, tmp_path, name):
+def test_a_file_that_is_no_image_is_reported(call, tmp_path, name):
     (tmp_path / "text.png").write_text("no image")
     told(call(predict_main, "--from", tmp_path / name), f"from={tmp_path / name}", "predict wrote")
 
 
-def test_a_repainted_image_without_its_run_asks_for_what_it_was_made_from(call, checkpoint, tmp_path):
+def test_an_inpainted_image_without_its_run_asks_for_image_and_mask(call, checkpoint, tmp_path):
     photo = tmp_path / "photo.png"
     Image.new("RGB", (32, 32), "red").save(photo)
     settings = ["model=inpaint", f"image={photo}", "mask=[0,0,16,16]", "prompt=a", "steps=1"]

@@ -1,55 +1,68 @@
-"""What people see of a run while it goes on: in a terminal, and in a file."""
+"""Progress of a run: a bar in a terminal, lines in a file."""
 
 import fcntl
 import os
 import pty
 import re
+import select
 import struct
 import subprocess
 import sys
 import termios
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
+from benchmarks.forked import Command
 from sdmodule.cli.main import predict_main, train_main
 
 ROOT = Path(__file__).parents[2]
 
 
-def in_a_terminal(command, folder):
-    """What a command draws on a terminal."""
+@contextmanager
+def terminal():
+    """A terminal of 24 lines and 160 columns: the path that a command writes to, and a function that reads from it."""
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 160, 0, 0))  # lines and columns
-    process = subprocess.Popen(list(map(str, command)), stderr=theirs, stdout=subprocess.PIPE, cwd=folder)
-    os.close(theirs)
-    drawn = b""
-    while True:
-        try:
-            data = os.read(ours, 4096)
-        except OSError:  # the other end is closed
-            break
-        if not data:
-            break
-        drawn += data
-    os.close(ours)
-    process.communicate()
-    assert process.returncode == 0, drawn
-    return drawn.decode(errors="replace")
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 160, 0, 0))
+
+    def read(running):
+        drawn = b""
+        while select.select([ours], [], [], 0.1)[0] or running():
+            if select.select([ours], [], [], 0)[0]:
+                drawn += os.read(ours, 4096)
+        return drawn.decode(errors="replace")
+
+    try:
+        yield Path(os.ttyname(theirs)), read
+    finally:
+        os.close(ours)
+        os.close(theirs)
 
 
-def test_one_bar_of_images_with_the_step_inside(checkpoint, tmp_path):
+def test_predict_shows_one_bar_of_images_with_the_step(checkpoint, tmp_path):
     settings = ["prompt=[a,b,c]", "batch_size=2", "steps=60", f"pretrained={checkpoint}", f"output_dir={tmp_path}/out"]
-    drawn = in_a_terminal([sys.executable, ROOT / "predict.py", *settings, "height=64", "width=64"], tmp_path)
+    with terminal() as (path, read):
+        one = Command("predict", *settings, "height=64", "width=64", log=tmp_path / "log", errors=path)
+        drawn = read(one.process.is_alive)
+    assert one.wait()[0] == 0, drawn
     assert "sampling: 0/3" in drawn and "sampling: 2/3" in drawn and "sampling: 3/3" in drawn
     assert re.search(r"step=\d+/60", drawn) and "denoising" not in drawn, "and no second bar"
 
 
-def test_one_bar_of_training(checkpoint, photos, tmp_path):
+@pytest.mark.slow
+def test_train_shows_one_bar(checkpoint, photos, tmp_path):
+    """By ``python train.py``, as people start it."""
     settings = [f"data.root={photos}", f"pretrained={checkpoint}", "resolution=32", "trainer.max_steps=4", "+steps=1"]
-    drawn = in_a_terminal([sys.executable, ROOT / "train.py", *settings, f"output_dir={tmp_path}/out"], tmp_path)
+    command = [sys.executable, str(ROOT / "train.py"), *settings, f"output_dir={tmp_path}/out"]
+    with terminal() as (path, read), path.open("w") as stderr:
+        process = subprocess.Popen(command, stderr=stderr, stdout=subprocess.DEVNULL, cwd=tmp_path)
+        drawn = read(lambda: process.poll() is None)
+    assert process.returncode == 0, drawn
     assert re.search(r"training: 4/4 .*left, loss=[\d.]+, samples/s=[\d.]+, data wait=\d+%", drawn)
 
 
-def test_lines_where_output_is_no_terminal(call, checkpoint, photos, tmp_path):
+def test_without_a_terminal_progress_is_lines(call, checkpoint, photos, tmp_path):
     common = [f"pretrained={checkpoint}", "callbacks.progress.every=0"]
     settings = ["prompt=[a,b]", "batch_size=1", "steps=2", f"output_dir={tmp_path}/out", *common]
     status, printed, complaint = call(predict_main, *settings)
@@ -62,6 +75,6 @@ def test_lines_where_output_is_no_terminal(call, checkpoint, photos, tmp_path):
     assert "\r" not in printed
 
 
-def test_nothing_where_nothing_is_wanted(call, checkpoint, tmp_path):
+def test_progress_false_shows_nothing(call, checkpoint, tmp_path):
     settings = ["prompt=a", "steps=1", f"pretrained={checkpoint}", f"output_dir={tmp_path}/out", "progress=false"]
     assert call(predict_main, *settings, "callbacks.progress.every=0")[1] == f"Wrote {tmp_path}/out/grid.png\n"

@@ -1,16 +1,20 @@
-"""What a command's start leaves behind."""
+"""The start of a command."""
 
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import weakref
 
 import pytest
 
+from sdmodule.cli.about import about
+from sdmodule.cli.main import predict_main, train_main
 from sdmodule.cli.startup import gc_paused, gc_resume
 
 
-def test_garbage_is_collected_again_afterwards():
+def test_garbage_collection_resumes_after_the_block():
     with gc_paused():
         assert not gc.isenabled()
     assert gc.isenabled()
@@ -19,17 +23,48 @@ def test_garbage_is_collected_again_afterwards():
     assert gc.isenabled()
 
 
-def test_what_is_left_behind_after_the_first_job_can_be_found():
-    class Left:
+def test_objects_of_an_earlier_job_can_be_collected():
+    class Cycle:
         pass
 
-    gone = []
+    collected = []
     with gc_paused():
         gc_resume()
-        left = Left()
-        left.itself = left
-        weakref.finalize(left, gone.append, True)
-        del left
+        cycle = Cycle()
+        cycle.itself = cycle
+        weakref.finalize(cycle, collected.append, True)
+        del cycle
         gc_resume()  # the next job of a sweep
     gc.collect()
-    assert gone
+    assert collected
+
+
+WITHOUT_A_MODEL = """
+import sys
+from contextlib import suppress
+from sdmodule.cli.main import predict_main
+for arguments in (["--version"], ["--help"], ["--cfg", "job"], ["stepz=3"], ["sampler=foo"], ["prompts=a(b", "x"]):
+    sys.argv[1:] = arguments
+    with suppress(SystemExit):
+        predict_main()
+print(sorted({"torch", "lightning", "diffusers", "transformers", "wandb", "numpy"} & set(sys.modules)))
+"""
+
+
+def test_help_settings_and_typos_import_nothing_slow():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_A_MODEL], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+    assert "sampler: checkpoint, ddim, " in done.stdout and "did you mean steps?" in done.stderr
+
+
+@pytest.mark.parametrize("main", [train_main, predict_main])
+def test_version_names_what_the_package_is_built_on(call, main):
+    status, printed, complaint = call(main, "--version")
+    names = [entry.split()[0] for entry in printed.split(", ")]
+    assert (status, complaint, names) == (0, "", ["sdmodule", "torch", "lightning", "diffusers"])
+
+
+def test_about_says_what_there_is():
+    lines = about().splitlines()
+    assert len(lines) < 25 and any("tiny, tiny-inpaint" in line for line in lines)
+    assert any(line.startswith("  cpu (") for line in lines) and any("sdmodule-train" in line for line in lines)

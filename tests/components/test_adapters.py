@@ -1,4 +1,4 @@
-"""Adapters out of a training and into an image: here, in diffusers, and in the layout of other tools."""
+"""Exported adapters give the trained images, here and in diffusers, in the layouts of diffusers and kohya."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
 
 PROMPT = "a red circle on a blue background"
-LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "conv1"]  # products of matrices and convolutions
+LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "conv1"]  # linear layers and convolutions
 DIFFUSERS, KOHYA = "pytorch_lora_weights.safetensors", "kohya.safetensors"
 
 
 def adapted(checkpoint: Path, method: str = "lora", seed: int = 0, **settings) -> StableDiffusionModule:
-    """A model whose adapters are as if they had been trained."""
+    """A model with random adapters, as if they had been trained."""
     tuning = {"kind": "lora", "method": method, "alpha": 2, "target_modules": LAYERS, "text_encoder": True, **settings}
     module = StableDiffusionModule(str(checkpoint), tuning=tuning).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -37,8 +37,9 @@ def image(module: StableDiffusionModule, **settings) -> np.ndarray:
     return module.infer(PROMPT, **settings)["samples"]
 
 
-def with_adapters(checkpoint: Path, *adapters: dict, **settings) -> np.ndarray:
-    return image(StableDiffusionModule.from_pretrained(str(checkpoint), adapters=list(adapters), **settings))
+def with_adapters(checkpoint: Path, *adapters: dict, merge: bool = False) -> np.ndarray:
+    settings = {"files": list(adapters), "merge": merge}
+    return image(StableDiffusionModule.from_pretrained(str(checkpoint), adapters=settings))
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +59,8 @@ def export(checkpoint, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("merged", [False, True], ids=["beside the weights", "merged"])
-def test_what_was_exported_gives_the_trained_images(checkpoint, plain, tmp_path, method, merged):
+@pytest.mark.parametrize("merged", [False, True], ids=["unmerged", "merged"])
+def test_an_exported_adapter_gives_the_trained_images(checkpoint, plain, tmp_path, method, merged):
     module = adapted(checkpoint, method)
     module.save_pretrained(tmp_path)
     trained = image(module)
@@ -67,12 +68,12 @@ def test_what_was_exported_gives_the_trained_images(checkpoint, plain, tmp_path,
     files = [DIFFUSERS, KOHYA] if method in ("lora", "dora") else [KOHYA]
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(files)
     for file in files:
-        again = with_adapters(checkpoint, {"path": str(tmp_path / file)}, merge_adapters=merged)
+        again = with_adapters(checkpoint, {"path": str(tmp_path / file)}, merge=merged)
         np.testing.assert_allclose(again, trained, atol=1e-5 if merged else 0)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_layout_of_kohya_is_read_back_with_equal_weights(checkpoint, tmp_path, method):
+def test_kohya_files_load_with_equal_weights(checkpoint, tmp_path, method):
     module = adapted(checkpoint, method, alpha=None)
     module.save_pretrained(tmp_path)
     ours = extract_adapter(module.parts, method)
@@ -82,12 +83,12 @@ def test_the_layout_of_kohya_is_read_back_with_equal_weights(checkpoint, tmp_pat
     for part, weights in ours.weights.items():
         assert theirs.weights[part].keys() == weights.keys()
         assert all(torch.equal(theirs.weights[part][key], value) for key, value in weights.items())
-    alphas = {part: found for part, found in ours.alphas.items() if found}  # whole products have none
+    alphas = {part: found for part, found in ours.alphas.items() if found}  # full Kronecker products have none
     assert theirs.alphas == alphas
 
 
 @pytest.mark.parametrize(("method", "file"), [("lora", DIFFUSERS), ("lora", KOHYA), ("dora", DIFFUSERS)])
-def test_diffusers_loads_it_and_gives_equal_images(checkpoint, plain, tmp_path, method, file):
+def test_diffusers_loads_an_export_and_gives_equal_images(checkpoint, plain, tmp_path, method, file):
     adapted(checkpoint, method).save_pretrained(tmp_path)
     pipeline = StableDiffusionPipeline.from_pretrained(checkpoint)
     pipeline.set_progress_bar_config(disable=True)
@@ -99,8 +100,8 @@ def test_diffusers_loads_it_and_gives_equal_images(checkpoint, plain, tmp_path, 
     assert np.array_equal(ours, theirs) and not np.array_equal(ours, plain)
 
 
-def test_a_file_that_diffusers_saved_is_read(checkpoint, tmp_path):
-    """Without a word on alpha, each layer counts once."""
+def test_a_file_saved_by_diffusers_loads(checkpoint, tmp_path):
+    """Without alpha in the header, updates are not scaled."""
     module = adapted(checkpoint, alpha=None)
     adapter = extract_adapter(module.parts, "lora")
     StableDiffusionPipeline.save_lora_weights(
@@ -109,50 +110,50 @@ def test_a_file_that_diffusers_saved_is_read(checkpoint, tmp_path):
     assert np.array_equal(with_adapters(checkpoint, {"path": str(tmp_path)}), image(module))
 
 
-# ------------------------------------------------------------------------------------------ several, at any scale
+# ------------------------------------------------------------------------------------------ scales and combinations
 
 
-def test_a_scale_says_how_much_an_adapter_counts(checkpoint, plain, export):
+def test_a_larger_scale_changes_the_image_more(checkpoint, plain, export):
     far = [np.abs(with_adapters(checkpoint, {"path": str(export), "scale": s}) - plain).mean() for s in (0, 0.3, 1.0)]
     assert far[0] == 0 < far[1] < far[2]
-    turned = with_adapters(checkpoint, {"path": str(export), "scale": -1.0})
-    assert not np.array_equal(turned, with_adapters(checkpoint, {"path": str(export)}))
+    inverted = with_adapters(checkpoint, {"path": str(export), "scale": -1.0})
+    assert not np.array_equal(inverted, with_adapters(checkpoint, {"path": str(export)}))
 
 
-def test_two_halves_of_an_adapter_are_the_whole(checkpoint, export):
+def test_two_half_scaled_copies_equal_one_adapter(checkpoint, export):
     whole = with_adapters(checkpoint, {"path": str(export)})
     halves = [{"path": str(export / name), "scale": 0.5} for name in (DIFFUSERS, KOHYA)]
     np.testing.assert_allclose(with_adapters(checkpoint, *halves), whole, atol=1e-4)
-    np.testing.assert_allclose(with_adapters(checkpoint, *halves, merge_adapters=True), whole, atol=1e-4)
+    np.testing.assert_allclose(with_adapters(checkpoint, *halves, merge=True), whole, atol=1e-4)
 
 
-def test_adapters_of_different_kinds_are_merged_and_not_mixed(checkpoint, export, tmp_path):
+def test_adapters_of_different_methods_must_be_merged(checkpoint, export, tmp_path):
     adapted(checkpoint, "loha", seed=1).save_pretrained(tmp_path / "loha")
     both = [{"path": str(export)}, {"path": str(tmp_path / "loha")}]
     with pytest.raises(SettingsError, match="merge_adapters=true"):
         with_adapters(checkpoint, *both)
-    one = with_adapters(checkpoint, both[0], merge_adapters=True)
-    assert not np.array_equal(with_adapters(checkpoint, *both, merge_adapters=True), one)
+    one = with_adapters(checkpoint, both[0], merge=True)
+    assert not np.array_equal(with_adapters(checkpoint, *both, merge=True), one)
 
 
-def test_a_checkpoint_with_adapters_merged_is_written_as_one(checkpoint, export, tmp_path):
+def test_merged_adapters_are_part_of_the_exported_checkpoint(checkpoint, export, tmp_path):
     chosen = [{"path": str(export), "scale": 0.8}]
-    beside, merged = (
-        StableDiffusionModule.from_pretrained(str(checkpoint), adapters=chosen, merge_adapters=way)
-        for way in (False, True)
+    unmerged, merged = (
+        StableDiffusionModule.from_pretrained(str(checkpoint), adapters={"files": chosen, "merge": merge})
+        for merge in (False, True)
     )
     with pytest.raises(SettingsError, match="merge_adapters=true"):
-        beside.save_pretrained(tmp_path / "out")
+        unmerged.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
     merged.save_pretrained(tmp_path / "out")
-    np.testing.assert_allclose(with_adapters(tmp_path / "out"), image(beside), atol=1e-4)
+    np.testing.assert_allclose(with_adapters(tmp_path / "out"), image(unmerged), atol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------ what cannot be used
+# ------------------------------------------------------------------------------------------ errors
 
 
 def changed(file: Path, change) -> Path:
-    """The file with its tensors changed, beside it."""
+    """A changed copy of an adapter file."""
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file.with_name(f"changed-{file.name}"))
@@ -184,15 +185,15 @@ def widen(tensors: dict) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (drop_one, "lacks 1 weights"),
+        (drop_one, "1 missing keys"),
         (add_one, "surprise"),
         (add_layer, "down_blocks.7"),
         (widen, "shape"),
-        (dict.clear, "neither an adapter"),
+        (dict.clear, "neither a low-rank adapter"),
     ],
-    ids=["missing", "unused", "unknown layer", "other shape", "empty"],
+    ids=["missing key", "unknown key", "unknown layer", "other shape", "empty"],
 )
-def test_a_file_that_does_not_fit_ends_in_one_sentence(checkpoint, export, file, change, message):
+def test_a_file_that_does_not_fit_is_refused(checkpoint, export, file, change, message):
     path = changed(export / file, change)
     with pytest.raises(SettingsError, match=message) as error:
         with_adapters(checkpoint, {"path": str(path)})
@@ -202,19 +203,19 @@ def test_a_file_that_does_not_fit_ends_in_one_sentence(checkpoint, export, file,
 @pytest.mark.parametrize(
     ("adapters", "message"),
     [
-        ([{"path": "nowhere.safetensors"}], "not found"),
+        ([{"path": "nowhere.safetensors"}], "adapters=nowhere.safetensors: not found"),
         ([{"path": "pickle.pt"}], "may run code"),
         ([{"path": "broken.safetensors"}], "cannot be read"),
         ([{"path": "."}], "holds none of"),
         ([{"path": "broken.safetensors", "scale": "much"}], "scale=much"),
         ([{"path": "broken.safetensors", "weight": 1}], "weight"),
-        (["broken.safetensors"], "each is"),
+        (["broken.safetensors"], "each entry must"),
     ],
 )
-def test_a_wrong_adapter_ends_in_one_sentence(checkpoint, tmp_path, monkeypatch, adapters, message):
+def test_a_wrong_adapter_setting_is_refused(checkpoint, tmp_path, monkeypatch, adapters, message):
     monkeypatch.chdir(tmp_path)
     for name in ("pickle.pt", "broken.safetensors"):
-        Path(name).write_bytes(b"nothing of the kind")
+        Path(name).write_bytes(b"not an adapter")
     with pytest.raises(SettingsError, match=message):
         StableDiffusionModule(str(checkpoint), adapters=adapters)
 
@@ -234,12 +235,12 @@ def test_a_wrong_adapter_ends_in_one_sentence(checkpoint, tmp_path, monkeypatch,
         ({"kind": "full", "text_encoder": True, "text_encoder_stop": 0}, "text_encoder_stop=0"),
     ],
 )
-def test_a_wrong_tuning_ends_in_one_sentence(checkpoint, tuning, message):
+def test_a_wrong_tuning_setting_is_refused(checkpoint, tuning, message):
     with pytest.raises(SettingsError, match=message):
         StableDiffusionModule(str(checkpoint), tuning=tuning)
 
 
-def test_only_adapters_are_trained(checkpoint):
+def test_only_adapter_weights_are_trained(checkpoint):
     module = adapted(checkpoint)
     trained = {name for name, weight in module.named_parameters() if weight.requires_grad}
     assert trained and all("lora_" in name for name in trained)

@@ -1,4 +1,4 @@
-"""A checkpoint is read whole, or refused with one sentence; what is written is read by other tools."""
+"""Checkpoints load completely or fail with one sentence, and what is saved loads in diffusers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 from diffusers import PNDMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from sdmodule.components.checkpoint import PARTS, Components, load_components, load_part, save_components
+from sdmodule.components.checkpoint import PARTS, Components, load_components, load_part
+from sdmodule.components.save import save_components
 from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
 
@@ -27,13 +28,13 @@ def parts(checkpoint: Path) -> Components:
 
 @pytest.fixture
 def copy(checkpoint: Path, tmp_path: Path) -> Path:
-    """The checkpoint in a folder of its own, to be spoiled."""
+    """A copy of the checkpoint that a test may damage."""
     return shutil.copytree(checkpoint, tmp_path / "copy")
 
 
 @pytest.fixture
-def changed(copy: Path) -> Path:
-    """A checkpoint of the same architecture and other weights."""
+def other_weights(copy: Path) -> Path:
+    """A checkpoint of the same architecture with other weights."""
     torch.manual_seed(1234)  # other weights than the checkpoint's, whatever was drawn before
     save_components(load_components(str(copy), scratch=MODELS), copy)
     return copy
@@ -51,20 +52,20 @@ def message(*arguments, **settings) -> str:
     return str(error.value)
 
 
-# ------------------------------------------------------------------------------------------ what cannot be read
+# ------------------------------------------------------------------------------------------ errors
 
 
 @pytest.mark.parametrize("pretrained", ["tinny", "models/sd/v1", "../nowhere"])
-def test_an_unknown_name_is_told_what_there_is(pretrained):
+def test_an_unknown_name_lists_what_is_allowed(pretrained):
     text = message(pretrained)
     assert f"pretrained={pretrained}" in text and "tiny" in text and ".safetensors" in text
 
 
-def test_a_missing_file_is_named():
-    assert "pretrained=nowhere/model.safetensors was not found" in message("nowhere/model.safetensors")
+def test_a_missing_single_file_is_named():
+    assert "pretrained=nowhere/model.safetensors: not found" in message("nowhere/model.safetensors")
 
 
-def test_a_folder_without_its_index_is_no_checkpoint(copy):
+def test_a_folder_without_an_index_is_refused(copy):
     (copy / "model_index.json").unlink()
     text = message(str(copy))
     assert str(copy) in text and "model_index.json" in text
@@ -79,64 +80,64 @@ def test_a_missing_part_is_named(copy, part):
 
 @pytest.mark.parametrize("file", [f"unet/{WEIGHTS}", f"vae/{WEIGHTS}", "text_encoder/model.safetensors"])
 @pytest.mark.parametrize("left", [0, 1000])
-def test_a_download_that_stopped_is_named(copy, file, left):
+def test_a_truncated_download_names_its_part(copy, file, left):
     (copy / file).write_bytes((copy / file).read_bytes()[:left])
-    assert f"the part {Path(file).parent} of {copy} cannot be read" in message(str(copy))
+    assert f"pretrained={copy}: the part {Path(file).parent} cannot be read" in message(str(copy))
 
 
 @pytest.mark.parametrize("file", [f"unet/{WEIGHTS}", "vae/config.json", "text_encoder/model.safetensors"])
 def test_a_missing_file_names_its_part(copy, file):
     (copy / file).unlink()
-    assert f"the part {Path(file).parent} of {copy} cannot be read" in message(str(copy))
+    assert f"pretrained={copy}: the part {Path(file).parent} cannot be read" in message(str(copy))
 
 
 @pytest.mark.parametrize("file", ["scheduler/scheduler_config.json", "tokenizer/tokenizer.json", "unet/config.json"])
 @pytest.mark.parametrize("text", ["{", "", "[]"])
-def test_a_broken_file_names_its_part(copy, file, text):
+def test_a_corrupt_config_names_its_part(copy, file, text):
     (copy / file).write_text(text)
-    assert f"the part {Path(file).parent} of {copy} cannot be read" in message(str(copy))
+    assert f"pretrained={copy}: the part {Path(file).parent} cannot be read" in message(str(copy))
 
 
-def test_without_a_network_a_hub_id_says_how_to_use_a_folder():
+def test_without_a_network_a_hub_id_suggests_a_folder():
     text = message("owner/name")
     assert "pretrained=owner/name" in text and "pretrained=/path" in text
 
 
 @pytest.mark.parametrize("settings", [{"components": {"encoder": "tiny"}}, {"scratch": ["encoder"]}])
-def test_an_unknown_part_is_told_the_names(checkpoint, settings):
+def test_an_unknown_part_lists_the_parts(checkpoint, settings):
     text = message(str(checkpoint), **settings)
-    assert "'encoder'" in text and all(part in text for part in PARTS)
+    assert f"{next(iter(settings))}=encoder: unknown" in text and all(part in text for part in PARTS)
 
 
-# ------------------------------------------------------------------------------------------ other parts
+# ------------------------------------------------------------------------------------------ replaced parts
 
 
-def test_a_part_comes_from_another_checkpoint_or_from_its_own_folder(checkpoint, parts, changed):
-    whole = load_components(str(checkpoint), components={"unet": str(changed), "vae": None})
-    alone = load_components(str(checkpoint), components={"unet": str(changed / "unet")})
+def test_a_part_can_come_from_another_checkpoint_or_its_own_folder(checkpoint, parts, other_weights):
+    whole = load_components(str(checkpoint), components={"unet": str(other_weights), "vae": None})
+    alone = load_components(str(checkpoint), components={"unet": str(other_weights / "unet")})
     assert equal(whole.unet, alone.unet) and not equal(whole.unet, parts.unet)
     assert equal(whole.vae, parts.vae) and whole.source == str(checkpoint)
 
 
-def test_another_part_makes_a_broken_one_unneeded(copy, checkpoint, parts):
+def test_a_replaced_part_may_be_missing_from_the_checkpoint(copy, checkpoint, parts):
     shutil.rmtree(copy / "unet")
     assert equal(load_components(str(copy), components={"unet": str(checkpoint)}).unet, parts.unet)
 
 
-def test_a_folder_may_be_told_from_home(checkpoint, parts, monkeypatch):
+def test_a_tilde_stands_for_the_home_folder(checkpoint, parts, monkeypatch):
     monkeypatch.setenv("HOME", str(checkpoint))
     assert equal(load_part("vae", "~/vae"), parts.vae)
     assert equal(load_components("~").vae, parts.vae)
 
 
 @pytest.mark.parametrize("part", MODELS)
-def test_from_scratch_is_the_same_architecture_with_other_weights(checkpoint, parts, part):
+def test_scratch_keeps_the_architecture_and_draws_new_weights(checkpoint, parts, part):
     fresh, old = getattr(load_components(str(checkpoint), scratch=[part]), part), getattr(parts, part)
     assert {k: v.shape for k, v in fresh.state_dict().items()} == {k: v.shape for k, v in old.state_dict().items()}
     assert not equal(fresh, old)
 
 
-def test_guidance_is_that_of_the_checkpoint_and_of_what_is_made_from_it(copy, tmp_path):
+def test_the_default_guidance_scale_comes_from_the_checkpoint_and_is_exported(copy, tmp_path):
     tiny = StableDiffusionModule.from_pretrained("tiny")
     assert tiny.infer("a star", num_inference_steps=1)["metadata"]["guidance_scale"] == 2.0
     tiny.save_pretrained(tmp_path / "own")
@@ -148,30 +149,31 @@ def test_guidance_is_that_of_the_checkpoint_and_of_what_is_made_from_it(copy, tm
         load_components(str(copy))
 
 
-def test_what_is_written_does_not_say_where_it_was_read_from(copy, tmp_path):
+def test_a_saved_checkpoint_does_not_hold_the_path_it_was_loaded_from(copy, tmp_path):
     save_components(load_components(str(copy)), tmp_path / "own")
     for config in (tmp_path / "own").rglob("*.json"):
         assert str(copy) not in config.read_text()
 
 
-def test_a_new_text_encoder_starts_with_its_words_far_apart(checkpoint):
+def test_a_text_encoder_from_scratch_starts_with_distant_embeddings(checkpoint):
     torch.manual_seed(0)
     fresh = load_components(str(checkpoint), scratch=["text_encoder"])
     tokens = torch.tensor(fresh.tokenizer(["circle", "square"], add_special_tokens=False).input_ids)
     circle, square = fresh.text_encoder.get_input_embeddings().weight[tokens[:, 0]]
-    assert (circle - square).norm() > 10 * 0.02 * len(circle) ** 0.5  # CLIP's own start: 0.02 in each dimension
+    clip_distance = 0.02 * len(circle) ** 0.5  # CLIP initialises each dimension with a deviation of 0.02
+    assert (circle - square).norm() > 10 * clip_distance
 
 
-def test_the_scheduler_of_a_checkpoint_is_the_one_that_samples(copy):
+def test_sampling_uses_the_scheduler_of_the_checkpoint(copy):
     PNDMScheduler(steps_offset=1, skip_prk_steps=True).save_pretrained(copy / "scheduler")
     out = StableDiffusionModule.from_pretrained(str(copy)).infer("a red circle", num_inference_steps=2)
     assert out["metadata"]["scheduler"] == "PNDMScheduler"
 
 
-# ------------------------------------------------------------------------------------------ what is written
+# ------------------------------------------------------------------------------------------ saving
 
 
-def test_what_is_written_is_what_is_read(parts, tmp_path):
+def test_a_saved_checkpoint_loads_with_equal_weights(parts, tmp_path):
     save_components(parts, tmp_path)
     again = load_components(str(tmp_path))
     assert all(equal(getattr(again, part), getattr(parts, part)) for part in MODELS)
@@ -179,11 +181,11 @@ def test_what_is_written_is_what_is_read(parts, tmp_path):
     assert again.tokenizer("a red circle").input_ids == parts.tokenizer("a red circle").input_ids
 
 
-def test_text_encoders_carry_the_prefix_that_other_tools_expect(checkpoint):
+def test_text_encoder_keys_have_the_prefix_that_other_tools_expect(checkpoint):
     assert all(name.startswith("text_model.") for name in load_file(checkpoint / "text_encoder" / "model.safetensors"))
 
 
-def test_diffusers_reads_the_folder_and_makes_the_same_images(module, tmp_path):
+def test_diffusers_loads_the_folder_and_makes_equal_images(module, tmp_path):
     module.save_pretrained(tmp_path)
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path)
     pipeline.set_progress_bar_config(disable=True)
@@ -193,18 +195,18 @@ def test_diffusers_reads_the_folder_and_makes_the_same_images(module, tmp_path):
     assert np.array_equal(ours, theirs)
 
 
-def test_half_precision_halves_the_files_and_changes_little(module, checkpoint, tmp_path):
+def test_a_float16_export_is_half_the_size_and_samples_alike(module, checkpoint, tmp_path):
     module.save_pretrained(tmp_path, dtype="float16")
     full, half = (folder / "unet" / WEIGHTS for folder in (checkpoint, tmp_path))
     assert half.stat().st_size < 0.6 * full.stat().st_size
     again = StableDiffusionModule.from_pretrained(str(tmp_path))
-    assert {p.dtype for p in again.parameters()} == {torch.float32}, "it is used in float32 all the same"
+    assert {p.dtype for p in again.parameters()} == {torch.float32}, "loaded as float32"
     settings = {"num_inference_steps": 2, "return_type": "numpy"}
     images = [sd.infer("a red circle", **settings)["samples"] for sd in (module, again)]
     np.testing.assert_allclose(*images, atol=0.02)
 
 
-def test_the_index_names_each_part(checkpoint):
+def test_the_index_names_the_class_of_each_part(checkpoint):
     index = json.loads((checkpoint / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionPipeline"
     assert index["unet"] == ["diffusers", "UNet2DConditionModel"]

@@ -1,18 +1,18 @@
-import copy
+"""An ordinary UNet becomes an inpainting UNet without changing what it predicts."""
 
+import copy
+from types import SimpleNamespace
+
+import pytest
 import torch
 
-from sdmodule.conditioning.inpaint import (
-    convert_to_inpaint,
-    inpaint_channels,
-    is_inpaint_unet,
-    mask_out,
-    masks_to_latents,
-)
+from sdmodule.components.inpaint_unet import convert_to_inpaint, is_inpaint_unet
+from sdmodule.conditioning.inpaint import inpaint_channels
+from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
 
 
-def test_a_converted_unet_equals_the_ordinary_one_for_any_mask(module: StableDiffusionModule) -> None:
+def test_a_converted_unet_predicts_the_same_for_any_mask(module: StableDiffusionModule) -> None:
     ordinary, converted = module.unet, copy.deepcopy(module.unet)
     convert_to_inpaint(converted)
     assert is_inpaint_unet(converted) and not is_inpaint_unet(ordinary)
@@ -28,10 +28,7 @@ def test_a_converted_unet_equals_the_ordinary_one_for_any_mask(module: StableDif
         assert torch.equal(result, wanted)
 
 
-def test_the_hole_is_grey_and_the_mask_stays_hard() -> None:
-    images = torch.full((1, 3, 4, 4), 0.7)
-    masks = torch.zeros(1, 1, 4, 4)
-    masks[..., :2] = 1
-    assert torch.equal(mask_out(images, masks)[..., :2], torch.zeros(1, 3, 4, 2))
-    assert torch.equal(mask_out(images, masks)[..., 2:], images[..., 2:])
-    assert torch.equal(masks_to_latents(masks, (2, 2)), torch.tensor([[[[1.0, 0.0], [1.0, 0.0]]]]))
+def test_a_unet_of_other_channels_is_refused() -> None:
+    unet = SimpleNamespace(config=SimpleNamespace(in_channels=7, out_channels=4))
+    with pytest.raises(SettingsError, match=r"unet\.in_channels=7: must be 4 \(text2image\) or 9 \(inpaint\)"):
+        is_inpaint_unet(unet)

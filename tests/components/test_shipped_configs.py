@@ -1,4 +1,4 @@
-"""The configurations and the tokenizer that ship with the package are those of the published models."""
+"""The shipped configurations and tokenizer are those of the published models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sdmodule.components.single_file import CONFIGS, load_clip_tokenizer, predic
 
 
 @pytest.mark.parametrize(
-    ("channels", "width", "prediction_type", "family"),
+    ("channels", "width", "prediction_type", "name"),
     [
         (4, 768, None, "sd1"),
         (9, 768, None, "sd1_inpaint"),
@@ -25,23 +25,24 @@ from sdmodule.components.single_file import CONFIGS, load_clip_tokenizer, predic
         (9, 1024, None, "sd2_inpaint"),
     ],
 )
-def test_family_follows_from_shapes(channels: int, width: int, prediction_type: str | None, family: str) -> None:
-    """Input channels and text width choose the configuration."""
+def test_the_configuration_follows_from_shapes(
+    channels: int, width: int, prediction_type: str | None, name: str
+) -> None:
     weights = {
         single_file.CONV_IN: torch.empty(320, channels, 3, 3, device="meta"),
         "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.empty(320, width),
     }
-    assert single_file._recognise(Path("file"), weights, prediction_type) == CONFIGS / family
+    assert single_file._choose_config(Path("file"), weights, prediction_type) == CONFIGS / name
 
 
-def test_prediction_type_is_measured_at_the_last_timestep() -> None:
+def test_the_prediction_type_is_measured_at_the_last_timestep() -> None:
     """The best predictors for images of Gaussian pixels are known in closed form."""
     torch.manual_seed(1)
     scheduler = DDIMScheduler.from_config(DDIMScheduler.load_config(CONFIGS / "sd2", subfolder="scheduler"))
     signal = scheduler.alphas_cumprod[999].sqrt()
 
     def image(latents: Tensor) -> Tensor:
-        return 0.3 + 0.8 * signal * latents  # mean 0.3, and little seen through the noise
+        return 0.3 + 0.8 * signal * latents  # mean 0.3, and hardly visible through the noise
 
     def noise(latents: Tensor) -> Tensor:
         return (latents - signal * image(latents)) / (1 - signal**2).sqrt()
@@ -55,7 +56,7 @@ def test_prediction_type_is_measured_at_the_last_timestep() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "unet_size", "text_size"),
+    ("name", "unet_size", "text_size"),
     [
         ("sd1", 859_520_964, 123_060_480),
         ("sd1_inpaint", 859_535_364, 123_060_480),
@@ -64,9 +65,10 @@ def test_prediction_type_is_measured_at_the_last_timestep() -> None:
         ("sd2_inpaint", 865_925_124, 340_387_840),
     ],
 )
-def test_shipped_configurations_have_the_published_sizes(family: str, unet_size: int, text_size: int) -> None:
-    """Each configuration builds, with the published number of weights."""
-    folder = CONFIGS / family
+def test_shipped_configurations_have_the_published_numbers_of_weights(
+    name: str, unet_size: int, text_size: int
+) -> None:
+    folder = CONFIGS / name
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder, subfolder="unet"))
         vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
@@ -74,12 +76,11 @@ def test_shipped_configurations_have_the_published_sizes(family: str, unet_size:
     sizes = [sum(weight.numel() for weight in part.parameters()) for part in (unet, vae, text_encoder)]
     assert sizes == [unet_size, 83_653_863, text_size]
     scheduler = DDIMScheduler.from_config(DDIMScheduler.load_config(folder, subfolder="scheduler"))
-    assert scheduler.config.prediction_type == ("v_prediction" if family == "sd2_v" else "epsilon")
+    assert scheduler.config.prediction_type == ("v_prediction" if name == "sd2_v" else "epsilon")
     assert scheduler.alphas_cumprod[-1].item() == pytest.approx(0.00466, abs=1e-5)
 
 
-def test_clip_tokenizer_gives_the_known_ids() -> None:
-    """The shipped merges give the ids that CLIP was trained with."""
+def test_the_clip_tokenizer_gives_the_published_ids() -> None:
     tokenizer = load_clip_tokenizer()
     assert len(tokenizer) == 49_408
     assert tokenizer("A photo of a CAT").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]

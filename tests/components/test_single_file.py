@@ -1,4 +1,4 @@
-"""One file in the original layout gives the components whose weights it was written from."""
+"""A single file in the original layout loads with the weights that it was written from."""
 
 from __future__ import annotations
 
@@ -167,8 +167,8 @@ def _assert_equal_weights(loaded: dict[str, Any], parts: dict[str, Any]) -> None
 @pytest.mark.parametrize(
     ("in_channels", "open_clip", "pad_id"), [(4, False, 49407), (9, False, 49407), (4, True, 0), (9, True, 0)]
 )
-def test_reads_every_family(tmp_path: Path, in_channels: int, open_clip: bool, pad_id: int) -> None:
-    """4 and 9 channels, CLIP and OpenCLIP: every weight arrives unchanged."""
+def test_every_architecture_loads_unchanged(tmp_path: Path, in_channels: int, open_clip: bool, pad_id: int) -> None:
+    """4 and 9 channels, CLIP and OpenCLIP."""
     parts = _tiny_parts(tmp_path, in_channels, open_clip)
     save_file(_original_layout(parts), tmp_path / "model.safetensors")
     loaded = load_single_file(tmp_path / "model.safetensors", config=tmp_path, prediction_type="v_prediction")
@@ -177,25 +177,25 @@ def test_reads_every_family(tmp_path: Path, in_channels: int, open_clip: bool, p
     assert loaded["scheduler"].config.prediction_type == "v_prediction"
 
 
-def test_reads_text_encoder_without_prefix(tiny: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_text_encoder_without_prefix_loads(tiny: SimpleNamespace, tmp_path: Path) -> None:
     """Transformers 5 names the text encoder without `text_model.`."""
     save_file(_original_layout(tiny.parts, text_prefix=""), tmp_path / "model.safetensors")
     _assert_equal_weights(load_single_file(tmp_path / "model.safetensors", config=tiny.folder), tiny.parts)
 
 
-def test_reads_half_precision_in_the_asked_type(tiny: SimpleNamespace, tmp_path: Path) -> None:
-    """Weights come in the asked type, whatever the file holds."""
+def test_weights_load_in_the_requested_dtype(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    """Whatever dtype the file holds."""
     save_file({key: weight.half() for key, weight in tiny.weights.items()}, tmp_path / "half.safetensors")
-    for asked, expected in ((None, torch.float32), (torch.bfloat16, torch.bfloat16)):
-        loaded = load_single_file(tmp_path / "half.safetensors", asked, config=tiny.folder)
+    for dtype, expected in ((None, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        loaded = load_single_file(tmp_path / "half.safetensors", dtype, config=tiny.folder)
         assert {weight.dtype for name in MODELS for weight in loaded[name].parameters()} == {expected}
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_reads_ckpt_with_the_bookkeeping_of_old_trainers(
+def test_a_ckpt_with_the_callback_state_of_old_trainers_loads(
     tiny: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool
 ) -> None:
-    """The first public checkpoints name a callback class beside their weights."""
+    """The first public checkpoints use a callback class as a key beside their weights."""
     name = "pytorch_lightning.callbacks.model_checkpoint"
     callback = type("ModelCheckpoint", (), {"__module__": name})
     with monkeypatch.context() as patch:
@@ -215,8 +215,8 @@ class _Hostile:
         return Path.touch, (self.target,)
 
 
-def test_hostile_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
-    """A pickle that calls a function is refused, and the function is not called."""
+def test_a_hostile_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
+    """The function that it would call is not called."""
     target, plain, zipped = tmp_path / "executed", tmp_path / "plain.ckpt", tmp_path / "zipped.ckpt"
     plain.write_bytes(pickle.dumps({"state_dict": _Hostile(target)}, protocol=2))
     torch.save({"state_dict": _Hostile(target)}, zipped)
@@ -226,8 +226,8 @@ def test_hostile_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
     assert not target.exists()
 
 
-def test_damaged_files_are_reported(tiny: SimpleNamespace, tmp_path: Path) -> None:
-    """Cut, empty and random files end in one sentence."""
+def test_corrupt_files_are_reported(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    """Truncated, empty and random files end with one sentence."""
     content = tiny.file.read_bytes()
     for name, data in {
         "cut.safetensors": content[: len(content) // 2],
@@ -237,7 +237,7 @@ def test_damaged_files_are_reported(tiny: SimpleNamespace, tmp_path: Path) -> No
         "empty.ckpt": b"",
     }.items():
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(SettingsError, match="damaged"):
+        with pytest.raises(SettingsError, match="corrupt"):
             load_single_file(tmp_path / name, config=tiny.folder)
     torch.save([1, 2], tmp_path / "list.ckpt")
     with pytest.raises(SettingsError, match="holds a list"):
@@ -251,38 +251,37 @@ def test_damaged_files_are_reported(tiny: SimpleNamespace, tmp_path: Path) -> No
         (["model.diffusion_model.input_blocks.0.0.weight", "conditioner.embedders.0.x"], "Stable Diffusion XL"),
         (["down_blocks.0.resnets.0.conv1.weight"], "diffusers layout"),
         (["first_stage_model.decoder.conv_in.weight"], "without unet and text_encoder"),
-        (["something.else"], r"unknown \(something.else\)"),
+        (["something.else"], r"unknown kind of file \(something.else\)"),
     ],
 )
-def test_other_files_are_named(tmp_path: Path, keys: list[str], found: str) -> None:
+def test_other_kinds_of_files_are_named(tmp_path: Path, keys: list[str], found: str) -> None:
     """The error says what the file is instead."""
     save_file({key: torch.zeros(1) for key in keys}, tmp_path / "other.safetensors")
     with pytest.raises(SettingsError, match=found):
         load_single_file(tmp_path / "other.safetensors")
 
 
-def test_wrong_arguments_are_named(tiny: SimpleNamespace, tmp_path: Path) -> None:
-    """The error says which argument does not fit."""
+def test_an_argument_that_does_not_fit_is_named(tiny: SimpleNamespace, tmp_path: Path) -> None:
     (tmp_path / "model.pt").touch()
     weights = load_file(tiny.file)
     del weights["model.diffusion_model.out.2.bias"]
     save_file(weights, tmp_path / "partial.safetensors")
     for match, file, arguments in [
-        ("is not a file", tmp_path / "absent.ckpt", {}),
-        (r"ends in '\.pt'", tmp_path / "model.pt", {}),
-        ("use one of epsilon, v_prediction", tiny.file, {"prediction_type": "noise"}),
+        ("not found", tmp_path / "absent.ckpt", {}),
+        (r"unknown suffix \.pt", tmp_path / "model.pt", {}),
+        ("choose one of epsilon, v_prediction", tiny.file, {"prediction_type": "noise"}),
         ("4 input channels and text width 12", tiny.file, {}),
         ("has no scheduler, text_encoder, unet, vae", tiny.file, {"config": tmp_path}),
         ("does not fit .*sd1", tiny.file, {"config": CONFIGS / "sd1"}),
-        ("lacks weights that .*unet", tmp_path / "partial.safetensors", {"config": tiny.folder}),
+        ("missing keys for .*unet", tmp_path / "partial.safetensors", {"config": tiny.folder}),
     ]:
         with pytest.raises(SettingsError, match=match):
             load_single_file(file, **arguments)
 
 
-def test_family_of_2x_follows_from_a_measurement(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The UNet is loaded and run; random weights do not return their input, so they count as v-prediction."""
-    monkeypatch.setattr(single_file, "FAMILIES", {(4, 12): "sd2"})
+def test_the_prediction_type_of_2x_is_measured(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights do not return their input, so they count as v-prediction."""
+    monkeypatch.setattr(single_file, "CONFIG_BY_SHAPE", {(4, 12): "sd2"})
     monkeypatch.setattr(single_file, "CONFIGS", tiny.folder)
     (tiny.folder / "sd2").symlink_to(tiny.folder)
-    assert single_file._recognise(tiny.file, tiny.weights, None) == tiny.folder / "sd2_v"
+    assert single_file._choose_config(tiny.file, tiny.weights, None) == tiny.folder / "sd2_v"

@@ -1,4 +1,4 @@
-"""Edges are those of OpenCV, to the pixel."""
+"""Edges equal those of OpenCV, to the pixel."""
 
 import hashlib
 
@@ -10,7 +10,7 @@ from sdmodule.conditioning.canny import canny_edges
 
 
 def mixed_image(seed: int, height: int, width: int) -> np.ndarray:
-    """Noise that whole numbers have smoothed, so that it is the same everywhere, with a box in it."""
+    """Noise, smoothed in integers so that it is the same on every machine, with a box in it."""
     noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.int64)
     for _ in range(2):
         noise = (2 * noise + np.roll(noise, 1, 0) + np.roll(noise, 1, 1)) // 4
@@ -23,7 +23,7 @@ def mixed_image(seed: int, height: int, width: int) -> np.ndarray:
     # of cv2.Canny(image, 100, 200), opencv-python-headless 5.0.0
     [(0, 64, 64, "0f72ab2a4aac70bd"), (1, 37, 90, "8e677fc63aca32a8"), (2, 120, 75, "22cc51e0b8b5f2b6")],
 )
-def test_edges_are_those_of_opencv(seed, height, width, digest):
+def test_edges_equal_those_of_opencv(seed, height, width, digest):
     edges = np.asarray(canny_edges(Image.fromarray(mixed_image(seed, height, width))))
     assert edges.shape == (height, width, 3) and set(np.unique(edges)) == {0, 255}
     assert (edges[..., 0] == edges[..., 1]).all() and (edges[..., 0] == edges[..., 2]).all()

@@ -1,4 +1,4 @@
-"""A ControlNet beside the UNet: the images of diffusers' pipeline, from Python and by the command."""
+"""Sampling with a ControlNet equals diffusers' pipeline, from Python and on the command line."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from PIL import Image
 
 from sdmodule.cli.main import predict_main
-from sdmodule.components.checkpoint import load_components, save_model
+from sdmodule.components.checkpoint import load_components
+from sdmodule.components.controlnet import from_unet
+from sdmodule.components.save import save_model
 from sdmodule.conditioning.canny import canny_edges
-from sdmodule.conditioning.control import from_unet
 from sdmodule.data.toy.scenes import render, sample_scene
 from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
@@ -24,7 +25,7 @@ PROMPT, OTHER = "a red circle on a blue background", "a white star"
 
 @pytest.fixture(scope="module")
 def controlnet(checkpoint, tmp_path_factory) -> Path:
-    """A ControlNet of random weights, in a folder."""
+    """Folder of a ControlNet with random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = from_unet(load_components(str(checkpoint)))
@@ -43,8 +44,8 @@ def photo() -> Image.Image:
 
 
 @pytest.mark.parametrize("settings", [{}, {"control_scale": 0.4}, {"guidance_scale": 1.0}], ids=str)
-def test_images_are_those_of_diffusers(checkpoint, controlnet, photo, settings):
-    sd = StableDiffusionModule.from_pretrained(str(checkpoint), controlnet=str(controlnet))
+def test_images_equal_those_of_diffusers(checkpoint, controlnet, photo, settings):
+    sd = StableDiffusionModule.from_pretrained(str(checkpoint), components={"controlnet": str(controlnet)})
     settings = {"num_inference_steps": 4, "guidance_scale": 7.5, "negative_prompt": OTHER, **settings}
     edges = canny_edges(photo)
     ours = sd.infer(PROMPT, control=edges, seed=3, num_images_per_prompt=2, return_type="numpy", **settings)["samples"]
@@ -58,8 +59,8 @@ def test_images_are_those_of_diffusers(checkpoint, controlnet, photo, settings):
     np.testing.assert_array_equal(ours, theirs)
 
 
-def test_a_scale_of_nothing_is_no_controlnet(checkpoint, controlnet, photo):
-    sd = StableDiffusionModule.from_pretrained(str(checkpoint), controlnet=str(controlnet))
+def test_a_scale_of_zero_equals_no_controlnet(checkpoint, controlnet, photo):
+    sd = StableDiffusionModule.from_pretrained(str(checkpoint), components={"controlnet": str(controlnet)})
     plain = StableDiffusionModule.from_pretrained(str(checkpoint))
     settings = {"num_inference_steps": 3, "return_type": "numpy"}
     none = sd.infer(PROMPT, control=photo, control_scale=0.0, **settings)["samples"]
@@ -67,7 +68,9 @@ def test_a_scale_of_nothing_is_no_controlnet(checkpoint, controlnet, photo):
     assert not np.array_equal(sd.infer(PROMPT, control=photo, **settings)["samples"], none)
 
 
-def test_the_command_follows_a_photo_and_makes_it_again(checkpoint, controlnet, photo, tmp_path, call):
+def test_the_command_follows_a_photo_and_reproduces_the_image_from_its_metadata(
+    checkpoint, controlnet, photo, tmp_path, call
+):
     photo.save(tmp_path / "photo.png")
     shutil.copytree(controlnet, tmp_path / "net")
     common = ["steps=3", f"prompt={PROMPT}", f"pretrained={checkpoint}", f"controlnet={tmp_path / 'net'}"]
@@ -91,14 +94,14 @@ def test_the_command_follows_a_photo_and_makes_it_again(checkpoint, controlnet, 
         (["control=photo.png"], "add controlnet=FOLDER"),
         (["controlnet=net"], "add control=IMAGE.png"),
         (["control_edges=true"], "add control=PHOTO"),
-        (["controlnet=nowhere", "control=photo.png"], "controlnet=nowhere was not found"),
-        (["controlnet=net", "control=nowhere.png"], "control=nowhere.png was not found"),
+        (["controlnet=nowhere", "control=photo.png"], "controlnet=nowhere: not found"),
+        (["controlnet=net", "control=nowhere.png"], "control=nowhere.png: not found"),
         (["controlnet=net", "control=[photo.png,photo.png]"], "2 images for 1 prompts"),
         (["controlnet=net", "control=photo.png", "control_scale=-1"], "control_scale=-1"),
         (["controlnet=net", "control=photo.png", "pretrained=tiny"], "trained on a model of this architecture"),
     ],
 )
-def test_a_wrong_control_ends_in_one_sentence(
+def test_a_wrong_control_setting_is_refused(
     checkpoint, controlnet, photo, tmp_path, monkeypatch, call, arguments, message
 ):
     monkeypatch.chdir(tmp_path)
@@ -109,6 +112,6 @@ def test_a_wrong_control_ends_in_one_sentence(
     assert not Path("outputs").exists()
 
 
-def test_one_sentence_from_python_too(module, photo):
-    with pytest.raises(SettingsError, match="no ControlNet to follow it"):
+def test_a_control_image_without_a_controlnet_is_refused_in_python(module, photo):
+    with pytest.raises(SettingsError, match="control: needs a ControlNet"):
         module.infer(PROMPT, control=photo)

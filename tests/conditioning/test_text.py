@@ -1,4 +1,4 @@
-"""Prompts become the embeddings that other tools give, and no word of a long one is lost."""
+"""Text embeddings equal those of diffusers, and no word of a long prompt is lost."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ORDINARY = [
     "C:\\cats (cat:abc) :) :(",
 ]
 LONG = " ".join(f"cat{index}" for index in range(70))  # 200 tokens: each cat, and each digit
-BROKEN_AT_A_COMMA = " ".join(["cat"] * 65) + ", " + " ".join(["a"] * 30)
+SPLIT_AT_A_COMMA = " ".join(["cat"] * 65) + ", " + " ".join(["a"] * 30)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def tokenizer(request: pytest.FixtureRequest, vocabulary: Path) -> CLIPTokenizer
 
 
 def tiny_text_encoder(tokenizer: CLIPTokenizer, **config: bool) -> CLIPTextModel:
-    """A text encoder whose hidden states have a mean, as a trained one's have."""
+    """A text encoder whose hidden states have a nonzero mean, as a trained one's have."""
     torch.manual_seed(0)
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
@@ -80,12 +80,12 @@ def final_norm_bias(text_encoder: CLIPTextModel) -> str:
 
 @pytest.fixture
 def text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """The tiny text encoder that sees padding, as Stable Diffusion's do."""
+    """The tiny text encoder attending to padding, as Stable Diffusion's do."""
     return tiny_text_encoder(tokenizer)
 
 
 def reference(prompts: list[str], tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> torch.Tensor:
-    """What diffusers gives for these prompts, ``[B, 77, D]``."""
+    """Embeddings from diffusers, ``[B, 77, D]``."""
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL(block_out_channels=(8,), norm_num_groups=4),
         text_encoder=text_encoder,
@@ -107,13 +107,13 @@ def reference(prompts: list[str], tokenizer: CLIPTokenizer, text_encoder: CLIPTe
 
 
 def words(tokens: TokenChunks, row: int) -> list[int]:
-    """The ids of one prompt without begin, end and padding."""
+    """The ids of one prompt without start, end and padding tokens."""
     chunks = zip(tokens.input_ids[row], tokens.attention_mask[row], strict=True)
     return [token for ids, mask in chunks for token in ids[mask.bool()].tolist()[1:-1]]
 
 
 @pytest.mark.parametrize("prompt", [*ORDINARY, "((a) b", "a) b", "(:3)", "()", "1:2) (a:-) (b:nan)"])
-def test_a_prompt_without_weights_keeps_every_letter(prompt: str) -> None:
+def test_a_prompt_without_weights_is_unchanged(prompt: str) -> None:
     assert parse_weights(prompt) == [(prompt, 1.0)]
 
 
@@ -133,24 +133,26 @@ def test_a_prompt_without_weights_keeps_every_letter(prompt: str) -> None:
         (":( (50% = {x}:1.2)", [(":( ", 1.0), ("50% = {x}", 1.2)]),
     ],
 )
-def test_weights_are_read(prompt: str, pieces: list[tuple[str, float]]) -> None:
+def test_weights_are_parsed(prompt: str, pieces: list[tuple[str, float]]) -> None:
     assert parse_weights(prompt) == pieces
 
 
 @pytest.mark.parametrize("text", [*ORDINARY, "a clock (12:30)", "(4:3)", r"a \(cat:2\)", r"\(:1)", "((cat:2):0.5)"])
-def test_a_text_can_be_read_as_it_is_written(text: str) -> None:
+def test_an_escaped_text_is_a_prompt_without_weights(text: str) -> None:
     assert parse_weights(escape_prompt(text)) == [(text, 1.0)]
 
 
 @pytest.mark.parametrize("weight", ["-1", "10.5", "30", "1e999"])
-def test_a_weight_out_of_range_is_named(weight: str) -> None:
-    with pytest.raises(SettingsError, match=rf"weight {weight} .*between 0 and 10"):
+def test_a_weight_out_of_range_is_refused(weight: str) -> None:
+    with pytest.raises(SettingsError, match=rf"weight {weight} must be from 0 to 10"):
         parse_weights(f"a (cat:{weight})")
 
 
 @pytest.mark.parametrize("use_attention_mask", [False, True])
 @torch.no_grad()
-def test_ordinary_prompts_equal_diffusers_to_the_bit(tokenizer: CLIPTokenizer, use_attention_mask: bool) -> None:
+def test_embeddings_of_ordinary_prompts_equal_diffusers_to_the_bit(
+    tokenizer: CLIPTokenizer, use_attention_mask: bool
+) -> None:
     text_encoder = tiny_text_encoder(tokenizer, use_attention_mask=use_attention_mask)
     prompts = [*ORDINARY, " ".join(["cat"] * 75)]
     embeddings = encode_prompts(prompts, tokenizer, text_encoder)
@@ -165,7 +167,7 @@ def test_no_token_of_a_long_prompt_is_lost(tokenizer: CLIPTokenizer) -> None:
     assert words(tokens, 1) == tokenizer("a cat").input_ids[1:-1]
 
 
-def test_each_chunk_has_its_own_begin_end_and_padding(tokenizer: CLIPTokenizer) -> None:
+def test_each_chunk_has_its_own_start_end_and_padding(tokenizer: CLIPTokenizer) -> None:
     tokens = tokenize([LONG, "a cat"], tokenizer, chunks=4)
     ordinary = tokenizer(["a cat", ""], padding="max_length", max_length=77, return_tensors="pt")
     assert (tokens.input_ids[..., 0] == tokenizer.bos_token_id).all()
@@ -176,10 +178,10 @@ def test_each_chunk_has_its_own_begin_end_and_padding(tokenizer: CLIPTokenizer) 
     assert torch.equal(tokens.input_ids[1, 2], ordinary.input_ids[1])
 
 
-def test_a_chunk_ends_after_a_comma_that_is_near(tokenizer: CLIPTokenizer) -> None:
-    tokens = tokenize([BROKEN_AT_A_COMMA], tokenizer)
+def test_a_long_prompt_is_split_after_a_nearby_comma(tokenizer: CLIPTokenizer) -> None:
+    tokens = tokenize([SPLIT_AT_A_COMMA], tokenizer)
     assert tokens.attention_mask.sum(-1).tolist() == [[68, 32]]
-    assert words(tokens, 0) == tokenizer(BROKEN_AT_A_COMMA).input_ids[1:-1]
+    assert words(tokens, 0) == tokenizer(SPLIT_AT_A_COMMA).input_ids[1:-1]
 
 
 @pytest.mark.parametrize(("length", "chunks"), [(0, 1), (75, 1), (76, 2), (150, 2), (151, 3)])
@@ -189,7 +191,7 @@ def test_chunks_are_counted(tokenizer: CLIPTokenizer, length: int, chunks: int) 
 
 @pytest.mark.parametrize("chunks", [0, 2])
 def test_too_few_chunks_are_refused(tokenizer: CLIPTokenizer, chunks: int) -> None:
-    with pytest.raises(SettingsError, match=f"needs 3 chunks of 75 tokens and chunks is {chunks}"):
+    with pytest.raises(SettingsError, match=f"needs 3 chunks of 75 tokens and chunks={chunks}"):
         tokenize(["a cat", LONG], tokenizer, chunks)
 
 
@@ -199,15 +201,15 @@ def test_a_tokenizer_without_a_length_is_refused(text_encoder: CLIPTextModel, vo
 
 
 @torch.no_grad()
-def test_chunks_are_encoded_apart_and_joined(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
-    embeddings = encode_prompts([BROKEN_AT_A_COMMA, "a cat"], tokenizer, text_encoder, chunks=3)
-    first, second = BROKEN_AT_A_COMMA.split(", ")
+def test_chunks_are_encoded_separately_and_concatenated(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
+    embeddings = encode_prompts([SPLIT_AT_A_COMMA, "a cat"], tokenizer, text_encoder, chunks=3)
+    first, second = SPLIT_AT_A_COMMA.split(", ")
     apart = reference([f"{first},", second, "", "a cat", "", ""], tokenizer, text_encoder)
     assert torch.equal(embeddings, apart.reshape(2, 3 * 77, WIDTH))
 
 
 @torch.no_grad()
-def test_weights_scale_their_tokens_and_keep_the_mean(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
+def test_weights_scale_tokens_and_keep_the_mean(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
     plain = encode_prompts(["a cat a", "a cat"], tokenizer, text_encoder)
     weighted = encode_prompts(["a (cat:1.5) a", "(a cat:1.0)"], tokenizer, text_encoder)
     ratio = weighted[0] / plain[0]
@@ -217,7 +219,7 @@ def test_weights_scale_their_tokens_and_keep_the_mean(tokenizer: CLIPTokenizer, 
     assert torch.equal(weighted[1], plain[1])
 
 
-def test_weights_follow_their_words_over_chunks(tokenizer: CLIPTokenizer) -> None:
+def test_weights_follow_their_words_across_chunks(tokenizer: CLIPTokenizer) -> None:
     tokens = tokenize([f"({LONG}:1.2) (a:0.5)"], tokenizer)
     weights = tokens.weights[0][tokens.attention_mask[0].bool()]
     assert torch.equal(weights, torch.tensor([1, *[1.2] * 75, 1, 1, *[1.2] * 75, 1, 1, *[1.2] * 50, 0.5, 1]))
@@ -225,7 +227,7 @@ def test_weights_follow_their_words_over_chunks(tokenizer: CLIPTokenizer) -> Non
     assert (tokens.weights[tokens.attention_mask == 0] == 1).all()
 
 
-def test_a_chunk_without_a_mean_is_only_multiplied() -> None:
+def test_a_chunk_of_zero_mean_is_multiplied_but_not_rescaled() -> None:
     centred = torch.tensor([[[1.0, -1.0], [2.0, -2.0]]], requires_grad=True)
     weighted = apply_prompt_weights(centred, torch.tensor([[1.0, 3.0]]))
     weighted.square().sum().backward()

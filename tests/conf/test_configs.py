@@ -6,19 +6,23 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from hydra import compose, initialize_config_module
+from hydra import compose, initialize_config_dir, initialize_config_module
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import MissingConfigException
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from omegaconf import OmegaConf
 from PIL import Image
+from sdmodule.conf import SAMPLERS
 
 from sdmodule import StableDiffusionModule
 from sdmodule.callbacks.latent_cache import LatentCache
+from sdmodule.cli.config_keys import side_effects
 from sdmodule.cli.instantiate import build_trainer, instantiate
-from sdmodule.components.checkpoint import ASSETS
 from sdmodule.components.schedulers import SHORT_NAMES
+from sdmodule.components.source import ASSETS
 from sdmodule.errors import SettingsError
-from sdmodule.tome.settings import TokenMerging
+from sdmodule.tome.token_merging import TokenMerging
 
 CONF = Path(__file__).parents[2] / "conf"
 HAS_GPU = torch.cuda.is_available()
@@ -43,7 +47,7 @@ EXPERIMENTS = {
 
 
 def options(group):
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    return sorted([*(path.stem for path in (CONF / group).glob("*.yaml")), *(SAMPLERS if group == "sampler" else ())])
 
 
 def configuration(command, *overrides, given=None, tmp_path="."):
@@ -58,26 +62,25 @@ def test_a_command_builds_with_its_defaults(command, checkpoint, tmp_path):
     assert isinstance(instantiate(cfg.data), LightningDataModule)
     assert isinstance(instantiate(cfg.model), StableDiffusionModule)
     assert isinstance(build_trainer(cfg), Trainer)
-    assert not (tmp_path / "out").exists()  # to build is not to write
+    assert not (tmp_path / "out").exists()  # building writes nothing
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_configuration_reads_from_what_people_set_to_what_is_built(command):
-    """The order in which ``--cfg job`` prints it, and nothing in it that is not explained or unknown."""
-    groups = ["model", "data", "cache", "tome", "sampler", "trainer", "logger", "callbacks"]
+def test_a_configuration_lists_what_people_set_before_what_is_built(command):
+    """``--cfg job`` prints keys in this order, and every file says what it is for."""
+    groups = ["model", "data", "cache", "objective", "training", "tuning"]
+    groups += ["tome", "sampler", "trainer", "logger", "callbacks"]
     keys = list(configuration(command))
     if command == "predict":
-        groups = [*groups[:1], "data", *groups[3:], "speed"]
+        groups = ["model", "data", *groups[6:], "speed"]
         assert keys[:4] == ["prompt", "prompts", "negative_prompt", "image"]
     else:
         assert keys[0] == "pretrained"
-        groups[2:2] = ["tuning"]
-        groups.insert(4, "objective")
     assert keys[-len(groups) :] == groups
     for path in CONF.rglob("*.yaml"):
         lines = path.read_text().splitlines()
         assert len(lines) <= 60, f"{path} is long"
-        assert path.parent.name in {"callbacks", "logger"} or lines[0].startswith("#"), f"{path} says nothing"
+        assert lines[0].startswith("#"), f"{path} does not say what it is for"
 
 
 @pytest.mark.parametrize("name", options("model"))
@@ -98,6 +101,22 @@ def test_tunings(name, checkpoint):
     words = ["tuning.placeholder='<cat>'", "tuning.initializer=star"] if name == "textual_inversion" else []
     cfg = configuration("train", f"tuning={name}", f"pretrained={checkpoint}", *words)
     assert instantiate(cfg.data) and instantiate(cfg.model).tuning.kind == name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "effects"),
+    [
+        (["tuning=full"], ""),
+        (["tuning=lora"], "tuning=lora sets model.optimizer.lr=0.0001"),
+        (["tuning=lora", "model.optimizer.lr=0.1"], ""),
+        (["experiment=lora", "model.optimizer.lr=0.0001"], "tuning=lora sets model.optimizer.lr=0.0001"),
+    ],
+)
+def test_a_tuning_method_says_what_it_sets_in_other_groups(monkeypatch, overrides, effects):
+    with initialize_config_module("sdmodule.conf", version_base="1.3"):
+        cfg = compose("train", overrides, return_hydra_config=True)
+    monkeypatch.setattr(HydraConfig, "get", lambda: cfg.hydra)
+    assert side_effects(cfg, "tuning") == effects
 
 
 @pytest.mark.parametrize("name", options("data"))
@@ -142,7 +161,7 @@ def test_speed(name, checkpoint):
     assert str(build_trainer(cfg).precision) in ("32-true",) if name == "exact" else ("32-true", "bf16-true", "16-true")
 
 
-def test_what_is_given_beside_a_preset_wins(checkpoint):
+def test_settings_given_beside_a_preset_win(checkpoint):
     given = ["experiment=sd15", "speed=turbo", "steps=9", "sampler=euler", "tome=none", "speed.cache_every=1"]
     sampling = instantiate(configuration("predict", *given, f"pretrained={checkpoint}").model).sampling
     assert (sampling.steps, sampling.scheduler, sampling.merging.ratio) == (9, "euler", 0.0)
@@ -152,7 +171,7 @@ def test_what_is_given_beside_a_preset_wins(checkpoint):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_token_merging_under_its_older_name(command, checkpoint):
+def test_tomesd_cfg_is_token_merging_by_another_name(command, checkpoint):
     def merging(*overrides):
         return instantiate(configuration(command, f"pretrained={checkpoint}", *overrides).model).sampling.merging
 
@@ -163,7 +182,7 @@ def test_token_merging_under_its_older_name(command, checkpoint):
 
 
 def test_every_short_name_of_a_scheduler_is_a_sampler():
-    assert set(SHORT_NAMES) <= set(options("sampler"))
+    assert set(SHORT_NAMES) == set(SAMPLERS)
 
 
 @pytest.mark.parametrize("name", options("trainer"))
@@ -217,8 +236,8 @@ def test_every_experiment_is_tested():
 
 @pytest.mark.parametrize(("command", "name"), [(c, name) for name, commands in EXPERIMENTS.items() for c in commands])
 def test_experiments(command, name, checkpoint, tmp_path):
-    """With a checkpoint on disk in place of the published one, all of it builds."""
-    given = [] if name.startswith("tiny_") else COMMANDS[command]  # those paint their own data
+    """Everything builds, with a checkpoint on disk in place of the published one."""
+    given = [] if name.startswith("tiny_") else COMMANDS[command]  # these draw their own data
     if (command, name) == ("predict", "sd15_inpaint"):
         Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
         given = [*given, f"image={tmp_path / 'photo.png'}", "mask=[0,0,4,4]"]
@@ -239,19 +258,19 @@ def test_experiments(command, name, checkpoint, tmp_path):
         ["data=mixed", "data.sources=[{root: photos}, {shards: a.tar}]"],
     ],
 )
-def test_an_experiment_takes_data_of_any_kind(name, data):
-    """With the settings that it has for them, and without the images that it shows itself with."""
+def test_an_experiment_takes_any_data(name, data):
+    """It keeps its settings for data, and drops its default images."""
     built = instantiate(configuration("train", f"experiment={name}", *data, given=["resolution=64"]).data)
     assert isinstance(built, LightningDataModule) and "emoji" not in str(built.sources)
     assert built.random_flip == (name in ("full", "inpaint"))
 
 
-def test_experiments_show_themselves_with_the_emoji_or_take_a_folder():
-    def shown(*given: str) -> str:
+def test_experiments_default_to_the_emoji_and_take_a_folder():
+    def root(*given: str) -> str:
         data = instantiate(configuration("train", "experiment=lora", *given, given=["resolution=64"]).data)
-        return Path(data.sources[0].place.root).name
+        return Path(data.sources[0].source.root).name
 
-    assert [shown(), shown("data.root=mine")] == ["emoji", "mine"]
+    assert [root(), root("data.root=mine")] == ["emoji", "mine"]
 
 
 @pytest.mark.parametrize("command", EXPERIMENTS["sd15"])
@@ -260,7 +279,7 @@ def test_sd15_is_the_published_recipe(command, checkpoint):
     assert cfg.pretrained == cfg.model.pretrained == "stable-diffusion-v1-5/stable-diffusion-v1-5"
     assert (cfg.sampler.steps, cfg.sampler.guidance_scale) == (50, 7.5)
 
-    from sdmodule.sampling.pipeline import sampling_scheduler
+    from sdmodule.sampling.schedule import sampling_scheduler
 
     module = instantiate(configuration(command, "experiment=sd15", f"pretrained={checkpoint}").model)
     scheduler = sampling_scheduler(module.parts, module.sampling)
@@ -276,7 +295,7 @@ def test_sd15_is_the_published_recipe(command, checkpoint):
 
 
 @pytest.mark.parametrize("command", ["train", "predict"])
-def test_the_experiments_on_top_of_sd15(command):
+def test_experiments_that_build_on_sd15(command):
     assert configuration(command, "model=inpaint").pretrained == "tiny-inpaint"
     assert configuration(command, "model=inpaint", "pretrained=disk").pretrained == "disk"
     inpaint = configuration(command, "experiment=sd15_inpaint")
@@ -288,7 +307,7 @@ def test_the_experiments_on_top_of_sd15(command):
     assert configuration(command, "experiment=sd15_inpaint", "pretrained=disk").pretrained == "disk"
 
 
-def test_sd15_gives_way_to_the_command_line(checkpoint):
+def test_the_command_line_wins_over_sd15(checkpoint):
     overrides = ["experiment=sd15", "steps=3", "sampler=euler", f"pretrained={checkpoint}"]
     sampling = instantiate(configuration("predict", *overrides).model).sampling
     assert (sampling.steps, sampling.scheduler) == (3, "euler")
@@ -300,7 +319,18 @@ def test_the_embedded_model_is_the_default():
     assert model.parts.source == "tiny"
 
 
-def test_a_configuration_that_was_written_down_is_a_configuration():
+def test_a_configuration_survives_yaml():
     cfg = configuration("predict")
     again = OmegaConf.create(OmegaConf.to_yaml(cfg))
     assert OmegaConf.to_container(again, resolve=True) == OmegaConf.to_container(cfg, resolve=True)
+
+
+def test_another_project_uses_the_groups(tmp_path):
+    (tmp_path / "app.yaml").write_text(
+        "hydra:\n  searchpath: [pkg://sdmodule.conf]\ndefaults: [sampler: euler, _self_]\n"
+    )
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        assert compose("app").sampler.scheduler == "euler"
+        assert compose("app", ["sampler=unipc"]).sampler.scheduler == "unipc"
+        with pytest.raises(MissingConfigException, match="checkpoint\n\tddim\n"):
+            compose("app", ["sampler=foo"])

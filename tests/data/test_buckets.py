@@ -1,4 +1,4 @@
-"""Images keep their shapes: each goes to the size most like it, and a batch is of one size."""
+"""Aspect-ratio buckets: each image goes to the nearest one, and a batch comes from a single one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("size", [(512, 512), (64, 64), (512, 768), (32, 32)])
-def test_sizes_have_no_more_pixels_than_were_asked_for_and_sides_that_latents_fit(size):
+def test_buckets_have_at_most_the_requested_area_and_sides_that_fit_the_latents(size):
     sizes = bucket_sizes(size)
     assert size in sizes and {(w, h) for h, w in sizes} - {size[::-1]} <= {*sizes}
     step = 64 if min(size) >= 512 else 8
@@ -36,20 +36,20 @@ def test_sizes_have_no_more_pixels_than_were_asked_for_and_sides_that_latents_fi
     assert all(max(bucket) <= 2 * min(bucket) for bucket in sizes)
 
 
-def test_stable_diffusion_has_its_five_shapes():
+def test_512_has_five_buckets():
     assert bucket_sizes((512, 512)) == [(640, 384), (576, 448), (512, 512), (448, 576), (384, 640)]
     assert nearest_bucket(1920, 1080, bucket_sizes((512, 512))) == (384, 640)
     assert nearest_bucket(3000, 3001, bucket_sizes((512, 512))) == (512, 512)
 
 
-def test_the_shape_is_that_of_the_upright_image(tmp_path):
+def test_the_size_is_that_of_the_upright_image(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned a quarter
+    exif[0x0112] = 6  # rotated by 90 degrees
     Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
     assert upright_size(tmp_path / "a.jpg") == (20, 30)
 
 
-def test_a_batch_is_of_one_size_and_every_image_is_seen(folder):
+def test_a_batch_has_one_size_and_every_image_is_shown(folder):
     data = ImageFolderDataModule(str(folder), resolution=32, batch_size=2, val_fraction=0, buckets=True)
     data.setup()
     seen = {}
@@ -59,10 +59,10 @@ def test_a_batch_is_of_one_size_and_every_image_is_seen(folder):
     assert seen == sizes
 
 
-def test_images_that_are_shown_more_often_are_told_of(folder):
+def test_undersized_buckets_are_reported(folder):
     data = ImageFolderDataModule(str(folder), resolution=32, batch_size=3, val_fraction=0, buckets=True)
     data.setup()
-    with pytest.warns(UserWarning, match=r"2 of 24x40, 2 of 32x32, 2 of 40x24 pixels .* fewer than the 3 images"):
+    with pytest.warns(UserWarning, match=r"fewer than the 3 images of a batch: 2 of 24x40, 2 of 32x32, 2 of 40x24"):
         batches = list(data.train_dataloader())
     assert sorted(len(set(batch["caption"])) for batch in batches) == [2, 2, 2]
     assert [len(batch["caption"]) for batch in batches] == [3, 3, 3]

@@ -17,9 +17,9 @@ from torch import Tensor
 
 import sdmodule
 from sdmodule.data.datamodule import ImageFolderDataModule
+from sdmodule.data.example import CaptionedImage
 from sdmodule.data.sources.folder import find_examples
 from sdmodule.data.sources.verify import load_rgb
-from sdmodule.data.toy.dataset import CaptionedImage
 from sdmodule.errors import SettingsError
 
 EMOJI = Path(sdmodule.__file__).parent / "components" / "assets" / "emoji"
@@ -60,17 +60,17 @@ def test_the_shipped_emoji_make_batches() -> None:
     assert len(find_examples(EMOJI)) == 24
 
 
-def test_captions_beside_the_images(folder: Path) -> None:
+def test_captions_are_read_from_the_txt_beside_each_image(folder: Path) -> None:
     assert [example.caption for example in find_examples(folder)] == [f"grey {k}" for k in range(6)]
 
 
 def test_metadata_is_preferred_and_reaches_subfolders(folder: Path) -> None:
     paint(folder / "sub" / "x.JPG")
     (folder / "metadata.csv").write_text('file_name,text\nsub/x.JPG,"red, plain"\n')
-    with pytest.warns(UserWarning, match=r"left out 6 images .* 0\.png, 1\.png, 2\.png and 3 more"):
+    with pytest.warns(UserWarning, match=r"left out images that .* does not list: 0\.png, 1\.png, 2\.png and 3 more"):
         assert [e.caption for e in find_examples(folder)] == ["red, plain"]
     (folder / "metadata.jsonl").write_text('{"file_name": "sub/x.JPG", "text": "from jsonl"}\n\n')
-    with pytest.warns(UserWarning, match="left out 6"):
+    with pytest.warns(UserWarning, match="left out"):
         assert [e.caption for e in find_examples(folder)] == ["from jsonl"]
 
 
@@ -84,41 +84,41 @@ def test_hidden_files_are_ignored(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("metadata.jsonl", '{"file_name": "0.png", "text": "a"}\n{oops', "line 2 is no JSON"),
+        ("metadata.jsonl", '{"file_name": "0.png", "text": "a"}\n{oops', "line 2 is not JSON"),
         ("metadata.jsonl", '"0.png"', "line 1 is"),
         ("metadata.jsonl", '{"file_name": "0.png", "caption": "a"}', "line 1 has no text, only caption, file_name"),
         ("metadata.jsonl", '{"file_name": "0.png", "text": null}', "text=None; both must be strings"),
         ("metadata.jsonl", '{"file_name": "../0.png", "text": "a"}', "outside the folder"),
         ("metadata.jsonl", '{"file_name": "/etc/0.png", "text": "a"}', "outside the folder"),
-        ("metadata.jsonl", "\n", "names no images"),
+        ("metadata.jsonl", "\n", "lists no images"),
         ("metadata.csv", "file_name;text\n0.png;a\n", "line 2 has no file_name, text"),
         ("metadata.csv", "file_name,text\n0.png\n", "line 2 has file_name='0.png' and text=None"),
-        ("metadata.csv", 'file_name,text\n0.png,"a\n', "is no CSV"),
+        ("metadata.csv", 'file_name,text\n0.png,"a\n', "is not CSV"),
     ],
 )
-def test_bad_metadata_is_named_with_the_line(folder: Path, name: str, content: str, message: str) -> None:
+def test_errors_in_metadata_name_the_line(folder: Path, name: str, content: str, message: str) -> None:
     (folder / name).write_text(content)
     with pytest.raises(SettingsError, match=message):
         ready(folder)
 
 
-def test_metadata_that_names_absent_images(folder: Path) -> None:
+def test_metadata_that_lists_absent_images_is_an_error(folder: Path) -> None:
     rows = [{"file_name": f"absent{k}.png", "text": ""} for k in range(5)]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(SettingsError, match=r"absent0\.png, absent1\.png, absent2\.png and 2 more"):
         ready(folder)
 
 
-def test_images_without_a_caption(folder: Path) -> None:
+def test_images_without_a_caption_are_errors(folder: Path) -> None:
     (folder / "3.txt").unlink()
-    with pytest.raises(SettingsError, match=r"1 images without a caption: 3\.png; put a metadata\.jsonl"):
+    with pytest.raises(SettingsError, match=r"images without a caption: 3\.png; put a metadata\.jsonl"):
         ready(folder)
 
 
-def test_unusable_folders(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"data\.root=.*nowhere does not exist"):
+def test_unusable_folders_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"data\.root=.*nowhere: does not exist"):
         ready(tmp_path / "nowhere")
-    with pytest.raises(SettingsError, match="holds no images"):
+    with pytest.raises(SettingsError, match="contains no images"):
         ready(tmp_path)
     with pytest.raises(SettingsError, match="is a file"):
         ready(paint(tmp_path / "a.png"))
@@ -135,7 +135,7 @@ def test_unusable_folders(tmp_path: Path) -> None:
         {"val_fraction": 1.0},
     ],
 )
-def test_settings_out_of_range(folder: Path, settings: dict) -> None:
+def test_settings_out_of_range_are_errors(folder: Path, settings: dict) -> None:
     with pytest.raises(SettingsError, match=f"data.{next(iter(settings))}="):
         ready(folder, **settings)
 
@@ -155,24 +155,24 @@ def spoil_floats(path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [spoil_text, spoil_checksum, spoil_floats])
-def test_files_that_are_no_images(folder: Path, spoil: Callable[[Path], None]) -> None:
+def test_unreadable_files_are_errors_or_skipped(folder: Path, spoil: Callable[[Path], None]) -> None:
     spoil(folder / "2.png")
-    with pytest.raises(SettingsError, match=r"no readable images: 2\.png .*data\.skip_bad=true"):
+    with pytest.raises(SettingsError, match=r"unreadable images: 2\.png .*data\.skip_bad=true"):
         ready(folder)
-    with pytest.warns(UserWarning, match=r"skipped 1 unreadable images: 2\.png"):
+    with pytest.warns(UserWarning, match=r"skipped unreadable images: 2\.png"):
         data = ready(folder, skip_bad=True)
     train, val = captions(data)
     assert sorted(train + val) == ["grey 0", "grey 1", "grey 3", "grey 4", "grey 5"]
 
 
-def test_no_image_left(tmp_path: Path) -> None:
+def test_a_source_with_no_readable_image_is_an_error(tmp_path: Path) -> None:
     spoil_text(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(SettingsError, match=r"no readable image left after skipping a\.png"):
+    with pytest.raises(SettingsError, match=r"no readable image is left after skipping a\.png"):
         ready(tmp_path, skip_bad=True)
 
 
-def test_a_decompression_bomb(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decompression_bomb_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
     with pytest.raises(SettingsError, match="decompression bomb"):
         ready(folder)
@@ -186,11 +186,11 @@ def test_a_truncated_image_is_named_when_read(tmp_path: Path) -> None:
         load_rgb(path)
 
 
-def test_orientation_is_honoured(tmp_path: Path) -> None:
+def test_images_are_turned_upright(tmp_path: Path) -> None:
     image = Image.new("RGB", (4, 2), "red")
     image.paste("blue", (0, 0, 2, 2))
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned a quarter clockwise
+    exif[0x0112] = 6  # rotated by 90 degrees clockwise
     image.save(tmp_path / "a.png", exif=exif)
     upright = load_rgb(tmp_path / "a.png")
     assert upright.size == (2, 4)
@@ -207,7 +207,7 @@ def test_transparency_becomes_white(tmp_path: Path, mode: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_sixteen_bits_are_scaled(tmp_path: Path, suffix: str) -> None:
+def test_16_bits_are_scaled_to_8(tmp_path: Path, suffix: str) -> None:
     Image.fromarray(np.array([[0, 128 * 257, 65535]], np.uint16)).save(tmp_path / f"a.{suffix}")
     assert np.asarray(load_rgb(tmp_path / f"a.{suffix}"))[0, :, 0].tolist() == [0, 128, 255]
 
@@ -219,7 +219,7 @@ def test_a_gif_gives_its_first_frame(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "resolution"), [((30, 10), 16), ((10, 30), 16), ((7, 7), [16, 24])])
-def test_the_middle_is_cropped(tmp_path: Path, size: tuple[int, int], resolution: int | list[int]) -> None:
+def test_the_centre_is_cropped(tmp_path: Path, size: tuple[int, int], resolution: int | list[int]) -> None:
     image = Image.new("RGB", size, "red")
     image.paste("lime", (size[0] // 3, size[1] // 3, size[0] - size[0] // 3, size[1] - size[1] // 3))
     image.save(tmp_path / "a.png")
@@ -260,7 +260,7 @@ def test_a_small_folder_gives_one_batch(folder: Path) -> None:
 
 
 class Recorder(LightningModule):
-    """Keeps the images it is trained on, an epoch a list."""
+    """Records the training images of each epoch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -309,15 +309,15 @@ def test_crops_change_by_epoch_and_survive_a_resume(tmp_path: Path, num_workers:
     assert torch.equal(resumed[1], whole[1]) and torch.equal(resumed[2], whole[2])
 
 
-def test_loading_leaves_the_training_noise_alone(folder: Path) -> None:
+def test_loading_does_not_advance_the_global_rng(folder: Path) -> None:
     data = ready(folder, center_crop=False, random_flip=True)
     before = torch.get_rng_state()
     list(data.train_dataloader())
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_masks_go_with_their_images_through_crop_and_flip(tmp_path: Path) -> None:
-    """The image is white just where its mask is."""
+def test_masks_are_cropped_and_flipped_with_their_images(tmp_path: Path) -> None:
+    """The image is white exactly where its mask is."""
     drawn = np.zeros((24, 40), dtype=np.uint8)
     drawn[4:16, 22:34] = 255
     for name in ("a.png", "masks/a.png"):
@@ -336,7 +336,7 @@ def test_masks_go_with_their_images_through_crop_and_flip(tmp_path: Path) -> Non
     assert len(places) > 2
 
 
-def test_one_caption_for_all_makes_no_images_of_masks(tmp_path: Path) -> None:
+def test_with_one_prompt_masks_are_not_taken_for_images(tmp_path: Path) -> None:
     for name in ("a.png", "masks/a.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("L", (24, 24)).save(tmp_path / name)
@@ -350,14 +350,14 @@ def test_one_caption_for_all_makes_no_images_of_masks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("second", "says"),
     [
-        ({}, "column mask_file_name, but nothing in it for b.png"),
+        ({}, "column mask_file_name, but no value for b.png"),
         ({"mask_file_name": "../b.png"}, "outside the folder"),
         ({"mask_file_name": "c.png"}, "do not exist: c.png"),
-        ({"mask_file_name": 3}, "mask_file_name=3; give a string"),
-        ({"mask_file_name": "small.png"}, "is of 4x4 pixels and .* of 12x8"),
+        ({"mask_file_name": 3}, "mask_file_name=3; it must be a string"),
+        ({"mask_file_name": "small.png"}, "has 4x4 pixels, but .* has 12x8"),
     ],
 )
-def test_masks_that_do_not_fit_are_told_of(tmp_path: Path, second: dict, says: str) -> None:
+def test_masks_that_do_not_fit_are_errors(tmp_path: Path, second: dict, says: str) -> None:
     for name in ("a.png", "b.png", "mask.png"):
         paint(tmp_path / name)
     paint(tmp_path / "small.png", size=(4, 4))

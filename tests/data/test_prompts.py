@@ -28,17 +28,17 @@ def test_an_empty_prompt_is_unconditional() -> None:
 
 
 @pytest.mark.parametrize(("negative", "expected"), [(None, ["", ""]), ("n", ["n", "n"]), (["m", "n"], ["m", "n"])])
-def test_negative_prompt_is_one_for_all_or_one_each(negative: str | list[str] | None, expected: list[str]) -> None:
+def test_a_negative_prompt_is_for_all_or_one_per_prompt(negative: str | list[str] | None, expected: list[str]) -> None:
     assert [r.negative_prompt for r in build_requests(["a", "b"], negative_prompt=negative)] == expected
 
 
-def test_txt_has_a_prompt_a_line(tmp_path: Path) -> None:
+def test_a_txt_file_has_one_prompt_per_line(tmp_path: Path) -> None:
     file = tmp_path / "p.txt"
     file.write_text("a red circle\n\n  a blue square \n")
     assert [r.prompt for r in build_requests(prompts=str(file))] == ["a red circle", "a blue square"]
 
 
-def test_jsonl_lines_bring_their_own_negative_prompt_and_seed(tmp_path: Path) -> None:
+def test_jsonl_lines_may_have_their_own_negative_prompt_and_seed(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "a"}\n{"prompt": "b", "negative_prompt": "own", "seed": 100}\n')
     requests = build_requests(prompts=str(file), negative_prompt="all", num_images_per_prompt=2, seed=5)
@@ -62,7 +62,7 @@ def test_jsonl_lines_bring_their_own_negative_prompt_and_seed(tmp_path: Path) ->
         ({"prompts": "prompts.csv"}, "neither .txt"),
     ],
 )
-def test_bad_settings_are_named(settings: dict, message: str) -> None:
+def test_wrong_settings_are_errors(settings: dict, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         build_requests(**settings)
 
@@ -82,7 +82,7 @@ def test_bad_settings_are_named(settings: dict, message: str) -> None:
         ("p.jsonl", '{"prompt": "a", "sead": 1}', "'sead'; allowed are negative_prompt, prompt, seed"),
     ],
 )
-def test_bad_files_are_named_with_the_line(tmp_path: Path, name: str, content: str, message: str) -> None:
+def test_errors_in_files_name_the_line(tmp_path: Path, name: str, content: str, message: str) -> None:
     file = tmp_path / name
     file.write_text(content)
     with pytest.raises(SettingsError, match=message):
@@ -90,7 +90,7 @@ def test_bad_files_are_named_with_the_line(tmp_path: Path, name: str, content: s
 
 
 class Recorder(LightningModule):
-    """Keeps the requests it is given."""
+    """Records the requests it receives."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Recorder(LightningModule):
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
-def test_a_trainer_hands_over_lists_of_requests(tmp_path: Path, precision: Literal["32-true", "bf16-true"]) -> None:
+def test_a_trainer_passes_lists_of_requests(tmp_path: Path, precision: Literal["32-true", "bf16-true"]) -> None:
     model = Recorder()
     data = PromptDataModule(["a", "b"], num_images_per_prompt=2, batch_size=3)
     trainer = Trainer(accelerator="cpu", precision=precision, logger=False, default_root_dir=tmp_path)

@@ -1,4 +1,4 @@
-"""Every weighting agrees with its paper on a schedule small enough to do by hand."""
+"""Every weighting agrees with its paper on a schedule small enough to compute by hand."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ BY_HAND = {
 
 
 @pytest.mark.parametrize(("weighting", "prediction_type"), BY_HAND)
-def test_weights_are_those_of_the_papers(weighting, prediction_type):
+def test_weights_equal_those_of_the_papers(weighting, prediction_type):
     weights = loss_weights(weighting, prediction_type, SCHEDULE, STEPS, gamma=5.0)
     torch.testing.assert_close(weights, torch.tensor(BY_HAND[weighting, prediction_type], dtype=torch.float32))
 
 
-def test_no_combination_is_left_out():
+def test_every_combination_is_covered():
     assert set(BY_HAND) == {(weighting, kind) for weighting in WEIGHTINGS for kind in PREDICTION_TYPES}
 
 
 @pytest.mark.parametrize("weighting", [w for w in WEIGHTINGS if w != "none"])
-def test_a_wrong_image_costs_the_same_whatever_is_predicted(weighting):
-    """A model that mistakes one image for another errs in the noise and in the velocity that belong to it."""
+def test_a_wrong_image_has_the_same_loss_whatever_is_predicted(weighting):
+    """A wrong image implies a wrong noise and a wrong velocity; their weighted errors are equal."""
     generator = torch.Generator().manual_seed(0)
     latents, mistaken, noise = torch.randn(3, 3, 4, 8, 8, generator=generator)
     noisy = add_noise(latents, noise, SCHEDULE, STEPS)
     signal, noise_rate = signal_and_noise_rates(SCHEDULE, STEPS)
-    implied = (noisy - signal * mistaken) / noise_rate  # the noise that this image would have
+    implied = (noisy - signal * mistaken) / noise_rate  # the noise that this image would imply
     costs = []
     for kind in PREDICTION_TYPES:
         wanted = target(kind, latents, noise, SCHEDULE, STEPS)
@@ -56,13 +56,13 @@ def test_a_wrong_image_costs_the_same_whatever_is_predicted(weighting):
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_weights_are_finite_where_no_signal_is_left(weighting, prediction_type):
+def test_weights_are_finite_at_zero_terminal_snr(weighting, prediction_type):
     schedule = torch.tensor([0.999, 0.5, 0.0])
     weights = loss_weights(weighting, prediction_type, schedule, STEPS)
     assert weights.isfinite().all() and (weights > 0).all()
     assert signal_to_noise(schedule)[2] == signal_to_noise(schedule)[1]
 
 
-def test_another_weighting_is_refused():
-    with pytest.raises(SettingsError, match=r"weighting=max_snr is not known; give one of"):
+def test_an_unknown_weighting_is_refused():
+    with pytest.raises(SettingsError, match=r"weighting=max_snr: unknown; choose one of"):
         loss_weights("max_snr", "epsilon", SCHEDULE, STEPS)

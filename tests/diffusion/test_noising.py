@@ -1,4 +1,4 @@
-"""Noisy latents and targets are those of diffusers' DDPM, which follows the papers."""
+"""Noisy latents and targets equal those of diffusers' DDPM, which follows the papers."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def test_epsilon_is_the_noise(latents_and_noise):
     assert torch.equal(target("epsilon", latents, noise, SCHEDULE.alphas_cumprod, TIMESTEPS), noise)
 
 
-def test_velocity_is_that_of_diffusers(latents_and_noise):
+def test_velocity_equals_that_of_diffusers(latents_and_noise):
     latents, noise = latents_and_noise
     velocity = target("v_prediction", latents, noise, SCHEDULE.alphas_cumprod, TIMESTEPS)
     torch.testing.assert_close(velocity, SCHEDULE.get_velocity(latents, noise, TIMESTEPS))
 
 
-def test_a_sample_is_the_image(latents_and_noise):
+def test_sample_is_the_latents(latents_and_noise):
     latents, noise = latents_and_noise
     assert torch.equal(target("sample", latents, noise, SCHEDULE.alphas_cumprod, TIMESTEPS), latents)
 
 
-def test_at_zero_terminal_snr_only_noise_is_seen_and_the_image_is_asked_for(latents_and_noise):
+def test_at_zero_terminal_snr_the_input_is_noise_and_the_target_the_negated_latents(latents_and_noise):
     latents, noise = latents_and_noise
     zero_snr = DDPMScheduler(beta_schedule="scaled_linear", rescale_betas_zero_snr=True).alphas_cumprod
     last = torch.full((4,), 999)
@@ -48,13 +48,13 @@ def test_at_zero_terminal_snr_only_noise_is_seen_and_the_image_is_asked_for(late
     torch.testing.assert_close(target("v_prediction", latents, noise, zero_snr, last), -latents, rtol=0, atol=1e-3)
 
 
-def test_another_prediction_type_is_refused(latents_and_noise):
-    with pytest.raises(SettingsError, match="prediction_type=flow") as error:
+def test_an_unknown_prediction_type_is_refused(latents_and_noise):
+    with pytest.raises(SettingsError, match="prediction_type=flow: unknown") as error:
         target("flow", *latents_and_noise, SCHEDULE.alphas_cumprod, TIMESTEPS)
     assert all(name in str(error.value) for name in PREDICTION_TYPES)
 
 
-def test_timesteps_are_drawn_from_all_alike():
+def test_timesteps_are_drawn_uniformly():
     timesteps = draw_timesteps(20_000, 1000, torch.Generator().manual_seed(0))
     assert timesteps.dtype == torch.int64 and timesteps.min() == 0 and timesteps.max() == 999
     shares = timesteps.float().histc(bins=10, min=0, max=1000) / len(timesteps)
@@ -71,7 +71,7 @@ def test_shift_prefers_noisy_timesteps_and_stays_in_range():
     torch.testing.assert_close(draws[2].float().median(), torch.tensor(2 / 3 * 1000), rtol=0, atol=15)
 
 
-def test_every_example_counts_the_same_however_it_is_weighted():
+def test_every_example_counts_the_same_whatever_its_weights():
     errors, weights = torch.ones(2, 1, 4, 4), torch.ones(2, 1, 4, 4)
     errors[0, :, :2] = 3.0
     torch.testing.assert_close(per_example_loss(errors, weights).mean(), errors.mean())

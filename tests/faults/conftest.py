@@ -1,4 +1,4 @@
-"""Images to train on."""
+"""Tests of crashes, full disks and bad files; all of them carry the marker ``faults``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,14 @@ from sdmodule.data.toy.scenes import caption, render, sample_scene
 SHAPES = [(40, 40), (64, 32), (32, 64)]
 
 
-def scenes(folder: Path, count: int) -> Path:
-    """A folder of images of three shapes, with captions of three parts."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.faults)
+
+
+def write_scenes(folder: Path, count: int) -> Path:
+    """Write images of three shapes, with captions of three tags."""
     folder.mkdir(exist_ok=True)
     for k in range(count):
         scene = sample_scene(random.Random(k))
@@ -25,4 +31,4 @@ def scenes(folder: Path, count: int) -> Path:
 @pytest.fixture(scope="session")
 def scene_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Fifteen images of three shapes."""
-    return scenes(tmp_path_factory.mktemp("scenes"), 15)
+    return write_scenes(tmp_path_factory.mktemp("scenes"), 15)

@@ -1,4 +1,4 @@
-"""A training that is stopped, however often and however hard, ends where one that never was does: to the bit."""
+"""A training that is interrupted, however often and however hard, ends equal to the bit to one that never was."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.forked import Command, run
+from benchmarks.forked import Command, run, start_ranks
 
 ROOT = Path(__file__).parents[2]
 STEPS = 13
 
-# what is trained: a line of settings of the command
+# what is trained, as settings of the command
 KINDS = {
     "full": ["tuning.text_encoder=true", "tuning.text_encoder_stop=8"],
     "lora": ["tuning=lora", "tuning.dropout=0.2"],
@@ -32,10 +32,10 @@ KINDS = {
         "data.template='<cat>, {}'",
     ],
     "controlnet": ["tuning=controlnet"],
-    "inpainting": ["model=inpaint", "model.convert=true"],
+    "inpainting": ["model=inpaint", "training.inpaint.convert=true"],
     "autoencoder": ["model=autoencoder", "callbacks=[checkpoint,export]"],
 }
-# how: an epoch is of 14 images, so that its last step has fewer batches than the others
+# how it is trained; an epoch has 14 images, so its last step accumulates fewer batches than the others
 WAYS = {
     "read": [
         "data.center_crop=false",
@@ -46,7 +46,6 @@ WAYS = {
         "trainer.val_check_interval=5",
     ],
     "cached": [
-        "cache=all",
         "data.buckets=true",
         "data.random_flip=true",
         "trainer.accumulate_grad_batches=3",
@@ -57,24 +56,21 @@ SCHEDULE = "model.lr_scheduler={_target_: torch.optim.lr_scheduler.StepLR, _part
 
 
 def settings(checkpoint: Path, scene_photos: Path, kind: str, way: str, out: Path) -> list[str]:
-    """Of a training whose every step is logged."""
+    """The command line of a training that logs every step."""
     common = [f"pretrained={checkpoint}", f"data.root={scene_photos}", "resolution=32", "data.batch_size=2"]
     common += [f"output_dir={out}", f"trainer.max_steps={STEPS}", "trainer.log_every_n_steps=1", "+steps=1", SCHEDULE]
     common += ["callbacks=[checkpoint,ema,samples,export]", "callbacks.checkpoint.every_n_train_steps=2"]
-    common += KINDS[kind] if "callbacks=[checkpoint,export]" in KINDS[kind] else ["callbacks.ema.start_step=3"]
-    common += [] if "callbacks=[checkpoint,export]" in KINDS[kind] else [*KINDS[kind], "model.caption_dropout=0.4"]
-    how = list(WAYS[way])
-    if kind == "autoencoder" and "cache=all" in how:
-        how.remove("cache=all")
-    if kind in ("full", "textual_inversion") and "cache=all" in how:
-        how[0] = "cache=latents"
-    if any(setting.startswith("cache=") for setting in how):
-        how.append(f"cache.folder={out.parent / 'cache'}")
-    return common + how
+    if kind != "autoencoder":
+        common += ["callbacks.ema.start_step=3", "objective.caption_dropout=0.4"]
+    common += [*KINDS[kind], *WAYS[way]]
+    if way == "cached" and kind != "autoencoder":  # embeddings of a text encoder that is trained cannot be cached
+        cache = "latents" if kind in ("full", "textual_inversion") else "all"
+        common += [f"cache={cache}", f"cache.folder={out.parent / 'cache'}"]
+    return common
 
 
 def flat(value: object, name: str = "") -> dict[str, object]:
-    """Tensors and numbers of a checkpoint, by their place in it."""
+    """Tensors and numbers of a checkpoint by their path in it."""
     if isinstance(value, dict):
         return {key: item for part, inner in value.items() for key, item in flat(inner, f"{name}/{part}").items()}
     if isinstance(value, (list, tuple)):
@@ -83,13 +79,15 @@ def flat(value: object, name: str = "") -> dict[str, object]:
 
 
 def ending(out: Path) -> dict[str, object]:
-    """All that a training leaves: weights, optimizer, schedule, average, export."""
+    """All that a training leaves: weights, optimizer, learning rate schedule, EMA, export and samples."""
     newest = max((out / "checkpoints").glob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns)
     content = torch.load(newest, weights_only=True)
     kept = {name: content[name] for name in ("global_step", "state_dict", "optimizer_states", "lr_schedulers")}
-    kept["average"] = content["callbacks"].get("EMA", {})
+    kept["ema"] = content["callbacks"].get("EMA", {})
     loops = content["loops"]["fit_loop"]
-    kept["place"] = [loops[name] for name in ("epoch_loop.batch_progress", "epoch_loop.state_dict", "epoch_progress")]
+    kept["progress"] = [
+        loops[name] for name in ("epoch_loop.batch_progress", "epoch_loop.state_dict", "epoch_progress")
+    ]
     for file in (out / "export").rglob("*.safetensors"):
         kept[str(file.relative_to(out))] = load_file(file)
     for file in (out / "export").rglob("*.json"):
@@ -100,15 +98,15 @@ def ending(out: Path) -> dict[str, object]:
 
 
 def logged(out: Path) -> dict[tuple[str, str], set[str]]:
-    """Every figure that was logged, by step and name, over all parts of a training."""
-    figures: dict[tuple[str, str], set[str]] = defaultdict(set)
+    """Every value that was logged, by step and name, over all parts of a training."""
+    values: dict[tuple[str, str], set[str]] = defaultdict(set)
     for file in out.glob("metrics*.csv"):
         with file.open(newline="") as lines:
             for row in csv.DictReader(lines):
                 for name, value in row.items():
                     if value and name not in ("step", "epoch") and name.startswith(("train/", "val/")):
-                        figures[row["step"], name].add(value)
-    return figures
+                        values[row["step"], name].add(value)
+    return values
 
 
 def assert_same(out: Path, straight: Path) -> None:
@@ -131,15 +129,15 @@ def newest_step(out: Path) -> int:
 
 @pytest.fixture(scope="module")
 def straight(checkpoint, scene_photos, tmp_path_factory):
-    """The folder of a training that is never stopped, for each kind and way."""
-    made: dict[tuple[str, str], Path] = {}
+    """The folder of a training that is never interrupted, for each kind and way."""
+    trained: dict[tuple[str, str], Path] = {}
 
     def of(kind: str, way: str) -> Path:
-        if (kind, way) not in made:
+        if (kind, way) not in trained:
             out = tmp_path_factory.mktemp("straight") / "out"
-            run("train", *settings(checkpoint, scene_photos, kind, way, out), said=out.parent / "said")
-            made[kind, way] = out
-        return made[kind, way]
+            run("train", *settings(checkpoint, scene_photos, kind, way, out), log=out.parent / "log")
+            trained[kind, way] = out
+        return trained[kind, way]
 
     return of
 
@@ -150,76 +148,76 @@ def resuming(out: Path) -> list[str]:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_training_killed_again_and_again_ends_where_an_unbroken_one_does(
+def test_a_training_killed_again_and_again_ends_like_an_uninterrupted_one(
     checkpoint, scene_photos, straight, tmp_path, kind, way
 ):
-    out, said = tmp_path / "out", tmp_path / "said"
+    out, log = tmp_path / "out", tmp_path / "log"
     common = settings(checkpoint, scene_photos, kind, way, out)
-    chance = random.Random(f"{kind} {way}")
+    rng = random.Random(f"{kind} {way}")
     killed = 0
-    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGKILL):
-        if (out / "export").is_dir():  # the last signal came when all was done
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
+        if (out / "export").is_dir():  # the last signal came after the training had ended
             break
         before = newest_step(out)
-        one = Command("train", *common, *resuming(out), said=said)
-        wanted = before + chance.choice([1, 2, 3])
-        while one.process.is_alive() and newest_step(out) < wanted:
-            time.sleep(0.002)
-        one.process.join(chance.random() * 0.15)
+        one = Command("train", *common, *resuming(out), log=log)
+        wanted = before + rng.choice([1, 2, 3])
+        one.wait_until(lambda wanted=wanted: newest_step(out) >= wanted)
+        one.process.join(rng.random() * 0.15)
         if one.process.is_alive():
             one.send(number)
-        status, words = one.ended(60)
-        assert status in (0, 128 + number), words
+        status, output = one.wait(60)
+        assert status in (0, 128 + number), output
         if status == 0:
             break
         killed += 1
-    last = run("train", *common, *resuming(out), said=said) if not (out / "export").is_dir() else ""
+    last = run("train", *common, *resuming(out), log=log) if not (out / "export").is_dir() else ""
     assert "broken" not in last
     assert killed >= 2
     assert_same(out, straight(kind, way))
 
 
-def two_processes(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / "train.py"), *arguments, "trainer.devices=2", "trainer.strategy=ddp"]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-
-
-def test_two_processes_are_stopped_and_end_where_unbroken_ones_do(checkpoint, scene_photos, tmp_path):
-    def common(out: Path) -> list[str]:
+def test_two_processes_that_are_interrupted_end_like_uninterrupted_ones(checkpoint, scene_photos, tmp_path):
+    def command(out: Path) -> list[str]:
         return [*settings(checkpoint, scene_photos, "full", "cached", out), "data.batch_size=1"]
 
-    out = tmp_path / "killed" / "out"
-    straight = two_processes(*common(tmp_path / "straight" / "out"))
-    for number, status in ((signal.SIGTERM, 143), (signal.SIGKILL, -9), (None, 0)):
-        before = newest_step(out)
-        one = two_processes(*common(out), *resuming(out))
-        while number and one.poll() is None and newest_step(out) <= before:
+    out, log = tmp_path / "interrupted" / "out", tmp_path / "log"
+    straight = start_ranks("train", *command(tmp_path / "straight" / "out"), log=tmp_path / "straight-log")
+
+    # the way a shell starts it and Ctrl-C ends it: Lightning starts the second process, and both get the signal
+    program = [sys.executable, str(ROOT / "train.py"), *command(out), "trainer.devices=2", "trainer.strategy=ddp"]
+    with log.open("w") as file:
+        one = subprocess.Popen(program, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        while one.poll() is None and newest_step(out) == 0:
             time.sleep(0.01)
-        if number:
-            os.killpg(one.pid, number)
-        words, _ = one.communicate(timeout=120)
-        assert one.returncode == status, words
-    words, _ = straight.communicate(timeout=120)
-    assert straight.returncode == 0, words
+        os.killpg(one.pid, signal.SIGTERM)
+        assert one.wait(120) == 143, log.read_text()
+
+    before = newest_step(out)
+    ranks = start_ranks("train", *command(out), "ckpt_path=last", log=log)
+    ranks[0].wait_until(lambda: newest_step(out) > before)
+    for rank in ranks:
+        rank.send(signal.SIGKILL)
+    assert [rank.wait()[0] for rank in ranks] == [128 + signal.SIGKILL] * 2
+
+    for rank in [*start_ranks("train", *command(out), "ckpt_path=last", log=log), *straight]:
+        status, output = rank.wait()
+        assert status == 0, output
     assert_same(out, tmp_path / "straight" / "out")
 
 
-def test_a_validation_that_was_made_again_is_not_taken_for_one_that_is_due(checkpoint, scene_photos, tmp_path):
-    """Stopped in the validation of step 3, and once more behind it."""
-    out, said = tmp_path / "out", tmp_path / "said"
+def test_a_validation_that_was_repeated_does_not_count_as_the_next_one(checkpoint, scene_photos, tmp_path):
+    """Interrupted in the validation of step 3, and again after it."""
+    out, log = tmp_path / "out", tmp_path / "log"
     common = [f"pretrained={checkpoint}", f"data.root={scene_photos}", "resolution=32", "data.batch_size=2"]
     common += [f"output_dir={out}", "trainer.max_steps=5", "trainer.val_check_interval=3"]
     common += ["callbacks=[checkpoint,samples,export]", "callbacks.checkpoint.every_n_train_steps=1"]
-    in_validation = Command("train", *common, "+steps=900", said=said)
-    while in_validation.process.is_alive() and newest_step(out) < 3:
-        time.sleep(0.01)
+    in_validation = Command("train", *common, "+steps=900", log=log)
+    in_validation.wait_until(lambda: newest_step(out) >= 3)
     time.sleep(0.3)
     in_validation.send(signal.SIGTERM)
-    assert in_validation.ended()[0] == 143 and not list(out.glob("samples/*"))
-    behind = Command("train", *common, "+steps=1", "ckpt_path=last", said=said)
-    assert behind.killed(lambda: newest_step(out) == 4)
-    run("train", *common, "+steps=1", "ckpt_path=last", said=said)
+    assert in_validation.wait()[0] == 143 and not list(out.glob("samples/*"))
+    after = Command("train", *common, "+steps=1", "ckpt_path=last", log=log)
+    assert after.kill(lambda: newest_step(out) == 4)
+    run("train", *common, "+steps=1", "ckpt_path=last", log=log)
     files = out.glob("checkpoints/*.ckpt")
     assert max(torch.load(file, weights_only=True)["global_step"] for file in files) == 5

@@ -1,4 +1,4 @@
-"""Killed at random moments, nothing is lost, torn or other than it would have been."""
+"""A run that is killed at random moments loses nothing, and what it resumes to is the same."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from benchmarks.forked import FORKED, finish_in_spite_of_kills, run
+from benchmarks.forked import FORKED, finish_despite_kills, run
 from sdmodule.callbacks.export import Export
 from sdmodule.components.checkpoint import load_components
 from sdmodule.module import StableDiffusionModule
-from tests.faults.conftest import scenes
+from tests.faults.conftest import write_scenes
 
 
 def cached(folder: Path) -> dict[str, torch.Tensor]:
@@ -27,57 +27,57 @@ def cached(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def test_a_cache_killed_twelve_times_is_the_same(checkpoint, tmp_path):
-    photos = scenes(tmp_path / "photos", 320)
+def test_a_cache_killed_again_and_again_has_the_same_tensors(checkpoint, tmp_path):
+    photos = write_scenes(tmp_path / "photos", 320)
     common = [f"pretrained={checkpoint}", f"data.root={photos}", "resolution=64", "data.random_flip=true"]
     common += ["trainer.max_steps=1", "data.buckets=true", "callbacks=[]", "logger=none", "cache=all"]
     common += [f"output_dir={tmp_path / 'out'}"]
-    run("train", "--cfg", "job", said=tmp_path / "said")  # what is imported is imported before time is taken
+    run("train", "--cfg", "job", log=tmp_path / "log")  # the imports come before time is taken
     start = time.perf_counter()
-    run("train", *common, f"cache.folder={tmp_path / 'straight'}", said=tmp_path / "said")
+    run("train", *common, f"cache.folder={tmp_path / 'straight'}", log=tmp_path / "log")
     seconds = time.perf_counter() - start
-    finish_in_spite_of_kills(
+    finish_despite_kills(
         "train",
         *common,
         f"cache.folder={tmp_path / 'killed'}",
-        said=tmp_path / "said",
-        kills=12,
+        log=tmp_path / "log",
+        kills=8,
         longest=seconds * 0.9,
-        chance=random.Random(1),
-        made=tmp_path / "killed",
+        rng=random.Random(1),
+        output=tmp_path / "killed",
     )
     ours, theirs = cached(tmp_path / "killed"), cached(tmp_path / "straight")
     assert len(theirs) > 640 and ours.keys() == theirs.keys()
     assert all(torch.equal(value, ours[name]) for name, value in theirs.items())
-    assert "broken" not in (tmp_path / "said").read_text()
+    assert "broken" not in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize("task", ["text2image", "inpaint"])
-def test_a_prediction_killed_ten_times_makes_the_same_images(checkpoint, tmp_path, task):
+def test_a_prediction_killed_again_and_again_makes_the_same_images(checkpoint, tmp_path, task):
     prompts = json.dumps(["a red circle on a blue background", "a small green star", "a (blue:1.2) heart, " * 30])
     common = [f"prompt={prompts}", "num_images_per_prompt=12", "batch_size=5", "steps=3", f"pretrained={checkpoint}"]
     if task == "inpaint":
         Image.effect_mandelbrot((48, 40), (-3, -2.5, 2, 2.5), 100).save(tmp_path / "photo.png")
         common += ["model=inpaint", f"image={tmp_path / 'photo.png'}", "mask=[4,4,20,30]"]
     straight, out = tmp_path / "straight", tmp_path / "out"
-    run("predict", *common, f"output_dir={straight}", said=tmp_path / "said")
+    run("predict", *common, f"output_dir={straight}", log=tmp_path / "log")
 
-    def made() -> int:
+    def finished_images() -> int:
         return len(list((out / "images").glob("*.png")))
 
-    finish_in_spite_of_kills(
+    finish_despite_kills(
         "predict",
         *common,
         f"output_dir={out}",
         "resume=true",
-        said=tmp_path / "said",
-        kills=10,
-        progress=made,
+        log=tmp_path / "log",
+        kills=8,
+        progress=finished_images,
         longest=0.1,
-        chance=random.Random(task),
-        made=out,
+        rng=random.Random(task),
+        output=out,
     )
-    (out / "timings.json").touch()  # not there where the last run had nothing left to do
+    (out / "timings.json").touch()  # absent if the last run had nothing left to do
     files = sorted(path.relative_to(straight) for path in straight.rglob("*") if path.is_file())
     assert files == sorted(path.relative_to(out) for path in out.rglob("*") if path.is_file())
     for name in files:
@@ -87,8 +87,8 @@ def test_a_prediction_killed_ten_times_makes_the_same_images(checkpoint, tmp_pat
     assert [line["index"] for line in lines] == list(range(36))
 
 
-def export_for_ever(checkpoint: str, folder: str) -> None:
-    """Export a model, then another one, then the first again."""
+def export_forever(checkpoint: str, folder: str) -> None:
+    """Export a UNet of ones, then one of zeros, then of ones again, and so on."""
     module = StableDiffusionModule.from_pretrained(checkpoint)
     step = 0
     while True:
@@ -100,17 +100,17 @@ def export_for_ever(checkpoint: str, folder: str) -> None:
         Export(folder).on_train_end(trainer, module)
 
 
-def test_an_export_killed_fifteen_times_is_whole_each_time(checkpoint, tmp_path):
-    folder, chance = tmp_path / "export", random.Random(2)
+def test_an_export_killed_again_and_again_is_complete_each_time(checkpoint, tmp_path):
+    folder, rng = tmp_path / "export", random.Random(2)
     seen = set()
-    for _ in range(15):
-        process = FORKED.Process(target=export_for_ever, args=(str(checkpoint), str(folder)))
+    for _ in range(10):
+        process = FORKED.Process(target=export_forever, args=(str(checkpoint), str(folder)))
         process.start()
         before = folder.stat().st_ino if folder.is_dir() else 0
         while not folder.is_dir() or folder.stat().st_ino == before:
             assert process.is_alive()
             time.sleep(0.002)
-        time.sleep(chance.random() * 0.3)
+        time.sleep(rng.random() * 0.3)
         process.kill()
         process.join()
         step = json.loads((folder / "training.json").read_text())["steps"]

@@ -1,4 +1,4 @@
-"""Files from strangers, and files that a disk has damaged: each is refused clearly or read rightly."""
+"""Untrusted and damaged files are either read correctly or refused with a clear error."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ from sdmodule.components.checkpoint import load_components
 from sdmodule.components.single_file import load_single_file
 from sdmodule.conditioning.masked_image import read_masked_image
 from sdmodule.data.cache.tensor_store import TensorStore
-from sdmodule.data.sources.folder import find_examples
-from sdmodule.data.sources.mix import Folder
+from sdmodule.data.sources.folder import Folder, find_examples
 from sdmodule.data.sources.verify import load_beside, load_rgb, verify_images
 from sdmodule.errors import SettingsError
 from sdmodule.io.fingerprint import fingerprint
@@ -37,25 +36,25 @@ from sdmodule.sampling.requests import build_requests
 from sdmodule.training.checkpoint_io import read_checkpoint
 
 SECONDS, BYTES = 5.0, 2**30
-"""What a file may cost at most."""
+"""The most time and memory that reading one file may take."""
 
 Case = tuple[Path, Callable[[Path], object]]
-"""A good file, and how it is read."""
+"""A good file and its reader."""
 
 
 @pytest.fixture(scope="module")
 def cases(checkpoint, tmp_path_factory) -> dict[str, Case]:
     """A good file of each kind, with its reader."""
-    place = tmp_path_factory.mktemp("good")
+    root = tmp_path_factory.mktemp("good")
 
-    config = shutil.copytree(checkpoint, place / "checkpoint")
+    config = shutil.copytree(checkpoint, root / "checkpoint")
     weights = config / "vae" / "diffusion_pytorch_model.safetensors"
 
-    single = place / "single.safetensors"
+    single = root / "single.safetensors"
     save_file({f"model.diffusion_model.{k}": torch.randn(3, 4) for k in range(9)}, single)
     content = {"global_step": 3, "state_dict": {"a": torch.randn(50)}, "loops": {}, "callbacks": {}}
-    torch.save(content | {"optimizer_states": []}, place / "run.ckpt")
-    torch.save({"state_dict": {f"model.diffusion_model.{k}": torch.randn(9) for k in range(3)}}, place / "single.ckpt")
+    torch.save(content | {"optimizer_states": []}, root / "run.ckpt")
+    torch.save({"state_dict": {f"model.diffusion_model.{k}": torch.randn(9) for k in range(3)}}, root / "single.ckpt")
 
     noise = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
     metadata = {"index": 0, "prompt": "a cat", "negative_prompt": "", "seed": 3, "steps": 2, "guidance_scale": 2.0}
@@ -65,12 +64,12 @@ def cases(checkpoint, tmp_path_factory) -> dict[str, Case]:
         "model": "tiny",
         "tome": {"ratio": 0.5},
     }
-    save_png(Image.fromarray(noise), place / "made.png", metadata)
-    Image.fromarray(noise).save(place / "photo.jpg", exif=Image.Exif())
-    Image.fromarray(noise[..., 0]).save(place / "mask.png")
-    Image.fromarray(noise[..., 0]).save(place / "mask.gif")
+    save_png(Image.fromarray(noise), root / "made.png", metadata)
+    Image.fromarray(noise).save(root / "photo.jpg", exif=Image.Exif())
+    Image.fromarray(noise[..., 0]).save(root / "mask.png")
+    Image.fromarray(noise[..., 0]).save(root / "mask.gif")
 
-    photos = place / "photos"
+    photos = root / "photos"
     photos.mkdir()
     rows = []
     for k in range(3):
@@ -79,10 +78,10 @@ def cases(checkpoint, tmp_path_factory) -> dict[str, Case]:
     (photos / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (photos / "metadata.csv").write_text("file_name,text\n" + "".join(f'{k}.png,"a, ""b"""\n' for k in range(3)))
     prompts = [{"prompt": "a (red:1.2) circle", "negative_prompt": "b", "seed": 3}, {"prompt": "c"}]
-    (place / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
-    store = TensorStore(place / "cache")
+    (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    store = TensorStore(root / "cache")
     store.add({fingerprint(k): torch.randn(8, 4, 4) for k in range(3)})
-    [cached] = (place / "cache").iterdir()
+    [cached] = (root / "cache").iterdir()
 
     def read_folder(file: Path, name: str) -> object:
         folder = shutil.copytree(photos, file.parent / "photos", dirs_exist_ok=True)
@@ -106,21 +105,21 @@ def cases(checkpoint, tmp_path_factory) -> dict[str, Case]:
         return [held[fingerprint(k)] for k in range(3) if fingerprint(k) in held]
 
     return {
-        "safetensors of a part": (shutil.copy(weights, place / "part.safetensors"), read_part),
+        "safetensors of a part": (shutil.copy(weights, root / "part.safetensors"), read_part),
         "safetensors of one file": (single, load_single_file),
         "safetensors of a cache": (cached, read_cache),
-        "ckpt of a training": (place / "run.ckpt", read_checkpoint),
-        "ckpt of one file": (place / "single.ckpt", load_single_file),
-        "PNG text": (place / "made.png", read_metadata),
-        "JPEG": (place / "photo.jpg", load_rgb),
+        "ckpt of a training": (root / "run.ckpt", read_checkpoint),
+        "ckpt of one file": (root / "single.ckpt", load_single_file),
+        "PNG text": (root / "made.png", read_metadata),
+        "JPEG": (root / "photo.jpg", load_rgb),
         "mask of a request": (
-            place / "mask.png",
+            root / "mask.png",
             lambda file: read_masked_image(Image.new("RGB", (32, 24)), str(file)),
         ),
-        "mask of data": (place / "mask.gif", lambda file: load_beside(file, file, (32, 24), "mask")),
+        "mask of data": (root / "mask.gif", lambda file: load_beside(file, file, (32, 24), "mask")),
         "metadata.jsonl": (photos / "metadata.jsonl", lambda file: read_folder(file, "metadata.jsonl")),
         "metadata.csv": (photos / "metadata.csv", lambda file: read_folder(file, "metadata.csv")),
-        "prompts.jsonl": (place / "prompts.jsonl", lambda file: build_requests(prompts=str(file))),
+        "prompts.jsonl": (root / "prompts.jsonl", lambda file: build_requests(prompts=str(file))),
     }
 
 
@@ -129,29 +128,29 @@ WORDS = [b"../", b"/etc/passwd", b"\x00", b"\xe2\x80\xa8", b"{}", b"[[[[[[[[", b
 WORDS += [b'{"_target_": "os.system"}', b"a" * 5000, b"\xff\xfe", b"\n", b"(((((:1.1)", b"9" * 5000, b"[" * 3000]
 
 
-def mutated(content: bytes, chance: random.Random) -> bytes:
-    """The bytes of a file with one to four changes."""
+def mutate(content: bytes, rng: random.Random) -> bytes:
+    """The content of a file with one to four changes."""
     changed = bytearray(content)
-    for _ in range(chance.randint(1, 4)):
-        at = chance.randrange(len(changed) + 1)
-        # headers are where a reader decides what to do, so half of the changes are there
-        at = min(at, chance.randrange(200)) if chance.random() < 0.5 else at
-        kind = chance.randrange(7)
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(changed) + 1)
+        # readers decide what to do by the header, so half of the changes are there
+        at = min(at, rng.randrange(200)) if rng.random() < 0.5 else at
+        kind = rng.randrange(7)
         if kind == 0:
-            changed[at : at + 1] = bytes([chance.randrange(256)])
+            changed[at : at + 1] = bytes([rng.randrange(256)])
         elif kind == 1 and at < len(changed):
-            changed[at] ^= 1 << chance.randrange(8)
+            changed[at] ^= 1 << rng.randrange(8)
         elif kind == 2:
             del changed[at:]
         elif kind == 3:
-            del changed[at : at + chance.randint(1, 64)]
+            del changed[at : at + rng.randint(1, 64)]
         elif kind == 4:
-            changed[at:at] = changed[at : at + chance.randint(1, 64)]
+            changed[at:at] = changed[at : at + rng.randint(1, 64)]
         elif kind == 5:
-            word = chance.choice(NUMBERS + WORDS)
+            word = rng.choice(NUMBERS + WORDS)
             changed[at : at + len(word)] = word
         else:
-            changed[at:at] = chance.choice(NUMBERS + WORDS)
+            changed[at:at] = rng.choice(NUMBERS + WORDS)
     return bytes(changed)
 
 
@@ -161,10 +160,10 @@ def resident() -> int:
 
 @pytest.fixture
 def bounded() -> Iterator[None]:
-    """No reader of the test takes more memory than is allowed."""
+    """Limit the memory that the test may allocate."""
     before = resource.getrlimit(resource.RLIMIT_AS)
-    has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (has + BYTES, before[1]))
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_AS, before)
 
@@ -176,31 +175,31 @@ COUNTS = dict.fromkeys(KINDS, 190) | {"safetensors of a part": 110}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_mutated_file_is_refused_clearly_or_read(cases, tmp_path, bounded, kind):
+def test_a_mutated_file_is_read_or_refused_with_an_error(cases, tmp_path, bounded, kind):
     good, read = cases[kind]
-    content, chance = good.read_bytes(), random.Random(kind)
+    content, rng = good.read_bytes(), random.Random(kind)
     file = tmp_path / good.name
-    ends: Counter[str] = Counter()
+    outcomes: Counter[str] = Counter()
     before = set(Path("/tmp").iterdir())
     for _ in range(COUNTS[kind]):
-        file.write_bytes(mutated(content, chance))
+        file.write_bytes(mutate(content, rng))
         start = time.monotonic()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 read(file)
-            ends["read"] += 1
+            outcomes["read"] += 1
         except SettingsError as error:
             assert len(str(error)) > 20
-            ends["refused"] += 1
+            outcomes["refused"] += 1
         assert time.monotonic() - start < SECONDS
-    print(dict(ends))
-    assert ends.total() == COUNTS[kind] and ends["refused"] >= 10
+    print(dict(outcomes))
+    assert outcomes.total() == COUNTS[kind] and outcomes["refused"] >= 10
     assert {path for path in set(Path("/tmp").iterdir()) - before if "owned" in path.name} == set()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_file_itself_is_read(cases, tmp_path, kind):
+def test_the_unchanged_file_is_read(cases, tmp_path, kind):
     good, read = cases[kind]
     file = shutil.copy(good, tmp_path / good.name)
     if "one file" in kind:  # too small to be a model
@@ -211,13 +210,13 @@ def test_the_file_itself_is_read(cases, tmp_path, kind):
 
 
 class Harmful:
-    """What a pickle of a stranger does when it is loaded."""
+    """Runs code when it is unpickled: it makes a folder."""
 
-    def __init__(self, place: Path) -> None:
-        self.place = place
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def __reduce__(self):
-        return os.mkdir, (str(self.place),)
+        return os.mkdir, (str(self.folder),)
 
 
 @pytest.mark.parametrize("name", ["run.ckpt", "single.ckpt"])
@@ -235,7 +234,7 @@ def test_no_pickle_runs_code(tmp_path, name):
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG of some kilobytes that says, and holds, that many white pixels."""
+    """A PNG of a few kilobytes that decompresses to that many white pixels."""
     import zlib
 
     def chunk(name: bytes, data: bytes) -> bytes:
@@ -247,7 +246,7 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
-def test_an_image_of_too_many_pixels_is_refused_before_it_fills_the_memory(tmp_path, bounded):
+def test_an_image_with_too_many_pixels_is_refused_before_it_fills_the_memory(tmp_path, bounded):
     file = tmp_path / "bomb.png"
     for size in ((10_000, 10_000), (48_000, 48_000)):
         file.write_bytes(bomb(*size))
@@ -259,7 +258,7 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_fills_the_memory(tmp_p
         assert resident() - before < 2**26
 
 
-def test_a_small_archive_that_unpacks_to_much_is_refused(tmp_path, bounded):
+def test_a_small_archive_that_decompresses_to_half_a_gigabyte_is_refused(tmp_path, bounded):
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(2**29))

@@ -1,4 +1,4 @@
-"""What is hidden of a configuration, and what is not."""
+"""Which settings are hidden, and how the home folder is shortened."""
 
 from pathlib import Path
 
@@ -20,11 +20,11 @@ def test_secret_names(name):
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "monkey", "keyboard", "keep", "prompt", "tome", "secretary"])
-def test_names_that_only_look_secret(name):
+def test_names_that_only_resemble_secrets(name):
     assert not is_secret(name)
 
 
-def test_a_configuration_is_hidden_where_it_must_be(home):
+def test_secrets_and_home_folders_are_removed_from_a_configuration(home):
     given = {
         "logger": {"wandb": {"api_key": "abc", "settings": {"token": ["x", "y"]}, "project": "p"}},
         "prompt": f"a letter from {home}/x",
@@ -36,7 +36,7 @@ def test_a_configuration_is_hidden_where_it_must_be(home):
     }
     assert redact(given) == {
         "logger": {"wandb": {"api_key": HIDDEN, "settings": {"token": [HIDDEN, HIDDEN]}, "project": "p"}},
-        "prompt": f"a letter from {home}/x",  # a prompt is what the image shows
+        "prompt": f"a letter from {home}/x",  # a prompt is free text
         "components": {"tokenizer": "~/weights", "vae": None},
         "overrides": ["data.root=~/photos", f"+hub.api_key={HIDDEN}", "steps=20"],
         "uri": f"https://{HIDDEN}@example.org/x",
@@ -51,7 +51,7 @@ def test_only_the_home_folder_is_shortened(home):
         assert shorten_home(path) == path
 
 
-def test_what_was_shortened_is_found_again(home, checkpoint):
+def test_shortened_paths_are_expanded_again(home, checkpoint):
     home.mkdir()
     (home / "weights").symlink_to(checkpoint)
     assert load_components("~/weights", components={"vae": "~/weights/vae"}).source == "~/weights"

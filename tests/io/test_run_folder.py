@@ -1,4 +1,4 @@
-"""The records of a run: gathered from several processes, in order, whatever a killed one has left."""
+"""Records of a run: merged from several processes, sorted, with half-written lines skipped."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def write(file, *indices, end="", **metadata):
     file.write_text("".join(to_line({"index": k, "prompt": f"é {k}", **metadata}) for k in indices) + end)
 
 
-def test_records_of_several_processes_are_put_in_order(tmp_path):
+def test_records_of_several_processes_are_merged_in_order(tmp_path):
     first, second, none = tmp_path / RECORDS, tmp_path / "predictions.1.jsonl", tmp_path / "predictions.2.jsonl"
-    write(first, 4, 0, 2, end='{"index": 9, "prom')  # killed while it wrote
+    write(first, 4, 0, 2, end='{"index": 9, "prom')  # killed while writing
     write(second, 1, 3, 2, prompt="later\u2028<b>")
     gather_records([first, second, none])
     assert [record["index"] for record in read_records(first)] == [0, 1, 2, 3, 4]
@@ -22,12 +22,12 @@ def test_records_of_several_processes_are_put_in_order(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [second.name, RECORDS]
 
 
-def test_a_run_of_no_images_has_no_lines(tmp_path):
+def test_a_run_without_images_has_no_records(tmp_path):
     gather_records([tmp_path / RECORDS])
     assert (tmp_path / RECORDS).read_text() == "" and list(read_records(tmp_path / "none.jsonl")) == []
 
 
-def test_the_data_of_a_page_are_the_records(tmp_path):
+def test_a_page_contains_the_records_as_data(tmp_path):
     write(tmp_path / RECORDS, 0, 1, prompt="</script>")
     write_page(tmp_path, "a run", [Job(tmp_path), Job(tmp_path, "again", "x", {"steps": "3"})], "plot.svg")
     text = (tmp_path / "index.html").read_text()

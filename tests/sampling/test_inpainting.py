@@ -10,8 +10,8 @@ import torch
 from diffusers import StableDiffusionInpaintPipeline
 from PIL import Image
 
+from sdmodule.components.inpaint_unet import convert_to_inpaint
 from sdmodule.components.schedulers import make_scheduler
-from sdmodule.conditioning.inpaint import convert_to_inpaint
 from sdmodule.conditioning.inpaint_crop import InpaintSettings
 from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
@@ -53,7 +53,7 @@ def test_the_model_paints_what_diffusers_paints(sd, strength, scheduler):
         pytest.skip("diffusers draws the latents of the masked image, which this UNet does not see, before the steps")
     requests = build_requests(PROMPT, image=photo(), mask=hole(), task="inpaint")
     settings = sd.sampling.updated(scheduler=scheduler, steps=6, inpaint=InpaintSettings(strength=strength))
-    ours = sample(parts, requests, settings, sources=[torch.Generator().manual_seed(5)]).decoded
+    ours = sample(parts, requests, settings, generators=[torch.Generator().manual_seed(5)]).decoded
     pipeline = StableDiffusionInpaintPipeline(
         vae=parts.vae,
         text_encoder=parts.text_encoder,
@@ -154,15 +154,15 @@ def test_the_model_says_which_way_it_repaints(sd):
 @pytest.mark.parametrize(
     ("image", "mask", "says"),
     [
-        (photo(), hole(16, 16), "mask is of 16x16 pixels and image of 32x32"),
-        (photo(), Image.new("L", (32, 32)), "mask is empty"),
-        (photo(), None, "came without a mask"),
+        (photo(), hole(16, 16), "mask: is 16x16 pixels and image is 32x32"),
+        (photo(), Image.new("L", (32, 32)), "mask: is empty"),
+        (photo(), None, "mask: missing"),
         (photo().convert("RGBA"), None, "mask=alpha"),
-        (photo(), "alpha", "needs an image with transparency"),
+        (photo(), "alpha", "image has no transparency"),
         (photo(), [0, 0, 33, 10], "within the image of 32x32"),
         (photo(), [0, 0, 10], "four whole numbers"),
         (None, hole(), "needs an image"),
-        ("missing.png", hole(), "missing.png was not found"),
+        ("missing.png", hole(), "image=missing.png: not found"),
         (__file__, hole(), "cannot be read as an image"),
         (np.full((32, 32, 3), 2.0), hole(), "values from 2 to 2"),
         (np.zeros((32, 32, 7)), hole(), r"the shape \(32, 32, 7\)"),
@@ -208,7 +208,7 @@ def test_one_prompt_of_its_own_seed_counts_on_over_many_images(tmp_path):
 
 def test_settings_of_inpainting_are_refused_by_a_model_that_makes_images_from_text(checkpoint):
     module = StableDiffusionModule.from_pretrained(str(checkpoint))
-    with pytest.raises(SettingsError, match=r"strength=0\.5 was given and model=text2image"):
+    with pytest.raises(SettingsError, match=r"strength=0\.5: no effect with model=text2image"):
         module.infer(PROMPT, inpaint={"strength": 0.5})
 
 

@@ -197,7 +197,7 @@ def test_metadata_says_how_it_was_made(sd, checkpoint):
         (PROMPT, {"scheduler": {"name": "ddim", "karras": True}}, ["ddim", "karras", "timestep_spacing"]),
         (PROMPT, {"latents": torch.zeros(1, 4, 9, 8)}, ["(1, 4, 9, 8)", "(1, 4, 8, 8)"]),
         (PROMPT, {"latents": torch.zeros(2, 4, 8, 8)}, ["(2, 4, 8, 8)", "(1, 4, 8, 8)"]),
-        ([PROMPT, OTHER], {"generator": sources(0, 3)}, ["3 generators", "2 images"]),
+        ([PROMPT, OTHER], {"generator": sources(0, 3)}, ["generator", "3 entries", "2 images"]),
         ([PROMPT, OTHER], {"negative_prompt": [OTHER] * 3}, ["negative_prompt", "3", "2"]),
         ([], {}, ["prompt=[]"]),
         ([3], {}, ["prompt=[3]"]),

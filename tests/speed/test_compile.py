@@ -1,4 +1,4 @@
-"""The UNet compiled for training: the gradients are those of the one that is not."""
+"""A UNet compiled for training has the gradients of an eager one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sdmodule.speed.compile import DoublingUpsample2D, compile_unet
 
 
 @pytest.mark.parametrize("size", [None, (16, 12), (15, 11)])
-def test_repeated_pixels_are_the_nearest_neighbours(size):
+def test_repeated_pixels_equal_nearest_neighbor_interpolation(size):
     layer = Upsample2D(8, use_conv=True)
     image = torch.randn(2, 8, 8, 6, requires_grad=True)
     expected = layer(image, size)
@@ -24,8 +24,9 @@ def test_repeated_pixels_are_the_nearest_neighbours(size):
     torch.testing.assert_close(torch.autograd.grad(seen.square().sum(), image)[0], gradient)
 
 
-def test_compiled_as_a_whole_it_learns_below_its_upsampling_too():
-    """By torch's own compiler, in half a minute: with the upsampling of diffusers these gradients are 0 in bfloat16."""
+@pytest.mark.slow
+def test_a_unet_compiled_as_a_whole_learns_below_its_upsampling():
+    """With torch's own compiler, in half a minute: with diffusers' upsampling these gradients are 0 in bfloat16."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=8,
@@ -40,7 +41,7 @@ def test_compiled_as_a_whole_it_learns_below_its_upsampling_too():
     compile_unet(unet, "whole")
     assert type(unet.up_blocks[0].upsamplers[0]) is DoublingUpsample2D
     for name, gradient in gradients(unet).items():
-        assert (gradient - expected[name]).norm() < 0.3 * expected[name].norm(), name  # all of it, where it is 0
+        assert (gradient - expected[name]).norm() < 0.3 * expected[name].norm(), name  # 0 would miss all of it
 
 
 def gradients(unet):
@@ -53,6 +54,6 @@ def gradients(unet):
     return {name: weight.grad.clone() for name, weight in unet.named_parameters()}
 
 
-def test_what_cannot_be_compiled_is_told(checkpoint):
-    with pytest.raises(SettingsError, match=r"model\.compile=all is not known; give one of blocks, none, whole"):
-        StableDiffusionModule(str(checkpoint), compile="all")
+def test_an_unknown_value_is_an_error(checkpoint):
+    with pytest.raises(SettingsError, match=r"training\.compile=all: unknown; choose one of blocks, none, whole"):
+        StableDiffusionModule(str(checkpoint), training={"compile": "all"})

@@ -1,4 +1,4 @@
-"""The UNet that can leave out its deep layers: whole, it is the plain one to the bit; left out, they cost nothing."""
+"""DeepCache: a whole run equals the plain UNet to the bit, and a cached one skips the deep layers."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sdmodule.errors import SettingsError
 from sdmodule.speed.deep_cache import caching
-from sdmodule.tome.settings import TokenMerging
+from sdmodule.tome.apply import apply_merging
+from sdmodule.tome.token_merging import TokenMerging
 from tests.tome.conftest import small_unet
 
 UNETS = {
     "two levels": {},
-    "three levels, of which one has no attention": {
+    "three levels, one without attention": {
         "channels": (16, 32, 64),
         "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
@@ -31,7 +32,7 @@ def inputs(rows=2, side=16):
 
 @pytest.mark.parametrize("settings", UNETS.values(), ids=list(UNETS))
 @pytest.mark.parametrize("side", [16, 13], ids=["even", "odd"])
-def test_run_whole_it_is_the_plain_one_to_the_bit(settings, side):
+def test_a_whole_run_equals_the_plain_unet_to_the_bit(settings, side):
     unet, given = small_unet(**settings), inputs(side=side)
     with torch.no_grad():
         plain = unet(*given).sample
@@ -41,7 +42,7 @@ def test_run_whole_it_is_the_plain_one_to_the_bit(settings, side):
         assert torch.equal(unet(*given).sample, plain)
 
 
-def test_it_takes_the_residuals_of_a_controlnet():
+def test_it_takes_controlnet_residuals():
     unet, given = small_unet(), inputs()
     generator = torch.Generator().manual_seed(3)
     shapes = [(32, 16), (32, 16), (32, 8), (64, 8)]
@@ -57,8 +58,8 @@ def test_it_takes_the_residuals_of_a_controlnet():
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-def test_the_deep_layers_of_the_last_run_serve_the_next(layers):
-    """For the same latents the outer layers make the same of them; for others they do most of it."""
+def test_deep_features_of_the_last_whole_run_are_used(layers):
+    """The same latents give the same result; for others the outer layers do most of the work."""
     unet, (latents, timestep, text) = small_unet(), inputs()
     other = latents + 0.05 * torch.randn(latents.shape, generator=torch.Generator().manual_seed(2))
     with torch.no_grad(), caching(unet, layers) as start_step:
@@ -73,7 +74,7 @@ def test_the_deep_layers_of_the_last_run_serve_the_next(layers):
     assert (found - wanted).norm() < 0.5 * (whole - wanted).norm() + 0.5 * wanted.norm()
 
 
-def test_a_step_without_the_deep_layers_is_less_work():
+def test_a_cached_step_takes_less_than_a_third_of_the_operations():
     unet, given = small_unet(), inputs()
 
     def operations(fresh):
@@ -87,7 +88,7 @@ def test_a_step_without_the_deep_layers_is_less_work():
     assert outer < whole / 3
 
 
-def test_where_guidance_ends_the_prompts_half_serves():
+def test_after_guidance_ends_the_prompts_half_is_used():
     unet, (latents, timestep, text) = small_unet(), inputs(rows=4)
     with torch.no_grad(), caching(unet, 1) as start_step:
         whole = unet(latents, timestep, text).sample
@@ -96,19 +97,19 @@ def test_where_guidance_ends_the_prompts_half_serves():
     assert torch.allclose(half, whole[2:], atol=1e-5)
 
 
-def test_it_is_put_back_after_an_error():
+def test_the_unet_is_restored_after_an_error():
     unet = small_unet()
     with pytest.raises(RuntimeError), torch.no_grad(), caching(unet, 1):
         unet(torch.zeros(1, 3, 16, 16), torch.tensor(1), torch.zeros(1, 77, 32))
     assert type(unet) is UNet2DConditionModel and not hasattr(unet, "deep")
 
 
-def test_with_tokens_merged():
+def test_it_works_with_token_merging():
     unet, (latents, timestep, text) = small_unet(), inputs()
     with torch.no_grad():
-        with TokenMerging().applied(unet, steps=2):
+        with apply_merging(unet, TokenMerging(), steps=2):
             merged = unet(latents, timestep, text).sample
-        with TokenMerging().applied(unet, steps=2), caching(unet, 1) as start_step:
+        with apply_merging(unet, TokenMerging(), steps=2), caching(unet, 1) as start_step:
             assert torch.equal(unet(latents, timestep, text).sample, merged)
             start_step(False)
             assert torch.equal(unet(latents, timestep, text).sample, merged)
@@ -125,7 +126,7 @@ def test_with_tokens_merged():
         ),
     ],
 )
-def test_what_cannot_be_left_out_is_named(changes, layers, words):
+def test_an_error_names_the_layers_that_cannot_be_skipped(changes, layers, words):
     with pytest.raises(SettingsError) as error, caching(small_unet(**changes), layers):
         pass
     assert all(word in str(error.value) for word in words), error.value

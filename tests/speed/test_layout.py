@@ -1,4 +1,4 @@
-"""Channels innermost: in every layer, with the same result, and as it was afterwards."""
+"""channels_last: in every layer, with the same result, and restored afterwards."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_result_is_the_same(unet):
     assert {type(part) for part in unet.modules() if isinstance(part, Transformer2DModel)} == {Transformer2DModel}
 
 
-def test_no_layer_after_the_first_is_given_another_layout(unet):
+def test_every_layer_after_the_first_gets_channels_last(unet):
     seen = {}
 
     def look(name):

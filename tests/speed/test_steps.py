@@ -1,10 +1,10 @@
-"""What each step does, settled before the first."""
+"""The plan of all steps."""
 
 from __future__ import annotations
 
 import pytest
 
-from sdmodule.speed.settings import SpeedSettings
+from sdmodule.speed.speed_settings import SpeedSettings
 from sdmodule.speed.steps import plan_steps
 
 TIMESTEPS = [901, 801, 701, 601, 501, 401, 301, 201, 101, 1]
@@ -25,7 +25,7 @@ def plans(guided=True, **settings):
         ({"guidance_interval": [0.35, 1], "cache_every": 4}, "GGGGGG----", "F---F---F-"),
     ],
 )
-def test_plans(settings, guided, fresh):
+def test_guidance_interval_and_cached_steps(settings, guided, fresh):
     assert plans(**settings) == (guided, fresh)
 
 

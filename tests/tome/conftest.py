@@ -1,4 +1,4 @@
-"""Small UNets and blocks, and tomesd's matching with given draws."""
+"""Small UNets, their inputs, and tomesd applied with a seed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def small_unet(channels=(32, 64), **changes):
 
 @contextmanager
 def tomesd_applied(unet, seed=0, **settings):
-    """The package itself, its generator seeded."""
+    """The package itself, with a seeded generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tomesd.apply_patch(unet, **settings)
@@ -46,7 +46,7 @@ def unet():
 
 @pytest.fixture
 def inputs():
-    """What the UNet is called with: a batch of two halves."""
+    """Arguments of the UNet: a batch of two halves."""
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(2, 4, 16, 16, generator=generator)
     return latents, 500, torch.randn(2, 7, 32, generator=generator)

@@ -1,4 +1,4 @@
-"""The engine ``exact`` has tomesd's result for tomesd's draws."""
+"""Engine ``exact`` has the result of tomesd for the same draws."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from tomesd.merge import bipartite_soft_matching_random2d
 
-from sdmodule.speed.attention import attention_by
-from sdmodule.speed.cpu import kernels
+from sdmodule.speed.attention import attention_backend
+from sdmodule.speed.cpu import layers
 from sdmodule.speed.cpu.autotune import TORCH
-from sdmodule.speed.cpu.kernels import FASTEST, FastestGEGLU
+from sdmodule.speed.cpu.layers import FASTEST_ATTENTION, FastestGEGLU
 from sdmodule.speed.layout import TokensInPlace
 from sdmodule.tome import apply
+from sdmodule.tome.apply import apply_merging
 from sdmodule.tome.destinations import draw_destinations
 from sdmodule.tome.exact import ExactMatching
 from sdmodule.tome.merged_block import BlockMerging, MergedBlock
 from sdmodule.tome.plan import Plan
-from sdmodule.tome.settings import TokenMerging
+from sdmodule.tome.token_merging import TokenMerging
 from tests.tome.conftest import small_unet, tomesd_applied
 
 GRIDS = [(16, 16), (33, 36), (7, 10)]
@@ -38,7 +39,7 @@ def matching(grid, ratio, stride, use_rand=True, seed=5):
 @pytest.mark.parametrize("stride", [2, 3])
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5, 0.75])
-def test_merges_and_unmerges_what_tomesd_does(ratio, grid, stride, use_rand):
+def test_merging_and_unmerging_match_tomesd(ratio, grid, stride, use_rand):
     x = tokens(grid)
     merge, unmerge = bipartite_soft_matching_random2d(
         x,
@@ -60,7 +61,7 @@ def test_merges_and_unmerges_what_tomesd_does(ratio, grid, stride, use_rand):
 
 @pytest.mark.parametrize("switches", SWITCHES)
 @pytest.mark.parametrize(("size", "stride"), [((16, 16), 2), ((33, 36), 3)])
-def test_a_unet_gives_what_it_gives_with_tomesd_step_after_step(unet, inputs, switches, size, stride):
+def test_a_unet_matches_tomesd_at_every_step(unet, inputs, switches, size, stride):
     names = ("merge_attn", "merge_crossattn", "merge_mlp")
     settings = {"ratio": 0.5, "max_downsample": 2, "sx": stride, "sy": stride, **dict(zip(names, switches))}
     _, _, text = inputs
@@ -68,13 +69,13 @@ def test_a_unet_gives_what_it_gives_with_tomesd_step_after_step(unet, inputs, sw
     with torch.no_grad():
         with tomesd_applied(unet, seed=7, **settings):
             wanted = [unet(latents, 500, text).sample for latents in steps]
-        with TokenMerging(**settings).applied(unet, [7], size, steps=3) as start_step:
+        with apply_merging(unet, TokenMerging(**settings), [7], size, steps=3) as start_step:
             for step, latents in enumerate(steps):
                 start_step(step)
                 assert torch.allclose(unet(latents, 500, text).sample, wanted[step], atol=1e-5)
 
 
-def test_the_block_of_stable_diffusion_gives_what_it_gives_with_tomesd():
+def test_a_block_of_stable_diffusion_matches_tomesd():
     """320 channels, 8 heads, text of 77 tokens of 768 channels; 64 x 64 tokens."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -92,13 +93,15 @@ def test_the_block_of_stable_diffusion_gives_what_it_gives_with_tomesd():
         assert torch.allclose(block(x, encoder_hidden_states=text), wanted, atol=1e-5)
 
 
-def test_gradients_are_those_of_tomesd(inputs):
+def test_gradients_match_tomesd(inputs):
     latents, timestep, text = inputs
     grads = []
     for ours in (False, True):
         unet = small_unet().train()
         settings = {"ratio": 0.5, "max_downsample": 2, "merge_mlp": True}
-        applied = TokenMerging(**settings).applied(unet, [7]) if ours else tomesd_applied(unet, seed=7, **settings)
+        applied = (
+            apply_merging(unet, TokenMerging(**settings), [7]) if ours else tomesd_applied(unet, seed=7, **settings)
+        )
         with applied:
             unet(latents, timestep, text).sample.square().mean().backward()
         grads.append(torch.cat([p.grad.flatten() for p in unet.parameters()]))
@@ -108,68 +111,68 @@ def test_gradients_are_those_of_tomesd(inputs):
 
 @pytest.fixture
 def in_bfloat16(unet, inputs):
-    """Of both, which then see 16 x 16 tokens."""
+    """UNet and inputs in bfloat16, with 16 x 16 tokens."""
     latents, timestep, text = inputs
     return unet.to(torch.bfloat16), (latents.bfloat16(), timestep, text.bfloat16())
 
 
 @pytest.fixture
 def tiles(monkeypatch):
-    """As if they were the fastest, of few tokens too."""
+    """Runs a kernel other than torch's, for few tokens too."""
 
-    def other(ways, shape, *given):
-        return next(way for name, way in ways.items() if name != TORCH)(*given)
+    def not_torch(kernels, shape, *inputs):
+        return next(kernel for name, kernel in kernels.items() if name != TORCH)(*inputs)
 
-    monkeypatch.setattr(kernels, "fastest", other)
-    monkeypatch.setattr(apply, "MANY", 0)
+    monkeypatch.setattr(layers, "fastest", not_torch)
+    monkeypatch.setattr(apply, "MANY_TOKENS", 0)
 
 
 @pytest.mark.parametrize("engine", ["exact", "window"])
-def test_in_bfloat16_merged_blocks_have_the_fastest_layers(in_bfloat16, tiles, engine):
+def test_in_bfloat16_merged_blocks_run_the_fastest_kernels(in_bfloat16, tiles, engine):
     unet, inputs = in_bfloat16
     before = unet.attn_processors
     with torch.no_grad():
-        with TokenMerging(engine=engine).applied(unet, [7]):
-            layers = [layer for layer in unet.modules() if isinstance(layer, MergedBlock)]
-            assert layers and all(type(layer.ff.net[0]) is FastestGEGLU for layer in layers)
-            found = {name: processor is FASTEST for name, processor in unet.attn_processors.items()}
+        with apply_merging(unet, TokenMerging(engine=engine), [7]):
+            blocks = [block for block in unet.modules() if isinstance(block, MergedBlock)]
+            assert blocks and all(type(block.ff.net[0]) is FastestGEGLU for block in blocks)
+            found = {name: processor is FASTEST_ATTENTION for name, processor in unet.attn_processors.items()}
             by_tiles = unet(*inputs).sample.float()
         assert unet.attn_processors == before
-        with attention_by(unet, "math"), TokenMerging(engine=engine).applied(unet, [7]):
+        with attention_backend(unet, "math"), apply_merging(unet, TokenMerging(engine=engine), [7]):
             by_torch = unet(*inputs).sample.float()
     assert any(found.values()) and not any(here for name, here in found.items() if "mid_block" in name)
     assert 0 < (by_tiles - by_torch).norm() < 0.05 * by_torch.norm()
 
 
-def test_few_tokens_keep_the_layers_of_torch(in_bfloat16, monkeypatch):
+def test_blocks_of_few_tokens_keep_torch_kernels(in_bfloat16, monkeypatch):
     unet, inputs = in_bfloat16
-    monkeypatch.setattr(kernels, "fastest", None)
-    with TokenMerging().applied(unet), torch.no_grad():
+    monkeypatch.setattr(layers, "fastest", None)
+    with apply_merging(unet, TokenMerging()), torch.no_grad():
         assert unet(*inputs).sample.isfinite().all()
 
 
-def test_in_bfloat16_gradients_reach_what_attention_learns(in_bfloat16, tiles):
+def test_in_bfloat16_gradients_reach_the_attention_weights(in_bfloat16, tiles):
     unet, inputs = in_bfloat16
-    with TokenMerging(max_downsample=2).applied(unet):
+    with apply_merging(unet, TokenMerging(max_downsample=2)):
         unet(*inputs).sample.float().square().mean().backward()
     assert all(layer.weight.grad.abs().sum() > 0 for name, layer in unet.named_modules() if name.endswith("to_q"))
 
 
-def test_attention_asked_for_by_name_stays(in_bfloat16):
+def test_an_attention_backend_asked_for_by_name_stays(in_bfloat16):
     unet, _ = in_bfloat16
-    with attention_by(unet, "math"):
+    with attention_backend(unet, "math"):
         asked = unet.attn_processors
-        with TokenMerging().applied(unet):
+        with apply_merging(unet, TokenMerging()):
             assert unet.attn_processors == asked
 
 
-def test_in_channels_last_tokens_stay_in_place(unet, inputs):
+def test_in_channels_last_transformers_keep_the_format(unet, inputs):
     with torch.no_grad():
-        with TokenMerging().applied(unet, [7]):
+        with apply_merging(unet, TokenMerging(), [7]):
             wanted = unet(*inputs).sample
         unet.to(memory_format=torch.channels_last)
         before = [type(part) for part in unet.modules()]
-        with TokenMerging().applied(unet, [7]):
+        with apply_merging(unet, TokenMerging(), [7]):
             assert any(isinstance(part, TokensInPlace) for part in unet.modules())
             seen = unet(*inputs).sample
     assert torch.allclose(seen, wanted, atol=1e-5)

@@ -1,15 +1,16 @@
-"""The engine ``window``: what it merges is near, similar, and as much as was asked for."""
+"""Engine ``window`` merges tokens that are near and similar, and as many as asked for."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from sdmodule.tome.apply import apply_merging
 from sdmodule.tome.blocks import transformer_blocks
 from sdmodule.tome.destinations import destination_mask, draw_destinations
 from sdmodule.tome.merged_block import BlockMerging
 from sdmodule.tome.plan import Plan
-from sdmodule.tome.settings import TokenMerging
+from sdmodule.tome.token_merging import TokenMerging
 from sdmodule.tome.window import WindowMatching
 
 
@@ -21,7 +22,7 @@ def plan_of(tokens, grid, ratio, stride=2, seed=0):
 
 
 def brute_force(tokens, grid, gone, stay):
-    """Groups of one image's tokens by the definition, window by window and token by token; 2x2 cells."""
+    """Groups of one image's tokens by definition, window by window and token by token; 2x2 cells."""
     h, w = grid
     groups = torch.arange(h * w)
     unit = tokens / tokens.norm(dim=-1, keepdim=True)
@@ -47,38 +48,38 @@ def test_merges_the_most_similar_pairs_of_each_window(ratio, grid):
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("grid", [(16, 16), (33, 36), (7, 10), (3, 3), (6, 3)])
-def test_every_merged_token_is_the_mean_of_what_it_stands_for(grid, stride):
+def test_every_merged_token_is_the_mean_of_its_tokens(grid, stride):
     ratio = (1 - 1 / stride**2) if stride > 1 else 0.0
     tokens = torch.randn(2, grid[0] * grid[1], 8, generator=torch.Generator().manual_seed(1))
     plan, matching, _ = plan_of(tokens, grid, ratio, stride)
     merged = plan.merge(tokens, 2)
-    assert merged.shape[1] == grid[0] * grid[1] - matching.windows * matching.gone
+    assert merged.shape[1] == grid[0] * grid[1] - matching.windows * matching.removed
     assert plan.counts.sum() == 2 * grid[0] * grid[1] and plan.counts.min() >= 1
     back = plan.unmerge(merged, 2)
     assert torch.allclose(back.sum(dim=1), tokens.sum(dim=1), atol=1e-4)
-    assert torch.allclose(plan.merge(back, 2), merged, atol=1e-5)  # equal tokens stay as they are
+    assert torch.allclose(plan.merge(back, 2), merged, atol=1e-5)  # equal tokens do not change
 
 
-def test_ratio_zero_is_no_merging_at_all_and_equal_tokens_lose_nothing():
+def test_equal_tokens_lose_nothing():
     tokens = torch.ones(1, 256, 8)
     plan, _, _ = plan_of(tokens, (16, 16), 0.75)
     assert torch.allclose(plan.unmerge(plan.merge(tokens, 1), 1), tokens)
 
 
-def test_what_is_not_a_number_comes_out_as_it_went_in():
+def test_nans_come_out_as_they_went_in():
     tokens = torch.full((1, 256, 8), torch.nan)
     plan, _, _ = plan_of(tokens, (16, 16), 0.5)
     assert plan.unmerge(plan.merge(tokens, 1), 1).isnan().all()
 
 
-def test_neighbours_that_are_alike_lose_little_and_whole_blocks_run_on_merged_tokens(unet, inputs):
-    """Images of smooth latents, in which neighbours are alike, as in images."""
+def test_similar_neighbors_lose_little_and_whole_blocks_run_on_merged_tokens(unet, inputs):
+    """Smooth latents, whose neighbors are similar as in real images."""
     latents, timestep, text = inputs
     smooth = torch.nn.functional.interpolate(latents[..., ::4, ::4], size=16, mode="bilinear")
 
     def output(ratio, whole):
         merging = TokenMerging(ratio=ratio, engine="window", merge_crossattn=whole, merge_mlp=whole)
-        with merging.applied(unet), torch.no_grad():
+        with apply_merging(unet, merging), torch.no_grad():
             return unet(smooth, timestep, text).sample
 
     plain = output(0.0, whole=False)
@@ -93,16 +94,16 @@ def test_neighbours_that_are_alike_lose_little_and_whole_blocks_run_on_merged_to
     assert sizes == [64, 256]
 
 
-def test_neighbouring_blocks_share_the_plan_of_the_first(unet, inputs):
+def test_blocks_of_one_part_share_the_plan_of_the_first(unet, inputs):
     latents, timestep, text = inputs
     other = latents.flip(-1)
-    with TokenMerging(engine="window", max_downsample=2).applied(unet), torch.no_grad():
+    with apply_merging(unet, TokenMerging(engine="window", max_downsample=2)), torch.no_grad():
         found = unet(other, timestep, text).sample
-    with TokenMerging(engine="window", max_downsample=2).applied(unet), torch.no_grad():
+    with apply_merging(unet, TokenMerging(engine="window", max_downsample=2)), torch.no_grad():
         parts: dict[int, list[BlockMerging]] = {}
         for placed in transformer_blocks(unet):
             parts.setdefault(placed.part, []).append(placed.block.merging)
-        for images in (latents, latents[:1], other):  # as where guidance ends, and for other images
+        for images in (latents, latents[:1], other):  # when guidance ends, and for other images
             merged = unet(images, timestep, text[: len(images)]).sample
             for first, *others in parts.values():
                 h, w = first.matching.grid
@@ -112,10 +113,10 @@ def test_neighbouring_blocks_share_the_plan_of_the_first(unet, inputs):
     assert any(len(merging) > 1 for merging in parts.values())
 
 
-def test_a_block_whose_leader_does_not_run_plans_for_itself(unet, inputs):
-    """As in DeepCache, and as where a block is called again for its gradients."""
+def test_a_block_whose_leader_is_skipped_makes_its_own_plan(unet, inputs):
+    """With DeepCache, and when activation checkpointing calls a block again."""
     latents, timestep, text = inputs
-    with TokenMerging(engine="window", max_downsample=2).applied(unet, steps=2) as start_step:
+    with apply_merging(unet, TokenMerging(engine="window", max_downsample=2), steps=2) as start_step:
         with torch.no_grad():
             unet(latents, timestep, text)
         follower = next(p.block.merging for p in transformer_blocks(unet) if p.block.merging.leader is not None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +18,13 @@ from PIL import Image
 
 from sdmodule.callbacks.latent_cache import LatentCache
 from sdmodule.cli.main import train_main
-from sdmodule.conditioning.inpaint import convert_to_inpaint
+from sdmodule.components.inpaint_unet import convert_to_inpaint
 from sdmodule.data.toy.dataset import ShapesDataModule
 from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
+from sdmodule.training.inpaint import InpaintTraining
+from sdmodule.training.loss import Conditions, denoising_errors, mask_channels
+from sdmodule.training.objective import Noise
 from tests.fitting import fit
 
 PROMPT = "a blue star on a white background"
@@ -35,8 +37,9 @@ def fast(parameters) -> torch.optim.Optimizer:
 @pytest.fixture
 def build(checkpoint: Path):
     def make(**settings) -> StableDiffusionModule:
+        inpaint = {"convert": True, **settings}
         return StableDiffusionModule(
-            str(checkpoint), task="inpaint", optimizer=fast, sampling={"steps": 2}, **{"convert": True, **settings}
+            str(checkpoint), task="inpaint", optimizer=fast, sampling={"steps": 2}, training={"inpaint": inpaint}
         )
 
     return make
@@ -53,9 +56,10 @@ def test_the_loss_is_that_of_the_paper_on_nine_channels(build):
     module.setup("fit")
     image = torch.rand(2, 3, 32, 32) * 2 - 1
     batch = {"image": image, "mask": (torch.rand(2, 1, 32, 32) < 0.3).float()}
-    channels = module.mask_channels(batch, torch.Generator().manual_seed(1), whole=0.0)
+    channels = mask_channels(module.vae, batch, torch.Generator().manual_seed(1), InpaintTraining(full_mask_share=0.0))
     latents, noise, timesteps = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([3, 800])
-    errors = module.denoising_errors(latents, (noise, noise), timesteps, [PROMPT, ""], channels)
+    conditions = Conditions(module.encode_captions([PROMPT, ""]), channels)
+    errors = denoising_errors(module.parts, latents, Noise(noise, noise), timesteps, conditions)
 
     parts = module.parts
     posterior = parts.vae.encode(image * (batch["mask"] < 0.5)).latent_dist
@@ -77,8 +81,8 @@ def test_training_begins_as_the_ordinary_model_and_learns_of_the_mask(build):
 
 
 def test_the_hole_can_count_for_more(build):
-    def loss(hole_weight: float) -> float:
-        module = build(hole_weight=hole_weight, whole_masks=0.0)
+    def loss(weight: float) -> float:
+        module = build(masked_area_weight=weight, full_mask_share=0.0)
         return train_on_scenes(module, 1).callback_metrics["train/loss"].item()
 
     assert loss(1.0) == loss(1.0) != loss(5.0)
@@ -101,16 +105,16 @@ def test_cached_images_can_be_masked_anew_at_every_step(build, tmp_path):
 
 
 def test_an_ordinary_unet_is_not_trained_to_inpaint_without_a_word(build, checkpoint):
-    with pytest.raises(SettingsError, match=r"4 channels .* model\.convert=true"):
+    with pytest.raises(SettingsError, match=r"4 channels .* training\.inpaint\.convert=true"):
         train_on_scenes(build(convert=False), 1)
     with pytest.raises(SettingsError, match="use model=inpaint"):
-        StableDiffusionModule(str(checkpoint), convert=True)
+        StableDiffusionModule(str(checkpoint), training={"inpaint": {"convert": True}})
 
 
-@pytest.mark.parametrize("settings", [{"whole_masks": 1.5}, {"hole_weight": 0}, {"convert": 1}])
+@pytest.mark.parametrize("settings", [{"full_mask_share": 1.5}, {"masked_area_weight": 0}, {"convert": 1}])
 def test_settings_out_of_range_are_refused(build, settings):
     [(name, value)] = settings.items()
-    with pytest.raises(SettingsError, match=f"model.{name}={value} is not allowed"):
+    with pytest.raises(SettingsError, match=f"training.inpaint.{name}={value}: must be"):
         build(**settings)
 
 
@@ -131,25 +135,22 @@ def photos(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def train(monkeypatch, capfd, checkpoint, tmp_path):
+def train(call, checkpoint, tmp_path):
     def run(*arguments: str) -> tuple[int, str]:
         settings = ["model=inpaint", f"pretrained={checkpoint}", "resolution=32", f"output_dir={tmp_path / 'out'}"]
-        monkeypatch.setattr(sys, "argv", ["command", *settings, *arguments])
-        try:
-            train_main()
-        except SystemExit as end:
-            return int(end.code or 0), capfd.readouterr().err
-        return 0, capfd.readouterr().err
+        status, _, errors = call(train_main, *settings, *arguments)
+        return status, errors
 
     return run
 
 
 def test_the_command_reports_the_hole_and_what_is_around_it_and_diffusers_repaints_alike(train, photos, tmp_path):
-    settings = ["model.convert=true", "trainer.max_steps=3", "+steps=2", "data.batch_size=2", "model.optimizer.lr=1e-2"]
+    settings = ["training.inpaint.convert=true", "trainer.max_steps=3", "+steps=2", "data.batch_size=2"]
+    settings.append("model.optimizer.lr=1e-2")
     assert train(f"data.root={photos}", *settings) == (0, "")
     out = tmp_path / "out"
     figures = [row for row in csv.DictReader((out / "metrics.csv").open()) if row["val/loss"]]
-    whole, hole, kept = (float(figures[-1][f"val/loss{part}"]) for part in ("", "_hole", "_kept"))
+    whole, hole, kept = (float(figures[-1][f"val/loss{part}"]) for part in ("", "_masked_area", "_unmasked_area"))
     assert min(hole, kept) < whole < max(hole, kept)
     with Image.open(out / "samples" / "000003.png") as sheet:
         assert sheet.width > 3 * 192  # each image beside what is masked and what was made of it
@@ -171,11 +172,11 @@ def test_the_command_reports_the_hole_and_what_is_around_it_and_diffusers_repain
 
 def test_an_ordinary_checkpoint_is_refused_before_anything_is_written(train, photos, tmp_path):
     status, complaint = train(f"data.root={photos}", "trainer.max_steps=1")
-    assert status == 1 and "model.convert=true" in complaint and len(complaint.splitlines()) == 1
+    assert status == 1 and "training.inpaint.convert=true" in complaint and len(complaint.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("given", [["model.convert=true"], ["model=text2image", "objective.masked=true"]])
+@pytest.mark.parametrize("given", [["training.inpaint.convert=true"], ["model=text2image", "objective.masked=true"]])
 def test_masks_of_some_images_alone_are_told_of_before_anything_is_written(train, photos, tmp_path, given):
     bare = tmp_path / "bare"
     bare.mkdir()

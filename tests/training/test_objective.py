@@ -13,6 +13,7 @@ from sdmodule.diffusion.loss_weighting import WEIGHTINGS
 from sdmodule.diffusion.noising import PREDICTION_TYPES, pseudo_huber, target
 from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
+from sdmodule.training.loss import Conditions, denoising_errors, spatial_loss_weights
 from sdmodule.training.objective import SQUARED_ERROR, Objective
 
 LATENTS = torch.zeros(2, 4, 32, 32)
@@ -62,7 +63,8 @@ def test_every_combination_trains_with_a_finite_loss(checkpoint, settings):
     latents = torch.randn(4, 4, 8, 8, generator=generator())
     timesteps = torch.tensor([0, 1, 500, 999])
     noise = sd.objective.draw_noise(latents, generator(1))
-    errors = sd.denoising_errors(latents, noise, timesteps, ["a star"] * 4, objective=sd.objective)
+    conditions = Conditions(sd.encode_captions(["a star"] * 4))
+    errors = denoising_errors(sd.parts, latents, noise, timesteps, conditions, sd.objective)
     errors.mean().backward()
     assert errors.isfinite().all() and sd.unet.conv_in.weight.grad.isfinite().all()
 
@@ -93,30 +95,30 @@ def test_every_combination_is_its_closed_form_on_a_case_made_by_hand(settings):
 
 def test_the_schedule_of_zero_terminal_snr_is_that_of_the_paper(checkpoint):
     """Lin et al. 2023, algorithm 1: square roots shifted so that the last is 0, scaled so that the first stays."""
-    plain = StableDiffusionModule(str(checkpoint)).alphas_cumprod.double().sqrt()
+    plain = StableDiffusionModule(str(checkpoint)).parts.scheduler.alphas_cumprod.double().sqrt()
     ours = StableDiffusionModule(
         str(checkpoint), objective={"prediction_type": "v_prediction", "zero_terminal_snr": True}
-    ).alphas_cumprod
+    ).parts.scheduler.alphas_cumprod
     wanted = ((plain - plain[-1]) * plain[0] / (plain[0] - plain[-1])).square()
     torch.testing.assert_close(ours.double(), wanted, rtol=1e-4, atol=1e-6)
     assert ours[-1] == 0
 
 
-def test_the_loss_counts_where_the_mask_is_white(checkpoint):
-    sd = StableDiffusionModule(str(checkpoint), objective={"masked": True})
+def test_the_loss_counts_where_the_mask_is_white():
+    objective = Objective(masked=True)
     errors = torch.rand(2, 1, 8, 8, generator=generator())
     mask = torch.zeros(2, 1, 32, 32)
     mask[:, :, :16] = 1
-    weights = sd.spatial_loss_weights({"mask": mask}, errors, None)
+    weights = spatial_loss_weights(errors, {"mask": mask}, None, objective)
     assert torch.equal(weights[:, :, :4], torch.ones(2, 1, 4, 8)) and not weights[:, :, 4:].any()
-    with pytest.raises(SettingsError, match=r"objective\.masked=true and the data has no masks"):
-        sd.spatial_loss_weights({}, errors, None)
+    with pytest.raises(SettingsError, match=r"objective\.masked=true: the data has no masks"):
+        spatial_loss_weights(errors, {}, None, objective)
 
 
 def test_what_is_exported_is_sampled_as_it_was_trained(checkpoint, tmp_path):
     objective = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
     sd = StableDiffusionModule(str(checkpoint), objective=objective, sampling={"steps": 2, "scheduler": "euler"})
-    assert sd.alphas_cumprod[-1] == 0
+    assert sd.parts.scheduler.alphas_cumprod[-1] == 0
     sd.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
     assert (config["prediction_type"], config["timestep_spacing"]) == ("v_prediction", "trailing")
@@ -128,13 +130,13 @@ def test_what_is_exported_is_sampled_as_it_was_trained(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"prediction_type": "flow"}, "prediction_type=flow is not known"),
-        ({"weighting": "snr"}, "weighting=snr is not known"),
-        ({"snr_gamma": 0}, "snr_gamma=0 is not allowed"),
-        ({"noise_offset": -1}, "noise_offset=-1 is not allowed"),
-        ({"input_perturbation": "much"}, "input_perturbation=much is not allowed"),
-        ({"huber_delta": 0}, "huber_delta=0 is not allowed"),
-        ({"masked": 1}, "masked=1 is not allowed"),
+        ({"prediction_type": "flow"}, "prediction_type=flow: unknown; choose one of epsilon"),
+        ({"weighting": "snr"}, "weighting=snr: unknown; choose one of debiased"),
+        ({"snr_gamma": 0}, "snr_gamma=0: must be a number greater than 0"),
+        ({"noise_offset": -1}, "noise_offset=-1: must be a number of at least 0"),
+        ({"input_perturbation": "much"}, "input_perturbation=much: must be a number of at least 0"),
+        ({"huber_delta": 0}, "huber_delta=0: must be a number greater than 0"),
+        ({"masked": 1}, "masked=1: must be true or false"),
         ({"zero_terminal_snr": True}, "set objective.prediction_type=v_prediction"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from importlib.util import find_spec
 
@@ -35,11 +36,13 @@ def test_adam_is_fused_where_nothing_else_is_said(make, precision, fused):
     assert (weight < 1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16", "16-mixed"])
 def test_gradients_of_a_fused_optimizer_are_clipped_in_mixed_precision(call, checkpoint, photos, tmp_path, precision):
     """With a limit of almost nothing, AdamW's first step is one of its epsilon: the weights stay where they are."""
     settings = [f"data.root={photos}", f"pretrained={checkpoint}", "trainer.max_steps=1", "callbacks=[export]"]
     settings += [f"trainer.precision={precision}", "model.optimizer.lr=0.1", "model.optimizer.weight_decay=0"]
+    settings += ["trainer.limit_val_batches=0", "logger=none"]
 
     def trained(limit):
         folder = tmp_path / str(limit)
@@ -58,7 +61,7 @@ def test_other_optimizers_are_as_they_are():
 
 def test_activations_computed_again_give_the_same_gradients(checkpoint):
     def gradients(which):
-        module = StableDiffusionModule(str(checkpoint), checkpointing=which)
+        module = StableDiffusionModule(str(checkpoint), training={"checkpointing": which})
         batch = {"image": torch.zeros(2, 3, 32, 32), "caption": ["a", "b"]}
         module.log = lambda *_, **__: None
         module.training_step(batch, 0).backward()
@@ -73,8 +76,8 @@ def test_activations_computed_again_give_the_same_gradients(checkpoint):
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="the package is there")
 def test_wrong_values_are_told(call, checkpoint, photos, tmp_path):
-    with pytest.raises(SettingsError, match=r"model\.checkpointing=some"):
-        StableDiffusionModule(str(checkpoint), checkpointing="some")
+    with pytest.raises(SettingsError, match=r"training\.checkpointing=some"):
+        StableDiffusionModule(str(checkpoint), training={"checkpointing": "some"})
     settings = [f"data.root={photos}", f"pretrained={checkpoint}", f"output_dir={tmp_path / 'out'}"]
     status, _, complaint = call(train_main, *settings, "model.optimizer._target_=bitsandbytes.optim.AdamW8bit")
     assert status == 1 and "pip install 'sdmodule[bitsandbytes]'" in complaint and "Traceback" not in complaint
@@ -96,8 +99,8 @@ SHORT = f"model.lr_scheduler={{_target_: {SCHEDULERS}.OneCycleLR, _partial_: tru
         ("model.optimizer.lr=-1", "these settings cannot be used"),
         ("+model.optimizer.speed=1", "these settings cannot be used"),
         (SCHEDULE, "these settings cannot be used"),
-        (PLATEAU, "ReduceLROnPlateau follows a figure"),
-        (SHORT, "OneCycleLR ends after 999 steps and trainer.max_steps=1000"),
+        (PLATEAU, "ReduceLROnPlateau follows a metric"),
+        (SHORT, "OneCycleLR ends after 999 of trainer.max_steps=1000"),
     ],
 )
 def test_settings_that_an_optimizer_does_not_take_are_told_of_before_anything_is_written(
@@ -128,6 +131,31 @@ APART = ["tuning.text_encoder=true", "tuning.text_encoder_lr=1e-5"]
 STEPS = f"model.lr_scheduler={{_target_: {SCHEDULERS}.StepLR, _partial_: true, step_size: 1}}"
 
 
+def small(checkpoint, photos, out):
+    common = [f"pretrained={checkpoint}", f"data.root={photos}", f"output_dir={out}", "resolution=32"]
+    return [*common, "callbacks=[checkpoint]", "logger=none", "trainer.limit_val_batches=1"]
+
+
+@pytest.fixture(scope="module")
+def trainings():
+    return {}
+
+
+@pytest.fixture
+def trained(call, checkpoint, photos, trainings, tmp_path_factory):
+    """The folder of a training of two steps, made once for each list of settings."""
+
+    def train(settings):
+        key = tuple(settings)
+        if key not in trainings:
+            out = tmp_path_factory.mktemp("trained") / "out"
+            assert call(train_main, *small(checkpoint, photos, out), "trainer.max_steps=2", *settings)[0] == 0
+            trainings[key] = out
+        return trainings[key]
+
+    return train
+
+
 def one_cycle(steps: int) -> str:
     return SHORT.replace("999", str(steps))
 
@@ -138,32 +166,35 @@ def one_cycle(steps: int) -> str:
         (["tuning.text_encoder=true", "tuning.text_encoder_lr=1e-5"], ["tuning.text_encoder=true"], "is not AdamW"),
         ([], ["model.optimizer._target_=torch.optim.Adagrad", "~model.optimizer.betas"], "is not Adagrad"),
         ([], ["model.optimizer._target_=torch.optim.Adamax"], "is not Adamax"),
-        ([one_cycle(2)], [one_cycle(4)], "OneCycleLR ends after 2 steps and trainer.max_steps=4"),
-        ([], ["model.optimizer.lr=2e-5"], "model.optimizer.lr=2e-05 was given, and the checkpoint goes on with 1e-05"),
-        ([], ["model.optimizer.weight_decay=0"], "goes on with 0.01; give 0.01"),
-        (APART, [APART[0], "tuning.text_encoder_lr=1e-6"], "tuning.text_encoder_lr=1e-06 was given, and the"),
-        ([STEPS], ["model.optimizer.lr=2e-5", STEPS], "model.optimizer.lr=2e-05 was given, and the checkpoint"),
+        ([one_cycle(2)], [one_cycle(4)], "trainer.max_steps=4: the checkpoint's OneCycleLR ends after 2 steps"),
+        ([], ["model.optimizer.lr=2e-5"], "model.optimizer.lr=2e-05: the checkpoint has 1e-05"),
+        ([], ["model.optimizer.weight_decay=0"], "keeps it; give 0.01"),
+        (APART, [APART[0], "tuning.text_encoder_lr=1e-6"], "tuning.text_encoder_lr=1e-06: the"),
+        ([STEPS], ["model.optimizer.lr=2e-5", STEPS], "model.optimizer.lr=2e-05: the checkpoint"),
         (
             [STEPS],
             [STEPS.replace("1}", "9}")],
-            "step_size=9 was given, and the checkpoint goes on with 1",
+            "step_size=9: the checkpoint has 1",
         ),
-        ([STEPS], [], "trained with a model.lr_scheduler, and none is given"),
-        ([], [STEPS], "trained without a model.lr_scheduler, and one is given"),
+        ([STEPS], [], "the checkpoint was trained with one, and none is given"),
+        ([], [STEPS], "the checkpoint was trained without one"),
     ],
     ids=[
         *("groups", "optimizer", "optimizer of the same settings", "schedule", "rate", "decay", "rate of the words"),
         *("rate of a schedule", "settings of a schedule", "no schedule", "a new schedule"),
     ],
 )
-def test_a_checkpoint_of_another_optimizer_is_told_of(checkpoint, photos, tmp_path, call, before, after, words):
-    common = [f"pretrained={checkpoint}", f"data.root={photos}", f"output_dir={tmp_path / 'out'}", "resolution=32"]
-    common += ["callbacks=[checkpoint]"]
-    assert call(train_main, *common, "trainer.max_steps=2", *before)[0] == 0
-    same = [*common, "trainer.max_steps=4", "ckpt_path=last"]
-    held = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")}
+def test_a_checkpoint_of_another_optimizer_is_told_of(checkpoint, photos, trained, call, before, after, words):
+    out = trained(before)
+    same = [*small(checkpoint, photos, out), "trainer.max_steps=4", "ckpt_path=last"]
+    held = {file: file.stat().st_mtime_ns for file in out.rglob("*")}
     status, _, error = call(train_main, *same, *after)
-    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")} == held, "nothing is written"
+    assert {file: file.stat().st_mtime_ns for file in out.rglob("*")} == held, "nothing is written"
     assert status == 1 and words in error and error.count("\n") == 1 and "Traceback" not in error
-    if before != [one_cycle(2)]:
-        assert call(train_main, *same, *before)[0] == 0
+
+
+@pytest.mark.parametrize("settings", [[], APART, [STEPS]], ids=["rate", "two rates", "schedule"])
+def test_a_checkpoint_of_the_same_optimizer_is_resumed(checkpoint, photos, trained, tmp_path, call, settings):
+    out = shutil.copytree(trained(settings), tmp_path / "out")
+    common = small(checkpoint, photos, out)
+    assert call(train_main, *common, "trainer.max_steps=4", "ckpt_path=last", *settings)[0] == 0

@@ -91,7 +91,7 @@ def assert_equal_gradients(ours: torch.nn.Module, theirs: torch.nn.Module) -> No
 @pytest.mark.parametrize("text_encoder", [False, True], ids=["unet", "unet and text encoder"])
 def test_full_training(checkpoint, batch, draws, text_encoder):
     tuning = {"kind": "full", "text_encoder": text_encoder}
-    module = StableDiffusionModule(str(checkpoint), tuning=tuning, caption_dropout=0.0)
+    module = StableDiffusionModule(str(checkpoint), tuning=tuning, objective={"caption_dropout": 0.0})
     plain = Plain(checkpoint)
     plain.unet.requires_grad_(True)
     plain.text_encoder.requires_grad_(text_encoder)
@@ -105,7 +105,7 @@ def test_full_training(checkpoint, batch, draws, text_encoder):
 
 def test_lora_training(checkpoint, batch, draws):
     tuning = {"kind": "lora", "rank": 4, "alpha": 8, "text_encoder": True}
-    module = StableDiffusionModule(str(checkpoint), tuning=tuning, caption_dropout=0.0)
+    module = StableDiffusionModule(str(checkpoint), tuning=tuning, objective={"caption_dropout": 0.0})
     plain = Plain(checkpoint)
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
     plain.unet.add_adapter(LoraConfig(r=4, lora_alpha=8, init_lora_weights="gaussian", target_modules=targets))
@@ -126,7 +126,7 @@ def test_lora_training(checkpoint, batch, draws):
 
 
 def test_controlnet_training(checkpoint, batch, draws):
-    module = StableDiffusionModule(str(checkpoint), tuning={"kind": "controlnet"}, caption_dropout=0.0)
+    module = StableDiffusionModule(str(checkpoint), tuning={"kind": "controlnet"}, objective={"caption_dropout": 0.0})
     plain = Plain(checkpoint)
     controlnet = ControlNetModel.from_unet(plain.unet, conditioning_embedding_out_channels=(16, 32, 96))
     untouched = controlnet.state_dict()

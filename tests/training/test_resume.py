@@ -23,26 +23,26 @@ def test_last_is_the_newest(run: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "flipped"])
-def test_last_passes_over_a_broken_one_and_says_so(run: Path, how: str) -> None:
+def test_last_skips_a_corrupt_checkpoint_with_a_warning(run: Path, how: str) -> None:
     broken = run / "checkpoints/step=20.ckpt"
     content = bytearray(broken.read_bytes())
     content[len(content) // 2] ^= 0xFF
     broken.write_bytes({"truncated": content[:-100], "empty": b"", "flipped": content}[how])
-    with pytest.warns(UserWarning, match="step=20.ckpt is broken"):
+    with pytest.warns(UserWarning, match="step=20.ckpt is corrupt"):
         assert find_checkpoint("last", run, 100) == str(run / "checkpoints/step=10.ckpt")
 
 
 def test_last_without_any_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"found no checkpoint in .*output_dir"):
+    with pytest.raises(SettingsError, match=r"no intact checkpoint in .*output_dir"):
         find_checkpoint("last", tmp_path, 100)
 
 
 @pytest.mark.parametrize(
     ("path", "steps", "message"),
     [
-        ("none.ckpt", 100, "none.ckpt was not found"),
-        ("broken.ckpt", 100, "is no whole checkpoint of a training run"),
-        ("checkpoints/step=20.ckpt", 20, "is of step 20 and trainer.max_steps=20"),
+        ("none.ckpt", 100, "none.ckpt: not found"),
+        ("broken.ckpt", 100, "is corrupt or not a training checkpoint"),
+        ("checkpoints/step=20.ckpt", 20, "is at step 20 of trainer.max_steps=20"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_resumed_is_told_of(run: Path, path: str, steps: int, message: str) -> None:

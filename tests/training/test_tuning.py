@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from sdmodule.callbacks.checkpoint import TrainingCheckpoint
 from sdmodule.callbacks.ema import EMA
 from sdmodule.cli.main import predict_main, train_main
-from sdmodule.components.checkpoint import ASSETS
+from sdmodule.components.source import ASSETS
 from sdmodule.data.datamodule import ImageFolderDataModule
 from sdmodule.data.dreambooth import DreamBoothDataModule
 from sdmodule.diffusion.noising import prior_preservation_loss
@@ -158,7 +158,7 @@ def test_a_controlnet_from_the_training_to_an_image(checkpoint, photos, tmp_path
     sample(call, checkpoint, tmp_path / "made", f"controlnet={export}", f"control={photos / '1.png'}")
 
 
-@pytest.mark.parametrize("settings", [["tuning=controlnet"], ["model=inpaint", "model.convert=true"]])
+@pytest.mark.parametrize("settings", [["tuning=controlnet"], ["model=inpaint", "training.inpaint.convert=true"]])
 def test_images_of_several_sizes_are_sampled_at_the_end(checkpoint, photos, tmp_path, call, settings):
     Image.new("RGB", (64, 32)).save(photos / "5.png")
     settings = [*settings, "data.buckets=true", "data.batch_size=1", "callbacks.samples.num_prompts=6"]
@@ -225,7 +225,7 @@ def test_of_pairs_where_the_thing_has_a_mask_all_of_the_kind_counts(photos, tmp_
     Image.new("RGB", (40, 40), "white").save(tmp_path / "kind.png")
     kind = {"class_prompt": "a kind", "class_images": 1, "class_root": str(tmp_path)}
     data = DreamBoothDataModule(str(photos), "a sks", **kind, resolution=32, batch_size=1, val_fraction=0)
-    with pytest.warns(UserWarning, match="left out 5 images not named"):
+    with pytest.warns(UserWarning, match=r"left out images that .* does not list: 1\.png, 2\.png, 3\.png and 2 more"):
         data.setup("fit")
     [batch] = data.train_dataloader()
     assert batch["mask"].shape == (2, 1, 32, 32) and batch["mask"].mean(dim=(1, 2, 3)).tolist() == [0, 1]
@@ -247,16 +247,16 @@ def test_images_of_the_kind_are_made_where_there_is_no_good_one(photos, tmp_path
     shutil.copy(photos / "1.png", kind)
     for name in ("2.png", "prior-00000.png"):
         (kind / name).write_text("broken")
-    with pytest.raises(SettingsError, match=r"data\.class_root=.* has 2 files that are no readable images: 2\.png"):
+    with pytest.raises(SettingsError, match=r"data\.class_root=.* unreadable images: 2\.png"):
         files()
-    with pytest.warns(UserWarning, match=r"data\.class_root: skipped 2 unreadable images"):
+    with pytest.warns(UserWarning, match=r"data\.class_root: skipped unreadable images: 2\.png, prior-00000\.png"):
         assert files(skip_bad=True) == ["1.png", "prior-00001.png", "prior-00002.png"]
 
 
 def test_images_of_the_kind_beyond_their_number_are_told_of(photos, tmp_path):
     kind = {"class_prompt": "a dog", "class_images": 4, "class_root": str(photos)}
     data = DreamBoothDataModule(str(photos), "a sks dog", **kind, resolution=32, batch_size=2, val_fraction=0)
-    with pytest.warns(UserWarning, match=r"class_images=4: 2 of the 6 .* not used; data\.class_images=6 takes"):
+    with pytest.warns(UserWarning, match=r"class_images=4: 2 of the 6 .* not used; set data\.class_images=6 to use"):
         data.setup()
     assert len(data.priors) == 4
 
@@ -267,7 +267,7 @@ def test_a_size_of_no_whole_latents_is_told_of_before_anything_is_written(checkp
     given = [f"pretrained={checkpoint}", f"data.root={photos}", "resolution=[32,38]", f"output_dir={out}"]
     status, _, error = call(train_main, f"model={model}", "callbacks=[]", *given)
     assert status == 1 and error.count("\n") == 1 and not out.exists()
-    assert "resolution=32x38 is not allowed (height x width); give multiples of 4, such as 36 or 40" in error
+    assert "resolution=32x38 (height x width): must be multiples of 4, such as 36 or 40" in error
 
 
 def test_dreambooth_without_who_makes_the_images_of_the_kind(checkpoint, photos, tmp_path, call):
@@ -275,7 +275,8 @@ def test_dreambooth_without_who_makes_the_images_of_the_kind(checkpoint, photos,
     command += ["data.class_prompt=a star", f"data.made_in={tmp_path / 'prior'}", f"output_dir={tmp_path / 'out'}"]
     status, _, complaint = call(train_main, *command)
     assert status == 1 and "add prior to callbacks" in complaint and len(complaint.splitlines()) == 1
-    status, _, complaint = call(train_main, *command, "model=inpaint", "model.convert=true", "callbacks=[prior]")
+    inpaint = ["model=inpaint", "training.inpaint.convert=true"]
+    status, _, complaint = call(train_main, *command, *inpaint, "callbacks=[prior]")
     assert status == 1 and "model=text2image alone" in complaint and len(complaint.splitlines()) == 1
     assert not (tmp_path / "out").exists() and not (tmp_path / "prior").exists()
 
@@ -286,8 +287,8 @@ def test_dreambooth_without_who_makes_the_images_of_the_kind(checkpoint, photos,
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"placeholder": "red", "initializer": "star"}, "red is a word that the model has already"),
-        ({"placeholder": "my cat", "initializer": "star"}, "cannot stand in a prompt"),
+        ({"placeholder": "red", "initializer": "star"}, "placeholder=red: already in the vocabulary"),
+        ({"placeholder": "my cat", "initializer": "star"}, "placeholder=my cat: cannot be one word of a prompt"),
         ({"placeholder": WORD, "initializer": "star circle square"}, "give a text of 1 to 1 tokens"),
         ({"placeholder": WORD, "initializer": "star", "vectors": 0}, "vectors=0"),
         ({"placeholder": WORD}, "needs tuning.initializer"),
@@ -319,8 +320,8 @@ def test_a_new_word_starts_as_its_initializer_and_leaves_other_prompts_alone(che
     tuning = {"kind": "textual_inversion", "placeholder": WORD, "initializer": "star"}
     module, plain = StableDiffusionModule(str(checkpoint), tuning=tuning), StableDiffusionModule(str(checkpoint))
     with torch.no_grad():
-        assert torch.equal(module.encode_prompts([f"a red {WORD}"]), plain.encode_prompts(["a red star"]))
-        assert torch.equal(module.encode_prompts(["a blue circle"]), plain.encode_prompts(["a blue circle"]))
+        assert torch.equal(module.encode_captions([f"a red {WORD}"]), plain.encode_captions(["a red star"]))
+        assert torch.equal(module.encode_captions(["a blue circle"]), plain.encode_captions(["a blue circle"]))
 
 
 def test_a_word_of_the_web_ui_is_called_as_its_file(checkpoint, tmp_path):
@@ -329,7 +330,7 @@ def test_a_word_of_the_web_ui_is_called_as_its_file(checkpoint, tmp_path):
         str(checkpoint), adapters=[{"path": str(tmp_path / "mycat.safetensors")}]
     )
     assert len(sd.parts.tokenizer("a mycat", add_special_tokens=False).input_ids) == 2
-    assert not torch.equal(sd.encode_prompts(["a mycat"]), sd.encode_prompts(["a star"]))
+    assert not torch.equal(sd.encode_captions(["a mycat"]), sd.encode_captions(["a star"]))
     for wrong, message in ((torch.randn(3, 31), "takes 1 to 75 vectors of 32"), (torch.randn(1, 2, 3), "neither")):
         save_file({"emb_params": wrong}, tmp_path / "wrong.safetensors")
         with pytest.raises(SettingsError, match=message):

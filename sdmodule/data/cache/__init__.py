@@ -1,1 +1,1 @@
-"""Latents and text embeddings that are computed once."""
+"""Latents and text embeddings that are computed once and read from disk."""

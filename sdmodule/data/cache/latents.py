@@ -1,4 +1,4 @@
-"""Training data of which the frozen models' part is done: moments of latents, and embeddings of captions."""
+"""Data sets whose frozen part is precomputed: moments of latents, and embeddings of captions."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch.utils.data import Dataset
 from typing_extensions import override
 
 from sdmodule.data.cache.tensor_store import TensorStore
-from sdmodule.data.toy.dataset import View
+from sdmodule.data.example import View
 from sdmodule.io.fingerprint import fingerprint
 
 FORM = "cover, bicubic, centre, 1"
-"""How images are brought to their size; another number makes all cached moments anew."""
+"""How images are resized; part of every key, so a new number at the end recomputes all cached moments."""
 
 
 class ImageDataset(Protocol):
-    """Captioned images that can be cached.
+    """A data set of captioned images whose latents can be cached.
 
     Attributes:
-        center_crop: whether the part of an image that is shown is always the same.
-        random_flip: whether images are mirrored at times.
+        center_crop: whether the crop of an image is always the same.
+        random_flip: whether images are flipped at random.
     """
 
     center_crop: bool
@@ -31,37 +31,37 @@ class ImageDataset(Protocol):
 
     @property
     def fixed_captions(self) -> bool:
-        """Whether an image has the same caption each time."""
+        """Whether an image has the same caption in every epoch."""
         ...
 
     def __len__(self) -> int: ...
 
     def size_of(self, index: int) -> tuple[int, int]:
-        """Height and width that an image is shown in."""
+        """Height and width of an image as the model sees it."""
         ...
 
     def content(self, index: int) -> str:
-        """Names what an image shows; another name, another image."""
+        """A key of an image's content; it changes when the image does."""
         ...
 
     def caption(self, index: int) -> str:
-        """What an image is said to show."""
+        """The caption of an image."""
         ...
 
     def view(self, index: int) -> View:
-        """How an image is shown in this epoch."""
+        """The view of an image in this epoch."""
         ...
 
     def seen(self, index: int, view: View) -> dict[str, Tensor]:
-        """An image as it is shown, ``image`` ``[3, H, W]`` in [-1, 1]."""
+        """The tensors of an image in a view; ``image`` is ``[3, H, W]`` in [-1, 1]."""
         ...
 
 
 class CaptionedMoments(TypedDict, total=False):
     """One training example: ``moments`` is mean and standard deviation of the latents, ``[8, h, w]``.
 
-    For inpainting the image stands beside them, since each step masks and encodes it in another way; for a ControlNet
-    its control image does, and for a masked loss its mask.
+    The other entries are those of `CaptionedImage`. They are there for inpainting, which masks and encodes the image
+    again at every step, for a ControlNet, and for a masked loss.
     """
 
     moments: Required[Tensor]
@@ -72,18 +72,18 @@ class CaptionedMoments(TypedDict, total=False):
 
 
 def moments_keys(content: str, size: tuple[int, int], random_flip: bool) -> list[str]:
-    """The keys of an image's moments: as it is, and, if it is mirrored at times, mirrored."""
+    """The store's keys of an image's moments: as it is and, with ``random_flip``, flipped."""
     return [fingerprint(content, size, FORM, mirrored) for mirrored in ([False, True] if random_flip else [False])]
 
 
 class CachedMomentsDataset(Dataset[CaptionedMoments]):
-    """Images whose moments are on disk, read as they are needed.
+    """Images whose moments are read from disk when they are needed.
 
     Args:
-        images: the images, which say how each is shown.
-        store: where the moments are.
-        keys: for each image the keys of `moments_keys`.
-        with_images: give the image beside its moments.
+        images: the images, which choose the view of each epoch.
+        store: the moments.
+        keys: the keys of each image, from `moments_keys`.
+        with_images: return the image beside its moments.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class CachedMomentsDataset(Dataset[CaptionedMoments]):
         return len(self.keys)
 
     def set_epoch(self, epoch: int) -> None:
-        """Mirror other images from now on."""
+        """Draw new flips."""
         if hasattr(self.images, "set_epoch"):
             self.images.set_epoch(epoch)
 
@@ -111,10 +111,10 @@ class CachedMomentsDataset(Dataset[CaptionedMoments]):
 
 
 class CachedEmbeddings:
-    """Embeddings of captions, and of the empty one, each by the prompt that `literal` makes of it.
+    """Text embeddings of all captions and of the empty prompt, looked up by prompt.
 
     Args:
-        store: where they are, each ``[chunks * 77, D]`` of as many chunks as its prompt needs.
+        store: the embeddings, each ``[chunks * 77, D]`` with as many chunks as its prompt needs.
     """
 
     def __init__(self, store: TensorStore) -> None:
@@ -124,7 +124,7 @@ class CachedEmbeddings:
         return fingerprint(prompt) in self.store
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings of prompts, ``[B, chunks * 77, D]``: short ones are filled up with chunks of the empty one."""
+        """Text embeddings of prompts, ``[B, chunks * 77, D]``; short ones are padded with the empty prompt's."""
         rows = [self.store[fingerprint(prompt)] for prompt in prompts]
         empty = self.store[fingerprint("")]
         longest = max(map(len, rows))

@@ -1,4 +1,4 @@
-"""Tensors on disk under keys, in safetensors files that are only ever added."""
+"""A key-value store of tensors on disk, in safetensors files that are only ever added."""
 
 from __future__ import annotations
 
@@ -17,35 +17,34 @@ from sdmodule.errors import SettingsError
 from sdmodule.io.atomic import atomic_write, remove_leftovers
 from sdmodule.io.fingerprint import fingerprint
 
-SHARD = 256
-"""Tensors in a file."""
+TENSORS_PER_FILE = 256
 
 DAY = 24 * 60 * 60
 
-KEPT = 64 * 2**20
-"""Bytes of tensors that stay in memory once they were read: with few images, all of them."""
+MEMORY_BYTES = 64 * 2**20
+"""Bytes of tensors that stay in memory once they are read: a small data set fits completely."""
 
 
 class TensorStore:
     """A folder of tensors, each found by its key.
 
-    A file is written aside and renamed, so that one that is there is whole, and several processes may add at once.
-    Keys are held in memory; tensors are read from their files when asked for, and the first `KEPT` bytes of them once.
+    Files are written atomically, so several processes may add at the same time. Keys are held in memory. Tensors are
+    read when they are asked for; the first `MEMORY_BYTES` of them stay in memory.
 
     Args:
-        folder: where the files are; it is made when something is added.
+        folder: where the files are; created by the first write.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._files: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
-        self._kept: dict[str, Tensor] = {}
-        self._room = KEPT
+        self._in_memory: dict[str, Tensor] = {}
+        self._free_bytes = MEMORY_BYTES
         self.refresh()
 
     def refresh(self) -> None:
-        """Look what is there now; a broken file is named and passed over."""
+        """Read the keys of all files; a corrupt file is skipped with a warning."""
         remove_leftovers(self.folder, older_than=DAY)
         for file in sorted(self.folder.glob("*.safetensors")):
             try:
@@ -54,19 +53,19 @@ class TensorStore:
                         raise SafetensorError("no checksums")
                     self._files.update(dict.fromkeys(shard.keys(), file))
             except (SafetensorError, OSError):
-                rank_zero_warn(f"{file} is broken and is passed over; what it held is made anew.")
+                rank_zero_warn(f"{file} is corrupt and was skipped; its tensors are computed again.")
 
     def __contains__(self, key: str) -> bool:
         return key in self._files
 
     def __getitem__(self, key: str) -> Tensor:
-        """A tensor, not to be changed.
+        """A tensor; do not modify it in place.
 
         Raises:
-            SettingsError: if it is not what was written.
+            SettingsError: if its checksum differs from the one that was written.
         """
-        if key in self._kept:
-            return self._kept[key]
+        if key in self._in_memory:
+            return self._in_memory[key]
         file = self._files[key]
         try:
             if file not in self._open:
@@ -74,48 +73,49 @@ class TensorStore:
                 self._open[file] = shard, shard.metadata() or {}
             shard, checksums = self._open[file]
             tensor = shard.get_tensor(key)
-            whole = checksum(tensor) == checksums.get(key)
+            intact = checksum(tensor) == checksums.get(key)
         except (SafetensorError, OSError):
-            whole = False
-        if not whole:
-            raise SettingsError(f"cache.folder: {file} is broken; remove it, and what it held is made anew.")
-        if tensor.nbytes <= self._room:
-            self._kept[key] = tensor
-            self._room -= tensor.nbytes
+            intact = False
+        if not intact:
+            raise SettingsError(f"cache.folder: {file} is corrupt; delete it, and its tensors are computed again.")
+        if tensor.nbytes <= self._free_bytes:
+            self._in_memory[key] = tensor
+            self._free_bytes -= tensor.nbytes
         return tensor
 
     def __getstate__(self) -> dict[str, Any]:
-        # a process that loads data opens the files itself
-        return {**self.__dict__, "_open": {}, "_kept": {}, "_room": KEPT}
+        # each data loading worker opens the files itself
+        return {**self.__dict__, "_open": {}, "_in_memory": {}, "_free_bytes": MEMORY_BYTES}
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors into a file of their own.
+        """Write tensors to a new file.
 
         Raises:
             SettingsError: if it cannot be written.
         """
         file = self.folder / f"{fingerprint(*sorted(tensors))}.safetensors"
-        own = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
+        copies = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(file) as aside:
-                save_file(own, aside, metadata={key: checksum(tensor) for key, tensor in own.items()})
+                save_file(copies, aside, metadata={key: checksum(tensor) for key, tensor in copies.items()})
         except (OSError, SafetensorError) as error:
             raise SettingsError(
-                f"cache.folder: {self.folder} cannot be written ({error}); give a folder with room, or cache=none."
+                f"cache.folder: {self.folder} cannot be written ({error}); give a folder with free space, or set "
+                "cache=none."
             ) from error
         self._files.update(dict.fromkeys(tensors, file))
         self._open.pop(file, None)
-        for key in own:
-            self._kept.pop(key, None)
+        for key in copies:
+            self._in_memory.pop(key, None)
 
-    def fill(self, made: Iterable[Mapping[str, Tensor]]) -> None:
-        """Add tensors as they are made; if making them is interrupted, what is made is kept."""
+    def fill(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Write tensors as they are computed; an interruption keeps what was computed before it."""
         pending: dict[str, Tensor] = {}
         try:
-            for tensors in made:
+            for tensors in batches:
                 pending |= tensors
-                if len(pending) >= SHARD:
+                if len(pending) >= TENSORS_PER_FILE:
                     self.add(pending)
                     pending = {}
         finally:
@@ -124,5 +124,5 @@ class TensorStore:
 
 
 def checksum(tensor: Tensor) -> str:
-    """Of a tensor's bytes, which safetensors does not check itself."""
+    """CRC-32 of a tensor's bytes; safetensors itself checks none."""
     return f"{zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()):08x}"

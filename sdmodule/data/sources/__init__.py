@@ -1,1 +1,1 @@
-"""Where captioned images come from."""
+"""Sources of captioned images: folders, tar shards, Hugging Face data sets, and mixtures of them."""

@@ -1,85 +1,72 @@
-"""Which images a folder holds and what their captions are: metadata files, or a ``.txt`` beside each image."""
+"""A folder of images, with captions in a metadata file or in a ``.txt`` beside each image."""
 
 from __future__ import annotations
 
 import csv
 import json
 import os
-import random
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from sdmodule.errors import SettingsError, choices
+from sdmodule.data.example import Example, Examples
+from sdmodule.errors import SettingsError, check_path, choices
 from sdmodule.io.image_files import SUFFIXES, ImageFile
 
-
-class CaptionStyle(NamedTuple):
-    """What becomes of a caption in training: its tags, the parts between commas, are shuffled and it is put in a text.
-
-    The first ``keep_tags`` tags stay where they are; ``{}`` in a template is the caption's place. Of several templates
-    one is drawn each time.
-    """
-
-    templates: tuple[str, ...] = ()
-    shuffle_tags: bool = False
-    keep_tags: int = 0
-
-    def text(self, caption: str, rng: random.Random | None) -> str:
-        """The caption in this style; where there is no ``rng``, tags stay in order and the first template is taken."""
-        if self.shuffle_tags and rng is not None:
-            tags = [tag.strip() for tag in caption.split(",")]
-            first, others = tags[: self.keep_tags], tags[self.keep_tags :]
-            rng.shuffle(others)
-            caption = ", ".join(first + others)
-        if not self.templates:
-            return caption
-        template = self.templates[0] if rng is None or len(self.templates) == 1 else rng.choice(self.templates)
-        return template.replace("{}", caption)
+EXTRA_COLUMNS = {"mask_file_name": "mask", "conditioning_image_file_name": "control"}
+"""Metadata columns that name an image's other files, and their fields of `Example`."""
 
 
-class Example(NamedTuple):
-    """An image's file, its caption and, where it has them, the files of its mask and of its control image."""
-
-    path: ImageFile
-    caption: str
-    mask: Path | None = None
-    style: CaptionStyle = CaptionStyle()
-    control: Path | None = None
-
-    @property
-    def files(self) -> list[ImageFile]:
-        """All of its files."""
-        return [file for file in (self.path, self.mask, self.control) if file is not None]
-
-
-BESIDE = {"mask_file_name": "mask", "conditioning_image_file_name": "control"}
-"""Columns of metadata that name what belongs to an image, and what that is of an `Example`."""
-
-
-class Examples(Protocol):
-    """Examples by number; they may be looked up only when they are asked for."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Example: ...
-
-
-def find_examples(root: str | Path, key: str = "data.root", prompt: str | None = None) -> list[Example]:
-    """List a folder's images with their captions, sorted by name; the images are not opened.
-
-    Captions come from the first of these that exists: ``metadata.jsonl``, ``metadata.csv`` (columns ``file_name``,
-    relative to the folder, and ``text``), or a ``.txt`` beside each image. Subfolders count; hidden files do not.
-    Images that a metadata file does not name are left out, with a warning. A column ``mask_file_name``, if there is
-    one, names each image's mask, and ``conditioning_image_file_name`` its control image.
+@dataclass(frozen=True)
+class Folder:
+    """A folder of images with captions; see `find_examples`.
 
     Args:
         root: the folder.
-        key: the setting that gave the folder, for the messages.
-        prompt: the caption of all images, which then need none of their own; masks and control images that metadata
-            names are none of them.
+        key: name of the setting that gave it, for messages.
+        prompt: one caption for all images, which then need none of their own.
+
+    Raises:
+        SettingsError: for a root or a prompt that is no string.
+    """
+
+    root: str
+    key: str = "data.root"
+    prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        check_path(self.key, self.root)
+        if self.prompt is not None and not isinstance(self.prompt, str):
+            raise SettingsError(f"prompt={self.prompt} of {self}: must be one caption, in quotes.")
+
+    def __str__(self) -> str:
+        return f"{self.key}={self.root}"
+
+    def find(self) -> Examples:
+        """The images, sorted by name."""
+        return find_examples(self.root, self.key, self.prompt)
+
+    def name_of(self, image: ImageFile) -> str:
+        """The image's path relative to the folder."""
+        return os.path.relpath(str(image), absolute(self.root))
+
+
+def find_examples(root: str | Path, key: str = "data.root", prompt: str | None = None) -> list[Example]:
+    """List a folder's images with their captions, sorted by name, without opening the images.
+
+    Captions come from the first of these that exists: ``metadata.jsonl``, ``metadata.csv`` (columns ``file_name``,
+    relative to the folder, and ``text``), or a ``.txt`` beside each image. Subfolders are included, hidden files are
+    not. Images that the metadata file does not list are left out with a warning. The optional column
+    ``mask_file_name`` names each image's mask, ``conditioning_image_file_name`` its control image.
+
+    Args:
+        root: the folder.
+        key: name of the setting that gave it, for messages.
+        prompt: one caption for all images, which then need none of their own; masks and control images that the
+            metadata name do not count as images.
 
     Raises:
         SettingsError: if the folder or its captions are missing, incomplete or malformed.
@@ -87,45 +74,45 @@ def find_examples(root: str | Path, key: str = "data.root", prompt: str | None =
     folder = absolute(root)
     if not folder.is_dir():
         problem = "is a file" if folder.is_file() else "does not exist"
-        raise SettingsError(f"{key}={root} {problem}; give a folder of images with captions.")
+        raise SettingsError(f"{key}={root}: {problem}; give a folder of images with captions.")
     images = image_files(folder)
     metadata = next((file for name in ("metadata.jsonl", "metadata.csv") if (file := folder / name).is_file()), None)
-    if prompt is not None and images and not (metadata and names_more(metadata, key)):
+    if prompt is not None and images and not (metadata and _has_extra_columns(metadata, key)):
         return [Example(path, prompt) for path in sorted(images)]
     if metadata is None:
         if not images:
-            raise SettingsError(f"{key}={root} holds no images; images end in {choices(SUFFIXES)}.")
+            raise SettingsError(f"{key}={root}: contains no images; images end in {choices(SUFFIXES)}.")
         return _read_sidecars(sorted(images), folder, key)
 
     examples = sorted(_read_metadata(metadata, key, prompt), key=lambda example: example[:2])
     if not examples:
-        raise SettingsError(f"{key}: {metadata} names no images; give it a row with file_name and text for each.")
-    for column, field in BESIDE.items():
+        raise SettingsError(f"{key}: {metadata} lists no images; add a row with file_name and text for each image.")
+    for column, field in EXTRA_COLUMNS.items():
         bare = [example.path for example in examples if getattr(example, field) is None]
         if 0 < len(bare) < len(examples):
             raise SettingsError(
-                f"{key}: {metadata} has the column {column}, but nothing in it for {some(_names(bare, folder))}; fill "
-                "it in all rows, or in none."
+                f"{key}: {metadata} has the column {column}, but no value for {some(_names(bare, folder))}; fill it in "
+                "for all rows, or for none."
             )
-    named = {path for example in examples for path in example.files if isinstance(path, Path)}
-    if absent := sorted(path for path in named if not os.path.isfile(path)):
+    listed = {path for example in examples for path in example.files if isinstance(path, Path)}
+    if absent := sorted(path for path in listed if not os.path.isfile(path)):
         raise SettingsError(
-            f"{key}: {metadata} names images that do not exist: {some(_names(absent, folder))}; "
-            "file_name is relative to the folder of that file: add the images or remove their rows."
+            f"{key}: {metadata} lists files that do not exist: {some(_names(absent, folder))}; paths are relative to "
+            "the folder of that file: add the images, or remove their rows."
         )
-    if unnamed := sorted(images - named):
-        left_out = some(_names(unnamed, folder))
-        rank_zero_warn(f"{key}: left out {len(unnamed)} images not named in {metadata}: {left_out}.")
+    if unlisted := sorted(images - listed):
+        names = some(_names(unlisted, folder))
+        rank_zero_warn(f"{key}: left out images that {metadata} does not list: {names}.")
     return examples
 
 
 def absolute(root: str | Path) -> Path:
-    """Tidy a path without following links: images may be links to files elsewhere."""
+    """The absolute path of a folder; links are not followed, since images may be links to files elsewhere."""
     return Path(os.path.abspath(Path(root).expanduser()))
 
 
 def image_files(folder: Path) -> set[Path]:
-    """The files of a folder, and of those in it, that end as images do."""
+    """All files in a folder and its subfolders with the suffix of an image, but hidden ones."""
     return {path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not _hidden(path, folder)}
 
 
@@ -134,9 +121,9 @@ def _hidden(path: Path, folder: Path) -> bool:
 
 
 def some(names: Sequence[str], limit: int = 3) -> str:
-    """Name the first few of ``names`` and count the rest."""
-    named = ", ".join(names[:limit])
-    return named if len(names) <= limit else f"{named} and {len(names) - limit} more"
+    """The first few names, and the number of the others."""
+    first = ", ".join(names[:limit])
+    return first if len(names) <= limit else f"{first} and {len(names) - limit} more"
 
 
 def _names(files: Iterable[ImageFile], folder: Path) -> list[str]:
@@ -144,11 +131,11 @@ def _names(files: Iterable[ImageFile], folder: Path) -> list[str]:
 
 
 def _read_sidecars(images: Sequence[Path], folder: Path, key: str) -> list[Example]:
-    """Read the ``.txt`` beside each image."""
+    """The images, each with the caption in the ``.txt`` beside it."""
     if bare := [path for path in images if not path.with_suffix(".txt").is_file()]:
         raise SettingsError(
-            f"{key}={folder} has {len(bare)} images without a caption: {some(_names(bare, folder))}; "
-            "put a metadata.jsonl or metadata.csv (file_name, text) in the folder, or a .txt beside each image."
+            f"{key}={folder}: images without a caption: {some(_names(bare, folder))}; put a metadata.jsonl "
+            "or metadata.csv (file_name, text) into the folder, or a .txt beside each image."
         )
     return [Example(path, _read_text(path.with_suffix(".txt"), key).strip()) for path in images]
 
@@ -160,42 +147,43 @@ def _read_text(path: Path, key: str) -> str:
         raise SettingsError(f"{key}: {path} is not UTF-8 text ({error}); save it as UTF-8.") from error
 
 
-def names_more(metadata: Path, key: str) -> bool:
-    """Whether metadata names masks or control images."""
-    return any(row.get(column) for _, row in _rows(metadata, key) for column in BESIDE)
+def _has_extra_columns(metadata: Path, key: str) -> bool:
+    """Whether a metadata file names masks or control images."""
+    return any(row.get(column) for _, row in _rows(metadata, key) for column in EXTRA_COLUMNS)
 
 
 def _rows(path: Path, key: str) -> Iterator[tuple[int, dict[str, object]]]:
+    """Line numbers and rows of a ``metadata.jsonl`` or ``metadata.csv``."""
     return (_csv_rows if path.suffix == ".csv" else _jsonl_rows)(path, key)
 
 
 def _read_metadata(path: Path, key: str, prompt: str | None = None) -> Iterator[Example]:
-    """Read the rows of a ``metadata.jsonl`` or ``metadata.csv``; a ``prompt`` stands for every text."""
+    """The examples that a metadata file lists; a ``prompt`` replaces every caption."""
     for line, row in _rows(path, key):
         where = f"{key}: {path}, line {line}"
         if prompt is not None:
             row["text"] = prompt
         if missing := {"file_name", "text"} - row.keys():
             raise SettingsError(
-                f"{where} has no {choices(missing)}, only {choices(map(str, row))}; file_name and text are needed."
+                f"{where} has no {choices(missing)}, only {choices(map(str, row))}; file_name and text are required."
             )
         name, text = row["file_name"], row["text"]
         if not isinstance(name, str) or not isinstance(text, str):
             raise SettingsError(f"{where} has file_name={name!r} and text={text!r}; both must be strings.")
-        beside: dict[str, Any] = {}
-        for column, field in BESIDE.items():
+        extra: dict[str, Any] = {}
+        for column, field in EXTRA_COLUMNS.items():
             if file := row.get(column):
                 if not isinstance(file, str):
-                    raise SettingsError(f"{where} has {column}={file!r}; give a string.")
-                beside[field] = _within(path.parent, file, where)
-        yield Example(_within(path.parent, name, where), text, **beside)
+                    raise SettingsError(f"{where} has {column}={file!r}; it must be a string.")
+                extra[field] = _path_within(path.parent, file, where)
+        yield Example(_path_within(path.parent, name, where), text, **extra)
 
 
-def _within(folder: Path, name: str, where: str) -> Path:
-    """The file of a folder that a row names."""
+def _path_within(folder: Path, name: str, where: str) -> Path:
+    """The path of a file that a row names; it must lie in the folder."""
     file = Path(os.path.normpath(folder / name))
     if not file.is_relative_to(folder):
-        raise SettingsError(f"{where} names {name}, outside the folder; move the image into {folder}.")
+        raise SettingsError(f"{where} names {name}, which is outside the folder; move the image into {folder}.")
     return file
 
 
@@ -206,9 +194,13 @@ def _jsonl_rows(path: Path, key: str) -> Iterator[tuple[int, dict[str, object]]]
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise SettingsError(f"{key}: {path}, line {number} is no JSON ({error}); write objects.") from error
+            raise SettingsError(
+                f"{key}: {path}, line {number} is not JSON ({error}); write one object per line."
+            ) from error
         if not isinstance(row, dict):
-            raise SettingsError(f"{key}: {path}, line {number} is {line.strip()}; write an object with both columns.")
+            raise SettingsError(
+                f"{key}: {path}, line {number} is {line.strip()}; write an object with file_name and text."
+            )
         yield number, row
 
 
@@ -218,4 +210,4 @@ def _csv_rows(path: Path, key: str) -> Iterator[tuple[int, dict[str, object]]]:
         for row in reader:
             yield reader.line_num, dict(row)
     except csv.Error as error:
-        raise SettingsError(f"{key}: {path}, line {reader.line_num} is no CSV ({error}); check its quotes.") from error
+        raise SettingsError(f"{key}: {path}, line {reader.line_num} is not CSV ({error}); check its quotes.") from error

@@ -1,4 +1,4 @@
-"""Images in a data set of Hugging Face: from the hub, or a folder that the package ``datasets`` reads."""
+"""Images in a data set of Hugging Face: on the hub, or in a folder that the package ``datasets`` reads."""
 
 from __future__ import annotations
 
@@ -7,32 +7,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sdmodule.data.sources.folder import Example, Examples
-from sdmodule.errors import SettingsError, choices
+from sdmodule.data.example import Example, Examples
+from sdmodule.errors import SettingsError, check_path, choices
 from sdmodule.io.image_files import ImageFile
-from sdmodule.ranges import check_place
 
-TEXTS = ("string", "large_string", "string_view")
-BYTES = ("binary", "large_binary", "binary_view")
+STRING_TYPES = ("string", "large_string", "string_view")
+BINARY_TYPES = ("binary", "large_binary", "binary_view")
 
 
 @dataclass(frozen=True)
 class HuggingFaceData:
     """A split of a data set with a column of images and one of captions.
 
-    The rows stay on disk, mapped into memory; no code that a data set brings along is run.
+    The rows stay on disk, mapped into memory. Code that comes with a data set is never run.
 
     Args:
-        name: a hub id; a folder of parquet or other files, of images, or one that ``save_to_disk`` wrote.
-        split: which part of it.
-        subset: which of its configurations, where it has several.
+        name: a hub id; or a folder of parquet or other files, of images, or written by ``save_to_disk``.
+        split: the split.
+        subset: the configuration, if the data set has several.
         revision: branch, tag or commit of a hub id.
-        image_column: of images, or of the bytes of their files.
-        caption_column: of texts.
-        key: the setting that gave it, for the messages.
+        image_column: the column of images, or of the bytes of image files.
+        caption_column: the column of captions.
+        key: name of the setting that gave it, for messages.
 
     Raises:
-        SettingsError: for a name that is no text.
+        SettingsError: for a name that is no string.
     """
 
     name: str
@@ -44,20 +43,24 @@ class HuggingFaceData:
     key: str = "data.name"
 
     def __post_init__(self) -> None:
-        check_place(self.key, self.name)
+        check_path(self.key, self.name)
 
     def __str__(self) -> str:
         return f"{self.key}={self.name} split={self.split}"
 
     def find(self) -> Examples:
-        """The rows, in their order."""
+        """The rows, in their order.
+
+        Raises:
+            SettingsError: if the data set cannot be loaded, is empty, or its columns hold something else.
+        """
         rows = self._load()
         import datasets
 
         for setting in ("image_column", "caption_column"):
             if (column := getattr(self, setting)) not in rows.column_names:
                 raise SettingsError(
-                    f"data.{setting}={column} is no column of {self}; it has {choices(rows.column_names)}."
+                    f"data.{setting}={column}: is not a column of {self}; choose one of {choices(rows.column_names)}."
                 )
         rows = rows.select_columns([self.image_column, self.caption_column])
         images, captions = rows.features[self.image_column], rows.features[self.caption_column]
@@ -65,26 +68,26 @@ class HuggingFaceData:
             rows = rows.cast_column(self.image_column, datasets.Image(decode=False))
         elif not _holds_bytes(images):
             raise SettingsError(
-                f"data.image_column={self.image_column} of {self} holds {images}; give a column of images."
+                f"data.image_column={self.image_column}: contains {images} in {self}; give a column of images."
             )
-        if getattr(captions, "dtype", None) not in TEXTS:
+        if getattr(captions, "dtype", None) not in STRING_TYPES:
             raise SettingsError(
-                f"data.caption_column={self.caption_column} of {self} holds {captions}; give a column of texts."
+                f"data.caption_column={self.caption_column}: contains {captions} in {self}; give a column of strings."
             )
         if not len(rows):
-            raise SettingsError(f"{self} has no rows; give a split with images.")
-        return _Rows(rows, self)
+            raise SettingsError(f"{self}: has no rows; give a split with images.")
+        return _RowExamples(rows, self)
 
-    def called(self, image: ImageFile) -> str:
+    def name_of(self, image: ImageFile) -> str:
         """The number of the image's row."""
-        assert isinstance(image, Cell)
+        assert isinstance(image, StoredRow)
         return f"row {image.number}"
 
     def _load(self) -> Any:
         try:
             import datasets
         except ImportError as error:
-            raise SettingsError(f"{self} needs the package datasets; pip install 'sdmodule[datasets]'.") from error
+            raise SettingsError(f"{self}: needs the package datasets; pip install 'sdmodule[datasets]'.") from error
         datasets.utils.logging.set_verbosity_error()
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
@@ -96,58 +99,58 @@ class HuggingFaceData:
                 if self.split not in splits:
                     raise ValueError(f"it has the splits {choices(splits)}")
                 return splits[self.split]
-            place = str(folder) if folder.exists() else self.name
-            return datasets.load_dataset(place, self.subset, split=self.split, revision=self.revision)
-        except Exception as error:  # of datasets, of the hub, of pyarrow, of the HTTP client
+            path = str(folder) if folder.exists() else self.name
+            return datasets.load_dataset(path, self.subset, split=self.split, revision=self.revision)
+        except Exception as error:  # from datasets, the hub, pyarrow, or the HTTP client
             reason = " ".join(str(error).split())[:300].rstrip(".")
             raise SettingsError(
-                f"{self} cannot be loaded ({reason}); give a hub id or a folder that the package datasets reads, and "
-                "data.split and data.subset of it."
+                f"{self}: cannot be loaded ({reason}); give a hub id or a folder that the package datasets reads, and "
+                "one of its splits and subsets as data.split and data.subset."
             ) from error
 
 
-class Cell(NamedTuple):
-    """An image in a row of a data set."""
+class StoredRow(NamedTuple):
+    """The image in a row of a data set."""
 
     rows: Any
     number: int
-    place: HuggingFaceData
+    source: HuggingFaceData
 
     def read(self) -> bytes:
-        """The bytes of its file."""
-        value = self.rows[self.number][self.place.image_column]
+        """The bytes of the image file."""
+        value = self.rows[self.number][self.source.image_column]
         if isinstance(value, dict):
             value = value["bytes"] if value["bytes"] is not None else value["path"] and Path(value["path"]).read_bytes()
         if not value:
-            raise ValueError("it holds no image")
+            raise ValueError("the row has no image")
         return value
 
     def __str__(self) -> str:
-        return f"row {self.number} of {self.place}"
+        return f"row {self.number} of {self.source}"
 
 
-class _Rows:
-    """Rows of a data set as examples."""
+class _RowExamples:
+    """The rows of a data set as examples."""
 
-    def __init__(self, rows: Any, place: HuggingFaceData) -> None:
-        self.images = rows.select_columns([place.image_column])
-        self.captions = rows.select_columns([place.caption_column])
-        self.place = place
+    def __init__(self, rows: Any, source: HuggingFaceData) -> None:
+        self.images = rows.select_columns([source.image_column])
+        self.captions = rows.select_columns([source.caption_column])
+        self.source = source
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def __getitem__(self, index: int) -> Example:
-        image = Cell(self.images, index, self.place)
-        caption = self.captions[index][self.place.caption_column]
+        image = StoredRow(self.images, index, self.source)
+        caption = self.captions[index][self.source.caption_column]
         if caption is None:
             raise SettingsError(
-                f"data.caption_column={self.place.caption_column} holds nothing in {image}; give it a text."
+                f"data.caption_column={self.source.caption_column}: is empty in {image}; give every row a caption."
             )
         return Example(image, caption)
 
 
 def _holds_bytes(feature: Any) -> bool:
-    """Whether a column holds files' bytes, alone or as the pair of bytes and path that images are stored as."""
+    """Whether a column holds the bytes of files, alone or as the pair of bytes and path that ``datasets`` stores."""
     value = feature.get("bytes") if isinstance(feature, dict) else feature
-    return getattr(value, "dtype", None) in BYTES
+    return getattr(value, "dtype", None) in BINARY_TYPES

@@ -1,106 +1,76 @@
-"""What training images are drawn from: one place, or several mixed by weight, each with its own way with captions."""
+"""Training images from one source or several, mixed by weight, each with its own style of captions."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 from torch.utils.data import ConcatDataset, Dataset
 from typing_extensions import override
 
-from sdmodule.data.sources.folder import CaptionStyle, Example, Examples, absolute, find_examples
-from sdmodule.data.sources.verify import Place, verify_images
-from sdmodule.errors import SettingsError
-from sdmodule.io.image_files import ImageFile
-from sdmodule.ranges import check_flag, check_place
+from sdmodule.data.example import CaptionStyle, Example, Examples
+from sdmodule.data.sources.folder import Folder
+from sdmodule.data.sources.huggingface import HuggingFaceData
+from sdmodule.data.sources.tar_shards import Shards
+from sdmodule.data.sources.verify import ImageSource, verify_images
+from sdmodule.errors import SettingsError, check_bool, check_int, check_number, choices
 
-
-@dataclass(frozen=True)
-class Folder:
-    """A folder of images with captions; see `find_examples`.
-
-    Args:
-        root: the folder.
-        key: the setting that gave it, for the messages.
-        prompt: the caption of all its images, which then need none of their own.
-
-    Raises:
-        SettingsError: for a root or a prompt that is no text.
-    """
-
-    root: str
-    key: str = "data.root"
-    prompt: str | None = None
-
-    def __post_init__(self) -> None:
-        check_place(self.key, self.root)
-        if self.prompt is not None and not isinstance(self.prompt, str):
-            raise SettingsError(f"the prompt {self.prompt} of {self} is no text; give one caption, in quotes.")
-
-    def __str__(self) -> str:
-        return f"{self.key}={self.root}"
-
-    def find(self) -> Examples:
-        """The images, sorted by name."""
-        return find_examples(self.root, self.key, self.prompt)
-
-    def called(self, image: ImageFile) -> str:
-        """Where an image is in the folder."""
-        return os.path.relpath(str(image), absolute(self.root))
+KINDS: dict[str, Any] = {"root": Folder, "shards": Shards, "name": HuggingFaceData}
+"""Classes of sources, by the setting that gives one."""
 
 
 class ImageSubset(Dataset[Example]):
-    """Some of a place's images, each looked up when it is asked for.
+    """Some images of a source, looked up lazily.
 
     Args:
-        found: the place's images.
-        numbers: which of them, in which order.
-        style: what becomes of their captions.
-        masks: whether they have their masks, if there are some.
+        examples: all images of the source.
+        indices: which of them, in which order.
+        style: how their captions are rewritten.
+        masks: keep their masks, if they have any.
     """
 
-    def __init__(self, found: Examples, numbers: Sequence[int], style: CaptionStyle, masks: bool = True) -> None:
-        self.found = found
-        self.numbers = numbers
+    def __init__(self, examples: Examples, indices: Sequence[int], style: CaptionStyle, masks: bool = True) -> None:
+        self.examples = examples
+        self.indices = indices
         self.style = style
         self.masks = masks
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self.indices)
 
     @override
     def __getitem__(self, index: int) -> Example:
-        example = self.found[self.numbers[index]]._replace(style=self.style)
+        example = self.examples[self.indices[index]]._replace(style=self.style)
         return example if self.masks else example._replace(mask=None)
 
-    def part(self, positions: Sequence[int]) -> ImageSubset:
-        """Some of these again, or the same several times."""
-        return ImageSubset(self.found, [self.numbers[position] for position in positions], self.style, self.masks)
+    def select(self, positions: Sequence[int]) -> ImageSubset:
+        """The images at some positions of this subset; a position may repeat."""
+        return ImageSubset(self.examples, [self.indices[position] for position in positions], self.style, self.masks)
 
     def without_masks(self) -> ImageSubset:
-        """These, their masks left out."""
-        return ImageSubset(self.found, self.numbers, self.style, masks=False)
+        """The same images without their masks."""
+        return ImageSubset(self.examples, self.indices, self.style, masks=False)
 
 
 @dataclass(frozen=True)
-class Source:
-    """A place of images with captions, and how much and in which way they are shown.
+class WeightedSource:
+    """A source of images, its share of an epoch, and the style of its captions.
 
     Args:
-        place: where they are.
-        weight: their share of what is shown, relative to the weights of other sources.
-        template: the text that a caption is put into, in the place of ``{}``; of several one is drawn each time.
-        shuffle_tags: put the parts of captions between commas in another order each time.
-        keep_tags: how many of the first parts stay where they are.
-        key: the setting that gave the source, for the messages.
+        source: where the images are.
+        weight: share of an epoch, relative to the weights of the other sources.
+        template: a text in which ``{}`` is replaced by the caption; of several, one is drawn each time.
+        shuffle_tags: shuffle the comma-separated parts of a caption each time.
+        keep_tags: how many of the first parts stay in place.
+        key: name of the setting that gave the source, for messages.
 
     Raises:
         SettingsError: for a setting out of range.
     """
 
-    place: Place
+    source: ImageSource
     weight: float = 1.0
     template: str | Sequence[str] | None = None
     shuffle_tags: bool = False
@@ -108,18 +78,14 @@ class Source:
     key: str = "data"
 
     def __post_init__(self) -> None:
-        if isinstance(self.weight, bool) or not isinstance(self.weight, (int, float)) or not 0 < self.weight < 1e6:
-            raise SettingsError(f"{self.key}.weight={self.weight} is not allowed; give a number over 0.")
+        check_number(f"{self.key}.weight", self.weight, above=0, below=1e6)
         for template in self.templates:
             if "{}" not in str(template):
                 raise SettingsError(
-                    f"{self.key}.template={template} has no place for a caption; write {{}} where it goes."
+                    f"{self.key}.template={template}: contains no {{}}; write {{}} where the caption goes."
                 )
-        check_flag(f"{self.key}.shuffle_tags", self.shuffle_tags)
-        if isinstance(self.keep_tags, bool) or not isinstance(self.keep_tags, int) or self.keep_tags < 0:
-            raise SettingsError(
-                f"{self.key}.keep_tags={self.keep_tags} is not allowed; give a whole number, 0 or more."
-            )
+        check_bool(f"{self.key}.shuffle_tags", self.shuffle_tags)
+        check_int(f"{self.key}.keep_tags", self.keep_tags, minimum=0)
 
     @property
     def templates(self) -> tuple[str, ...]:
@@ -130,47 +96,80 @@ class Source:
 
     @property
     def varied(self) -> bool:
-        """Whether an image has another caption at each time."""
+        """Whether an image's caption varies from epoch to epoch."""
         return self.shuffle_tags or len(self.templates) > 1
 
     def examples(self, skip_bad: bool) -> ImageSubset:
-        """The images that can be read, each with its caption; see `verify_images`."""
-        found = self.place.find()
+        """The readable images; see `verify_images`."""
+        found = self.source.find()
         style = CaptionStyle(self.templates, self.shuffle_tags, self.keep_tags)
-        return ImageSubset(found, verify_images(found, self.place, skip_bad), style)
+        return ImageSubset(found, verify_images(found, self.source, skip_bad), style)
 
     def split(self, examples: ImageSubset, fraction: float) -> tuple[ImageSubset, ImageSubset]:
-        """Part the images by a hash of their names: adding some to the place moves few of the others.
+        """Split images by a hash of their names, so that adding some moves few of the others.
 
         Returns:
-            Those to train on, and those to validate on: at least one, unless ``fraction`` is 0.
+            The images for training, and those for validation: at least one, unless ``fraction`` is 0.
+
+        Raises:
+            SettingsError: if there is one image only.
         """
         if not fraction:
-            return examples, examples.part([])
+            return examples, examples.select([])
         if len(examples) == 1:
             raise SettingsError(
-                f"{self.place} has one image, so data.val_fraction={fraction} leaves none to train on; set "
-                "data.val_fraction=0, or give others to validate on."
+                f"data.val_fraction={fraction}: {self.source} has a single image, and none would be left for training; "
+                "set data.val_fraction=0, or give other images for validation."
             )
         count = min(max(1, round(fraction * len(examples))), len(examples) - 1)
 
         def name_hash(position: int) -> bytes:
-            return hashlib.sha256(self.place.called(examples[position].path).encode()).digest()
+            return hashlib.sha256(self.source.name_of(examples[position].path).encode()).digest()
 
         ranked = sorted(range(len(examples)), key=name_hash)
-        return examples.part(sorted(ranked[count:])), examples.part(sorted(ranked[:count]))
+        return examples.select(sorted(ranked[count:])), examples.select(sorted(ranked[:count]))
+
+
+def parse_source(settings: Mapping[str, Any], key: str, prompt: str | None) -> WeightedSource:
+    """The source that an entry of ``data.sources`` describes.
+
+    Args:
+        settings: the entry.
+        key: its name, for messages.
+        prompt: one caption for the images of folders that have no ``prompt`` of their own.
+
+    Raises:
+        SettingsError: if it gives no source or several, or has a setting that its source does not take.
+    """
+    given = [name for name in KINDS if name in settings]
+    if len(given) != 1:
+        raise SettingsError(f"{key}: gives {choices(given) or 'no source'}; give exactly one of {choices(KINDS)}.")
+    kind = KINDS[given[0]]
+    if prompt is not None and kind is not Folder:
+        raise SettingsError(
+            f"data.prompt={prompt}: is a caption for folders, but {key} gives {given[0]}; leave it out, or give the "
+            "entries with root a prompt of their own."
+        )
+    settings = settings if prompt is None else {"prompt": prompt, **settings}
+    own = {field.name for field in fields(kind)} & settings.keys()
+    rest = {name: value for name, value in settings.items() if name not in own}
+    try:
+        source = kind(**{name: settings[name] for name in own}, key=f"{key}.{given[0]}")
+        return WeightedSource(source, **rest, key=key)
+    except TypeError as error:
+        raise SettingsError(f"{key}: cannot be used ({error}); see conf/data/mixed.yaml for what it takes.") from error
 
 
 def mix_sources(sources: Sequence[ImageSubset], weights: Sequence[float]) -> ConcatDataset[Example]:
-    """An epoch in which each source has its share and each image is shown at least once.
+    """One epoch, in which each source has its share and each image is shown at least once.
 
-    The source with the fewest images for its weight is the one that is repeated most; images of one source are
-    shown equally often, but for one time.
+    The source with the most images for its weight shows each of them once, and so sets the length of the epoch. The
+    images of the others repeat, each as often as the rest of its source, to within one.
     """
     length = max(len(examples) / weight for examples, weight in zip(sources, weights, strict=True))
     epoch = []
     for examples, weight in zip(sources, weights, strict=True):
         count = len(examples)
         times, more = divmod(round(weight * length), count)
-        epoch.append(examples.part([*range(count)] * times + [k * count // more for k in range(more)]))
+        epoch.append(examples.select([*range(count)] * times + [k * count // more for k in range(more)]))
     return ConcatDataset(epoch)

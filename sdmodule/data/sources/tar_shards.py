@@ -1,8 +1,8 @@
-"""Images in tar shards, as the package webdataset writes them: what belongs together has one name but for its end.
+"""Images in tar shards of the webdataset layout: the files of one sample share their name up to the first dot.
 
-The members' places are read once, so that any image is found at once. So shards are shuffled, mixed, cut into
-batches of one size, cached and gone on from as folders are, and every device has its equal part of every batch, which
-a stream of shards cannot give.
+The positions of all members are read once, after which any image can be read directly. So shards are shuffled, mixed,
+bucketed, cached and resumed as folders are, and every device has an equal part of every batch, which streaming
+shards cannot give.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from sdmodule.data.sources.folder import Example, Examples, some
-from sdmodule.errors import SettingsError, choices
+from sdmodule.data.example import Example, Examples
+from sdmodule.data.sources.folder import some
+from sdmodule.errors import SettingsError, check_path, choices
 from sdmodule.io.image_files import SUFFIXES, ImageFile
-from sdmodule.ranges import check_place
 
 
 class Member(NamedTuple):
@@ -34,7 +34,7 @@ class Member(NamedTuple):
     size: int
 
     def read(self) -> bytes:
-        """Its bytes."""
+        """The bytes of the file."""
         with self.shard.open("rb") as file:
             file.seek(self.offset)
             return file.read(self.size)
@@ -45,15 +45,15 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class Shards:
-    """Tar files of images, each with a ``.txt`` or a ``.json`` of its name that holds its caption.
+    """Tar files of images, each with its caption in a ``.txt`` or a ``.json`` of the same name.
 
     Args:
-        shards: a path with ``{000..009}``, ``{a,b}`` or ``*`` in it, or several.
-        caption_key: which value of a ``.json`` is the caption; where there is a ``.txt`` too, it is that.
-        key: the setting that gave it, for the messages.
+        shards: a path, which may contain ``{000..009}``, ``{a,b}`` or ``*``, or several.
+        caption_key: key of the caption in a ``.json``; where there is a ``.txt`` too, that is the caption.
+        key: name of the setting that gave it, for messages.
 
     Raises:
-        SettingsError: for a path that is no text.
+        SettingsError: for a path that is no string.
     """
 
     shards: str | Sequence[str]
@@ -62,14 +62,18 @@ class Shards:
 
     def __post_init__(self) -> None:
         several = isinstance(self.shards, Sequence) and not isinstance(self.shards, str)
-        for one in self.shards if several else [self.shards]:
-            check_place(self.key, one)
+        for pattern in self.shards if several else [self.shards]:
+            check_path(self.key, pattern)
 
     def __str__(self) -> str:
         return f"{self.key}={self.shards}"
 
     def find(self) -> Examples:
-        """The images, in the order of the shards and of what is in them."""
+        """The images, in the order of the shards and of their members.
+
+        Raises:
+            SettingsError: if a shard cannot be read, an image has no caption, or there are no images.
+        """
         pairs: list[tuple[Member, Member]] = []
         bare: list[Member] = []
         others: Counter[str] = Counter()
@@ -78,7 +82,7 @@ class Shards:
                 images = [files.pop(kind) for kind in sorted(SUFFIXES & files.keys())]
                 caption = files.pop(".txt", None) or files.pop(".json", None)
                 if len(images) > 1:
-                    raise SettingsError(f"{self} has {images[0]} and {images[1]} of one name; keep one of them.")
+                    raise SettingsError(f"{self}: {images[0]} and {images[1]} have the same name; keep one of them.")
                 if images and caption:
                     pairs.append((images[0], caption))
                     files.pop(".json", None)
@@ -87,18 +91,18 @@ class Shards:
                 others.update(files.keys())
         if bare:
             raise SettingsError(
-                f"{self} has {len(bare)} images without a caption: {some([*map(str, bare)])}; put a .txt or a .json "
-                "of the same name beside each."
+                f"{self}: images without a caption: {some([*map(str, bare)])}; put a .txt or a .json of the "
+                "same name beside each."
             )
         if not pairs:
-            raise SettingsError(f"{self} holds no images; images end in {choices(SUFFIXES)}.")
+            raise SettingsError(f"{self}: contains no images; images end in {choices(SUFFIXES)}.")
         if others:
-            kinds = choices(f"{count} {kind or 'without an end'}" for kind, count in others.items())
+            kinds = choices(f"{count} {kind or 'without a suffix'}" for kind, count in others.items())
             rank_zero_warn(f"{self}: left out files that are neither image nor caption: {kinds}.")
-        return _Pairs(pairs, self)
+        return _MemberExamples(pairs, self)
 
     def files(self) -> list[Path]:
-        """The shards' files.
+        """Paths of the shards.
 
         Raises:
             SettingsError: if one does not exist.
@@ -106,24 +110,24 @@ class Shards:
         patterns = [self.shards] if isinstance(self.shards, str) else self.shards
         paths: list[Path] = []
         for pattern in patterns:
-            for text in braces(str(Path(pattern).expanduser())):
-                found = sorted(map(Path, glob.glob(text)))
+            for expanded in expand_braces(str(Path(pattern).expanduser())):
+                found = sorted(map(Path, glob.glob(expanded)))
                 if not found:
-                    raise SettingsError(f"{self} names {text}, which does not exist; give local .tar files.")
+                    raise SettingsError(f"{self}: {expanded} does not exist; give local .tar files.")
                 paths += found
         if not paths:
-            raise SettingsError(f"{self} names no files; give a path such as shards/{{000..009}}.tar.")
+            raise SettingsError(f"{self}: names no files; give a path such as shards/{{000..009}}.tar.")
         return paths
 
-    def called(self, image: ImageFile) -> str:
-        """The shard and what the image is called in it."""
+    def name_of(self, image: ImageFile) -> str:
+        """The name of the shard, and the image's name in it."""
         return str(image)
 
     def caption(self, file: Member) -> str:
-        """The caption that a ``.txt`` or a ``.json`` holds.
+        """The caption in a ``.txt`` or a ``.json``.
 
         Raises:
-            SettingsError: if it holds none.
+            SettingsError: if the file cannot be read or has none.
         """
         try:
             text = file.read().decode("utf-8-sig")
@@ -131,18 +135,20 @@ class Shards:
                 return text.strip()
             content = json.loads(text)
         except (OSError, ValueError) as error:
-            raise SettingsError(f"{self}: the caption {file} cannot be read ({error}); write it anew.") from error
-        if not isinstance(content, dict) or not isinstance(caption := content.get(self.caption_key), str):
-            held = choices(map(str, content)) if isinstance(content, dict) else "no names"
             raise SettingsError(
-                f"{self}: {file} has no text under {self.caption_key}, only {held}; name the caption with "
-                "data.caption_key."
+                f"{self}: the caption {file} cannot be read ({error}); replace it by UTF-8 text or JSON."
+            ) from error
+        if not isinstance(content, dict) or not isinstance(caption := content.get(self.caption_key), str):
+            keys = f"only {choices(map(str, content))}" if isinstance(content, dict) else "and is not an object"
+            raise SettingsError(
+                f"{self} caption_key={self.caption_key}: {file} has no string under this key, {keys}; give the key of "
+                "the captions."
             )
         return caption
 
 
-class _Pairs:
-    """Images and captions in shards, read when they are asked for."""
+class _MemberExamples:
+    """Images and captions in shards, read when they are needed."""
 
     def __init__(self, pairs: Sequence[tuple[Member, Member]], shards: Shards) -> None:
         self.pairs = pairs
@@ -157,37 +163,37 @@ class _Pairs:
 
 
 def _samples(shard: Path, given: str) -> list[dict[str, Member]]:
-    """The files of a shard by what they belong to, each under its end from the first dot on, in small letters."""
+    """The samples of a shard, each a dictionary of its files by their suffix, from the first dot on, in lower case."""
     samples: dict[str, dict[str, Member]] = {}
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
                 folder, slash, base = member.name.rpartition("/")
-                if member.isdir() or base.startswith("."):  # hidden, such as macOS puts beside each file
+                if member.isdir() or base.startswith("."):  # hidden, as macOS puts beside each file
                     continue
                 stem, dot, suffix = base.partition(".")
                 if not member.isreg():
                     suffix += " (link)"
                 sample = samples.setdefault(folder + slash + stem, {})
                 if (kind := dot + suffix.lower()) in sample:
-                    raise SettingsError(f"{given}: {shard} has two files {member.name}; keep one of them.")
+                    raise SettingsError(f"{given}: {shard} contains {member.name} twice; keep one of them.")
                 sample[kind] = Member(shard, member.name, member.offset_data, member.size)
             if any(Member(shard, "", tar.offset, tarfile.BLOCKSIZE).read() or b"no end"):
-                raise tarfile.ReadError("it ends in the middle")  # tarfile itself takes a broken header for the end
+                raise tarfile.ReadError("it is truncated")  # tarfile itself takes a corrupt header for the end
     except (tarfile.TarError, OSError) as error:
         raise SettingsError(
-            f"{given}: {shard} cannot be read ({error}); give whole tar files, without compression."
+            f"{given}: {shard} cannot be read ({error}); give complete, uncompressed tar files."
         ) from error
     return list(samples.values())
 
 
-def braces(pattern: str) -> list[str]:
-    """What a pattern stands for: ``{000..009}`` for numbers in as many digits, ``{a,b}`` for each of several texts."""
+def expand_braces(pattern: str) -> list[str]:
+    """The strings that a pattern stands for, as in a shell: ``{000..009}`` counts, ``{a,b}`` gives each alternative."""
     group = re.search(r"\{([^{}]*)\}", pattern)
     if group is None:
         return [pattern]
     if span := re.fullmatch(r"(\d+)\.\.(\d+)", group[1]):
-        choice = [str(number).zfill(len(span[1])) for number in range(int(span[1]), int(span[2]) + 1)]
+        options = [str(number).zfill(len(span[1])) for number in range(int(span[1]), int(span[2]) + 1)]
     else:
-        choice = group[1].split(",")
-    return [text for one in choice for text in braces(pattern[: group.start()] + one + pattern[group.end() :])]
+        options = group[1].split(",")
+    return [text for one in options for text in expand_braces(pattern[: group.start()] + one + pattern[group.end() :])]

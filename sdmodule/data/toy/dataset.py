@@ -1,51 +1,32 @@
-"""Captioned images of coloured shapes, made on the fly: the data that the embedded model is trained on."""
+"""Captioned images of coloured shapes, rendered on the fly: the training data of the embedded model."""
 
 from __future__ import annotations
 
 import random
-from typing import NamedTuple, NotRequired, TypedDict, cast
+from typing import cast
 
 import torch
-from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
+from sdmodule import __version__
+from sdmodule.data.base import TrainingData
+from sdmodule.data.example import CaptionedImage, View
 from sdmodule.data.sampler import training_loader
 from sdmodule.data.toy.scenes import Scene, caption, render, render_collage, sample_scene
 from sdmodule.io.images import image_to_tensor
-from sdmodule.version import __version__
-
-
-class CaptionedImage(TypedDict):
-    """One training example: ``image`` is ``[3, H, W]`` in [-1, 1].
-
-    ``mask``, if any, is ``[1, H, W]`` of 1 and 0; ``conditioning``, a ControlNet's image, ``[3, H, W]`` in [0, 1].
-    """
-
-    image: Tensor
-    caption: str
-    mask: NotRequired[Tensor]
-    conditioning: NotRequired[Tensor]
-
-
-class View(NamedTuple):
-    """How an image is shown: which part of it is cut out, from 0 to 1 each way, and whether it is mirrored."""
-
-    x: float = 0.5
-    y: float = 0.5
-    mirrored: bool = False
 
 
 class ShapesDataset(Dataset[CaptionedImage]):
-    """``length`` scenes; scene k depends on (seed, k) alone, whatever the order or the number of workers.
+    """``length`` scenes; scene k depends on (seed, k) alone, not on the order or the number of workers.
 
     Args:
         length: number of images.
-        seed: names the sequence of scenes.
+        seed: seed of the scenes.
         size: side of an image in pixels.
         two_objects: share of scenes with two objects.
-        collages: share of images without a caption that show anything but the grammar's shapes; for autoencoders.
+        collages: share of images that show anything but the grammar's shapes and have no caption; for autoencoders.
     """
 
     center_crop, random_flip, fixed_captions = True, False, True
@@ -67,25 +48,25 @@ class ShapesDataset(Dataset[CaptionedImage]):
         return self.size, self.size
 
     def content(self, index: int) -> str:
-        """Names what an image shows."""
+        """A key of an image's content."""
         return f"scene {self.seed}/{index} {self.two_objects} {self.collages} of sdmodule {__version__}"
 
     def view(self, index: int) -> View:
-        """How an image is shown: always in the same way."""
+        """The view of an image, which never changes."""
         return View()
 
     def _scene(self, index: int) -> tuple[random.Random, Scene | None]:
-        """The scene that an image shows; none for a collage, which is painted with the generator beside it."""
+        """The scene of an image, None for a collage, and the generator that paints a collage."""
         rng = random.Random(f"{self.seed}/{index}")
         return rng, None if rng.random() < self.collages else sample_scene(rng, self.two_objects)
 
     def caption(self, index: int) -> str:
-        """What an image shows; a collage has no caption."""
+        """The caption of an image; empty for a collage."""
         _, scene = self._scene(index)
         return caption(scene) if scene else ""
 
     def seen(self, index: int, view: View) -> dict[str, Tensor]:
-        """An image, ``image`` ``[3, H, W]``."""
+        """An image, ``image`` ``[3, H, W]`` in [-1, 1]."""
         rng, scene = self._scene(index)
         return {"image": image_to_tensor(render(scene, self.size) if scene else render_collage(rng, self.size))}
 
@@ -94,18 +75,18 @@ class ShapesDataset(Dataset[CaptionedImage]):
         return cast(CaptionedImage, {**self.seen(index, self.view(index)), "caption": self.caption(index)})
 
 
-class ShapesDataModule(LightningDataModule):
+class ShapesDataModule(TrainingData):
     """Scenes for training and, from another seed, for validation.
 
     Args:
-        batch_size: images a step.
-        train_length: images in an epoch of training.
-        val_length: images for validation.
+        batch_size: images per batch.
+        train_length: training images per epoch.
+        val_length: validation images.
         size: side of an image in pixels.
         two_objects: share of scenes with two objects.
-        collages: share of caption-less images in training, for autoencoders.
-        seed: names the sequence of scenes.
-        num_workers: processes that render; 0 renders in the training process.
+        collages: share of training images without a caption, for autoencoders.
+        seed: seed of the scenes.
+        num_workers: worker processes that render; 0 renders in the training process.
     """
 
     def __init__(

@@ -1,13 +1,13 @@
-"""The little world that the embedded model knows: captioned images of coloured shapes.
+"""The toy domain of the embedded model: scenes of coloured shapes, with captions.
 
-A scene is a background and one or two objects. :func:`sample_scene` draws one from a random generator,
-:func:`caption` says it in words, :func:`render` paints it. The grammar of the captions is
+A scene is a background and one or two objects. `sample_scene` draws one at random, `caption` describes it and
+`render` paints it. The grammar of the captions is
 
     a [small|large] COLOUR SHAPE [on the left|on the right|at the top|at the bottom] on a COLOUR background
     a COLOUR SHAPE to the left of|to the right of|above|below a COLOUR SHAPE on a COLOUR background
 
-Six (colour, shape) pairs are held out of training (:data:`HELD_OUT`), so that a sample of one of them shows
-whether a model has understood the words or has only learned images by heart.
+Six (colour, shape) pairs are held out of training (`HELD_OUT`): sampling them shows whether a model composes words
+or has memorized images.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 
 SIZES = {"small": (7.0, 9.0), "large": (16.0, 19.0), None: (10.0, 17.0)}
-"""Range of an object's radius in pixels, by the word that names it."""
+"""Range of an object's radius in pixels, by the word for its size."""
 
 PAIR_SIZES = (8.5, 11.5)
 """Range of the radius of each of two objects."""
@@ -45,7 +45,7 @@ PLACES: dict[str | None, tuple[float, float]] = {
     "at the bottom": (0.0, 1.0),
     None: (0.0, 0.0),
 }
-"""Direction from the middle of the image, by the words that name it (x to the right, y down)."""
+"""Direction from the centre of the image (x to the right, y down), by the words for the place."""
 
 RELATIONS: dict[str, tuple[float, float]] = {
     "to the left of": (-1.0, 0.0),
@@ -65,11 +65,11 @@ HELD_OUT = frozenset(
         ("white", "circle"),
     }
 )
-"""(colour, shape) pairs that no training image shows."""
+"""(colour, shape) pairs that occur in no training image."""
 
 
 def _regular(corners: int, start: float, inner: float | None = None) -> list[tuple[float, float]]:
-    """Corners of a regular polygon, or of a star when ``inner`` gives the radius of its notches."""
+    """Corners of a regular polygon, or of a star if ``inner`` gives the radius of its notches."""
     radii = [1.0] if inner is None else [1.0, inner]
     count = corners * len(radii)
     return [
@@ -80,7 +80,7 @@ def _regular(corners: int, start: float, inner: float | None = None) -> list[tup
 
 
 def _heart(points: int = 60) -> list[tuple[float, float]]:
-    """The classic parametric heart, scaled into the unit disc."""
+    """Corners of the classic parametric heart, scaled to the unit disc."""
     outline = []
     for k in range(points):
         t = 2 * math.pi * k / points
@@ -98,12 +98,12 @@ SHAPES: dict[str, list[tuple[float, float]]] = {
     "heart": _heart(),
     "diamond": [(0.0, -1.05), (0.72, 0.0), (0.0, 1.05), (-0.72, 0.0)],
 }
-"""Outline of each shape as a polygon about the origin with a radius of about one (y down)."""
+"""Outline of each shape: a polygon around the origin with a radius of about one (y down)."""
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One shape: its words, and where and how large it is painted (pixels)."""
+    """One shape: its colour and form in words, its centre and radius in pixels."""
 
     colour: str
     shape: str
@@ -114,7 +114,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background, one or two objects, and the words that were used for size, place or relation."""
+    """A background, one or two objects, and the words for size, place or relation that the caption uses."""
 
     background: str
     objects: tuple[SceneObject, ...]
@@ -124,7 +124,7 @@ class Scene:
 
 
 def caption(scene: Scene) -> str:
-    """Say a scene in the grammar of this module."""
+    """The caption of a scene, in the grammar of this module."""
     words = [f"{o.colour} {o.shape}" for o in scene.objects]
     if scene.relation is not None:
         return f"a {words[0]} {scene.relation} a {words[1]} on a {scene.background} background"
@@ -134,7 +134,7 @@ def caption(scene: Scene) -> str:
 
 
 def render(scene: Scene, size: int = IMAGE_SIZE, oversample: int = 4) -> Image.Image:
-    """Paint a scene, antialiased, as an RGB image of ``size`` pixels a side."""
+    """Render a scene as an RGB image of ``size`` x ``size`` pixels, antialiased."""
     image = Image.new("RGB", (size, size), COLOURS[scene.background])
     scale = oversample * size / IMAGE_SIZE
     for item in scene.objects:
@@ -147,6 +147,7 @@ def render(scene: Scene, size: int = IMAGE_SIZE, oversample: int = 4) -> Image.I
 
 
 def _pairs(held_out: bool | None) -> list[tuple[str, str]]:
+    """The (colour, shape) pairs of training (False), the held-out ones (True), or all (None)."""
     every = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     return [pair for pair in every if held_out is None or (pair in HELD_OUT) == held_out]
 
@@ -155,8 +156,8 @@ def sample_single(rng: random.Random, held_out: bool | None = False) -> Scene:
     """Draw a scene of one object.
 
     Args:
-        rng: source of every choice.
-        held_out: False for the pairs of training, True for the held-out ones, None for either.
+        rng: the random generator.
+        held_out: False for the pairs of training, True for the held-out ones, None for all.
     """
     colour, shape = rng.choice(_pairs(held_out))
     background = rng.choice([c for c in COLOURS if c != colour])
@@ -164,7 +165,7 @@ def sample_single(rng: random.Random, held_out: bool | None = False) -> Scene:
     place = rng.choice([None, *PLACES])
     radius = rng.uniform(*SIZES[size])
     dx, dy = PLACES[place]
-    # A named place reaches from the margin to a third of the image; the other axis stays near the middle.
+    # a named place is between the margin and a third of the image; the other axis stays near the centre
     middle, reach = IMAGE_SIZE / 2, IMAGE_SIZE / 2 - radius - 1.0
     offset = rng.uniform(min(10.0, reach), reach)
     slack = min(4.0, reach)
@@ -174,7 +175,7 @@ def sample_single(rng: random.Random, held_out: bool | None = False) -> Scene:
 
 
 def sample_double(rng: random.Random, held_out: bool | None = False) -> Scene:
-    """Draw a scene of two different objects; arguments as for :func:`sample_single`."""
+    """Draw a scene of two different objects; arguments as for `sample_single`."""
     first, second = rng.sample(_pairs(held_out), 2)
     background = rng.choice([c for c in COLOURS if c not in (first[0], second[0])])
     relation = rng.choice(list(RELATIONS))
@@ -190,16 +191,16 @@ def sample_double(rng: random.Random, held_out: bool | None = False) -> Scene:
 
 
 def sample_scene(rng: random.Random, two_objects: float = 0.4, held_out: bool | None = False) -> Scene:
-    """Draw a scene: of two objects with probability ``two_objects``, else of one."""
+    """Draw a scene, of two objects with probability ``two_objects``, else of one."""
     draw = sample_double if rng.random() < two_objects else sample_single
     return draw(rng, held_out)
 
 
 def render_collage(rng: random.Random, size: int = IMAGE_SIZE, oversample: int = 4) -> Image.Image:
-    """Paint patches and strokes of any colour over a gradient: images for an autoencoder, without a caption.
+    """Patches and strokes of any colour over a gradient: images without a caption, for training an autoencoder.
 
-    They show none of the six shapes, so nothing that is held out is learned here; they teach the autoencoder colours
-    and edges that the scenes do not have, which is what makes it usable for other people's images.
+    They contain none of the six shapes, so nothing that is held out is learned from them. They teach the autoencoder
+    colours and edges that scenes lack, so that it is usable for other images too.
     """
 
     def colour() -> tuple[int, int, int]:

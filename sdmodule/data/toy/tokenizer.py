@@ -1,7 +1,7 @@
-"""A small CLIP tokenizer from any list of texts: byte-pair encoding that splits what it does not know into letters.
+"""Train a small CLIP tokenizer on any texts: byte-pair encoding that falls back to single bytes for unknown words.
 
-The embedded model's was made by ``python -m sdmodule.data.toy.tokenizer FOLDER CAPTIONS...``: the scenes' words,
-and the words of the given text files.
+``python -m sdmodule.data.toy.tokenizer FOLDER CAPTIONS...`` made that of the embedded model, from the captions of
+scenes and the lines of the given text files.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def write_tokenizer(folder: str | Path, texts: Iterable[str], size: int = 2048, length: int = 77) -> None:
-    """Learn byte-pair merges from texts and write a folder that ``CLIPTokenizer.from_pretrained`` reads.
+    """Train byte-pair merges on texts and write a folder that ``CLIPTokenizer.from_pretrained`` reads.
 
     Args:
         folder: where to write ``vocab.json``, ``merges.txt`` and ``tokenizer_config.json``.
-        texts: what to learn from; a word's number of occurrences decides how early it is merged.
-        size: entries of the vocabulary, the two special tokens included.
-        length: tokens in a chunk of text, begin and end included.
+        texts: the training texts; the more often a word occurs, the earlier it is merged.
+        size: size of the vocabulary, with the two special tokens.
+        length: tokens per chunk of text, with the begin and end tokens.
     """
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,1 +1,1 @@
-"""Layers that run faster on a CPU than torch's own."""
+"""CPU kernels for the layers of UNet and VAE; `sdmodule.speed.cpu.kernels` is the interface to them."""

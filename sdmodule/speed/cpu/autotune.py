@@ -1,4 +1,4 @@
-"""Which of several equal computations is the fastest here: measured once for each shape, and remembered."""
+"""Autotuning: of several kernels for one computation, the fastest for a shape on this machine, measured once."""
 
 from __future__ import annotations
 
@@ -18,79 +18,79 @@ from sdmodule.io.atomic import write_text_once
 from sdmodule.io.fingerprint import fingerprint
 
 TORCH = "torch"
-"""The way of torch itself; anything else must be faster by some margin."""
+"""Name of the default candidate, which another one must beat by `MARGIN`."""
 
 MARGIN = 1.1
-"""How many times faster: a choice for good should not hang on a busy moment of the machine."""
+"""Speed-up at which another candidate is taken: a permanent choice must not depend on a busy moment of the machine."""
 
-TRIALS, FEWEST, PATIENCE = 5, 2, 3.0
-"""Of each way: no more than the fewest once so many seconds have passed."""
+TRIALS, MIN_TRIALS, PATIENCE = 5, 2, 3.0
+"""Timed calls of each candidate: `TRIALS`, or `MIN_TRIALS` once `PATIENCE` seconds have passed."""
 
 GENERATION = 9
-"""Of the ways that there are; another number has all of them measured anew."""
+"""Version of the set of candidates; raising it makes every machine measure again."""
 
-Ways = Mapping[str, Callable[..., Tensor]]
+Candidates = Mapping[str, Callable[..., Tensor]]
 
 CHOSEN: dict[Any, str] = {}
-"""What this process knows of shapes."""
+"""Choices that this process knows, by shape."""
 
 
-def fastest(ways: Ways, shape: tuple[Any, ...], *arguments: Any) -> Tensor:
-    """Compute something the way that is the fastest for its shape on this machine, or torch's where that cannot.
+def fastest(candidates: Candidates, shape: tuple[Any, ...], *arguments: Any) -> Tensor:
+    """Run the candidate that is fastest for a shape on this machine.
 
     Args:
-        ways: functions that take the arguments and give the same but for rounding, `TORCH` one of them.
+        candidates: functions of the arguments with results equal but for rounding; one is named `TORCH`.
         shape: what the choice depends on.
-        arguments: what is computed; measured with, where nothing is known of the shape.
+        arguments: the arguments; an unknown shape is measured on them.
     """
     name = CHOSEN.get(shape)
     if name is None:
-        name = CHOSEN[shape] = cached_choice(ways, shape, arguments)
-    return ways.get(name, ways[TORCH])(*arguments)
+        name = CHOSEN[shape] = cached_choice(candidates, shape, arguments)
+    return candidates.get(name, candidates[TORCH])(*arguments)
 
 
-def cached_choice(ways: Ways, shape: tuple[Any, ...], arguments: tuple[Any, ...]) -> str:
-    """The name of the fastest way: what was found here earlier, or else what is found now and written down.
+def cached_choice(candidates: Candidates, shape: tuple[Any, ...], arguments: tuple[Any, ...]) -> str:
+    """Name of the fastest candidate, read from the cache or else measured and written to it.
 
-    Choices lie in ``~/.cache/sdmodule/kernels``. Where that cannot be written, each process measures by itself.
+    The cache is ``~/.cache/sdmodule/kernels``. Where it cannot be written, each process measures for itself.
     """
     file = autotune_cache_dir() / fingerprint(*shape)
     with suppress(OSError, UnicodeDecodeError):
-        if (name := file.read_text(encoding="utf-8")) in ways:
+        if (name := file.read_text(encoding="utf-8")) in candidates:
             return name
-    name = measure_fastest(ways, arguments)
+    name = measure_fastest(candidates, arguments)
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        settled = write_text_once(file, name)  # the processes of a run choose alike: the first one's choice holds
-        return settled if settled in ways else name
+        settled = write_text_once(file, name)  # all processes of a run take the choice of the first one
+        return settled if settled in candidates else name
     return name
 
 
-def measure_fastest(ways: Ways, arguments: tuple[Any, ...]) -> str:
-    """The name of the fastest way; they run in turn, and the best of their times are compared."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+def measure_fastest(candidates: Candidates, arguments: tuple[Any, ...]) -> str:
+    """Name of the fastest candidate: they run in turn, and their best times are compared."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
     begun = time.perf_counter()
-    for trial in range(1 + TRIALS):  # the first warms up
-        if trial > FEWEST and time.perf_counter() - begun > PATIENCE:
+    for trial in range(1 + TRIALS):  # the first is the warm-up
+        if trial > MIN_TRIALS and time.perf_counter() - begun > PATIENCE:
             break
-        for name, way in ways.items():
+        for name, kernel in candidates.items():
             start = time.perf_counter()
-            way(*arguments)
+            kernel(*arguments)
             seconds[name].append(time.perf_counter() - start)
-    best = {name: min(taken[1:]) for name, taken in seconds.items()}
-    fast = min(best, key=lambda name: best[name])
-    return fast if best[fast] * MARGIN < best[TORCH] else TORCH
+    best = {name: min(timed[1:]) for name, timed in seconds.items()}
+    winner = min(best, key=lambda name: best[name])
+    return winner if best[winner] * MARGIN < best[TORCH] else TORCH
 
 
 @cache
 def autotune_cache_dir() -> Path:
-    """Where this machine's choices are kept: those of a processor, a version of torch and a number of threads."""
-    about = Path("/proc/cpuinfo")
-    lines = about.read_text().splitlines() if about.exists() else []
-    # generations of one vendor may share a name, and machines of one name be allowed less of what it can do
-    metadata = ("model name", "cpu family", "model\t", "flags")
-    named = (next((line for line in lines if line.startswith(fact)), "") for fact in metadata)
-    processor = (*named, platform.processor())
+    """Folder of the choices for this processor, version of torch and number of threads."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    # generations of one vendor may share a name, and a virtual machine may hide some flags of its processor
+    keys = ("model name", "cpu family", "model\t", "flags")
+    found = (next((line for line in lines if line.startswith(key)), "") for key in keys)
+    processor = (*found, platform.processor())
     home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     machine = (
         GENERATION,

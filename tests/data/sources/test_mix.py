@@ -1,4 +1,4 @@
-"""Folders mixed by weight, and what becomes of their captions."""
+"""Sources mixed by weight, and the styles of their captions."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ def shown(data: ImageFolderDataModule) -> list[str]:
     return [caption for batch in data.train_dataloader() for caption in batch["caption"]]
 
 
-def test_an_epoch_has_each_source_by_its_weight_and_every_image(tmp_path):
+def test_an_epoch_shows_each_source_by_weight_and_every_image(tmp_path):
     few, many = make(tmp_path / "few", 3, "few {}"), make(tmp_path / "many", 10, "many {}")
     counts = Counter(shown(ready(sources=[{"root": few, "weight": 2}, {"root": many}])))
     assert counts == {"few 0": 7, "few 1": 7, "few 2": 6} | {f"many {k}": 1 for k in range(10)}
 
 
-def test_each_source_gives_images_to_validate_on(tmp_path):
+def test_each_source_gives_validation_images(tmp_path):
     sources = [{"root": make(tmp_path / name, 4, f"{name} {{}}")} for name in ("a", "b")]
     data = ready(sources=sources, val_fraction=0.25)
-    val_log_suffix = {caption for batch in data.val_dataloader() for caption in batch["caption"]}
-    assert sorted(caption[0] for caption in val_log_suffix) == ["a", "b"]
-    assert not val_log_suffix & set(shown(data)) and len(shown(data)) == 6
+    validated = {caption for batch in data.val_dataloader() for caption in batch["caption"]}
+    assert sorted(caption[0] for caption in validated) == ["a", "b"]
+    assert not validated & set(shown(data)) and len(shown(data)) == 6
 
 
-def test_masks_of_some_sources_are_left_out_and_of_all_are_kept(tmp_path):
+def test_masks_are_kept_only_if_all_sources_have_them(tmp_path):
     one, other, bare = (make(tmp_path / name, 2, name) for name in ("one", "other", "bare"))
     for folder in (one, other):
         rows = [json.dumps({"file_name": "0.png", "text": folder, "mask_file_name": "1.png"})]
@@ -59,7 +59,7 @@ def test_masks_of_some_sources_are_left_out_and_of_all_are_kept(tmp_path):
     assert batch["mask"].shape == (2, 1, 8, 8)
 
 
-def test_tags_are_shuffled_behind_the_first_and_by_epoch(tmp_path):
+def test_tags_after_the_kept_ones_are_shuffled_by_epoch(tmp_path):
     folder = make(tmp_path / "a", 1, "cat, red, small, old, wise")
     data = ready(root=folder, shuffle_tags=True, keep_tags=1, template="a photo of {}!")
     orders = []
@@ -73,19 +73,19 @@ def test_tags_are_shuffled_behind_the_first_and_by_epoch(tmp_path):
     assert orders[0] == orders[3] and len({*map(tuple, orders)}) > 1
 
 
-def test_a_source_has_its_own_way_with_captions_or_that_of_all(tmp_path):
+def test_a_source_has_its_own_caption_style_or_the_common_one(tmp_path):
     one, other = make(tmp_path / "one", 1, "cat"), make(tmp_path / "other", 1, "dog")
     data = ready(sources=[{"root": one}, {"root": other, "template": "{}, drawn"}], template="a photo of a {}")
     assert sorted(shown(data)) == ["a photo of a cat", "dog, drawn"]
 
 
-def test_one_caption_for_all_is_that_of_folders_without_their_own(tmp_path):
+def test_the_common_prompt_is_for_folders_without_their_own(tmp_path):
     one, other = make(tmp_path / "one", 1, "cat"), make(tmp_path / "other", 1, "dog")
     sources = [{"root": one}, {"root": other, "prompt": "a hound"}]
     assert sorted(shown(ready(sources=sources, prompt="a beast"))) == ["a beast", "a hound"]
 
 
-def test_images_to_validate_on_keep_the_order_of_their_tags(tmp_path):
+def test_validation_captions_keep_the_order_of_their_tags(tmp_path):
     folder = make(tmp_path / "a", 2, "cat, red, small, old, wise")
     data = ready(root=folder, shuffle_tags=True, template="{}.", val_fraction=0.5)
     assert data.val_set[0]["caption"] == "cat, red, small, old, wise."
@@ -94,30 +94,36 @@ def test_images_to_validate_on_keep_the_order_of_their_tags(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"root": "FOLDER", "template": "a photo"}, r"data\.template=a photo has no place"),
-        ({"root": "FOLDER", "keep_tags": -1}, r"data\.keep_tags=-1"),
-        ({"sources": []}, r"data\.sources=\[\] names no folder"),
+        ({"root": "FOLDER", "template": "a photo"}, r"data\.template=a photo: contains no \{\}; write \{\} where"),
+        ({"root": "FOLDER", "keep_tags": -1}, r"data\.keep_tags=-1: must be a whole number of at least 0"),
+        ({"sources": []}, r"data\.sources=\[\]: is empty; give \[\{root: …"),
         ({}, "give one of them"),
         ({"root": "FOLDER", "sources": [{"root": "FOLDER"}]}, "give one of them"),
-        ({"sources": [{"root": "FOLDER", "weight": 0}]}, r"data\.sources\[0\]\.weight=0"),
+        (
+            {"sources": [{"root": "FOLDER", "weight": 0}]},
+            r"data\.sources\[0\]\.weight=0: must be a number",
+        ),
         ({"sources": [{"root": "FOLDER", "wieght": 1}]}, "wieght"),
-        ({"sources": [{"root": "FOLDER"}, {"root": "nowhere"}]}, r"data\.sources\[1\]\.root=nowhere does not exist"),
-        ({"sources": "FOLDER"}, r"data\.sources=.* is no list of sources; give \[\{root: …"),
-        ({"sources": ["FOLDER"]}, r"data\.sources=.* is no list of sources; give \[\{root: …"),
-        ({"sources": [{"root": 2024}]}, r"data\.sources\[0\]\.root=2024 names no place"),
-        ({"sources": [{"shards": [1]}]}, r"data\.sources\[0\]\.shards=1 names no place"),
-        ({"sources": [{"name": None}]}, r"data\.sources\[0\]\.name=None names no place"),
-        ({"root": ""}, r"data\.root= names no place"),
-        ({"root": "FOLDER", "prompt": ["a", "b"]}, r"the prompt \['a', 'b'\] of data\.root="),
-        ({"sources": [{"root": "FOLDER"}, {"name": "a/b"}], "prompt": "a"}, r"data\.sources\[1\] names name; leave"),
-        ({"root": "FOLDER", "random_flip": "no"}, r"data\.random_flip=no is not allowed; give true or false"),
+        ({"sources": [{"root": "FOLDER"}, {"root": "nowhere"}]}, r"data\.sources\[1\]\.root=nowhere: does not exist"),
+        ({"sources": "FOLDER"}, r"data\.sources=.*: must be a list of sources; give \[\{root: …"),
+        ({"sources": ["FOLDER"]}, r"data\.sources=.*: must be a list of sources; give \[\{root: …"),
+        ({"sources": [{"root": 2024}]}, r"data\.sources\[0\]\.root=2024: must be a non-empty path"),
+        ({"sources": [{"shards": [1]}]}, r"data\.sources\[0\]\.shards=1: must be a non-empty path"),
+        ({"sources": [{"name": None}]}, r"data\.sources\[0\]\.name=None: must be a non-empty path"),
+        ({"root": ""}, r"data\.root=: must be a non-empty path"),
+        ({"root": "FOLDER", "prompt": ["a", "b"]}, r"prompt=\['a', 'b'\] of data\.root=.*: must be one caption"),
+        (
+            {"sources": [{"root": "FOLDER"}, {"name": "a/b"}], "prompt": "a"},
+            r"prompt=a: .*\[1\] gives name",
+        ),
+        ({"root": "FOLDER", "random_flip": "no"}, r"data\.random_flip=no: must be true or false"),
         (
             {"sources": [{"root": "FOLDER", "shuffle_tags": "no"}]},
-            r"data\.sources\[0\]\.shuffle_tags=no is not allowed",
+            r"data\.sources\[0\]\.shuffle_tags=no: must be true or false",
         ),
     ],
 )
-def test_what_cannot_be_used_is_told(tmp_path, settings, says):
+def test_wrong_settings_are_errors(tmp_path, settings, says):
     folder = make(tmp_path / "a", 2, "cat")
     with pytest.raises(SettingsError, match=says):
         ready(**json.loads(json.dumps(settings).replace("FOLDER", folder)))

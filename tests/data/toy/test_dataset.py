@@ -13,7 +13,7 @@ def captions(loader) -> list[str]:
     return [caption for batch in loader for caption in batch["caption"]]
 
 
-def test_an_image_depends_on_the_seed_and_its_number_alone():
+def test_an_image_depends_on_seed_and_index_alone():
     long, short = ShapesDataset(100, seed=3, size=32), ShapesDataset(5, seed=3, size=32)
     assert long[4]["caption"] == short[4]["caption"] and torch.equal(long[4]["image"], short[4]["image"])
     assert not torch.equal(long[4]["image"], ShapesDataset(5, seed=4, size=32)[4]["image"])
@@ -48,7 +48,7 @@ def test_validation_shows_other_images_without_shuffling():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_loading_touches_no_other_randomness(workers):
+def test_loading_does_not_advance_the_global_rng(workers):
     data = ShapesDataModule(batch_size=2, train_length=4, val_length=2, size=16, num_workers=workers)
     torch.manual_seed(0)
     before = torch.get_rng_state()

@@ -1,4 +1,4 @@
-"""The little world: its captions follow the grammar, its images show what their captions say."""
+"""The toy scenes: captions follow the grammar, and images show what their captions say."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def colour_at(scene: Scene, item: SceneObject) -> tuple[int, ...]:
     return render(scene).getpixel((round(item.x), round(item.y)))
 
 
-def test_every_caption_follows_the_grammar_and_says_its_scene():
+def test_every_caption_follows_the_grammar_and_describes_its_scene():
     for scene in scenes(2000, held_out=None):
         words = GRAMMAR[len(scene.objects) - 1].fullmatch(caption(scene)).groupdict()
         assert [(words[f"colour{k}"], words[f"shape{k}"]) for k in range(len(scene.objects))] == pairs(scene)
@@ -55,15 +55,15 @@ def test_every_caption_follows_the_grammar_and_says_its_scene():
         assert {name: words.get(name) for name in said} == said
 
 
-def test_held_out_pairs_are_never_shown_in_training():
+def test_held_out_pairs_never_occur_in_training():
     assert not {pair for scene in scenes(20_000) for pair in pairs(scene)} & HELD_OUT
 
 
-def test_held_out_scenes_show_all_of_them_and_nothing_else():
+def test_held_out_scenes_show_all_held_out_pairs_and_no_others():
     assert {pair for scene in scenes(20_000, held_out=True) for pair in pairs(scene)} == HELD_OUT
 
 
-def test_either_means_every_pair():
+def test_none_means_every_pair():
     shown = {pair for scene in scenes(5000, held_out=None) for pair in pairs(scene)}
     assert len(shown) == len(COLOURS) * len(SHAPES)
 
@@ -75,12 +75,12 @@ def test_the_same_seed_gives_the_same_image():
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-def test_the_share_of_pairs_is_as_asked(share):
+def test_the_share_of_two_objects_is_as_requested(share):
     doubles = [len(scene.objects) == 2 for scene in scenes(2000, two_objects=share)]
     assert np.mean(doubles) == pytest.approx(share, abs=0.04)
 
 
-def test_every_object_is_within_the_image_and_shows_its_colour():
+def test_every_object_is_inside_the_image_in_its_colour():
     rng = random.Random(0)
     for draw in [sample_single, sample_double] * 150:
         scene = draw(rng, held_out=None)
@@ -90,7 +90,7 @@ def test_every_object_is_within_the_image_and_shows_its_colour():
             assert item.colour != scene.background
 
 
-def test_two_objects_differ_and_do_not_touch():
+def test_two_objects_differ_and_do_not_overlap():
     rng = random.Random(0)
     for _ in range(200):
         scene = sample_double(rng, held_out=None)
@@ -112,7 +112,7 @@ def test_places_and_relations_are_where_the_words_say():
         assert abs(along * dy + across * dx) <= 5
 
 
-def test_sizes_can_be_told_apart():
+def test_sizes_do_not_overlap():
     radii: dict[str | None, list[float]] = {"small": [], "large": [], None: []}
     for scene in scenes(2000, two_objects=0.0):
         radii[scene.size].append(scene.objects[0].radius)
@@ -128,7 +128,7 @@ def test_shapes_keep_their_proportions_at_any_size(shape):
     assert small == pytest.approx(large, rel=0.1) and normal == pytest.approx(large, rel=0.05)
 
 
-def test_collages_are_many_and_repeatable():
+def test_collages_differ_by_seed_and_are_reproducible():
     images = [render_collage(random.Random(k)) for k in (0, 0, 1)]
     assert images[0].tobytes() == images[1].tobytes() != images[2].tobytes()
     assert images[0].size == (IMAGE_SIZE, IMAGE_SIZE) and images[0].mode == "RGB"

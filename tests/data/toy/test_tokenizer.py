@@ -1,4 +1,4 @@
-"""A small vocabulary behaves as CLIP's does."""
+"""A tokenizer of a small vocabulary behaves as CLIP's does."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_known_words_are_one_token_each(tokenizer):
 
 
 @pytest.mark.parametrize("text", ["an octopus, painted", "größe 3½", "日本 🌵", "a\nb", "it's red!"])
-def test_unknown_words_are_spelled_and_nothing_is_lost(tokenizer, text):
+def test_unknown_words_are_split_and_nothing_is_lost(tokenizer, text):
     ids = tokenizer(text, add_special_tokens=False).input_ids
     assert tokenizer.unk_token_id not in ids
     assert tokenizer.decode(ids).replace(" ", "") == "".join(text.split())
@@ -38,7 +38,7 @@ def test_prompts_begin_end_and_are_padded_to_77(tokenizer):
     assert begin != end and max(ids) < len(tokenizer)
 
 
-def test_the_vocabulary_keeps_within_its_size_and_may_be_smaller(tokenizer, tmp_path: Path):
+def test_the_vocabulary_has_at_most_its_size(tokenizer, tmp_path: Path):
     assert len(tokenizer) <= 1024
     write_tokenizer(tmp_path, ["red", "red", "blue"], size=600, length=16)
     small = CLIPTokenizer.from_pretrained(tmp_path)

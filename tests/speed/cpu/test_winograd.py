@@ -1,4 +1,4 @@
-"""Convolutions with two thirds of the products: the same but for rounding, where they apply."""
+"""Winograd's F(2, 3): equal to direct convolutions but for rounding, where it applies."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from sdmodule.speed.cpu import kernels
+from sdmodule.speed.cpu import layers
 from sdmodule.speed.cpu.autotune import TORCH
-from sdmodule.speed.cpu.kernels import FastestConv2d, winograd_convolution
-from sdmodule.speed.cpu.prepacked import packs
-from sdmodule.speed.cpu.winograd import is_ordinary
+from sdmodule.speed.cpu.layers import FastestConv2d, winograd_convolution
+from sdmodule.speed.cpu.prepacked import supports_prepacking
+from sdmodule.speed.cpu.winograd import applies_to
 from sdmodule.speed.swap_class import swap_class
 
-pytestmark = pytest.mark.skipif(not packs(torch.bfloat16), reason="oneDNN has no bfloat16 on this processor")
+pytestmark = pytest.mark.skipif(not supports_prepacking(torch.bfloat16), reason="oneDNN has no bfloat16 here")
 
 
 def image(height=12, width=10, batch=2):
@@ -29,21 +29,21 @@ def convolution(**settings):
 
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
-def test_the_error_is_about_twice_that_of_an_ordinary_convolution(bias):
+def test_the_error_is_about_twice_that_of_a_direct_convolution(bias):
     layer = convolution(bias=bias)
     exact = convolution(bias=bias).double()
     with swap_class(FastestConv2d, [layer]):
-        # the first decides the weights' order
+        # the weights are prepacked for the first size
         for given in (image(), image(batch=1), image(2, 1), image(8, 7)):
             wanted = exact(given.double())
-            ordinary = (nn.functional.conv2d(given, layer.weight, layer.bias, padding=1).double() - wanted).norm()
+            direct = (nn.functional.conv2d(given, layer.weight, layer.bias, padding=1).double() - wanted).norm()
             found = winograd_convolution(given, layer)
             assert found.is_contiguous(memory_format=torch.channels_last)
-            assert (found.double() - wanted).norm() < 3 * ordinary
+            assert (found.double() - wanted).norm() < 3 * direct
 
 
 @torch.no_grad()
-def test_in_float32_the_error_is_less_than_a_millionth():
+def test_in_float32_the_relative_error_is_below_1e_6():
     layer, given = convolution().float(), image().float()
     with swap_class(FastestConv2d, [layer], keeps=("rows",)):
         found = winograd_convolution(given, layer)
@@ -52,7 +52,7 @@ def test_in_float32_the_error_is_less_than_a_millionth():
 
 
 @torch.no_grad()
-def test_an_image_is_the_same_whatever_its_batch():
+def test_an_image_does_not_depend_on_its_batch():
     layer, given = convolution(), image(batch=3)
     with swap_class(FastestConv2d, [layer]):
         together = winograd_convolution(given, layer)
@@ -60,17 +60,16 @@ def test_an_image_is_the_same_whatever_its_batch():
 
 
 @torch.no_grad()
-def test_other_convolutions_are_as_they_were(monkeypatch):
-    """As if it were the fastest wherever it is asked."""
+def test_other_convolutions_are_unchanged(monkeypatch):
 
-    def other(ways, shape, *given):
-        return next(way for name, way in ways.items() if name != TORCH)(*given)
+    def not_torch(kernels, shape, *inputs):
+        return next(kernel for name, kernel in kernels.items() if name != TORCH)(*inputs)
 
-    monkeypatch.setattr(kernels, "fastest", other)
+    monkeypatch.setattr(layers, "fastest", not_torch)
     others = [{"stride": 2}, {"kernel_size": 1, "padding": 0}, {"dilation": 2, "padding": 2}, {"groups": 4}, {}]
     for settings in others:
         layer, given = convolution(**settings), image(12 if settings else 11)
-        assert not is_ordinary(layer, given)
+        assert not applies_to(layer, given)
         wanted = layer(given)
         with swap_class(FastestConv2d, [layer], keeps=("packed", "rows")):
             torch.testing.assert_close(layer(given), wanted)

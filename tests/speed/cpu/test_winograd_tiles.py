@@ -1,4 +1,4 @@
-"""Convolutions in float32 with a quarter of the products: the same but for rounding, where they apply."""
+"""Winograd's F(4x4, 3x3): equal to direct convolutions in float32 but for rounding, where it applies."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from sdmodule.speed.cpu import kernels, winograd_tiles
-from sdmodule.speed.cpu.kernels import FastestConv2d, convolution_of_tiles, fastest_convolutions
-from sdmodule.speed.cpu.prepacked import packs
-from sdmodule.speed.cpu.winograd_tiles import is_tiled
+from sdmodule.speed.cpu import layers, winograd_tiles
+from sdmodule.speed.cpu.kernels import fastest_convolutions
+from sdmodule.speed.cpu.layers import FastestConv2d, winograd_tiles_convolution
+from sdmodule.speed.cpu.prepacked import supports_prepacking
+from sdmodule.speed.cpu.winograd_tiles import applies_to
 from sdmodule.speed.swap_class import swap_class
 
-pytestmark = pytest.mark.skipif(not packs(torch.float32), reason="oneDNN is not in this build of torch")
+pytestmark = pytest.mark.skipif(not supports_prepacking(torch.float32), reason="oneDNN is not in this build of torch")
 
 
 def image(height=32, width=32, batch=2):
@@ -25,32 +26,32 @@ def convolution(**settings):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("tiles", [winograd_tiles.TILES, 24, 1])  # of an image: one strip, some and a rest, each row
+@pytest.mark.parametrize("tiles", [winograd_tiles.MAX_TILES, 24, 1])  # one strip, several and a rest, one per row
 @torch.no_grad()
-def test_the_error_is_a_few_millionths(bias, tiles, monkeypatch):
-    monkeypatch.setattr(winograd_tiles, "TILES", tiles)
+def test_the_relative_error_is_below_5e_6(bias, tiles, monkeypatch):
+    monkeypatch.setattr(winograd_tiles, "MAX_TILES", tiles)
     layer, exact = convolution(bias=bias), convolution(bias=bias).double()
     with swap_class(FastestConv2d, [layer], keeps=("matrices",)):
         for given in (image(), image(36, 32), image(4, 256), image(256, 4, batch=1)):
             for laid in (given, given.contiguous(memory_format=torch.channels_last)):
                 wanted = exact(laid.double())
-                found = convolution_of_tiles(laid, layer)
+                found = winograd_tiles_convolution(laid, layer)
                 assert found.is_contiguous(memory_format=torch.channels_last)
                 assert (found - wanted).norm() < 5e-6 * wanted.norm()
 
 
 @torch.no_grad()
-def test_an_image_is_the_same_whatever_its_batch():
+def test_an_image_does_not_depend_on_its_batch():
     layer, given = convolution(), image(batch=3)
     with swap_class(FastestConv2d, [layer], keeps=("matrices",)):
-        together = convolution_of_tiles(given, layer)
-        assert torch.equal(convolution_of_tiles(given[1:2], layer), together[1:2])
+        together = winograd_tiles_convolution(given, layer)
+        assert torch.equal(winograd_tiles_convolution(given[1:2], layer), together[1:2])
 
 
 @pytest.fixture
 def tiles_everywhere(monkeypatch):
-    """As if they were the fastest wherever they are asked."""
-    monkeypatch.setattr(kernels, "fastest", lambda ways, shape, *given: list(ways.values())[-1](*given))
+    """Runs the last kernel of every layer."""
+    monkeypatch.setattr(layers, "fastest", lambda kernels, shape, *inputs: list(kernels.values())[-1](*inputs))
 
 
 OTHERS = [
@@ -59,25 +60,25 @@ OTHERS = [
     ({"dilation": 2, "padding": 2}, image()),
     ({"groups": 4}, image()),
     ({}, image(28, 32)),  # too small
-    ({}, image(34, 32)),  # of no whole tiles
+    ({}, image(34, 32)),  # not divisible into tiles
     ({}, image(32, 38)),
 ]
 
 
 @pytest.mark.parametrize(("settings", "given"), OTHERS, ids=lambda value: str(getattr(value, "shape", value)))
 @torch.no_grad()
-def test_other_convolutions_are_as_they_were(settings, given, tiles_everywhere):
+def test_other_convolutions_are_unchanged(settings, given, tiles_everywhere):
     layer = convolution(**settings)
     wanted = layer(given)
-    assert not is_tiled(layer, given)
+    assert not applies_to(layer, given)
     with fastest_convolutions(layer):
         torch.testing.assert_close(layer(given), wanted)
         assert "matrices" not in vars(layer)
 
 
-def test_in_16_bits_there_are_none():
-    assert is_tiled(convolution(), image())
-    assert not is_tiled(convolution().bfloat16(), image().bfloat16())
+def test_it_does_not_apply_in_16_bits():
+    assert applies_to(convolution(), image())
+    assert not applies_to(convolution().bfloat16(), image().bfloat16())
 
 
 @pytest.fixture
@@ -89,9 +90,9 @@ def medium_products():
 
 
 @torch.no_grad()
-def test_where_products_may_be_rounded_convolutions_are_not(medium_products, tiles_everywhere):
+def test_it_does_not_apply_where_float32_products_may_be_rounded(medium_products, tiles_everywhere):
     layer, given = convolution(), image()
-    assert not is_tiled(layer, given)
+    assert not applies_to(layer, given)
     with fastest_convolutions(layer):
         found = layer(given)
     wanted = layer.double()(given.double())
@@ -99,17 +100,17 @@ def test_where_products_may_be_rounded_convolutions_are_not(medium_products, til
 
 
 @torch.no_grad()
-def test_what_torch_makes_by_default_matters_not():
+def test_it_does_not_depend_on_the_default_dtype():
     layer, given = convolution(), image()
-    wanted = winograd_tiles.convolve(given, winograd_tiles.matrices_of(layer), layer.bias)
+    wanted = winograd_tiles.convolve(given, winograd_tiles.transform_weights(layer), layer.bias)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        assert torch.equal(winograd_tiles.convolve(given, winograd_tiles.matrices_of(layer), layer.bias), wanted)
+        assert torch.equal(winograd_tiles.convolve(given, winograd_tiles.transform_weights(layer), layer.bias), wanted)
     finally:
         torch.set_default_dtype(torch.float32)
 
 
-def test_what_training_changes_is_used(tiles_everywhere):
+def test_training_drops_cached_weights(tiles_everywhere):
     layer, given = convolution(), image()
     with fastest_convolutions(layer):
         with torch.no_grad():

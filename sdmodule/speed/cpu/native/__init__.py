@@ -1,1 +1,1 @@
-"""Computations in C++, for processors that multiply bfloat16, each one of several ways that are measured."""
+"""C++ kernels, compiled on this machine when they are first used."""

@@ -1,4 +1,4 @@
-"""Files of C++ compiled for the processor at hand when they are first asked for."""
+"""C++ files compiled for this processor when they are first used, and cached for later processes."""
 
 from __future__ import annotations
 
@@ -22,97 +22,100 @@ from sdmodule.io.fingerprint import fingerprint
 from sdmodule.speed.cpu.autotune import autotune_cache_dir
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC")
-"""GNU's."""
+"""Flags of GNU compilers."""
 
-SHARED = Path(__file__).with_name("processor.h")
-"""What all files include."""
+HEADER = Path(__file__).with_name("processor.h")
+"""Included by every file."""
 
-LONGEST = 60.0
-"""Seconds that compiling may take; it takes about one."""
+TIMEOUT = 60.0
+"""Seconds after which a compiler is killed; it usually takes one or two."""
 
-DIGEST = 32
-"""Bytes behind a library that is kept; the system's loader passes them over."""
+DIGEST_SIZE = 32
+"""Bytes of the digest that is appended to a cached library; the dynamic loader ignores them."""
 
 
 @cache
 def is_available(source: Path) -> bool:
-    """Whether this machine has what a file holds: Linux, a GNU compiler, and a processor with what it needs."""
-    told: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    if not told.get("avx512_bf16"):
+    """Whether this machine can run a C++ file: Linux, a GNU compiler, and a processor with its instructions."""
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    if not capabilities.get("avx512_bf16"):
         return False
     try:
-        return bool(library(source).available())
+        return bool(load_library(source).available())
     except (OSError, ValueError, subprocess.SubprocessError):
         return False
 
 
 @cache
-def library(source: Path) -> ctypes.CDLL:
-    """What a file of C++ holds.
+def load_library(source: Path) -> ctypes.CDLL:
+    """The compiled library of a C++ file.
 
-    It is kept beside what `choices` has found out about this machine, so that later processes need not compile.
+    It is cached in the folder of `autotune_cache_dir`, so that later processes need not compile.
 
     Raises:
-        OSError: if there is no compiler, or what it made cannot be loaded.
-        ValueError: if the environment's ``CXX`` is no command.
+        OSError: if there is no compiler, or the library cannot be loaded.
+        ValueError: if the environment variable ``CXX`` is no command.
         SubprocessError: if it does not compile.
     """
-    written = (file.read_text(encoding="utf-8") for file in (source, SHARED))
-    kept = autotune_cache_dir() / f"{fingerprint(*written, *FLAGS, os.environ.get('CXX'))}.so"
+    texts = (file.read_text(encoding="utf-8") for file in (source, HEADER))
+    cached = autotune_cache_dir() / f"{fingerprint(*texts, *FLAGS, os.environ.get('CXX'))}.so"
     with suppress(OSError):
-        if is_whole(kept):
-            return ctypes.CDLL(str(kept))
+        if is_intact(cached):
+            return ctypes.CDLL(str(cached))
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        made = compiled(source, Path(folder))
-        loaded = ctypes.CDLL(str(made))
+        built = compile_library(source, Path(folder))
+        loaded = ctypes.CDLL(str(built))
         with suppress(OSError):
-            keep(made, kept)
+            cache_library(built, cached)
         return loaded
 
 
-def compiled(source: Path, folder: Path, *flags: str) -> Path:
-    """Compile a file of C++ into a library.
+def compile_library(source: Path, folder: Path, *flags: str) -> Path:
+    """Compile a C++ file into a shared library.
 
     Args:
         source: the file.
-        folder: where the library is put.
-        flags: of the compiler, besides `FLAGS`.
+        folder: where to write the library.
+        flags: compiler flags beside `FLAGS`.
 
     Raises:
-        OSError: if there is no compiler; the environment's ``CXX`` names one other than ``g++``.
+        OSError: if there is no compiler; the environment variable ``CXX`` names another one than ``g++``.
         ValueError: if that is no command.
         SubprocessError: if it does not compile.
     """
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    half, whole = (folder / f"{source.stem}{kind}" for kind in (".o", ".so"))
-    # not linked with OpenMP: in the process it finds that of torch, whose threads it shares
-    for step in ([*FLAGS, *flags, "-c", str(source), "-o", str(half)], ["-shared", str(half), "-o", str(whole)]):
-        subprocess.run([*compiler, *step], check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=LONGEST)
-    return whole
+    compiled, linked = (folder / f"{source.stem}{suffix}" for suffix in (".o", ".so"))
+    # linked without OpenMP, so that the process's symbols resolve to torch's OpenMP and its threads are shared
+    for step in (
+        [*FLAGS, *flags, "-c", str(source), "-o", str(compiled)],
+        ["-shared", str(compiled), "-o", str(linked)],
+    ):
+        subprocess.run([*compiler, *step], check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=TIMEOUT)
+    return linked
 
 
-def keep(made: Path, kept: Path) -> None:
-    """Copy a library to where later processes find it, with its digest behind it."""
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    content = made.read_bytes()
-    with atomic_write(kept) as aside:
-        aside.touch(mode=0o600)
-        aside.write_bytes(content + digest(content))
+def cache_library(built: Path, cached: Path) -> None:
+    """Copy a library into the cache, with its digest appended."""
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    content = built.read_bytes()
+    with atomic_write(cached) as temporary:
+        temporary.touch(mode=0o600)
+        temporary.write_bytes(content + digest(content))
 
 
-def is_whole(kept: Path) -> bool:
-    """Whether a library was written by `keep`, by this user alone: a damaged one would end the process."""
-    about = kept.stat()
-    content = kept.read_bytes()
-    ours = about.st_uid == os.getuid() and not about.st_mode & 0o022
-    return ours and content[-DIGEST:] == digest(content[:-DIGEST])
+def is_intact(cached: Path) -> bool:
+    """Whether a cached library is undamaged and writable by this user only; a damaged one would crash the process."""
+    status = cached.stat()
+    content = cached.read_bytes()
+    private = status.st_uid == os.getuid() and not status.st_mode & 0o022
+    return private and content[-DIGEST_SIZE:] == digest(content[:-DIGEST_SIZE])
 
 
 def digest(content: bytes) -> bytes:
-    """What tells a content from any other."""
-    return hashlib.blake2b(content, digest_size=DIGEST).digest()
+    """Hash of a library's content."""
+    return hashlib.blake2b(content, digest_size=DIGEST_SIZE).digest()
 
 
-def place(tensor: Tensor) -> ctypes.c_void_p:
-    """Where a tensor's numbers begin, for a function of C++."""
+def pointer(tensor: Tensor) -> ctypes.c_void_p:
+    """Address of a tensor's first element, for a C++ function."""
     return ctypes.c_void_p(tensor.data_ptr())

@@ -1,0 +1,70 @@
+"""The output folder of a run: checked before anything slow, written once the run is known to be possible."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from sdmodule.cli.console import is_rank_zero
+from sdmodule.errors import unwritable
+from sdmodule.io.atomic import atomic_write_text, remove_leftovers
+from sdmodule.io.redact import redact
+
+
+def prepare_output_dir(cfg: DictConfig) -> Path:
+    """The output folder of this job, checked to be writable and set in ``cfg``; nothing is written yet.
+
+    Each job of a sweep gets a folder of its own, and its W&B run joins the group of the sweep.
+
+    Raises:
+        SettingsError: if the folder cannot be written.
+    """
+    hydra_config = HydraConfig.get()
+    folder = Path(str(cfg.output_dir)).expanduser()
+    if hydra_config.mode == RunMode.MULTIRUN:
+        if "wandb" in (cfg.get("logger") or {}) and cfg.logger.wandb.group is None:
+            cfg.logger.wandb.group = "/".join(folder.parts[-2:])
+        folder = folder / str(hydra_config.job.num)
+    cfg.output_dir = str(folder)
+    try:
+        nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    except OSError as error:
+        raise unwritable(folder, error.strerror) from error
+    if not nearest.is_dir():
+        raise unwritable(folder, f"{nearest} is a file")
+    if not os.access(nearest, os.W_OK):
+        raise unwritable(folder, f"no permission to write in {nearest}")
+    return folder
+
+
+def write_config(cfg: DictConfig, folder: Path) -> None:
+    """Make the output folder and write ``config.yaml``, without secrets.
+
+    ``metrics.csv`` of an earlier run in the same folder is renamed, because Lightning's CSV logger would delete it.
+
+    Raises:
+        SettingsError: if the folder cannot be written.
+    """
+    if not is_rank_zero():
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for place in (folder, *folder.glob("*/")):
+            remove_leftovers(place)
+        if (metrics := folder / "metrics.csv").exists():
+            metrics.rename(folder / f"metrics-{len(list(folder.glob('metrics-*.csv'))) + 1}.csv")
+        _write_redacted(cfg, folder / "config.yaml")
+        if (sweep := folder.parent / "multirun.yaml").is_file() and HydraConfig.get().mode == RunMode.MULTIRUN:
+            _write_redacted(OmegaConf.load(sweep), sweep)
+    except OSError as error:
+        raise unwritable(folder, error.strerror) from error
+
+
+def _write_redacted(cfg: Any, file: Path) -> None:
+    written = OmegaConf.create(redact(OmegaConf.to_container(cfg, resolve=False)))
+    atomic_write_text(file, OmegaConf.to_yaml(written))

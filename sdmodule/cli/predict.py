@@ -1,0 +1,52 @@
+"""The predict command: requests, callbacks, loggers, trainer, model, predict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from sdmodule.cli.console import configured_loggers, echo, is_rank_zero, report_interrupts
+from sdmodule.cli.instantiate import build_trainer, instantiate
+from sdmodule.cli.output_dir import prepare_output_dir, write_config
+from sdmodule.errors import check_bool
+from sdmodule.io.redact import redact
+
+
+def predict(cfg: DictConfig) -> None:
+    """Sample images. Whatever cannot work is reported before anything is written."""
+    from sdmodule.cli.resume_predict import find_finished
+    from sdmodule.io.run_folder import set_aside
+
+    check_bool("resume", cfg.resume)
+    output_dir = prepare_output_dir(cfg)
+    data = instantiate(cfg.data)
+    trainer = build_trainer(cfg)
+    model = instantiate(cfg.model)
+    if cfg.resume:
+        data.done = find_finished(output_dir, data.requests, model.describe() | {"precision": str(trainer.precision)})
+        echo(f"Resuming: {len(data.done)} of {len(data.requests)} images are there")
+    if effect := model.sampling.speed.effect:
+        echo(effect)
+
+    write_config(cfg, output_dir)
+    if not cfg.resume and is_rank_zero() and (earlier := set_aside(output_dir)):
+        echo(f"Moved the images of an earlier run to {earlier}")
+    config = redact(OmegaConf.to_container(cfg, resolve=True))
+    with report_interrupts(trainer, output_dir), configured_loggers(trainer, config, output_dir):
+        trainer.predict(model, datamodule=data, return_predictions=False)
+    echo(f"Wrote {output_dir / 'grid.png'}")
+
+
+def summarize_sweep(finished_jobs: list[tuple[Path, list[str]]]) -> None:
+    """Write the page that compares the finished jobs of a sweep, in the folder of the sweep.
+
+    Args:
+        finished_jobs: output folder and overrides of each job.
+    """
+    from sdmodule.io.sweep_report import summarize
+
+    if is_rank_zero():
+        folder = finished_jobs[0][0].parent
+        summarize(folder, finished_jobs)
+        echo(f"Wrote {folder / 'index.html'}")

@@ -1,0 +1,64 @@
+"""The train command: data, callbacks, loggers, trainer, model, fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from sdmodule.cli.config_keys import side_effects
+from sdmodule.cli.console import configured_loggers, echo, report_interrupts
+from sdmodule.cli.instantiate import build_trainer, instantiate
+from sdmodule.cli.output_dir import prepare_output_dir, write_config
+from sdmodule.errors import check_bool, check_seed
+from sdmodule.io.redact import redact
+
+
+def train(cfg: DictConfig) -> None:
+    """Fine-tune a model. Whatever cannot work is reported before anything is written."""
+    from sdmodule.callbacks.export import Export
+    from sdmodule.cli.preflight import check_compatible
+    from sdmodule.training.resume import FinishTraining, check_fits, find_checkpoint
+
+    check_seed("seed", cfg.seed)
+    check_bool("validate_first", cfg.validate_first)
+    output_dir = prepare_output_dir(cfg)
+    model = None
+    if cfg.resolution is None and cfg.data.get("resolution", 0) is None:
+        model = build_model(cfg)
+        cfg.resolution = model.resolution
+    data = instantiate(cfg.data)
+    data.setup("fit")
+    trainer = build_trainer(cfg)
+    exports = [callback for callback in trainer.callbacks if isinstance(callback, Export)]  # type: ignore[attr-defined]
+    exported = all(export.holds(trainer.max_steps) for export in exports)
+    cfg.ckpt_path = find_checkpoint(cfg.ckpt_path, output_dir, trainer.max_steps, exported)
+    if cfg.ckpt_path:
+        trainer.callbacks.insert(0, FinishTraining(trainer.max_steps))  # type: ignore[attr-defined]
+    model = model or build_model(cfg)
+    model.trainer = trainer
+    model.setup("fit")
+    check_compatible(model, data, trainer.callbacks)  # type: ignore[attr-defined]
+    if cfg.ckpt_path:
+        check_fits(cfg.ckpt_path, model, trainer)
+
+    write_config(cfg, output_dir)
+    config = redact(OmegaConf.to_container(cfg, resolve=True))
+    if effects := side_effects(cfg, "tuning"):
+        echo(effects)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    echo(f"Training {trained:,} of {total:,} parameters for {trainer.max_steps:,} steps; writing to {output_dir}")
+    with report_interrupts(trainer, output_dir), configured_loggers(trainer, config, output_dir):
+        if cfg.validate_first and cfg.ckpt_path is None:
+            trainer.validate(model, datamodule=data, verbose=False)
+        trainer.fit(model, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+    echo(f"Wrote {output_dir}")
+
+
+def build_model(cfg: DictConfig) -> Any:
+    """The model to train, its new weights drawn from ``seed``."""
+    from lightning import seed_everything
+
+    seed_everything(cfg.seed % 2**32, workers=True, verbose=False)  # numpy takes 32 bits
+    return instantiate(cfg.model)

@@ -1,0 +1,69 @@
+"""Write a checkpoint as a folder that diffusers' pipelines load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sdmodule.components.checkpoint import MODELS, PARTS, SAMPLING, Components
+from sdmodule.components.inpaint_unet import is_inpaint_unet
+from sdmodule.components.source import INDEX
+
+
+def save_components(parts: Components, folder: str | Path, dtype: str = "float32") -> None:
+    """Write a folder that diffusers' Stable Diffusion pipelines load, with weights of ``dtype``."""
+    folder = Path(folder)
+    for name in PARTS:
+        save_part(name, getattr(parts, name), folder, dtype)
+    pipeline = "StableDiffusionInpaintPipeline" if is_inpaint_unet(parts.unet) else "StableDiffusionPipeline"
+    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__}
+    index["requires_safety_checker"] = False
+    index |= {name: _library_and_class(getattr(parts, name)) for name in PARTS}
+    index |= {name: [None, None] for name in ("safety_checker", "feature_extractor", "image_encoder")}
+    (folder / SAMPLING).write_text(json.dumps({"guidance_scale": parts.guidance_scale}) + "\n")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def save_part(name: str, part: Any, folder: str | Path, dtype: str = "float32") -> None:
+    """Write one part to ``folder/name``."""
+    subfolder = Path(folder) / name
+    if name not in MODELS:
+        part.save_pretrained(subfolder)
+        if name == "tokenizer":
+            part.backend_tokenizer.model.save(str(subfolder))  # vocab.json and merges.txt, which older readers need
+    elif name == "text_encoder":
+        part.config.save_pretrained(subfolder)
+        # transformers 5 leaves out the prefix that every other reader of these files expects
+        weights = {
+            key if key.startswith("text_model.") else f"text_model.{key}": value
+            for key, value in _weights_as(part, dtype).items()
+        }
+        save_file(weights, subfolder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        save_model(part, subfolder, dtype)
+
+
+def save_model(model: Any, folder: str | Path, dtype: str = "float32") -> None:
+    """Write a diffusers model to a folder of its own."""
+    config_file = Path(folder) / "config.json"
+    model.save_config(folder)
+    config = json.loads(config_file.read_text())
+    config.pop("_name_or_path", None)  # a path of the machine that it was read on
+    config_file.write_text(json.dumps(config, indent=2) + "\n")
+    save_file(
+        _weights_as(model, dtype), Path(folder) / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"}
+    )
+
+
+def _weights_as(model: nn.Module, dtype: str) -> dict[str, Tensor]:
+    return {key: value.to(getattr(torch, dtype)).contiguous() for key, value in model.state_dict().items()}
+
+
+def _library_and_class(part: Any) -> list[str]:
+    return [type(part).__module__.split(".")[0], type(part).__name__]

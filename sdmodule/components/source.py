@@ -1,0 +1,110 @@
+"""Where a checkpoint is read from: shipped with the package, a diffusers folder, a hub id, or a single file."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+from sdmodule.errors import SettingsError, choices
+
+ASSETS = Path(__file__).parent / "assets"
+EMBEDDED = {"tiny": "tiny", "tiny-inpaint": "tiny"}
+"""Checkpoints shipped with the package, and for each the one that has the parts missing from its folder."""
+
+INDEX = "model_index.json"
+"""File that marks a folder as a diffusers checkpoint."""
+
+SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A local folder or a hub repository that parts are read from.
+
+    Attributes:
+        location: the folder, or the hub id.
+        setting: how the user named it, such as ``pretrained=tiny``, for messages.
+        revision: branch, tag or commit of a hub id.
+        variant: which weights, such as ``fp16``.
+    """
+
+    location: str
+    setting: str
+    revision: str | None = None
+    variant: str | None = None
+
+
+def is_single_file(pretrained: str) -> bool:
+    """Whether a checkpoint is named by the path of a file in the original layout."""
+    return Path(pretrained).suffix in SINGLE_FILE_SUFFIXES
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form ``owner/name`` of a hub repository."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def local_folder(pretrained: str) -> Path:
+    """Folder of a shipped checkpoint, or the path that was given; it may not exist."""
+    return ASSETS / pretrained if pretrained in EMBEDDED else Path(pretrained).expanduser()
+
+
+def find_source(
+    pretrained: str,
+    revision: str | None = None,
+    variant: str | None = None,
+    *,
+    whole: bool = True,
+    key: str = "pretrained",
+) -> Source:
+    """Resolve a name to a shipped checkpoint, a local folder or a hub repository.
+
+    Args:
+        pretrained: what the user gave.
+        revision: branch, tag or commit of a hub id.
+        variant: which weights, such as ``fp16``.
+        whole: a folder must be a whole checkpoint, with a ``model_index.json``.
+        key: the setting that named it, for messages.
+
+    Raises:
+        SettingsError: if it is none of them, or the hub cannot be reached.
+    """
+    folder = local_folder(pretrained)
+    if folder.is_dir():
+        if whole and not (folder / INDEX).is_file():
+            raise SettingsError(
+                f"{key}={pretrained}: the folder has no {INDEX}; give the folder of a whole diffusers checkpoint."
+            )
+        return Source(str(folder), f"{key}={pretrained}", None, variant)
+    if not is_hub_id(pretrained) or pretrained.startswith("."):
+        raise SettingsError(
+            f"{key}={pretrained}: not found; give {choices(EMBEDDED)}, a diffusers folder, a hub id such as "
+            "owner/name, or a .safetensors or .ckpt file."
+        )
+    if not isinstance(try_to_load_from_cache(pretrained, INDEX, revision=revision), str):
+        _check_hub(pretrained, revision, key)
+    return Source(pretrained, f"{key}={pretrained}", revision, variant)
+
+
+def folder_with_part(source: Source, part: str) -> str:
+    """Location of one part: a shipped checkpoint may keep it in the folder of another."""
+    folder = Path(source.location)
+    if folder.parent != ASSETS or (folder / part).is_dir():
+        return source.location
+    return str(ASSETS / EMBEDDED[folder.name])
+
+
+def _check_hub(pretrained: str, revision: str | None, key: str) -> None:
+    """Ask the hub once for a checkpoint's index: without a network, a download would retry for half a minute."""
+    try:
+        get_hf_file_metadata(hf_hub_url(pretrained, INDEX, revision=revision))
+    except Exception as error:  # of the hub, the system, or whatever HTTP client huggingface_hub uses today
+        raise SettingsError(
+            f"{key}={pretrained}: neither a local folder nor available on the hub ({type(error).__name__}); "
+            f"if the weights are on disk, give their folder: {key}=/path/to/folder."
+        ) from error

@@ -1,0 +1,160 @@
+"""What a batch is conditioned on, as one value: text, control, mask, noise, guided steps, token merging."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdmodule.components.checkpoint import Components
+from sdmodule.conditioning.control import ControlGuide, prepare_control
+from sdmodule.conditioning.inpaint_crop import InpaintCrop, crop_for_inpainting
+from sdmodule.conditioning.inpaint_latents import InpaintLatents, prepare_inpaint_latents
+from sdmodule.conditioning.text import count_chunks, encode_prompts
+from sdmodule.diffusion.sampler import draw_latents, seed_generators
+from sdmodule.sampling.metadata import guidance
+from sdmodule.sampling.requests import SampleRequest
+from sdmodule.sampling.schedule import image_size, latent_shape, sampling_scheduler, skipped_timesteps
+from sdmodule.sampling.settings import SamplingSettings
+from sdmodule.sampling.stopwatch import Stopwatch
+from sdmodule.speed.steps import StepPlan, plan_steps
+from sdmodule.tome.token_merging import TokenMerging
+
+
+@dataclass
+class BatchConditions:
+    """Everything that the denoising of B images depends on.
+
+    Attributes:
+        text: embeddings of the prompts, behind those of the negative prompts if guided, ``[B or 2B, L, D]``.
+        latents: where the denoising starts, ``[B, 4, h, w]``.
+        generators: one per image, for schedulers that add noise.
+        scheduler: with its timesteps set.
+        skipped: timesteps at the noisy end that are skipped.
+        steps: what each step does.
+        guidance_scale: strength of guidance.
+        guidance_rescale: share of the correction for overexposure.
+        merging: token merging.
+        merge_seeds: seeds of its draws.
+        control: the ControlNet with its control images.
+        inpaint: masks and known latents.
+        crops: the part of each masked image that is inpainted.
+    """
+
+    text: Tensor
+    latents: Tensor
+    generators: Sequence[torch.Generator]
+    scheduler: Any
+    skipped: int
+    steps: list[StepPlan]
+    guidance_scale: float
+    guidance_rescale: float
+    merging: TokenMerging
+    merge_seeds: Sequence[int]
+    control: ControlGuide | None
+    inpaint: InpaintLatents | None
+    crops: list[InpaintCrop]
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of the latents."""
+        return self.latents.shape[-2], self.latents.shape[-1]
+
+    def denoiser_input(self, latents: Tensor) -> Tensor:
+        """What the denoiser is given: the latents, with the mask's channels if it takes them."""
+        return latents if self.inpaint is None else self.inpaint.seen(latents)
+
+    def restore_known_region(self, latents: Tensor, upcoming: Tensor | None) -> Tensor:
+        """Latents with the unmasked area put back, as noisy as the ``upcoming`` timestep; see `InpaintLatents`."""
+        return latents if self.inpaint is None else self.inpaint.keep(latents, upcoming, self.scheduler)
+
+
+def prepare_conditions(
+    parts: Components,
+    requests: Sequence[SampleRequest],
+    settings: SamplingSettings,
+    watch: Stopwatch,
+    noise: Tensor | None = None,
+    generators: Sequence[torch.Generator] | None = None,
+) -> BatchConditions:
+    """Everything that a batch is conditioned on.
+
+    Args:
+        parts: the model.
+        requests: B images, all of the same length of text.
+        settings: steps, guidance and the rest.
+        watch: times the stages ``text`` and ``encode``.
+        noise: initial noise ``[B, 4, h, w]``, instead of the seeds'.
+        generators: one per image, instead of the seeds'.
+
+    Raises:
+        SettingsError: for control images without a ControlNet, the reverse, or a mask that vanishes.
+    """
+    scheduler = sampling_scheduler(parts, settings)
+    skipped = skipped_timesteps(scheduler, settings)
+    timesteps = scheduler.timesteps[skipped:]
+    shape = latent_shape(parts, settings)
+    seeds = [request.seed for request in requests]
+    scale, rescale = guidance(parts, settings)
+    guided = scale > 1.0
+    steps = plan_steps(timesteps, scheduler.config.num_train_timesteps, settings.speed, guided)
+    merging, merge_seeds = settings.merging.for_images(seeds, all(step.guided for step in steps))
+    controls = [request.control for request in requests if request.control is not None]
+    control = prepare_control(parts, controls, shape[1:], settings.control_scale)
+    with watch.stage("text"):
+        text = encode_requests(parts, requests, guided).to(parts.unet.dtype)
+
+    generators = seed_generators(seeds) if generators is None else generators
+    crops = crop_all(parts, requests, settings)
+    inpaint: InpaintLatents | None = None
+    if crops:
+        from_noise = settings.inpaint.strength >= 1.0
+        with watch.stage("encode"):
+            inpaint = prepare_inpaint_latents(parts, crops, noise, shape, generators, from_noise)
+        latents = inpaint.start(scheduler, timesteps, from_noise)
+    else:
+        noise = draw_latents(shape, generators, like=text) if noise is None else noise.to(text)
+        latents = noise * scheduler.init_noise_sigma
+    return BatchConditions(
+        text=text,
+        latents=latents,
+        generators=generators,
+        scheduler=scheduler,
+        skipped=skipped,
+        steps=steps,
+        guidance_scale=scale,
+        guidance_rescale=rescale,
+        merging=merging,
+        merge_seeds=merge_seeds,
+        control=control,
+        inpaint=inpaint,
+        crops=crops,
+    )
+
+
+def chunks_needed(parts: Components, request: SampleRequest) -> int:
+    """Chunks of text that a request's prompt and negative prompt need; both are encoded at one length."""
+    return max(count_chunks(text, parts.tokenizer) for text in (request.prompt, request.negative_prompt))
+
+
+def encode_requests(parts: Components, requests: Sequence[SampleRequest], guided: bool) -> Tensor:
+    """Text embeddings of a batch, the negative prompts first if guided: ``[B or 2B, chunks * 77, D]``.
+
+    A text that occurs several times is encoded once.
+    """
+    texts = [request.negative_prompt for request in requests] if guided else []
+    texts += [request.prompt for request in requests]
+    unique = list(dict.fromkeys(texts))
+    chunks = max(chunks_needed(parts, request) for request in requests)
+    embeddings = encode_prompts(unique, parts.tokenizer, parts.text_encoder, chunks=chunks)
+    return embeddings[[unique.index(text) for text in texts]]
+
+
+def crop_all(parts: Components, requests: Sequence[SampleRequest], settings: SamplingSettings) -> list[InpaintCrop]:
+    """The part of each masked image that is inpainted; nothing for text-to-image."""
+    height, width = image_size(parts, settings)
+    masked = [request.masked for request in requests if request.masked is not None]
+    return [crop_for_inpainting(one, height, width, settings.inpaint) for one in masked]

@@ -1,0 +1,56 @@
+"""How an image was made, in plain types: what ``from=`` needs to make it again."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from sdmodule.components.checkpoint import Components
+from sdmodule.components.inpaint_unet import is_inpaint_unet
+from sdmodule.components.schedulers import make_scheduler, resolve
+from sdmodule.sampling.schedule import image_size
+from sdmodule.sampling.settings import SamplingSettings
+
+ZERO_SNR_RESCALE = 0.7
+"""Guidance rescale for models of zero terminal SNR (Lin et al. 2023, section 3.4)."""
+
+
+def guidance(parts: Components, settings: SamplingSettings) -> tuple[float, float]:
+    """Guidance scale and guidance rescale: those of the settings, or else the checkpoint's."""
+    scale = parts.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
+    if settings.guidance_rescale is not None:
+        return scale, settings.guidance_rescale
+    config = make_scheduler(settings.scheduler, parts.scheduler.config).config
+    return scale, ZERO_SNR_RESCALE if config.get("rescale_betas_zero_snr") else 0.0
+
+
+def describe(parts: Components, settings: SamplingSettings, inpainting: bool) -> dict[str, Any]:
+    """The metadata that a batch's images share."""
+    scheduler, changed = resolve(settings.scheduler, parts.scheduler.config)
+    scale, rescale = guidance(parts, settings)
+    height, width = image_size(parts, settings)
+    metadata = {
+        "steps": settings.steps,
+        "guidance_scale": scale,
+        "guidance_rescale": rescale,
+        "eta": settings.eta,
+        "scheduler": scheduler,
+        "scheduler_settings": changed,
+        "height": height,
+        "width": width,
+        "model": parts.source,
+    }
+    if settings.merging.ratio:
+        metadata["tome"] = asdict(settings.merging)
+    if parts.controlnet is not None:
+        metadata["control_scale"] = settings.control_scale
+    if speed := settings.speed.metadata():
+        metadata["speed"] = speed
+    if inpainting:
+        metadata |= {"inpaint": inpainting_method(parts), **asdict(settings.inpaint)}
+    return metadata | parts.origin
+
+
+def inpainting_method(parts: Components) -> str:
+    """How this checkpoint inpaints: its UNet sees the mask, or the known region is restored at every step."""
+    return "9 channels" if is_inpaint_unet(parts.unet) else "known region re-noised at every step"

@@ -1,0 +1,61 @@
+"""Speed settings applied to a model for many batches: memory, layout, attention, kernels, compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from sdmodule.components.checkpoint import Components
+from sdmodule.speed.attention import attention_backend, plain_attention
+from sdmodule.speed.compile import compiled
+from sdmodule.speed.cpu.kernels import fastest_convolutions, fastest_kernels
+from sdmodule.speed.layout import channels_last
+from sdmodule.speed.memory import retain_freed_memory
+from sdmodule.speed.speed_settings import SpeedSettings
+from sdmodule.speed.vae_slicing import vae_slicing
+
+
+@contextmanager
+def speed_applied(parts: Components, settings: SpeedSettings) -> Iterator[None]:
+    """Apply speed settings to a model inside a ``with`` block, and restore the model afterwards.
+
+    What differs from step to step (guidance interval, DeepCache) is applied by the sampling loop.
+
+    Raises:
+        SettingsError: for an attention backend that this machine does not have.
+    """
+    device = parts.unet.device.type
+    with ExitStack() as stack:
+        if settings.keep_memory and device == "cpu":
+            stack.enter_context(retain_freed_memory())
+        if settings.channels_last_in(parts.unet.dtype, device):
+            stack.enter_context(channels_last(parts.unet, parts.vae))
+        stack.enter_context(vae_slicing(parts.vae, settings.decode))
+        stack.enter_context(attention_backend(parts.unet, settings.attention))
+        if settings.fastest_on(device):
+            stack.enter_context(fastest_kernels(parts.unet))
+            if parts.vae.dtype == torch.float32:  # a VAE in 16 bits may switch to float32 while it decodes
+                stack.enter_context(fastest_convolutions(parts.vae))
+        which = settings.compile_on(device)
+        if which != "none":
+            stack.enter_context(compiled(parts.unet, which))
+        yield
+
+
+@contextmanager
+def training_speed_applied(parts: Components, device: str, precision: str) -> Iterator[None]:
+    """Make a model train faster inside a ``with`` block: on a CPU, keep freed memory, and plain attention in bfloat16.
+
+    Args:
+        parts: the model.
+        device: type of the device, such as ``cpu``.
+        precision: the trainer's.
+    """
+    with ExitStack() as stack:
+        if device == "cpu":
+            stack.enter_context(retain_freed_memory())
+        if device == "cpu" and "bf16" in precision:
+            stack.enter_context(plain_attention(parts.text_encoder, parts.unet, parts.controlnet))
+        yield

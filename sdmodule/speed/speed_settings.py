@@ -1,0 +1,105 @@
+"""`SpeedSettings`: the options for faster sampling, checked when they are created."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from sdmodule.errors import SettingsError, check_bool, check_choice, check_int, is_number
+
+COMPILE = ("none", "blocks", "whole", "auto")
+KERNELS = ("torch", "fastest")
+DECODE = ("whole", "sliced", "tiled")
+ATTENTION = ("sdpa", "flash", "efficient", "cudnn", "math", "plain", "xformers")
+CHOICES = {"compile": COMPILE, "attention": ATTENTION, "kernels": KERNELS, "decode": DECODE}
+
+
+@dataclass(frozen=True)
+class SpeedSettings:
+    """Options for faster sampling; with the defaults an image is the one of plain diffusers, to the bit.
+
+    Args:
+        guidance_interval: interval of timesteps with guidance, as shares of the schedule from 0 (an image) to 1
+            (noise); outside it the UNet sees the prompt alone, which halves the work (Kynkäänniemi et al. 2024).
+        cache_every: run the whole UNet at every n-th step; the steps between run the outer layers only, on cached deep
+            features (Ma et al. 2024, "DeepCache"). 1 caches nothing.
+        cache_layers: layers that run at every step, counted from the input and from the output.
+        channels_last: keep UNet and VAE in channels_last, the fastest layout for convolutions in 16 bits; ``auto`` does
+            so in 16 bits, and in float32 where ``kernels=fastest`` takes effect.
+        compile: ``none``; ``blocks``, the UNet's blocks one by one; ``whole``, the UNet as one graph; or ``auto``:
+            ``blocks`` on a GPU, and ``none`` on CPU, where compiling takes longer than most runs.
+        attention: attention backend: ``sdpa`` lets torch choose; ``flash``, ``efficient``, ``cudnn`` and ``math`` are
+            torch's own by name; ``plain`` is two matrix products; ``xformers`` needs that package.
+        kernels: ``torch``, or ``fastest``: on CPU, where nothing is compiled, the kernel of ``speed.cpu`` that was
+            fastest on this machine. In bfloat16, large blocks that merge tokens do so either way; see
+            ``tome.apply.apply_merging``.
+        decode: what the VAE decodes at once: the ``whole`` batch, one image (``sliced``), or one tile of an image
+            (``tiled``, with blended seams); each needs less memory than the one before.
+        keep_memory: on CPU, do not return freed memory to the system between layers.
+        effect: one line for the user on what a preset does to images.
+
+    Raises:
+        SettingsError: for a value out of range.
+    """
+
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    cache_every: int = 1
+    cache_layers: int = 1
+    channels_last: bool | str = False
+    compile: str = "none"
+    attention: str = "sdpa"
+    kernels: str = "torch"
+    decode: str = "whole"
+    keep_memory: bool = False
+    effect: str = ""
+
+    def __post_init__(self) -> None:
+        interval = self.guidance_interval
+        if (
+            not isinstance(interval, (list, tuple))
+            or len(interval) != 2
+            or not all(is_number(end) for end in interval)
+            or not 0 <= interval[0] < interval[1] <= 1
+        ):
+            raise SettingsError(
+                f"speed.guidance_interval={interval}: must be two increasing shares of the timesteps from 0 (an image) "
+                "to 1 (noise), such as [0.2,0.8]."
+            )
+        object.__setattr__(self, "guidance_interval", (float(interval[0]), float(interval[1])))
+        for name in ("cache_every", "cache_layers"):
+            check_int(f"speed.{name}", getattr(self, name))
+        check_bool("speed.keep_memory", self.keep_memory)
+        if not isinstance(self.channels_last, bool) and self.channels_last != "auto":
+            raise SettingsError(f"speed.channels_last={self.channels_last}: must be true, false or auto.")
+        for name, allowed in CHOICES.items():
+            check_choice(f"speed.{name}", getattr(self, name), allowed)
+
+    def compile_on(self, device: str) -> str:
+        """What to compile on a type of device (``cpu``, ``cuda``): ``none``, ``blocks`` or ``whole``."""
+        if self.compile == "auto":
+            return "blocks" if device == "cuda" else "none"
+        return self.compile
+
+    def fastest_on(self, device: str) -> bool:
+        """Whether the kernels of ``speed.cpu`` are used on a type of device."""
+        return self.kernels == "fastest" and device == "cpu" and self.compile_on(device) == "none"
+
+    def channels_last_in(self, dtype: torch.dtype, device: str) -> bool:
+        """Whether weights of a dtype are kept in channels_last on a type of device."""
+        if isinstance(self.channels_last, str):
+            return dtype.itemsize == 2 or self.fastest_on(device)
+        return self.channels_last
+
+    def metadata(self) -> dict[str, Any]:
+        """The options that change an image, in plain types; empty with the defaults."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+            if value != getattr(EXACT, name) and name not in ("keep_memory", "effect")
+        }
+
+
+EXACT = SpeedSettings()
+"""The defaults: nothing that changes an image."""

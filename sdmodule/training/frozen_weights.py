@@ -1,0 +1,81 @@
+"""Frozen weights in the dtype that mixed precision computes in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdmodule.speed.layout import tokens_in_place
+
+LAYERS = (nn.Linear, nn.Conv2d)
+"""Layers whose weights autocast converts."""
+
+
+class FrozenWeights:
+    """The frozen linear and convolution weights of some networks, which can be held in 16 bits.
+
+    Autocast converts these weights at every step and keeps the result for the backward pass beside the originals. Here
+    they are converted once, to the same numbers, and the originals wait in CPU memory. A network whose convolutions are
+    all frozen is kept in channels_last meanwhile.
+
+    DoRA computes with the weights themselves, so a network with DoRA layers is left as it is.
+
+    Args:
+        networks: to convert; None is skipped.
+    """
+
+    def __init__(self, networks: Sequence[Any]) -> None:
+        self.networks = [network for network in networks if network is not None]
+        self.dtype: torch.dtype | None = None
+        self._originals: list[tuple[nn.Parameter, Tensor]] = []
+        self._layouts = ExitStack()
+
+    @contextmanager
+    def cast(self, dtype: torch.dtype) -> Iterator[None]:
+        """Hold the frozen weights as ``dtype`` inside the block."""
+        self._convert(dtype)
+        try:
+            yield
+        except BaseException:
+            # a GPU that is out of memory has no room for the originals
+            self._restore(torch.device("cpu"))
+            raise
+        finally:
+            self._restore()
+
+    @contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """Use the original weights inside the block, even within `cast`."""
+        dtype = self.dtype
+        self._restore()
+        try:
+            yield
+        finally:
+            if dtype is not None:
+                self._convert(dtype)
+
+    def _convert(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        for network in self.networks:
+            if any("lora_magnitude_vector" in name for name, _ in network.named_parameters()):
+                continue
+            layers = [layer for layer in network.modules() if type(layer) in LAYERS]
+            frozen = [weight for layer in layers for weight in layer.parameters() if not weight.requires_grad]
+            self._originals += [(weight, weight.data.cpu()) for weight in frozen]
+            all_convolutions = all(not weight.requires_grad for weight in network.parameters() if weight.ndim == 4)
+            for weight in frozen:
+                weight.data = weight.data.to(dtype)
+                if all_convolutions and weight.ndim == 4:
+                    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+            if all_convolutions:
+                self._layouts.enter_context(tokens_in_place(network))
+
+    def _restore(self, device: torch.device | None = None) -> None:
+        self._layouts.close()
+        for weight, original in self._originals:
+            weight.data = original.to(device or weight.device)
+        self._originals, self.dtype = [], None

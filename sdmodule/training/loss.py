@@ -1,0 +1,166 @@
+"""The denoising loss (Ho et al. 2020, algorithm 1) as functions of components, tensors and settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from sdmodule.components.checkpoint import Components
+from sdmodule.conditioning.control import ControlGuide
+from sdmodule.conditioning.inpaint import inpaint_channels, mask_out
+from sdmodule.conditioning.random_masks import draw_masks
+from sdmodule.diffusion.noising import add_noise, per_example_loss, prior_preservation_loss, target
+from sdmodule.errors import SettingsError
+from sdmodule.training.inpaint import InpaintTraining
+from sdmodule.training.objective import SQUARED_ERROR, Noise, Objective
+from sdmodule.training.rng import Generators
+
+
+@dataclass
+class Conditions:
+    """What the denoiser of a training batch is given beside the noisy latents.
+
+    Attributes:
+        embeddings: text embeddings of the captions, ``[B, L, D]``.
+        mask_channels: mask and masked-image latents for a UNet that inpaints, ``[B, 5, h, w]``.
+        control: the ControlNet with its control images.
+    """
+
+    embeddings: Tensor
+    mask_channels: Tensor | None = None
+    control: ControlGuide | None = None
+
+
+@torch.no_grad()
+def encode_moments(vae: Any, image: Tensor) -> Tensor:
+    """Mean and standard deviation of the latents of ``image`` ``[B, 3, H, W]`` in [-1, 1]: ``[B, 8, h, w]``."""
+    posterior = vae.encode(image.to(vae.dtype)).latent_dist
+    return torch.cat([posterior.mean, posterior.std], dim=1).float()
+
+
+def encode_images(vae: Any, batch: Mapping[str, Any], generator: Generators) -> Tensor:
+    """Scaled latents of a batch, ``[B, 4, h, w]``, sampled from its cached ``moments`` or from those of ``image``."""
+    moments = batch["moments"].float() if "moments" in batch else encode_moments(vae, batch["image"])
+    mean, deviation = moments.chunk(2, dim=1)
+    noise = randn_tensor(mean.shape, generator=generator).to(mean)
+    return (mean + deviation * noise) * vae.config.scaling_factor
+
+
+def drop_captions(captions: Sequence[str], share: float, generators: Sequence[torch.Generator]) -> list[str]:
+    """Captions, each replaced by an empty one with probability ``share`` (Ho and Salimans 2022, algorithm 1)."""
+    return [
+        "" if torch.rand((), generator=each) < share else caption
+        for each, caption in zip(generators, captions, strict=True)
+    ]
+
+
+def mask_channels(
+    vae: Any, batch: Mapping[str, Any], generator: Generators, inpaint: InpaintTraining | None
+) -> Tensor | None:
+    """Mask and masked-image latents of a batch, ``[B, 5, h, w]``; None for text-to-image.
+
+    Args:
+        vae: encodes the masked images.
+        batch: ``image`` ``[B, 3, H, W]`` and, optionally, ``mask`` ``[B, 1, H, W]``; otherwise masks are drawn.
+        generator: source of masks and latents.
+        inpaint: how many of the drawn masks cover the whole image; None for text-to-image.
+    """
+    if inpaint is None:
+        return None
+    images = batch["image"]
+    masks = batch.get("mask")
+    if masks is None:
+        masks = draw_masks(len(images), images.shape[-2:], inpaint.full_mask_share, generator)
+    masks = masks.to(images)
+    return inpaint_channels(masks, encode_images(vae, {"image": mask_out(images, masks)}, generator))
+
+
+def control_guide(controlnet: Any, batch: Mapping[str, Any]) -> ControlGuide | None:
+    """The ControlNet with a batch's control images, ``conditioning`` ``[B, 3, H, W]`` in [0, 1]; None without one.
+
+    Raises:
+        SettingsError: if the batch has no control images.
+    """
+    if controlnet is None:
+        return None
+    if "conditioning" not in batch:
+        raise SettingsError("tuning=controlnet: the data has no control images; set data.conditioning=canny or files.")
+    return ControlGuide(controlnet, batch["conditioning"])
+
+
+def denoising_errors(
+    parts: Components,
+    latents: Tensor,
+    noise: Noise,
+    timesteps: Tensor,
+    conditions: Conditions,
+    objective: Objective = SQUARED_ERROR,
+) -> Tensor:
+    """Weighted error of the denoiser's prediction at each latent pixel, ``[B, 1, h, w]``.
+
+    Args:
+        parts: UNet and noise schedule.
+        latents: clean, ``[B, 4, h, w]``.
+        noise: the noise to predict and the noise to add.
+        timesteps: ``[B]``.
+        conditions: text, mask and control image.
+        objective: how the error is weighted.
+    """
+    scheduler, embeddings = parts.scheduler, conditions.embeddings
+    prediction_type, alphas_cumprod = scheduler.config.prediction_type, scheduler.alphas_cumprod
+    noisy = add_noise(latents, noise.added, alphas_cumprod, timesteps)
+    if conditions.mask_channels is not None:
+        noisy = torch.cat([noisy, conditions.mask_channels], dim=1)
+    residuals = {} if conditions.control is None else conditions.control.residuals(noisy, timesteps, embeddings)
+    predicted = parts.unet(noisy, timesteps, encoder_hidden_states=embeddings, **residuals).sample
+    wanted = target(prediction_type, latents, noise.predicted, alphas_cumprod, timesteps)
+    return objective.errors(predicted, wanted, prediction_type, alphas_cumprod, timesteps)
+
+
+def spatial_loss_weights(
+    errors: Tensor,
+    batch: Mapping[str, Any],
+    channels: Tensor | None,
+    objective: Objective,
+    inpaint: InpaintTraining | None = None,
+) -> Tensor:
+    """Weight of each latent pixel in the loss, ``[B, 1, h, w]``.
+
+    Args:
+        errors: ``[B, 1, h, w]``, for its shape and device.
+        batch: its ``mask`` ``[B, 1, H, W]`` says where the loss counts if ``objective.masked``.
+        channels: of `mask_channels`; None for text-to-image.
+        objective: whether only the masked area counts.
+        inpaint: weight of the area to inpaint; None for text-to-image.
+    """
+    weights = torch.ones_like(errors)
+    if channels is not None and inpaint is not None:
+        weights = weights + (inpaint.masked_area_weight - 1.0) * channels[:, :1]
+    return objective.apply_mask(weights, batch.get("mask"))
+
+
+def reduce_errors(
+    errors: Tensor,
+    batch: Mapping[str, Any],
+    channels: Tensor | None,
+    objective: Objective,
+    inpaint: InpaintTraining | None = None,
+) -> Tensor:
+    """The loss, a scalar: the mean over examples, or DreamBooth's weighted sum over instance and class images.
+
+    Args:
+        errors: ``[B, 1, h, w]``.
+        batch: its ``prior`` ``[B]`` says which examples are class images.
+        channels: of `mask_channels`; None for text-to-image.
+        objective: weight of the class images, and whether only the masked area counts.
+        inpaint: weight of the area to inpaint; None for text-to-image.
+    """
+    losses = per_example_loss(errors, spatial_loss_weights(errors, batch, channels, objective, inpaint))
+    if "prior" not in batch:
+        return losses.mean()
+    return prior_preservation_loss(losses, batch["prior"], objective.prior_weight)
