@@ -19,6 +19,7 @@ PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
             "TokenMerging",
             "SpeedSettings",
             "Objective",
+            "TrainingSettings",
             "FullTuning",
             "LoraTuning",
             "TextualInversion",

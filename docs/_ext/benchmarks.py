@@ -13,9 +13,9 @@ from _ext.pages import table, toctree, write_pages
 PAGES = {
     "sampling": (
         "Sampling speed",
-        "Every variant samples the same prompt from the same seed, in turn; figures are medians. `step_over_best` "
-        "compares with the best recipe that the documentation of diffusers gives, `image_over_diffusers` with a whole "
-        "image of 50 DDIM steps by plain diffusers. `psnr_db` is the distance from the image of `speed=exact`.",
+        "Every variant samples the same prompt from the same seed, in turn; figures are medians. *Step over best* "
+        "compares with the best recipe that the documentation of diffusers gives, *image over diffusers* with a whole "
+        "image of 50 DDIM steps by plain diffusers. *Psnr db* is the distance from the image of `speed=exact`.",
     ),
     "training": (
         "Training speed",
@@ -24,8 +24,8 @@ PAGES = {
     ),
     "token_merging": (
         "Token merging",
-        "`speed_up` compares with no merging, `over_tomesd` with the authors' package in the same mode, and "
-        "`over_tomesd_eager` with that package as it is released. `error` is the relative L2 error of the UNet's "
+        "*Speed up* compares with no merging, *over tomesd* with the authors' package in the same mode, and "
+        "*over tomesd eager* with that package as it is released. *Error* is the relative L2 error of the UNet's "
         "output on random weights: it compares engines and says little about images.",
     ),
     "prompt_following": (
@@ -121,7 +121,7 @@ def _tables(rows: Sequence[Mapping[str, Any]]) -> list[list[dict[str, str]]]:
     tables: list[list[dict[str, str]]] = []
     heads: set[str] = set()
     for row in rows:
-        cells = {key: cell(value) for key, value in row.items() if key not in LEFT_OUT}
+        cells = {key.replace("_", " "): cell(value) for key, value in row.items() if key not in LEFT_OUT}
         if not tables or len(heads & cells.keys()) < len(cells) / 2:
             tables.append([])
             heads = set()

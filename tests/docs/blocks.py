@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -120,7 +121,10 @@ def run_command(words: list[str], workplace: Path, remark: str) -> tuple[int, st
     if remark.startswith("not run"):
         scripts = [word for word in words if word.endswith(".py")]
         return int(not all((ROOT / script).is_file() for script in scripts)), f"scripts: {scripts}"
-    done = subprocess.run(words, cwd=workplace, capture_output=True, text=True, check=False)
+    if program.endswith("python"):
+        words = [sys.executable, *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=workplace, env=environment, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout + done.stderr
 
 
