@@ -39,7 +39,7 @@ def is_int(value: Any) -> bool:
 
 def is_number(value: Any) -> bool:
     """Whether a setting is a finite number; true and false are not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def check_int(key: str, value: Any, minimum: int | None = 1, maximum: int | None = None) -> None:

@@ -277,7 +277,7 @@ def test_dreambooth_without_who_makes_the_images_of_the_kind(checkpoint, photos,
     assert status == 1 and "add prior to callbacks" in complaint and len(complaint.splitlines()) == 1
     inpaint = ["model=inpaint", "training.inpaint.convert=true"]
     status, _, complaint = call(train_main, *command, *inpaint, "callbacks=[prior]")
-    assert status == 1 and "model=text2image alone" in complaint and len(complaint.splitlines()) == 1
+    assert status == 1 and "only model=text2image" in complaint and len(complaint.splitlines()) == 1
     assert not (tmp_path / "out").exists() and not (tmp_path / "prior").exists()
 
 
