@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from benchmarks.timing_overhead import run
 
 
+@pytest.mark.slow
 def test_the_report_has_the_overhead(tmp_path, capsys):
     result = run(["--quick", "--json", str(tmp_path / "x.json")])
     assert json.loads((tmp_path / "x.json").read_text()) == result

@@ -14,6 +14,7 @@ from benchmarks import tome_runs, tome_speed
 from sdmodule import SettingsError
 
 
+@pytest.mark.slow
 def test_rows_have_speed_error_and_label(checkpoint, tmp_path):
     file, plot = tmp_path / "speed.json", tmp_path / "speed.png"
     given = ["--pretrained", str(checkpoint), "--forward-only", "--size", "32", "64", "--rounds", "1"]
@@ -38,6 +39,7 @@ def test_rows_have_speed_error_and_label(checkpoint, tmp_path):
     assert Image.open(plot).size == (2 * 620, len(modes) * 440)
 
 
+@pytest.mark.slow
 def test_a_shortened_protocol_says_so(checkpoint):
     given = ["--pretrained", str(checkpoint), "--size", "32", "--precision", "float32", "--quick"]
     result = tome_speed.run(given)

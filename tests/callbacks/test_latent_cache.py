@@ -216,6 +216,7 @@ def test_data_that_no_cache_knows_is_refused(checkpoint, folder, tmp_path):
         fit(checkpoint, data, LatentCache(tmp_path))
 
 
+@pytest.mark.slow
 def test_an_interrupted_making_goes_on_where_it_stopped(checkpoint, tmp_path):
     cache, out = tmp_path / "cache", tmp_path / "out"
     command = ["train", "data=shapes", "data.train_length=1500", "data.val_length=2", "trainer.max_steps=1"]

@@ -66,6 +66,14 @@ def test_resuming_makes_only_missing_and_broken_images(call, checkpoint, tmp_pat
     assert status == 0 and "3 of 3 images are there" in printed and len(records(tmp_path / "out")) == 3
 
 
+@pytest.fixture(scope="module")
+def finished_run(checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    settings = ["prompt=[a,b]", "steps=2", f"pretrained={checkpoint}", f"output_dir={folder / 'out'}"]
+    run("predict", *settings, log=folder / "log")
+    return folder / "out"
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -76,10 +84,9 @@ def test_resuming_makes_only_missing_and_broken_images(call, checkpoint, tmp_pat
         ("tome.ratio=0.5", ["tome=None", "ratio"]),
     ],
 )
-def test_a_run_with_other_settings_is_not_resumed(call, checkpoint, tmp_path, change, words):
-    out = tmp_path / "out"
+def test_a_run_with_other_settings_is_not_resumed(call, checkpoint, finished_run, change, words):
+    out = finished_run
     common = [f"pretrained={checkpoint}", f"output_dir={out}"]
-    assert call(predict_main, "prompt=[a,b]", "steps=2", *common)[0] == 0
     before = (out / "config.yaml").read_text()
     given = [text for text in ("prompt=[a,b]", "steps=2") if not change.startswith(text.partition("=")[0])]
     told(call(predict_main, *given, *common, change, "resume=true"), "resume=true", str(out), *words)
@@ -114,6 +121,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_image_is_made_again_to_the_pixel(call, checkpoint, tmp_path, kind):
     photo = tmp_path / "my photo, 1.png"
@@ -138,11 +146,12 @@ def test_an_image_is_made_again_to_the_pixel(call, checkpoint, tmp_path, kind):
     assert np.array_equal(next(iter(made(tmp_path / "twice").values())), before[image.name])
 
 
-@pytest.fixture
-def image(call, checkpoint, tmp_path):
-    settings = ["prompt=a cat", "steps=2", "seed=3", f"pretrained={checkpoint}", f"output_dir={tmp_path / 'first'}"]
-    assert call(predict_main, *settings)[0] == 0
-    return tmp_path / "first" / "images" / "00000-3.png"
+@pytest.fixture(scope="module")
+def image(checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("image")
+    settings = ["prompt=a cat", "steps=2", "seed=3", f"pretrained={checkpoint}", f"output_dir={folder / 'first'}"]
+    run("predict", *settings, log=folder / "log")
+    return folder / "first" / "images" / "00000-3.png"
 
 
 def test_settings_given_beside_an_image_win(call, image, tmp_path):
@@ -161,6 +170,7 @@ def test_a_preset_beside_an_image_is_applied_completely(call, image, tmp_path):
     assert record["tome"]["ratio"] == 0.5 and record["speed"]["channels_last"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", ["exact", "rounding"])
 @pytest.mark.parametrize(("preset", "kept"), [("exact", True), ("rounding", True), ("fast", False)])
 def test_a_preset_replaces_only_the_settings_of_an_image_that_it_sets(call, checkpoint, tmp_path, of, preset, kept):

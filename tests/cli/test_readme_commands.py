@@ -204,9 +204,12 @@ RUN = [
 
 
 @pytest.mark.parametrize("line", RUN)
-def test_a_command_line_runs(call, checkpoint, photos, image, tmp_path, line):
+def test_a_command_line_runs(request, call, checkpoint, photos, tmp_path, monkeypatch, line):
     """On a small model and in few steps, which are set behind what the line sets."""
     assert line in split(COMMANDS)
+    monkeypatch.chdir(tmp_path)
+    if "--from" in line:
+        request.getfixturevalue("image")
     script, *arguments = map(renamed, shlex.split(line))
     if script == "predict.py":
         small = [] if "--from" in arguments else [f"pretrained={checkpoint}", "steps=2", "speed.compile=none"]

@@ -127,6 +127,7 @@ class Stop(list):
         raise RuntimeError("stop")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("compile", "speed"), [("blocks", {}), ("whole", {"cache_every": 2})])
 def test_a_compiled_model_gives_the_same_and_is_eager_afterwards(sd, monkeypatch, tmp_path, compile, speed):
     """Traced only: compiling to machine code takes a minute."""

@@ -39,6 +39,7 @@ def test_the_losses_of_an_image(checkpoint):
     torch.testing.assert_close(losses["kl"], per_value)
 
 
+@pytest.mark.slow
 def test_images_come_back_better_after_training(checkpoint):
     settings = {"limit_val_batches": 1, "num_sanity_val_steps": 0, "check_val_every_n_epoch": None}
     before = fit(checkpoint, 1, val_check_interval=1, **settings)[1].callback_metrics["val/psnr"]

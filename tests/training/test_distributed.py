@@ -154,6 +154,7 @@ def test_accumulated_pairs_train_as_one_large_batch_does(checkpoint, photos):
     assert distance(ours, nonzero) <= 1e-5 < 1e-2 < distance(others, nonzero)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [3, 8, 11])
 def test_with_buckets_an_interrupted_training_ends_like_an_uninterrupted_one(checkpoint, photos, tmp_path, stop):
     """An epoch has eight batches: three of square, three of wide and two of tall images."""

@@ -166,6 +166,7 @@ def test_images_of_several_sizes_are_sampled_at_the_end(checkpoint, photos, tmp_
     assert export.is_dir() and (tmp_path / "out" / "samples" / "000003.png").is_file()
 
 
+@pytest.mark.slow
 def test_sheets_come_where_nothing_is_validated_too_and_change_no_training(checkpoint, photos, tmp_path, call):
     settings = ["tuning=controlnet", "data.random_flip=true", "data.template=['a {}','the {}']", "data.batch_size=2"]
     settings += ["data.num_workers=1", "trainer.val_check_interval=1"]
@@ -185,6 +186,7 @@ def test_sheets_come_where_nothing_is_validated_too_and_change_no_training(check
     assert all(torch.equal(straight[key], resumed[key]) and torch.equal(straight[key], bare[key]) for key in straight)
 
 
+@pytest.mark.slow
 def test_dreambooth_makes_the_images_of_the_kind_first(checkpoint, photos, tmp_path, call):
     settings = ["experiment=dreambooth", "data.class_images=3", f"data.made_in={tmp_path / 'prior'}"]
     settings += [f"cache.folder={tmp_path / 'cache'}"]
