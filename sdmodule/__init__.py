@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sdmodule.errors import SettingsError
+from sdmodule.io.lazy import lazy_attribute
 from sdmodule.version import __version__
 
 if TYPE_CHECKING:
@@ -14,9 +15,8 @@ __all__ = ["SettingsError", "StableDiffusionModule", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the module when it is asked for: torch and diffusers take seconds, and ``--help`` needs neither."""
-    if name == "StableDiffusionModule":
-        from sdmodule.module import StableDiffusionModule
+    return lazy_attribute(__name__, {"StableDiffusionModule": "module"}, name)
 
-        return StableDiffusionModule
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,1 +1,29 @@
-"""What is trained on, and what is asked for."""
+"""Data modules and datasets for training, and the prompts to sample."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sdmodule.io.lazy import lazy_attribute
+
+MODULES = {
+    "DreamBoothDataModule": "dreambooth",
+    "HuggingFaceDataModule": "remote",
+    "ImageDataModule": "datamodule",
+    "ImageFolderDataModule": "datamodule",
+    "ImageFolderDataset": "dataset",
+    "PromptDataModule": "prompts",
+    "ShapesDataModule": "toy.dataset",
+    "ShapesDataset": "toy.dataset",
+    "ShardsDataModule": "remote",
+}
+
+__all__ = [*MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    return lazy_attribute(__name__, MODULES, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

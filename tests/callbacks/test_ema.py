@@ -122,7 +122,7 @@ def test_the_average_is_taken_from_a_checkpoint_later(checkpoint, tmp_path):
 def test_a_checkpoint_without_an_average_is_told_of(checkpoint, tmp_path, callbacks):
     module, trainer = train(checkpoint, 1, *callbacks)
     trainer.save_checkpoint(tmp_path / "one.ckpt")
-    with pytest.raises(SettingsError, match=r"one\.ckpt holds no average"):
+    with pytest.raises(SettingsError, match=r"one\.ckpt: holds no average"):
         load_average(module, tmp_path / "one.ckpt")
 
 

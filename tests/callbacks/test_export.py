@@ -65,7 +65,7 @@ def test_a_training_shorter_than_the_average_exports_its_weights(checkpoint, tmp
 
 
 def test_an_unknown_type_is_refused(tmp_path):
-    with pytest.raises(SettingsError, match=r"export\.dtype=bfloat16"):
+    with pytest.raises(SettingsError, match=r"export\.dtype=bfloat16: unknown; choose one of float16, float32"):
         Export(tmp_path, dtype="bfloat16")
-    with pytest.raises(SettingsError, match=r"export\.weights=both is not known"):
+    with pytest.raises(SettingsError, match=r"export\.weights=both: unknown; choose one of ema, raw"):
         Export(tmp_path, weights="both")

@@ -221,7 +221,7 @@ def test_data_that_no_cache_knows_is_refused(checkpoint, folder, tmp_path):
     data = images_of(folder)
     data.setup()
     data.train_set = torch.utils.data.Subset(data.train_set, [0])
-    with pytest.raises(SettingsError, match="does not know the images of these data"):
+    with pytest.raises(SettingsError, match="cannot cache the images of this data module"):
         fit(checkpoint, data, LatentCache(tmp_path))
 
 

@@ -237,7 +237,7 @@ def test_an_image_turns_unreadable_in_the_middle_of_a_training(training, tmp_pat
 
 
 def bad_at(*steps: int) -> None:
-    """Let the loss of these steps be no number."""
+    """Make the loss of these steps NaN."""
     from sdmodule.module import StableDiffusionModule
 
     honest = StableDiffusionModule.training_step
@@ -249,22 +249,22 @@ def bad_at(*steps: int) -> None:
     StableDiffusionModule.training_step = step
 
 
-def test_a_loss_that_is_no_number_stops_before_it_is_learned(training, tmp_path):
+def test_a_nan_loss_stops_before_it_reaches_the_weights(training, tmp_path):
     settings, out = training
     settings += [*SAVING, "trainer.max_steps=6", "trainer.accumulate_grad_batches=2"]
     one = Command("train", *settings, said=tmp_path / "said", preparation=partial(bad_at, 4))
-    one_sentence(*one.ended(), "the loss of step 4 is no number", "trainer.nan_loss=skip", "model.optimizer.lr")
+    one_sentence(*one.ended(), "loss is NaN or inf at step 4", "trainer.nan_loss=skip", "model.optimizer.lr")
     assert whole_steps(out)[-1] == 3
     run("train", *settings, "ckpt_path=last", said=tmp_path / "said")
     assert whole_steps(out)[-1] == 6
 
 
-def test_a_step_whose_loss_is_no_number_is_skipped_and_counted(training, tmp_path):
+def test_a_step_with_a_nan_loss_is_skipped_and_counted(training, tmp_path):
     settings, out = training
     settings += ["trainer.nan_loss=skip", *SAVING, "+callbacks.checkpoint.save_top_k=-1"]
     one = Command("train", *settings, "trainer.max_steps=6", said=tmp_path / "said", preparation=partial(bad_at, 3, 5))
     status, words = one.ended()
-    assert status == 0 and words.count("is no number; the step is skipped") == 2, words
+    assert status == 0 and words.count("; step skipped, ") == 2, words
 
     def weights(step: int) -> dict[str, torch.Tensor]:
         return torch.load(out / "checkpoints" / f"step={step}.ckpt", weights_only=True)["state_dict"]
@@ -275,8 +275,8 @@ def test_a_step_whose_loss_is_no_number_is_skipped_and_counted(training, tmp_pat
     assert "train/skipped" in (out / "metrics.csv").read_text()
 
 
-def test_weights_that_are_lost_stop_a_training_that_skips(training, tmp_path):
+def test_fifty_skipped_steps_in_a_row_stop_the_training(training, tmp_path):
     settings, _ = training
     settings += ["trainer.nan_loss=skip", "trainer.max_steps=1000", "callbacks=[]"]
     one = Command("train", *settings, said=tmp_path / "said", preparation=partial(bad_at, *range(2, 1000)))
-    one_sentence(*one.ended(), "50 steps", "step 51")
+    one_sentence(*one.ended(), "50 steps in a row, up to 51")
