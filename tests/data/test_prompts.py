@@ -56,7 +56,7 @@ def test_jsonl_lines_bring_their_own_negative_prompt_and_seed(tmp_path: Path) ->
         ({"prompt": ["a", "b"], "negative_prompt": ["x", "y", "z"]}, "3 texts for 2 prompts"),
         ({"prompt": "a", "num_images_per_prompt": 0}, "num_images_per_prompt=0"),
         ({"prompt": "a", "seed": -1}, "seed=-1"),
-        ({"prompt": "a", "seed": 2**64 - 1, "num_images_per_prompt": 2}, "seed=18446744073709551616"),
+        ({"prompt": "a", "seed": 2**64 - 1, "num_images_per_prompt": 2}, "have seed 18446744073709551616"),
         ({"prompt": "a red \ud83d circle"}, "unpaired surrogate"),
         ({"prompts": "nowhere.txt"}, "nowhere.txt: not found"),
         ({"prompts": "prompts.csv"}, r"must be a \.txt"),

@@ -1,4 +1,4 @@
-"""A step is the same however its examples are spread: over processes, over accumulated batches, or in one."""
+"""A step does not depend on how its examples are spread over processes and accumulated batches."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHAPES = [(40, 40), (64, 32), (32, 64)]
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fourteen images of three shapes: six squares, five wide and three tall ones."""
+    """Fourteen images of three shapes: six square, five wide and three tall."""
     folder = tmp_path_factory.mktemp("photos")
     for k in range(14):
         scene = sample_scene(random.Random(k))
@@ -39,17 +39,17 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """The largest difference of weights, relative to the size of the weights of the same tensor."""
+def relative_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """The largest difference of a weight tensor, relative to its norm."""
     assert ours.keys() == theirs.keys()
     return max(float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in ours)
 
 
 def train(checkpoint: Path, photos: Path, out: Path, *settings: str) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Ten steps by the command, four images of one size a step, and then validation on all images.
+    """Ten steps with the command, four images of one size per step, then validation on all images.
 
     Returns:
-        The UNet's weights, and what validation found of them and of their average.
+        The UNet's weights, and the validation metrics of the raw and the averaged weights.
     """
     command = [sys.executable, ROOT / "train.py", f"pretrained={checkpoint}", f"data.root={photos}", "resolution=32"]
     command += [f"output_dir={out}", "trainer.max_steps=10", "data.val_fraction=0", "data.buckets=true"]
@@ -71,7 +71,7 @@ def alone(checkpoint, photos, tmp_path_factory) -> tuple[dict[str, Tensor], dict
 
 
 @pytest.mark.parametrize("cache", ["none", "all"])
-def test_two_processes_train_as_one_does(checkpoint, photos, alone, tmp_path, cache):
+def test_two_processes_train_like_one(checkpoint, photos, alone, tmp_path, cache):
     settings = ["trainer.devices=2", "trainer.strategy=ddp", "data.batch_size=2", f"cache={cache}"]
     if cache == "all":
         settings.append(f"cache.folder={tmp_path / 'cache'}")
@@ -79,10 +79,9 @@ def test_two_processes_train_as_one_does(checkpoint, photos, alone, tmp_path, ca
     weights_alone, found_alone = alone
     assert len(found) == 10 and found == pytest.approx(found_alone, rel=1e-4)
     before = load_file(checkpoint / "unet" / "diffusion_pytorch_model.safetensors")
-    print(f"{cache}: {apart(weights, weights_alone):.1e} apart, {apart(before, weights_alone):.1e} from the start")
-    assert apart(weights, weights_alone) <= 1e-5 < 1e-2 < apart(before, weights_alone)
+    assert relative_difference(weights, weights_alone) <= 1e-5 < 1e-2 < relative_difference(before, weights_alone)
     if cache == "all":
-        assert len(list((tmp_path / "cache").glob("moments-*/*"))) == 2, "each process made a share"
+        assert len(list((tmp_path / "cache").glob("moments-*/*"))) == 2, "each process encodes a share"
 
 
 def train_here(
@@ -102,16 +101,21 @@ def train_here(
     return module.unet.state_dict()
 
 
-def test_accumulated_batches_train_as_one_large_one_does(checkpoint, photos):
-    """By steps in proportion to the gradients: Adam makes a whole step of one that is nothing but rounding."""
+def test_accumulated_batches_train_like_one_large_batch(checkpoint, photos):
+    """With SGD, since Adam takes a whole step even for a gradient that is only rounding error."""
     plain = partial(torch.optim.SGD, lr=0.1)
     large, small = (train_here(checkpoint, photos, 3, batch_size=4 // n, accumulate=n, optimizer=plain) for n in (1, 2))
     before = load_file(checkpoint / "unet" / "diffusion_pytorch_model.safetensors")
     there = {name: weight for name, weight in before.items() if weight.any()}
-    assert apart(small, large) <= 1e-5 < 1e-2 < apart({name: large[name] for name in there}, there)
+    assert (
+        relative_difference(small, large)
+        <= 1e-5
+        < 1e-2
+        < relative_difference({name: large[name] for name in there}, there)
+    )
 
 
-def test_accumulated_pairs_train_as_one_large_batch_does(checkpoint, photos):
+def test_accumulated_dreambooth_pairs_train_like_one_large_batch(checkpoint, photos):
     def trained(count: int, accumulate: int) -> dict[str, Tensor]:
         plain = partial(torch.optim.SGD, lr=0.1)
         module = StableDiffusionModule(str(checkpoint), optimizer=plain, objective={"caption_dropout": 0.5})
@@ -123,12 +127,12 @@ def test_accumulated_pairs_train_as_one_large_batch_does(checkpoint, photos):
     large, small, other = trained(4, 1), trained(2, 2), trained(2, 1)
     there = {name: weight for name, weight in large.items() if weight.any()}
     ours, others = ({name: weights[name] for name in there} for weights in (small, other))
-    assert apart(ours, there) <= 1e-5 < 1e-2 < apart(others, there)
+    assert relative_difference(ours, there) <= 1e-5 < 1e-2 < relative_difference(others, there)
 
 
 @pytest.mark.parametrize("stop", [3, 8, 11])
-def test_with_buckets_a_stopped_training_ends_where_an_unbroken_one_does(checkpoint, photos, tmp_path, stop):
-    """An epoch is of eight batches: three of squares, three of wide and two of tall images."""
+def test_a_resumed_training_with_buckets_equals_an_uninterrupted_one(checkpoint, photos, tmp_path, stop):
+    """An epoch has eight batches: three of square, three of wide and two of tall images."""
     every_step = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     straight = train_here(checkpoint, photos, 12, every_step, buckets=True)
     resumed = train_here(checkpoint, photos, 12, resume=tmp_path / f"step={stop}.ckpt", buckets=True)
