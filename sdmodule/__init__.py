@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdmodule.errors import SettingsError
+from sdmodule.io.lazy import lazy_attribute
 
 if TYPE_CHECKING:
     from sdmodule.module import StableDiffusionModule
@@ -18,9 +19,8 @@ __path__.append(str(Path(__file__).parent / "cli" / "as_module"))
 
 
 def __getattr__(name: str) -> Any:
-    """Import the module when it is asked for: torch and diffusers take seconds, and ``--help`` needs neither."""
-    if name == "StableDiffusionModule":
-        from sdmodule.module import StableDiffusionModule
+    return lazy_attribute(__name__, {"StableDiffusionModule": "module"}, name)
 
-        return StableDiffusionModule
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return __all__

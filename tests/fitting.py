@@ -1,4 +1,4 @@
-"""A training without the commands."""
+"""Training without the command line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def fit(
     resume: Path | None = None,
     **settings: Any,
 ) -> Trainer:
-    """Train in this process on CPU, and leave no file but what the callbacks write."""
+    """Train in this process on the CPU; only callbacks write files."""
     checkpoints = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     trainer = Trainer(
         max_steps=steps,

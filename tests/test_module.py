@@ -1,4 +1,4 @@
-"""Training changes what it should, gives back what it wrote, and can be stopped and taken up again at any step."""
+"""Training changes only what is trained, is repeatable, resumes at every step, and its checkpoints load."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Losses(Callback):
 def train(
     module: StableDiffusionModule, steps: int, *callbacks: Callback, resume: Path | None = None, **settings
 ) -> Trainer:
-    """Train on six images an epoch, two a step, so that a few steps cross the end of an epoch."""
+    """Train on epochs of six images, two per step, so that a few steps cross the end of an epoch."""
     data = ShapesDataModule(batch_size=2, train_length=6, val_length=2, size=32)
     return fit(module, data, steps, *callbacks, resume=resume, **{"limit_val_batches": 0, **settings})
 
@@ -49,13 +49,13 @@ def equal(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> 
     return weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
 
 
-WITH_WORDS = {"text_encoder": True}
-"""The text encoder is trained beside the UNet."""
+WITH_TEXT_ENCODER = {"text_encoder": True}
+"""Train the text encoder too."""
 
 
 @pytest.fixture
 def build(checkpoint: Path):
-    """Make a module of the checkpoint that learns fast enough for two steps to show."""
+    """Build a module that learns fast enough for two steps to show."""
 
     def make(**settings) -> StableDiffusionModule:
         return StableDiffusionModule(str(checkpoint), optimizer=fast, sampling={"steps": 2}, **settings)
@@ -67,11 +67,11 @@ def fast(parameters) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-3)
 
 
-# ------------------------------------------------------------------------------------------ what is trained
+# ------------------------------------------------------------------------------------------ trained parts
 
 
 @pytest.mark.parametrize("train_text_encoder", [False, True])
-def test_only_what_should_be_trained_changes(build, train_text_encoder):
+def test_only_trained_parts_change(build, train_text_encoder):
     module, losses = build(tuning={"text_encoder": train_text_encoder}), Losses()
     before = {name: weights(getattr(module, name)) for name in ("unet", "vae", "text_encoder")}
     train(module, 2, losses)
@@ -87,7 +87,7 @@ def test_the_loss_falls(build, objective):
     assert np.mean(losses.values[-15:]) < 0.9 * np.mean(losses.values[:15])
 
 
-def test_the_two_prediction_types_are_two_trainings(build):
+def test_prediction_types_have_different_losses(build):
     epsilon, velocity = Losses(), Losses()
     train(build(), 1, epsilon)
     train(build(objective=VELOCITY), 1, velocity)
@@ -105,7 +105,7 @@ def test_dropped_captions_are_empty(build):
     assert losses[0][0] == losses[0][1] == losses[1][1] != losses[1][0]
 
 
-def test_a_schedule_of_the_learning_rate_is_stepped_every_step(checkpoint):
+def test_a_learning_rate_schedule_is_stepped_every_step(checkpoint):
     module = StableDiffusionModule(
         str(checkpoint), optimizer=fast, lr_scheduler=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.5)
     )
@@ -113,13 +113,13 @@ def test_a_schedule_of_the_learning_rate_is_stepped_every_step(checkpoint):
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-3 / 8)
 
 
-# ------------------------------------------------------------------------------------------ what is repeatable
+# ------------------------------------------------------------------------------------------ repeatability
 
 
-def test_training_twice_gives_the_same_weights_and_another_seed_gives_others(build):
+def test_training_depends_on_its_seed_alone(build):
     results = []
     for seed in (0, 0, 1):
-        torch.manual_seed(len(results))  # the global random numbers have no say
+        torch.manual_seed(len(results))  # the global random state must not matter
         module = build(training={"seed": seed})
         train(module, 2)
         results.append(weights(module.unet))
@@ -127,15 +127,15 @@ def test_training_twice_gives_the_same_weights_and_another_seed_gives_others(bui
 
 
 @pytest.mark.parametrize("stop", [3, 4], ids=["at the end of an epoch", "within an epoch"])
-def test_a_training_that_was_stopped_ends_where_an_unbroken_one_does(build, tmp_path, stop):
-    straight, resumed = build(tuning=WITH_WORDS), build(tuning=WITH_WORDS)
+def test_a_resumed_training_equals_an_uninterrupted_one(build, tmp_path, stop):
+    uninterrupted, resumed = build(tuning=WITH_TEXT_ENCODER), build(tuning=WITH_TEXT_ENCODER)
     every_step = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    train(straight, 7, every_step)
+    train(uninterrupted, 7, every_step)
     train(resumed, 7, resume=tmp_path / f"step={stop}.ckpt")
-    assert equal(weights(resumed), weights(straight))
+    assert equal(weights(resumed), weights(uninterrupted))
 
 
-def test_validation_and_its_images_change_no_training(build, tmp_path):
+def test_validation_ema_and_samples_do_not_change_training(build, tmp_path):
     without, with_validation = build(), build()
     train(without, 4)
     samples = ValidationSamples(tmp_path)
@@ -149,8 +149,8 @@ def test_validation_and_its_images_change_no_training(build, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == [f"{step:06d}.png" for step in (1, 2, 3, 4)]
 
 
-def test_sampling_in_the_middle_of_training_leaves_it_as_it_was(build):
-    module = build(tuning=WITH_WORDS).train()
+def test_sampling_restores_the_training_mode(build):
+    module = build(tuning=WITH_TEXT_ENCODER).train()
     module.vae.eval()
     modes = [part.training for part in module.modules()]
     networks = [module.unet, module.vae, module.text_encoder]
@@ -166,13 +166,13 @@ def test_sampling_in_the_middle_of_training_leaves_it_as_it_was(build):
 
 @pytest.fixture
 def saved(build, tmp_path: Path) -> tuple[StableDiffusionModule, Path]:
-    """A module after two steps, and its checkpoint."""
-    module = build(tuning=WITH_WORDS)
+    """A module trained for two steps, and its checkpoint."""
+    module = build(tuning=WITH_TEXT_ENCODER)
     train(module, 2).save_checkpoint(tmp_path / "two.ckpt")
     return module, tmp_path / "two.ckpt"
 
 
-def test_a_checkpoint_holds_the_trained_weights_and_plain_types(saved, checkpoint):
+def test_a_checkpoint_holds_trained_weights_and_plain_types_only(saved, checkpoint):
     module, file = saved
     content = torch.load(file, weights_only=True)
     assert set(content["state_dict"]) == {name for name, value in module.named_parameters() if value.requires_grad}
@@ -181,29 +181,29 @@ def test_a_checkpoint_holds_the_trained_weights_and_plain_types(saved, checkpoin
     assert sorted(content["base_model"]["fingerprints"]) == ["text_encoder", "unet", "vae"]
 
 
-def test_a_checkpoint_gives_the_module_back(saved):
+def test_the_module_loads_from_its_checkpoint(saved):
     module, file = saved
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         again = StableDiffusionModule.load_from_checkpoint(file, weights_only=True)
-    assert [one for one in told if "keys" in str(one.message)] == []
+    assert [one for one in caught if "keys" in str(one.message)] == []
     assert equal(weights(again), weights(module))
     assert again.sampling == module.sampling and again.tuning == module.tuning
     settings = {"prompt": "a red star", "return_type": "numpy"}
     np.testing.assert_allclose(again.infer(**settings)["samples"], module.infer(**settings)["samples"], atol=1 / 255)
 
 
-def test_a_copy_of_the_base_model_is_the_same(saved, checkpoint, tmp_path):
+def test_resuming_on_a_copy_of_the_base_model_works(saved, checkpoint, tmp_path):
     _, file = saved
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
-    resumed, straight = (StableDiffusionModule(str(base), tuning=WITH_WORDS) for base in (copy, checkpoint))
-    for module in (resumed, straight):
+    resumed, uninterrupted = (StableDiffusionModule(str(base), tuning=WITH_TEXT_ENCODER) for base in (copy, checkpoint))
+    for module in (resumed, uninterrupted):
         train(module, 3, resume=file)
-    assert equal(weights(resumed), weights(straight))
+    assert equal(weights(resumed), weights(uninterrupted))
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
-def test_another_base_model_is_refused_whatever_it_is_called(saved, checkpoint, tmp_path, part):
+def test_resuming_on_a_base_model_with_other_weights_is_refused(saved, checkpoint, tmp_path, part):
     _, file = saved
     other = StableDiffusionModule(str(checkpoint))
     with torch.no_grad():
@@ -212,7 +212,7 @@ def test_another_base_model_is_refused_whatever_it_is_called(saved, checkpoint, 
     with pytest.raises(
         SettingsError, match=rf"pretrained=.*other: the weights of {part} differ .*pretrained={checkpoint},"
     ):
-        train(StableDiffusionModule(str(tmp_path / "other"), tuning=WITH_WORDS), 3, resume=file)
+        train(StableDiffusionModule(str(tmp_path / "other"), tuning=WITH_TEXT_ENCODER), 3, resume=file)
 
     mine = shutil.copytree(checkpoint, tmp_path / "mine")
     train(StableDiffusionModule(str(mine)), 1).save_checkpoint(tmp_path / "mine.ckpt")
@@ -224,41 +224,41 @@ def test_another_base_model_is_refused_whatever_it_is_called(saved, checkpoint, 
         StableDiffusionModule.load_from_checkpoint(tmp_path / "mine.ckpt", weights_only=True)
 
 
-def test_parts_that_started_from_random_weights_have_no_base(build, tmp_path):
+def test_training_from_scratch_resumes_without_base_weights(build, tmp_path):
     train(build(training={"scratch": ["unet"]}), 2).save_checkpoint(tmp_path / "two.ckpt")
     train(build(training={"scratch": ["unet"]}), 3, resume=tmp_path / "two.ckpt")
     StableDiffusionModule.load_from_checkpoint(tmp_path / "two.ckpt", weights_only=True)
 
 
-def test_a_checkpoint_that_does_not_say_what_it_was_trained_on_is_refused(saved, build):
+def test_a_checkpoint_without_its_base_model_is_refused(saved, build):
     _, file = saved
     content = torch.load(file, weights_only=True)
     torch.save(content | {"base_model": "tiny"}, file)
     with pytest.raises(SettingsError, match="does not say which base model"):
-        train(build(tuning=WITH_WORDS), 3, resume=file)
+        train(build(tuning=WITH_TEXT_ENCODER), 3, resume=file)
 
 
-def test_the_checkpoints_of_a_training_are_the_small_ones(build, tmp_path):
+def test_lightnings_own_checkpoint_callback_saves_trained_weights_only(build, tmp_path):
     train(build(), 2, ModelCheckpoint(tmp_path, save_last=True))
     content = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert {name.split(".")[0] for name in content["state_dict"]} == {"unet"}
 
 
-def test_settings_are_checked_before_anything_is_loaded():
+def test_settings_are_checked_before_the_checkpoint_is_loaded():
     with pytest.raises(SettingsError, match="steps=0"):
         StableDiffusionModule("nowhere", sampling={"steps": 0})
 
 
-# ------------------------------------------------------------------------------------------ randomness of others
+# ------------------------------------------------------------------------------------------ global state
 
 
-def test_a_training_step_draws_from_no_global_randomness(module):
+def test_a_training_step_leaves_global_random_state_alone(module):
     before = torch.get_rng_state(), random.getstate()
     module.training_step({"image": torch.zeros(2, 3, 32, 32), "caption": ["a red star"] * 2}, 0)
     assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
 
 
-def test_what_was_made_to_sample_trains_as_well(checkpoint):
+def test_a_module_that_sampled_still_trains_with_dropout(checkpoint):
     module = StableDiffusionModule.from_pretrained(str(checkpoint), tuning={"kind": "lora", "dropout": 0.5})
     dropouts = [part for part in module.unet.modules() if isinstance(part, torch.nn.Dropout) and part.p == 0.5]
     assert dropouts and all(part.training for part in dropouts)

@@ -1,4 +1,4 @@
-"""Checkpoints from which a training goes on as if it had never been stopped."""
+"""Checkpoints from which a training resumes as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -18,96 +18,99 @@ from sdmodule.io.redact import redact
 from sdmodule.training.loop_state import LoopState, write_loop_state
 
 
-class Stopped(SystemExit):
-    """Ends a training after a signal, with the status that shells give to it: 130 for Ctrl-C, 143 for SIGTERM."""
+class StoppedBySignal(SystemExit):
+    """Ends a training after a signal, with the exit status that shells use: 130 for Ctrl-C, 143 for SIGTERM."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
 
 
 class TrainingCheckpoint(ModelCheckpoint):
-    """Lightning's `ModelCheckpoint`, exact.
+    """Lightning's `ModelCheckpoint`, resumable at every step to the bit.
 
-    A checkpoint is of the end of a step, whenever it is written: batches of the next step that were seen already, and
-    a validation that was not finished, are seen and made again (`LoopState`). Figures of the steps that it holds are
-    in the loggers' files before it is written. There is one of the last step, whatever ``every_n_train_steps``.
+    A checkpoint is the state at the end of a step, whenever it is written: batches of the next step that were read
+    already, and an unfinished validation, are repeated after resuming (`LoopState`). Loggers flush their metrics before
+    a checkpoint is written. The last step is always saved, whatever ``every_n_train_steps`` is.
 
-    Ctrl-C and SIGTERM leave one too: at once, in a validation or a wait for data as well, but for an optimizer's step,
-    which comes to its end. Several devices stop together after the step or the batch of validation that they are at.
-    Ctrl-C for a second time ends without a checkpoint.
+    Ctrl-C and SIGTERM save a checkpoint too and then end the training: at once, even in a validation or while waiting
+    for data, but not within an optimizer step, which finishes first. Several devices stop together after the step or
+    validation batch that they are at. A second Ctrl-C ends without a checkpoint.
 
-    Paths in its state, which every checkpoint holds, begin with ``~`` for the home folder.
+    Paths in its state, which every checkpoint holds, are written with ``~`` for the home folder.
     """
 
-    _point: LoopState | None = None
-    _busy = False
-    _received: int | None = None
+    _loop_state: LoopState | None = None  # at the end of the last step
+    _defer_signals = False
+    _signal: int | None = None
 
     # ---------------------------------------------------------------------------------------------- steps
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._point, self._busy, self._received = None, False, None
+        self._loop_state, self._defer_signals, self._signal = None, False, None
         self._start_step = trainer.global_step
-        self._listen(trainer)
+        self._install_signal_handlers(trainer)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._settle(trainer, pl_module)
+        self._finish_step(trainer, pl_module)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        self._busy = True
+        self._defer_signals = True
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step != (self._point.step if self._point else self._start_step):
-            self._busy = True
-            self._point = LoopState(trainer)
+        if trainer.global_step != (self._loop_state.step if self._loop_state else self._start_step):
+            self._defer_signals = True
+            self._loop_state = LoopState(trainer)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._settle(trainer, pl_module)
+        self._finish_step(trainer, pl_module)
 
     @override
     def on_validation_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
-        self._stop_if_told(trainer)
+        self._stop_if_signalled(trainer)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._point is not None:
-            self._point.validation_finished(trainer)
-        with self._undisturbed():
+        if self._loop_state is not None:
+            self._loop_state.validation_finished(trainer)
+        with self._signals_deferred():
             super().on_validation_end(trainer, pl_module)
-        self._stop_if_told(trainer)
+        self._stop_if_signalled(trainer)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._settle(trainer, pl_module)
-        with self._undisturbed():
+        self._finish_step(trainer, pl_module)
+        with self._signals_deferred():
             super().on_train_epoch_end(trainer, pl_module)
-        self._stop_if_told(trainer)
+        self._stop_if_signalled(trainer)
 
-    def _settle(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What is to be done after a step, once its figures are logged, and before averaged weights are put in."""
-        if not self._busy:
+    def _finish_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the step that just ended if it is due: after its metrics are logged, before EMA weights are swapped in.
+
+        Lightning would save in ``on_train_batch_end``, which is too early for the former.
+        """
+        if not self._defer_signals:
             return
         super().on_train_batch_end(trainer, pl_module, None, None, 0)
         if trainer.global_step >= trainer.max_steps and not self._should_skip_saving_checkpoint(trainer):
             save = self._save_last_checkpoint if self.save_last else self._save_topk_checkpoint
             save(trainer, self._monitor_candidates(trainer))
-        self._busy = False
-        self._stop_if_told(trainer)
+        self._defer_signals = False
+        self._stop_if_signalled(trainer)
 
     # ---------------------------------------------------------------------------------------------- files
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._point is not None:
-            write_loop_state(checkpoint, self._point)
+        if self._loop_state is not None:
+            write_loop_state(checkpoint, self._loop_state)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         for logger in trainer.loggers:
@@ -116,65 +119,66 @@ class TrainingCheckpoint(ModelCheckpoint):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save what can be gone on from: nothing before the first step, and nothing of half a step.
+        """Save if the state can be resumed from: not before the first step, and not in the middle of one.
 
-        Nor where one of several devices fails, since to save is the work of all.
+        Nor if one of several devices fails, because saving takes all of them.
         """
-        alone = trainer.world_size > 1 and not isinstance(exception, Stopped)
-        if self._point is None or self._busy or alone:
+        one_failed = trainer.world_size > 1 and not isinstance(exception, StoppedBySignal)
+        if self._loop_state is None or self._defer_signals or one_failed:
             return
-        with self._undisturbed():
+        with self._signals_deferred():
             super().on_exception(trainer, pl_module, exception)
 
     @property
     @override
     def state_key(self) -> str:
-        """Lightning's has ``every_n_train_steps`` too, and would not know its own state if that is changed."""
+        """Lightning's key without ``every_n_train_steps``, so that the state is found again if that changes."""
         return self._generate_state_key(
             monitor=self.monitor, mode=self.mode, filename=self.filename, save_top_k=self.save_top_k
         )
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return _with_paths(super().state_dict(), redact)
+        return _map_paths(super().state_dict(), redact)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(_with_paths(state_dict, lambda path: str(Path(path).expanduser()) if path else path))
+        super().load_state_dict(_map_paths(state_dict, lambda path: str(Path(path).expanduser()) if path else path))
 
     # ---------------------------------------------------------------------------------------------- signals
 
-    def _listen(self, trainer: Trainer) -> None:
-        """Take SIGINT and SIGTERM from Lightning, which puts back what was before it when the training ends."""
+    def _install_signal_handlers(self, trainer: Trainer) -> None:
+        """Take SIGINT and SIGTERM from Lightning, which restores the original handlers when the training ends."""
         if threading.current_thread() is not threading.main_thread():
             return
 
-        def note(number: int, frame: FrameType | None) -> None:
-            if self._received is not None and number == signal.SIGINT:
+        def handle(number: int, frame: FrameType | None) -> None:
+            if self._signal is not None and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self._received = number
-            if not self._busy and trainer.world_size == 1:
-                raise Stopped(number)
+            self._signal = number
+            if not self._defer_signals and trainer.world_size == 1:
+                raise StoppedBySignal(number)
 
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, note)
+                signal.signal(number, handle)
 
-    def _stop_if_told(self, trainer: Trainer) -> None:
-        """End, on all devices if one of them was told to."""
-        if trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
-            raise Stopped(self._received or signal.SIGTERM)
+    def _stop_if_signalled(self, trainer: Trainer) -> None:
+        """End the training, on all devices if one of them received a signal."""
+        if trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False):
+            raise StoppedBySignal(self._signal or signal.SIGTERM)
 
     @contextmanager
-    def _undisturbed(self) -> Iterator[None]:
-        """Let no signal end the block; it ends what comes behind it."""
-        before, self._busy = self._busy, True
+    def _signals_deferred(self) -> Iterator[None]:
+        """Keep a signal from interrupting the block; `_stop_if_signalled` acts on it afterwards."""
+        before, self._defer_signals = self._defer_signals, True
         try:
             yield
         finally:
-            self._busy = before
+            self._defer_signals = before
 
 
-def _with_paths(state: dict[str, Any], change: Any) -> dict[str, Any]:
+def _map_paths(state: dict[str, Any], change: Any) -> dict[str, Any]:
+    """A `ModelCheckpoint`'s state with ``change`` applied to all strings in it, paths among them."""
     changed = {name: change(value) if isinstance(value, str) else value for name, value in state.items()}
     return changed | {"best_k_models": {change(path): score for path, score in state["best_k_models"].items()}}

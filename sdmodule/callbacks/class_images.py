@@ -1,4 +1,4 @@
-"""Images of a kind, made by the model before it is trained on one thing of that kind."""
+"""DreamBooth's class images, sampled from the model before it is trained."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from sdmodule.io.progress import progress
 
 
 class ClassImages(Callback):
-    """Make what is missing of the images that `DreamBoothDataModule` asks for; devices make a share each.
+    """Sample the class images that `DreamBoothDataModule` is missing, each device a share of them.
 
-    The image of number k, which its name has, is drawn from seed k, and what an interrupted making left is kept.
+    Image k, named by its number, is drawn from seed k. Images that an interrupted run left are kept.
 
     Args:
-        batch_size: images at once.
+        batch_size: images sampled at once.
     """
 
     def __init__(self, batch_size: int = 4) -> None:
@@ -30,26 +30,26 @@ class ClassImages(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         files = [file for file in getattr(data, "priors", []) if not file.is_file()]
-        trainer.strategy.barrier("prior images counted")
+        trainer.strategy.barrier("class images counted")
         share = files[trainer.global_rank :: trainer.world_size]
         if share:
             share[0].parent.mkdir(parents=True, exist_ok=True)
-            with progress(len(share), f"Making images of {data.class_prompt!r} in {data.class_root}") as on_done:
+            with progress(len(share), f"Sampling images of {data.class_prompt!r} into {data.class_root}") as on_done:
                 for start in range(0, len(share), self.batch_size):
                     batch = share[start : start + self.batch_size]
-                    self._make(pl_module, data, batch)
+                    self._sample(pl_module, data, batch)
                     on_done(len(batch))
-        trainer.strategy.barrier("prior images made")
+        trainer.strategy.barrier("class images sampled")
 
-    def _make(self, module: Any, data: Any, batch: list[Path]) -> None:
+    def _sample(self, module: Any, data: Any, files: list[Path]) -> None:
         height, width = data.size
-        prompt = escape_prompt(data.class_prompt)  # as it is read in training
-        made = module.infer(
-            [prompt] * len(batch),
-            generator=[torch.Generator().manual_seed(int(file.stem.rpartition("-")[2])) for file in batch],
+        prompt = escape_prompt(data.class_prompt)  # training reads captions without prompt weights, too
+        samples = module.infer(
+            [prompt] * len(files),
+            generator=[torch.Generator().manual_seed(int(file.stem.rpartition("-")[2])) for file in files],
             height=height,
             width=width,
             show_progress=False,
-        )
-        for file, image in zip(batch, made["samples"], strict=True):
+        )["samples"]
+        for file, image in zip(files, samples, strict=True):
             save_png(image, file, {"prompt": prompt})

@@ -17,17 +17,17 @@ from sdmodule.training.trainable import TrainableModule, trainable_parameters
 
 
 class EMA(Callback):
-    """Average the trainable weights; validate, sample and export with the average.
+    """Keep an exponential moving average of the trainable weights; validate, sample and export with it.
 
-    Each batch of validation is tried with the raw weights too: what a module logs as ``val/loss`` is the average's, and
-    ``val/loss_raw`` theirs. Until there is an average there is but the one.
+    Each validation batch is also run with the raw weights: a module's ``val/loss`` is that of the average, and
+    ``val/loss_raw`` that of the raw weights. Before ``start_step`` only ``val/loss`` is logged, for the raw weights.
 
-    Only trainable weights are averaged and saved. The decay grows with the steps, ``(1 + n) / (10 + n)`` up to
-    ``decay``, so that early averages do not remember the start.
+    Only trainable weights are averaged and saved. The decay grows with the number of updates, ``(1 + n) / (10 + n)`` up
+    to ``decay``, so that early averages forget the initial weights.
 
     Args:
-        decay: share of the old average that a step keeps.
-        start_step: first optimizer step that is averaged; until then the raw weights are used everywhere.
+        decay: share of the old average that an update keeps.
+        start_step: first optimizer step that is averaged; before it the raw weights are used everywhere.
 
     Raises:
         SettingsError: for a value out of range.
@@ -45,7 +45,7 @@ class EMA(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step = trainer.global_step  # known only now if the training goes on from a checkpoint
+        self._step = trainer.global_step  # only known now if the training resumes from a checkpoint
         self.average = {name: value.to(pl_module.device) for name, value in self.average.items()}
 
     @override
@@ -66,7 +66,7 @@ class EMA(Callback):
 
     @contextmanager
     def applied(self, module: LightningModule) -> Iterator[None]:
-        """Use the average in place of the trained weights inside the block."""
+        """Use the average in place of the raw weights inside the block."""
         self._swap_in(module)
         try:
             yield
@@ -90,7 +90,7 @@ class EMA(Callback):
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._swap_in(pl_module)  # not in ``on_validation_start``, in which a checkpoint may be written
+        self._swap_in(pl_module)  # not in on_validation_start, where a checkpoint may be saved
 
     @override
     def on_validation_batch_end(
@@ -107,7 +107,7 @@ class EMA(Callback):
         self._swap_out(pl_module)
         try:
             with pl_module.validation_logged_with("_raw"):
-                trainer.strategy.validation_step(batch, batch_idx)  # the strategy's, which knows precision and devices
+                trainer.strategy.validation_step(batch, batch_idx)  # the strategy applies precision and devices
         finally:
             self._swap_in(pl_module)
 
@@ -130,22 +130,22 @@ class EMA(Callback):
 
 
 def load_average(module: LightningModule, checkpoint: str | Path) -> None:
-    """Put the average that a checkpoint holds in the place of a module's trained weights.
+    """Replace a module's trained weights with the average that a checkpoint holds.
 
     Args:
-        module: of the same training.
-        checkpoint: a file that a training with `EMA` has left.
+        module: a module with the settings of that training.
+        checkpoint: a checkpoint file of a training with `EMA`.
 
     Raises:
-        SettingsError: if the checkpoint holds no average, or that of other weights.
+        SettingsError: if the checkpoint holds no average, or one of other weights.
     """
     callbacks = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True).get("callbacks", {})
     average = callbacks.get(EMA.__qualname__, {}).get("average")
     weights = trainable_parameters(module)
     if not average or average.keys() != weights.keys():
         raise SettingsError(
-            f"{checkpoint} holds no average of what this module trains; give a checkpoint of its own training, from "
-            "behind callbacks.ema.start_step."
+            f"{checkpoint}: holds no average of the weights that this module trains; give a checkpoint of its own "
+            "training, from after callbacks.ema.start_step."
         )
     for name, value in weights.items():
         value.data.copy_(average[name])

@@ -1,4 +1,4 @@
-"""Write the trained model where other tools read it."""
+"""Export the trained model at the end of training."""
 
 from __future__ import annotations
 
@@ -12,35 +12,36 @@ from safetensors import SafetensorError
 from typing_extensions import override
 
 from sdmodule.callbacks.ema import EMA
-from sdmodule.errors import SettingsError
+from sdmodule.errors import SettingsError, check_choice
 from sdmodule.io.atomic import atomic_replace_dir
+
+DTYPES = ("float32", "float16")
+WEIGHTS = ("ema", "raw")
 
 
 class Export(Callback):
-    """At the end of training, write a diffusers folder.
+    """At the end of training, write what was trained in a form that diffusers loads.
 
-    ``training.json`` beside the parts says which weights they are and how long they were trained.
+    Its ``training.json`` holds which weights these are, their dtype, and the number of training steps.
 
     Args:
-        folder: where to write.
-        dtype: ``float32`` or ``float16``, the type of the weights in the files.
-        weights: ``ema`` for the averaged weights, if there are any; ``raw`` for those that were trained.
+        folder: folder to write.
+        dtype: dtype of the weights in the files: ``float32`` or ``float16``.
+        weights: ``ema`` for the averaged weights, if there are any; ``raw`` for the raw weights.
 
     Raises:
-        SettingsError: for another dtype, and for other weights.
+        SettingsError: for an unknown dtype or unknown weights.
     """
 
     def __init__(self, folder: str | Path, dtype: str = "float32", weights: str = "ema") -> None:
-        if weights not in ("ema", "raw"):
-            raise SettingsError(f"callbacks.export.weights={weights} is not known; give ema or raw.")
-        if dtype not in ("float32", "float16"):
-            raise SettingsError(f"callbacks.export.dtype={dtype} is not allowed; give float32 or float16.")
+        check_choice("callbacks.export.weights", weights, WEIGHTS)
+        check_choice("callbacks.export.dtype", dtype, DTYPES)
         self.folder = Path(folder)
         self.dtype = dtype
         self.weights = weights
 
     def holds(self, step: int) -> bool:
-        """Whether the folder has the export of a step."""
+        """Whether the folder holds a finished export of a step."""
         try:
             return json.loads((self.folder / "training.json").read_text())["steps"] == step
         except (OSError, ValueError, KeyError, TypeError):
@@ -70,6 +71,6 @@ class Export(Callback):
                 (folder / "training.json").write_text(json.dumps(metadata, indent=2) + "\n")
         except (OSError, SafetensorError) as error:
             raise SettingsError(
-                f"callbacks.export.folder={self.folder} cannot be written ({error}); give a folder with room, and "
-                "ckpt_path=last to go on from where the training stopped."
+                f"callbacks.export.folder={self.folder}: cannot be written ({error}); give a folder with enough space, "
+                "and resume with ckpt_path=last."
             ) from error

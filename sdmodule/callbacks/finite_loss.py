@@ -1,4 +1,4 @@
-"""What becomes of a step whose loss is no number."""
+"""Stop at, or skip, a step whose loss is NaN or inf."""
 
 from __future__ import annotations
 
@@ -11,59 +11,59 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from sdmodule.errors import SettingsError
+from sdmodule.errors import SettingsError, check_choice
 
 STOP, SKIP = CHOICES = ("stop", "skip")
 
-IN_A_ROW = 50
-"""Skipped steps after which a training is taken for lost."""
+MAX_SKIPPED_IN_A_ROW = 50
+"""Consecutive skipped steps after which a training is given up."""
 
 
 class NonFiniteLoss(Callback):
-    """Stop before a loss of NaN or infinity reaches the weights, or leave its step out and count it.
+    """Stop before a loss of NaN or inf reaches the weights, or skip its step and count it.
 
-    All devices do the same: a step is bad if its loss is bad on one of them, or in one of its accumulated batches.
+    All devices do the same: a step counts as non-finite if the loss is on any device, or in any accumulated batch.
 
     Args:
-        nan_loss: ``stop``, or ``skip``: the weights stay as they are, and ``train/skipped`` tells how often.
+        nan_loss: ``stop``, or ``skip``, which leaves the weights as they are and logs the count as ``train/skipped``.
 
     Raises:
-        SettingsError: for another value; in training, when it is to stop, or has skipped 50 steps in a row.
+        SettingsError: for another value; in training, for a non-finite loss with ``stop``, and after 50 consecutive
+            ones with ``skip``.
     """
 
     def __init__(self, nan_loss: str = STOP) -> None:
-        if nan_loss not in CHOICES:
-            raise SettingsError(f"trainer.nan_loss={nan_loss} is not known; give {STOP} or {SKIP}.")
+        check_choice("trainer.nan_loss", nan_loss, CHOICES)
         self.nan_loss = nan_loss
         self.skipped = 0
         self._in_a_row = 0
-        self._bad: Tensor | None = None
+        self._non_finite: Tensor | None = None  # so far in this step; on the device, so that no batch waits for it
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        bad = ~torch.isfinite(loss.detach())
-        self._bad = bad if self._bad is None else self._bad | bad
+        non_finite = ~torch.isfinite(loss.detach())
+        self._non_finite = non_finite if self._non_finite is None else self._non_finite | non_finite
 
     @override
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        bad = trainer.strategy.reduce_boolean_decision(bool(self._bad), all=False)
-        self._bad = None
-        if not bad:
+        non_finite = trainer.strategy.reduce_boolean_decision(bool(self._non_finite), all=False)
+        self._non_finite = None
+        if not non_finite:
             self._in_a_row = 0
             return
         step = trainer.global_step + 1
-        advice = "lower model.optimizer.lr, use trainer.precision=32-true, or look at the images"
+        advice = "lower model.optimizer.lr, use trainer.precision=32-true, or check the images"
         if self.nan_loss == STOP:
             raise SettingsError(
-                f"the loss of step {step} is no number; {advice}, or leave such steps out with trainer.nan_loss=skip."
+                f"loss is NaN or inf at step {step}; {advice}, or skip such steps with trainer.nan_loss=skip."
             )
         self.skipped, self._in_a_row = self.skipped + 1, self._in_a_row + 1
-        if self._in_a_row == IN_A_ROW:
-            raise SettingsError(f"the losses of {IN_A_ROW} steps up to step {step} are no numbers; {advice}.")
-        optimizer.zero_grad()  # without gradients no weight and no moment is changed
-        rank_zero_warn(f"The loss of step {step} is no number; the step is skipped, {self.skipped} in all.")
+        if self._in_a_row == MAX_SKIPPED_IN_A_ROW:
+            raise SettingsError(f"loss is NaN or inf at {MAX_SKIPPED_IN_A_ROW} steps in a row, up to {step}; {advice}.")
+        optimizer.zero_grad()  # without gradients the optimizer changes neither weights nor its state
+        rank_zero_warn(f"loss is NaN or inf at step {step}; step skipped, {self.skipped} so far.")
         for logger in trainer.loggers if trainer.is_global_zero else ():
             logger.log_metrics({"train/skipped": self.skipped}, step)
 

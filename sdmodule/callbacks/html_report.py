@@ -1,4 +1,4 @@
-"""Leave a page to browse a predict run with."""
+"""An HTML page to browse a predict run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from sdmodule.io.html_report import Job, write_page
 
 
 class HTMLReport(Callback):
-    """Write ``index.html`` at the end, of what the writer of images and the timing have left before it.
+    """At the end of a predict run, write ``index.html`` from its images, records and timings.
+
+    Goes after `PredictionWriter` and `TimingLogger`, whose files it reads.
 
     Args:
         output_dir: folder of the run.

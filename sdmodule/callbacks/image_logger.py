@@ -1,4 +1,4 @@
-"""Show the images of a predict run to its loggers."""
+"""Log the images of a predict run."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from sdmodule.sampling.result import Samples
 
 
 class ImageLogger(Callback):
-    """Log every batch's images as ``predict/samples``, over the number of images made, and at the end a table.
+    """Log each batch's images as ``predict/samples``, against the number of images so far, and a table at the end.
 
-    It comes after the `PredictionWriter`, whose records are the table's rows. The images of a training's validations
-    are logged by `ValidationSamples`, in the same way.
+    Goes after `PredictionWriter`, whose records are the table's rows. The images of validations are logged by
+    `ValidationSamples`.
 
     Args:
-        most: images of a batch that are shown.
+        most: largest number of images that are logged per batch.
     """
 
     def __init__(self, most: int = 16) -> None:
         self.most = most
-        self.made = 0
+        self.sampled = 0
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -48,10 +48,10 @@ class ImageLogger(Callback):
             return
         pairs = zip(outputs.requests, outputs.images(), strict=True)
         kept = [(request, image) for request, image in pairs if request.kept]
-        self.made += len(kept)
+        self.sampled += len(kept)
         images = [image for _, image in kept[: self.most]]
         captions = [f"{request.prompt} · {request.seed}" for request, _ in kept[: self.most]]
-        log_images(trainer.loggers, "predict/samples", images, captions, self.made, axis="predict/images")
+        log_images(trainer.loggers, "predict/samples", images, captions, self.sampled, axis="predict/images")
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

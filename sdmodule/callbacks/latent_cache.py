@@ -1,4 +1,4 @@
-"""Encode the training images, and their captions, once: before the first step, and only what is not there yet."""
+"""Encode training images and captions once, before the first step, and read them from disk from then on."""
 
 from __future__ import annotations
 
@@ -21,74 +21,76 @@ from sdmodule.data.base import TrainingData
 from sdmodule.data.cache.latents import CachedEmbeddings, CachedMomentsDataset, ImageDataset, moments_keys
 from sdmodule.data.cache.tensor_store import TensorStore
 from sdmodule.data.example import View
-from sdmodule.errors import SettingsError
+from sdmodule.errors import SettingsError, check_choice
 from sdmodule.io.fingerprint import fingerprint, model_fingerprint
 from sdmodule.io.progress import progress
 from sdmodule.sampling.requests import INPAINT
 from sdmodule.training.loss import encode_moments
 
-LATENTS, ALL = "latents", "all"
-PIXELS_AT_ONCE = 8 * 512 * 512
-CAPTIONS_AT_ONCE = 64
+LATENTS, ALL = CHOICES = ("latents", "all")
+PIXELS_PER_BATCH = 8 * 512 * 512
+IMAGES_PER_BATCH = 64
+CAPTIONS_PER_BATCH = 64
 
-Sight = tuple[str, int, View]
-"""The key of an image's moments, its index, and how it is shown."""
+KeyedView = tuple[str, int, View]
+"""The key of an image's moments, the image's index, and how it is transformed."""
 
 
 class LatentCache(Callback):
-    """Train on moments of latents and on embeddings that are read from disk instead of computed at every step.
+    """Train on cached latents and text embeddings instead of computing them at every step.
 
-    Moments are mean and standard deviation: latents are drawn from them anew each time, so that training is the same.
-    Both are kept under what they are made of, in a folder for each model's weights: moments under the image's bytes,
-    its size, and whether it is mirrored; embeddings under the caption. What has changed is made anew, the rest is
-    found. Devices make a share each. An interrupted making goes on where it stopped.
+    Of latents the moments (mean and standard deviation) are cached, and latents are sampled from them at each step, so
+    training is the same as without a cache. Entries are keyed by what they are computed from: moments by the image's
+    bytes, its size and whether it is mirrored; embeddings by the caption; both in a folder per model, named by a
+    fingerprint of its weights. So only what has changed is computed, each device a share of it, and an interrupted run
+    leaves what it has finished.
 
     Args:
-        folder: where they are kept, for all runs; with several machines, one that all of them see.
-        what: ``latents``, or ``all`` for embeddings of captions too.
+        folder: folder of the cache, shared by all runs; with several machines, one that all of them can read.
+        what: ``latents``, or ``all`` to cache text embeddings too.
 
     Raises:
-        SettingsError: for another ``what``; in training, for data or a model whose part cannot be done beforehand.
+        SettingsError: for another ``what``; in training, for data or a model that cannot be cached.
     """
 
     def __init__(self, folder: str | Path, what: str = LATENTS) -> None:
-        if what not in (LATENTS, ALL):
-            raise SettingsError(f"cache.what={what} is not known; give {LATENTS} or {ALL}.")
+        check_choice("cache.what", what, CHOICES)
         self.folder = Path(folder).expanduser()
         self.what = what
         self._switched = ExitStack()
 
     def check(self, data: Any, module: Any) -> None:
-        """Whether this can be cached; nothing is read or written.
+        """Check that the data and the model can be cached, without reading or writing anything.
 
         Args:
-            data: the data module.
+            data: the data module, set up.
             module: the model.
 
         Raises:
-            SettingsError: if not.
+            SettingsError: if they cannot.
         """
         images: Any = getattr(data, "train_set", None)
         if not hasattr(images, "content") or not isinstance(data, TrainingData):
             raise SettingsError(
-                f"cache={self.what} does not know the images of these data; use those of conf/data, or cache=none."
+                f"cache={self.what}: cannot cache the images of this data module; use one of sdmodule.data, or "
+                "cache=none."
             )
         if not hasattr(module, "encode_captions"):
-            raise SettingsError(f"cache={self.what} has nothing to do for this model; use cache=none.")
+            raise SettingsError(f"cache={self.what}: there is nothing to cache for this model; use cache=none.")
         if not images.center_crop:
             raise SettingsError(
-                f"data.center_crop=false crops another part at each time, which cache={self.what} cannot know; set "
+                f"cache={self.what}: data.center_crop=false crops images at random, which cannot be cached; set "
                 "data.center_crop=true, or cache=none."
             )
         if self.what == ALL and not images.fixed_captions:
             raise SettingsError(
-                "data.shuffle_tags=true and several templates give images another caption at each time, which "
-                "cache=all cannot know; do without, or use cache=latents."
+                "cache=all: data.shuffle_tags=true and several templates vary the captions, which cannot be cached; "
+                "leave them out, or use cache=latents."
             )
         if self.what == ALL and any(weight.requires_grad for weight in module.text_encoder.parameters()):
             raise SettingsError(
-                "cache=all keeps the embeddings of captions, and the text encoder is trained, which changes them; use "
-                "cache=latents, or do not train it."
+                "cache=all: text embeddings cannot be cached while the text encoder is trained; use cache=latents, or "
+                "set tuning.text_encoder=false."
             )
 
     @override
@@ -96,7 +98,9 @@ class LatentCache(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         self.check(data, pl_module)
         if isinstance(trainer.strategy, FSDPStrategy):
-            raise SettingsError(f"cache={self.what} needs whole models on each device; use trainer=ddp, or cache=none.")
+            raise SettingsError(
+                f"cache={self.what}: needs the whole model on each device; use trainer=ddp, or cache=none."
+            )
         with ExitStack() as switched:
             cached = self._cached_images(trainer, pl_module, data)
             switched.enter_context(data.training_on(cached))
@@ -120,16 +124,16 @@ class LatentCache(Callback):
         def keys_of(index: int) -> list[str]:
             return moments_keys(images.content(index), images.size_of(index), images.random_flip)
 
-        keys = _shared(trainer, range(len(images)), keys_of)
-        sights: dict[str, Sight] = {}
+        keys = _map_on_all_devices(trainer, range(len(images)), keys_of)
+        missing: dict[str, KeyedView] = {}
         for index, own in enumerate(keys):
             for mirrored, key in enumerate(own):
                 if key not in store:
-                    sights.setdefault(key, (key, index, View(mirrored=bool(mirrored))))
+                    missing.setdefault(key, (key, index, View(mirrored=bool(mirrored))))
 
-        def make(share: Sequence[Sight]) -> Iterator[dict[str, Tensor]]:
+        def encode(share: Sequence[KeyedView]) -> Iterator[dict[str, Tensor]]:
             loader = DataLoader(
-                _Sights(images, share),
+                _KeyedImages(images, share),
                 batch_sampler=_batches_of_one_size([images.size_of(index) for _, index, _ in share]),
                 num_workers=getattr(data, "num_workers", 0),
                 generator=torch.Generator(),
@@ -138,28 +142,28 @@ class LatentCache(Callback):
                 moments = encode_moments(module.vae, batch["image"].to(module.device)).cpu()
                 yield {key: moments[k] for k, key in enumerate(batch["key"])}
 
-        self._fill(trainer, store, list(sights.values()), make, "Encoding images")
-        # masks and edges are of the image itself
-        beside = module.task == INPAINT or module.controlnet is not None or module.objective.masked
-        return CachedMomentsDataset(images, store, keys, with_images=beside)
+        self._fill(trainer, store, list(missing.values()), encode, "Encoding images")
+        # masks and control images come with the image
+        with_images = module.task == INPAINT or module.controlnet is not None or module.objective.masked
+        return CachedMomentsDataset(images, store, keys, with_images)
 
     def _cached_embeddings(self, trainer: Trainer, module: Any, images: ImageDataset) -> CachedEmbeddings:
         tokenizer, encoder = module.parts.tokenizer, module.text_encoder
         model = model_fingerprint(encoder, encoder.config.to_dict())
-        words = fingerprint(tokenizer.model_max_length, sorted(tokenizer.get_vocab().items()))
-        store = TensorStore(self.folder / f"embeddings-{fingerprint(model, words)}")
+        vocabulary = fingerprint(tokenizer.model_max_length, sorted(tokenizer.get_vocab().items()))
+        store = TensorStore(self.folder / f"embeddings-{fingerprint(model, vocabulary)}")
         prompts = dict.fromkeys(["", *(escape_prompt(images.caption(index)) for index in range(len(images)))])
         missing = [prompt for prompt in prompts if fingerprint(prompt) not in store]
 
         @torch.no_grad()
-        def make(share: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-            for start in range(0, len(share), CAPTIONS_AT_ONCE):
-                batch = share[start : start + CAPTIONS_AT_ONCE]
+        def encode(share: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+            for start in range(0, len(share), CAPTIONS_PER_BATCH):
+                batch = share[start : start + CAPTIONS_PER_BATCH]
                 lengths = [count_chunks(prompt, tokenizer) * tokenizer.model_max_length for prompt in batch]
                 rows = zip(batch, encode_prompts(batch, tokenizer, encoder).cpu(), lengths, strict=True)
                 yield {fingerprint(prompt): row[:length] for prompt, row, length in rows}
 
-        self._fill(trainer, store, missing, make, "Encoding captions")
+        self._fill(trainer, store, missing, encode, "Encoding captions")
         return CachedEmbeddings(store)
 
     def _fill(
@@ -167,17 +171,17 @@ class LatentCache(Callback):
         trainer: Trainer,
         store: TensorStore,
         missing: Sequence[Any],
-        make: Callable[[Sequence[Any]], Iterable[dict[str, Tensor]]],
-        what: str,
+        encode: Callable[[Sequence[Any]], Iterable[dict[str, Tensor]]],
+        doing: str,
     ) -> None:
-        """Make what is missing, each device its share; afterwards every device finds all of it."""
-        trainer.strategy.barrier()  # or a fast device's first file is taken into account by a slow one
+        """Encode what is missing, each device its share; afterwards every device can read all of it."""
+        trainer.strategy.barrier()  # until all have listed what is missing, or a slow device would see new files
         share = missing[trainer.global_rank :: trainer.world_size]
         if share:
-            with progress(len(share), f"{what} into {store.folder}") as on_done:
+            with progress(len(share), f"{doing} into {store.folder}") as on_done:
 
                 def counted() -> Iterator[dict[str, Tensor]]:
-                    for tensors in make(share):
+                    for tensors in encode(share):
                         on_done(len(tensors))
                         yield tensors
 
@@ -186,33 +190,33 @@ class LatentCache(Callback):
         store.refresh()
 
 
-class _Sights(Dataset[dict[str, Any]]):
-    """Images as they are to be encoded, each with its key."""
+class _KeyedImages(Dataset[dict[str, Any]]):
+    """Images to encode, each with the key of its moments."""
 
-    def __init__(self, images: ImageDataset, sights: Sequence[Sight]) -> None:
+    def __init__(self, images: ImageDataset, views: Sequence[KeyedView]) -> None:
         self.images = images
-        self.sights = sights
+        self.views = views
 
     def __len__(self) -> int:
-        return len(self.sights)
+        return len(self.views)
 
     @override
     def __getitem__(self, position: int) -> dict[str, Any]:
-        key, index, view = self.sights[position]
+        key, index, view = self.views[position]
         return {"key": key, "image": self.images.seen(index, view)["image"]}
 
 
 def _batches_of_one_size(sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
-    """Positions of images of one size, as many at once as a device can hold."""
+    """Batches of positions of images of one size, each small enough for a device's memory."""
     order = sorted(range(len(sizes)), key=lambda position: sizes[position])
     for (height, width), group in groupby(order, key=lambda position: sizes[position]):
         positions = list(group)
-        count = min(64, max(1, PIXELS_AT_ONCE // (height * width)))
+        count = min(IMAGES_PER_BATCH, max(1, PIXELS_PER_BATCH // (height * width)))
         yield from (positions[start : start + count] for start in range(0, len(positions), count))
 
 
-def _shared(trainer: Trainer, indices: Sequence[int], work: Callable[[int], Any]) -> list[Any]:
-    """Do some work for each index, a share on each device; every device has all results, in order."""
+def _map_on_all_devices(trainer: Trainer, indices: Sequence[int], work: Callable[[int], Any]) -> list[Any]:
+    """Results of ``work`` for all indices, in order and on every device, each of which does a share."""
     devices = trainer.world_size
     own = [work(index) for index in indices[trainer.global_rank :: devices]]
     if devices == 1:

@@ -1,4 +1,4 @@
-"""Images for whichever logger can hold them."""
+"""Log images to every logger that takes them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ COLUMNS = (
     "seconds",
     "image",
 )
-"""Columns of the table of predictions; images that were repainted have two more."""
+"""Columns of the table of predictions."""
 
 INPAINT_COLUMNS = ("input_image", "mask")
+"""Further columns, for inpainting."""
 
 
 def log_images(
@@ -38,15 +39,15 @@ def log_images(
     step: int,
     axis: str | None = None,
 ) -> None:
-    """Give images to every logger that can hold them; others are passed over.
+    """Log images to every logger that takes them; other loggers are skipped.
 
     Args:
-        loggers: of any kind.
-        key: name of the series, the same at every step, so that a slider can go through it.
+        loggers: loggers of any kind.
+        key: name of the series, the same at every step, so that loggers show a slider.
         images: images of any sizes.
-        captions: a line for each.
-        step: where in the series they belong.
-        axis: the name of what ``step`` counts; optimizer steps if None.
+        captions: one line per image.
+        step: position in the series.
+        axis: name of what ``step`` counts; optimizer steps if None.
     """
     for logger in loggers:
         if isinstance(logger, WandbLogger):
@@ -55,8 +56,8 @@ def log_images(
             else:
                 import wandb
 
-                held = [wandb.Image(image, caption=caption) for image, caption in zip(images, captions, strict=True)]
-                logger.experiment.log({key: held, axis: step})
+                shown = [wandb.Image(image, caption=caption) for image, caption in zip(images, captions, strict=True)]
+                logger.experiment.log({key: shown, axis: step})
         elif isinstance(logger, TensorBoardLogger):
             logger.experiment.add_image(key, np.asarray(sheet(images, captions)), step, dataformats="HWC")
         elif isinstance(logger, MLFlowLogger):
@@ -64,38 +65,38 @@ def log_images(
 
 
 def sheet(images: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
-    """A captioned grid, its images about as large as they are."""
+    """A captioned grid, its tiles as large as the largest image, within limits."""
     return captioned_sheet(images, captions, tile=min(max(max(max(image.size) for image in images), 128), 512))
 
 
 def log_table(loggers: Iterable[Logger], records: Iterable[Mapping[str, Any]], folder: Path) -> None:
-    """Log the table ``predictions``, a row an image, to W&B, the one that has tables.
+    """Log the table ``predictions``, one row per image, to W&B; other loggers have no tables.
 
     Args:
-        loggers: of any kind.
-        records: what ``predictions.jsonl`` holds.
-        folder: of the run.
+        loggers: loggers of any kind.
+        records: the lines of ``predictions.jsonl``.
+        folder: folder of the run.
     """
     for logger in loggers:
-        if isinstance(logger, WandbLogger) and (told := list(records)):
+        if isinstance(logger, WandbLogger) and (listed := list(records)):
             import wandb
 
-            repainted = any("inpaint" in record for record in told)
-            columns = [*COLUMNS, *(INPAINT_COLUMNS if repainted else ())]
-            rows = [_row(record, folder, repainted) for record in told]
+            inpainted = any("inpaint" in record for record in listed)
+            columns = [*COLUMNS, *(INPAINT_COLUMNS if inpainted else ())]
+            rows = [_row(record, folder, inpainted) for record in listed]
             logger.experiment.log({"predictions": wandb.Table(columns=columns, data=rows)})
 
 
-def _row(record: Mapping[str, Any], folder: Path, repainted: bool) -> list[Any]:
+def _row(record: Mapping[str, Any], folder: Path, inpainted: bool) -> list[Any]:
     import wandb
 
     merging = record.get("tome", {"ratio": 0.0, "engine": "none"})
-    told = {
+    values = {
         **record,
         "guidance_scale": float(record["guidance_scale"]),
         "tome_ratio": float(merging["ratio"]),
         "tome_engine": merging["engine"],
         "image": wandb.Image(str(folder / record["file"]), caption=f"{record['prompt']} · {record['seed']}"),
     }
-    row = [told[name] for name in COLUMNS]
-    return [*row, *(wandb.Image(str(folder / record[name])) for name in ("image", "mask"))] if repainted else row
+    row = [values[name] for name in COLUMNS]
+    return [*row, *(wandb.Image(str(folder / record[name])) for name in ("image", "mask"))] if inpainted else row

@@ -1,4 +1,4 @@
-"""Write the images of a predict run, as they are made."""
+"""Write the images of a predict run while it samples."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ from sdmodule.sampling.requests import SampleRequest, image_name, request_metada
 from sdmodule.sampling.result import Samples
 
 SHEET_LIMIT = 64
-"""Images on the contact sheet; a larger run shows its first ones."""
+"""Largest number of images on the contact sheet: the first ones of a larger run."""
 
 
 class PredictionWriter(BasePredictionWriter):
     """Write ``images/<index>-<seed>.png``, ``predictions.jsonl`` and, at the end, ``grid.png``.
 
-    Threads write while the next batch is sampled. Every image carries the metadata in PNG text chunks,
-    under the names that ``predictions.jsonl`` uses; what was repainted lies in ``inputs/``, named by its content.
-    Every process of a distributed run writes its own images and lines; the first gathers the lines at the end.
+    Threads write while the next batch is sampled. Every image carries its metadata in PNG text chunks, under the keys
+    of ``predictions.jsonl``. Input images, masks and control images go to ``inputs/``, named by a hash of their pixels.
+    Each process of a distributed run writes its own images and records; the first merges the records at the end.
 
     Args:
         output_dir: folder of the run.
-        write_interval: only ``batch`` makes sense: what is made is written at once.
-        workers: threads that write.
+        write_interval: ``batch``: images are written as soon as their batch is sampled.
+        workers: number of writer threads.
     """
 
     def __init__(self, output_dir: str | Path, write_interval: Literal["batch"] = "batch", workers: int = 2) -> None:
@@ -58,11 +58,11 @@ class PredictionWriter(BasePredictionWriter):
         self.seconds = 0.0
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
-        self._pending: deque[Future[None]] = deque()
+        self._pending: deque[Future[None]] = deque()  # in the order of submission
 
     @property
     def records(self) -> Iterator[dict[str, Any]]:
-        """What ``predictions.jsonl`` holds, an image at a time."""
+        """The records of ``predictions.jsonl``, one per image."""
         return read_records(self._file(0))
 
     @override
@@ -70,8 +70,8 @@ class PredictionWriter(BasePredictionWriter):
         try:
             (self.output_dir / IMAGES).mkdir(parents=True, exist_ok=True)
             if trainer.is_global_zero:
-                for left in self.output_dir.glob("predictions.*.jsonl"):
-                    left.unlink(missing_ok=True)
+                for leftover in self.output_dir.glob("predictions.*.jsonl"):
+                    leftover.unlink(missing_ok=True)
                 write_records(self._file(0), self._done(trainer).values())
             trainer.strategy.barrier("folder ready")
         except OSError as error:
@@ -107,14 +107,14 @@ class PredictionWriter(BasePredictionWriter):
         self._wait(at_most=8 * self.workers)
 
     def _write(self, file: Path, request: SampleRequest, image: Image.Image, metadata: dict[str, Any]) -> None:
-        """One image's files: its inputs, itself, its line; whoever sees a line finds the image too."""
+        """Write an image's files: inputs, image, record, in this order, so that a record's image always exists."""
         start = time.perf_counter()
         metadata = {**request_metadata(request), **metadata}
-        for key, given in request.inputs().items():
+        for key, input_image in request.inputs().items():
             if not (self.output_dir / metadata[key]).is_file():
                 with self._lock:
                     (self.output_dir / INPUTS).mkdir(exist_ok=True)
-                    save_png(given, self.output_dir / metadata[key], {})
+                    save_png(input_image, self.output_dir / metadata[key], {})
         name = image_name(request)
         save_png(image, self.output_dir / name, metadata)
         with self._lock:
@@ -123,7 +123,7 @@ class PredictionWriter(BasePredictionWriter):
             self.seconds += time.perf_counter() - start
 
     def _wait(self, at_most: int = 0) -> None:
-        """Let no more than ``at_most`` images wait for being written, and tell of what could not be.
+        """Wait until at most ``at_most`` images are left to write.
 
         Raises:
             SettingsError: if the folder cannot be written.
@@ -149,7 +149,7 @@ class PredictionWriter(BasePredictionWriter):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._close()  # what is made is written
+        self._close()  # finish writing what was sampled
 
     def _close(self) -> None:
         if self._pool is not None:
@@ -170,5 +170,5 @@ class PredictionWriter(BasePredictionWriter):
 
 
 def device_name(device: torch.device) -> str:
-    """What computes: the GPU's name, or the processor's architecture."""
+    """Name of the GPU, or the architecture of the CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"

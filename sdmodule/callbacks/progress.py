@@ -1,4 +1,4 @@
-"""How far a run is: a bar in a terminal, a line now and then anywhere else."""
+"""Progress of a run: a bar in a terminal, an occasional line anywhere else."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ from typing_extensions import override
 from sdmodule.callbacks.timing import TimingLogger
 from sdmodule.sampling.result import Samples
 
-REFRESH = 0.5
-"""Seconds between two looks at figures that are shown in a bar; to look at a loss, a GPU must be waited for."""
+REFRESH_SECONDS = 0.5
+"""Seconds between updates of a bar's figures; reading a loss waits for the GPU."""
 
 
 class ProgressBar(callbacks.ProgressBar):
-    """One bar for training (loss, samples a second, wait for data, time left), one for sampling (images, step inside).
+    """One bar for training (loss, samples per second, data wait, time left), one for sampling (images, steps).
+
+    Lightning's own bars count the batches of an epoch; this one counts optimizer steps of the whole training, and
+    images.
 
     Args:
-        show: False shows nothing at all.
-        every: seconds between two lines, where output is no terminal.
+        show: False shows nothing.
+        every: seconds between lines if the output is not a terminal.
     """
 
     def __init__(self, show: bool = True, every: float = 30.0) -> None:
@@ -34,8 +37,8 @@ class ProgressBar(callbacks.ProgressBar):
         self.every = every
         self.terminal = sys.stderr.isatty()
         self.bar: tqdm[Any] | None = None
-        self._shown = 0.0
-        self._reports = ExitStack()  # step reports of the module, while it predicts
+        self._last_update = 0.0
+        self._step_reports = ExitStack()
 
     @override
     def disable(self) -> None:
@@ -45,42 +48,41 @@ class ProgressBar(callbacks.ProgressBar):
     def enable(self) -> None:
         self.show = True
 
-    def _begin(self, what: str, unit: str, total: int, done: int) -> None:
-        self._shown = time.perf_counter()
+    def _begin(self, description: str, unit: str, total: int, done: int) -> None:
+        self._start = self._last_update = time.perf_counter()
         self.bar = tqdm(
             total=total,
             initial=done,
-            desc=what,
+            desc=description,
             unit=unit,
             disable=not self.show or not self.terminal,
             dynamic_ncols=True,
             bar_format="{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}, {remaining} left{postfix}",
         )
-        self._what, self._unit, self._total = what, unit, total
-        self._from = (time.perf_counter(), done)
-        self._at = done
+        self._description, self._unit, self._total = description, unit, total
+        self._initial = self._done = done
 
     def _advance(self, done: int, figures: dict[str, str]) -> None:
-        """Show how much is done, in the bar or in a line of its own."""
-        self._at = done
-        self._shown = time.perf_counter()
+        """Show how much is done, in the bar or on a line of its own."""
+        self._done = done
+        self._last_update = time.perf_counter()
         if self.bar is None or not self.show:
             return
         if self.terminal:
             self.bar.set_postfix(figures, refresh=False)
             self.bar.update(done - self.bar.n)
             return
-        began, first = self._from
-        each = (self._shown - began) / max(done - first, 1)
-        left = tqdm.format_interval(each * (self._total - done)) if done > first else "?"
-        told = "".join(f", {name} {value}" for name, value in figures.items())
-        print(f"{self._what}: {done} of {self._total} {self._unit}s{told}, {left} left", flush=True)
+        seconds_each = (self._last_update - self._start) / max(done - self._initial, 1)
+        left = tqdm.format_interval(seconds_each * (self._total - done)) if done > self._initial else "?"
+        listed = "".join(f", {name} {value}" for name, value in figures.items())
+        print(f"{self._description}: {done} of {self._total} {self._unit}s{listed}, {left} left", flush=True)
 
     def _is_due(self) -> bool:
-        return self.show and time.perf_counter() - self._shown >= (REFRESH if self.terminal else self.every)
+        interval = REFRESH_SECONDS if self.terminal else self.every
+        return self.show and time.perf_counter() - self._last_update >= interval
 
     def _end(self) -> None:
-        self._reports.close()
+        self._step_reports.close()
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -96,7 +98,7 @@ class ProgressBar(callbacks.ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         last = self.terminal and trainer.global_step == trainer.max_steps
-        if trainer.global_step > self._at and (last or self._is_due()):
+        if trainer.global_step > self._done and (last or self._is_due()):
             self._advance(trainer.global_step, self._training_figures(trainer, pl_module))
 
     @staticmethod
@@ -134,9 +136,9 @@ class ProgressBar(callbacks.ProgressBar):
 
         def on_step(done: int, latents: Tensor) -> None:
             if self._is_due():
-                self._advance(self._at, {"step": f"{done}/{steps}"})
+                self._advance(self._done, {"step": f"{done}/{steps}"})
 
-        self._reports.enter_context(pl_module.step_reports(on_step))  # type: ignore[operator]
+        self._step_reports.enter_context(pl_module.step_reports(on_step))  # type: ignore[operator]
 
     @override
     def on_predict_batch_end(
@@ -148,14 +150,13 @@ class ProgressBar(callbacks.ProgressBar):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        done = self._at + sum(request.kept for request in outputs.requests)
+        done = self._done + sum(request.kept for request in outputs.requests)
         if self.terminal or self._is_due():
             self._advance(done, {})
-        self._at = done
+        self._done = done
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.on_step = None  # type: ignore[assignment]
         self._end()
 
     @override

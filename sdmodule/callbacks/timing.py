@@ -1,4 +1,4 @@
-"""How long a run takes, and on what."""
+"""Timings of a run."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from sdmodule.io.run_folder import TIMINGS
 from sdmodule.sampling.result import Samples
 
 WINDOW = 200
-"""Steps of training whose median and 95th percentile are logged."""
+"""Number of recent training steps that logged figures describe."""
 
 
 class TimingLogger(Callback):
-    """Write ``timings.json`` and log its figures: where the seconds went, and how fast the rest was.
+    """Write ``timings.json`` and log its figures.
 
-    Of sampling: seconds of text, denoise, decode and save, of each denoising step, images a second. Of training:
-    samples a second, seconds of a step, the share of them that waits for data. Of both: peak memory, and the share of
-    the device's arithmetic that the model's own took (MFU, Chowdhery et al. 2022, appendix B), where both are known.
+    Sampling: seconds of each stage (text, denoise, decode, save) and of each denoising step, and images per second.
+    Training: samples per second, seconds per step, and the share of time spent waiting for data. Both: peak memory and,
+    if the device's peak FLOPS are known, model FLOPs utilization (MFU, Chowdhery et al. 2022, appendix B).
 
-    What is set up once, compilation with it, is paid for by the first batch of sampling and the first steps of
-    training; they are reported apart, as ``warmup``. The figures of a run of one batch are that batch's.
+    Warm-up, which includes compilation, is reported separately: the first batch of sampling, unless it is the only
+    one, and the first steps of training.
 
     Args:
         output_dir: folder of the run.
-        warmup_steps: steps of training that are kept apart.
-        synchronize: wait for the device at the end of every step of training. Each step's figure is then its own; it
-            costs what the device idles meanwhile. Without it the figures are right on average.
-        peak_flops: floating-point operations a second that the device can do; known by itself for many GPUs.
+        warmup_steps: training steps that count as warm-up.
+        synchronize: wait for the device after every training step, so that the time of each step is exact, at the cost
+            of some idle time; without it times are right on average.
+        peak_flops: floating-point operations per second of the device; known for many GPUs if None.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class TimingLogger(Callback):
         self.steps: list[float] = []
         self.waits: list[float] = []
         self.samples: list[int] = []
-        self._started = self._ended = time.perf_counter()
+        self._batch_start = self._step_end = time.perf_counter()
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._started = time.perf_counter()
+        self._batch_start = time.perf_counter()
         if len(self.steps) == 1 and self._peak(trainer, pl_module) and not is_compiled(pl_module):
             self._counter = self._counting.enter_context(FlopCounterMode(display=False))
 
@@ -84,23 +84,23 @@ class TimingLogger(Callback):
         if self.synchronize and pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
         now = time.perf_counter()
-        self.steps.append(now - self._ended)
-        self.waits.append(self._started - self._ended)
+        self.steps.append(now - self._step_end)
+        self.waits.append(self._batch_start - self._step_end)
         self.samples.append(batch_length(batch))
-        self._ended = now
+        self._step_end = now
         if trainer.global_step % trainer.log_every_n_steps == 0 and len(self.steps) > self.warmup_steps:  # type: ignore[attr-defined]
-            # not by ``self.log``, whose bookkeeping takes a millisecond for each of them
+            # not with self.log, whose bookkeeping takes a millisecond per figure
             figures = dict(flatten(self.training_figures(trainer, pl_module, WINDOW)))
             for logger in trainer.loggers if trainer.is_global_zero else ():
                 logger.log_metrics({f"train/{name}": value for name, value in figures.items()}, trainer.global_step)
-            self._ended = time.perf_counter()  # figures are not part of the step
+            self._step_end = time.perf_counter()  # logging is not part of the step
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._ended = time.perf_counter()  # a validation is no wait for data
+        self._step_end = time.perf_counter()  # validation is not waiting for data
 
     def training_figures(self, trainer: Trainer, pl_module: LightningModule, last: int | None = None) -> dict[str, Any]:
-        """Figures of the steps after the warm-up, or of the last few of them."""
+        """Figures of the steps after warm-up, or of the ``last`` ones among them."""
         skip = self.warmup_steps if len(self.steps) > self.warmup_steps else 0
         first = max(skip, len(self.steps) - last) if last else skip
         steps, waits = self.steps[first:], self.waits[first:]
@@ -136,7 +136,7 @@ class TimingLogger(Callback):
         self.batches: list[dict[str, float]] = []
         self.denoising: list[list[float]] = []
         self.images: list[int] = []
-        self.start = time.perf_counter()
+        self._predict_start = time.perf_counter()
 
     @override
     def on_predict_batch_start(
@@ -164,26 +164,26 @@ class TimingLogger(Callback):
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        total = time.perf_counter() - self.start
+        total = time.perf_counter() - self._predict_start
         if not trainer.is_global_zero or not self.batches:
             return
         skip = 1 if len(self.batches) > 1 else 0
         stages = {name: sum(batch[name] for batch in self.batches[skip:]) for name in self.batches[0]}
-        each = sum(self.images[skip:]) / sum(stages.values())
+        rate = sum(self.images[skip:]) / sum(stages.values())
         saved = [c.seconds for c in trainer.callbacks if isinstance(c, PredictionWriter)]  # type: ignore[attr-defined]
         timings: dict[str, Any] = {
             "images": sum(self.images),
             "seconds": {**stages, "save": sum(saved)},
             "seconds_total": total,
             "step_seconds": median_and_p95([step for steps in self.denoising[skip:] for step in steps]),
-            "images_per_second": each,
+            "images_per_second": rate,
             "warmup": {"images": self.images[0], "seconds": self.batches[0]} if skip else None,
             "peak_memory_bytes": peak_memory(pl_module.device),
             "device": str(pl_module.device),
         }
         peak = self._peak(trainer, pl_module)
         if peak and self.flops:
-            timings |= {"flops_per_image": self.flops, "mfu": self.flops * each / peak}
+            timings |= {"flops_per_image": self.flops, "mfu": self.flops * rate / peak}
         self._write(timings)
         names = ("seconds", "step_seconds", "images_per_second", "mfu")
         logged = {name: timings[name] for name in names if name in timings}
@@ -198,7 +198,7 @@ class TimingLogger(Callback):
         self._counting.close()
 
     def _peak(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
-        """Operations a second that the device can do; None where nobody knows."""
+        """Peak floating-point operations per second of the device; None or 0 if unknown."""
         if self.peak_flops is None and pl_module.device.type == "cuda":
             dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float16
             dtype = torch.float32 if "32" in str(trainer.precision) else dtype
@@ -218,7 +218,7 @@ def median_and_p95(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def flatten(figures: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Figures with one name each: those inside others are joined to their names."""
+    """Name and value of each figure; the names of nested ones are joined by underscores."""
     for name, value in figures.items():
         if isinstance(value, Mapping):
             yield from ((f"{name}_{inner}", number) for inner, number in flatten(value))
@@ -227,18 +227,18 @@ def flatten(figures: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def batch_length(batch: Any) -> int:
-    """Examples in a batch, by the first of its entries."""
+    """Number of examples in a batch: the length of its first entry."""
     first = next(iter(batch.values())) if isinstance(batch, Mapping) and batch else batch
     return len(first)
 
 
 def is_compiled(module: LightningModule) -> bool:
-    """Whether any part is compiled; the operations inside cannot be counted."""
+    """Whether any part is compiled; operations inside compiled code cannot be counted."""
     return any(getattr(part, "_compiled_call_impl", None) is not None for part in module.modules())
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most memory in use so far, in bytes: of the GPU, or resident in the process."""
+    """Peak memory so far in bytes: allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,49 +1,47 @@
-"""From latents to images, with a second try where half precision does not suffice."""
+"""Decoding latents to images, again in float32 where half precision overflows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from sdmodule.components.checkpoint import Components
 from sdmodule.errors import SettingsError
-
-if TYPE_CHECKING:
-    from sdmodule.components.checkpoint import Components
 
 
 def decode(parts: Components, latents: Tensor) -> Tensor:
-    """Images ``[B, 3, H, W]`` in [0, 1], float32, of latents ``[B, 4, h, w]``.
+    """Images ``[B, 3, H, W]`` in [0, 1], float32, from latents ``[B, 4, h, w]``.
 
-    Activations of Stable Diffusion's autoencoder overflow half precision at times, which gives black images; such a
-    batch is decoded again in float32.
+    Activations of Stable Diffusion's VAE sometimes overflow half precision, which gives black images; such a batch is
+    decoded again in float32.
 
     Raises:
-        SettingsError: if the latents, or the images in float32 too, are no numbers.
+        SettingsError: if the latents, or the images even in float32, have NaNs or infs.
     """
     scaled = latents / parts.vae.config.scaling_factor
     images = parts.vae.decode(scaled.to(parts.vae.dtype)).sample
     if not torch.isfinite(images).all() and torch.isfinite(latents).all():
-        rank_zero_warn("The autoencoder overflows in half precision; such images are decoded again in float32.")
+        rank_zero_warn("The VAE overflows in half precision; such images are decoded again in float32.")
         with _in_float32(parts.vae):
             images = parts.vae.decode(scaled.float()).sample
     if not torch.isfinite(images).all():
         raise SettingsError(
-            "the model makes images of values that are no numbers; use precision=32-true or bf16-mixed, or another "
-            "checkpoint, if it does so in these too."
+            "the VAE produced NaNs or infs; use precision=32-true or bf16-mixed, or another checkpoint if these do "
+            "not help."
         )
     return (images.float() / 2 + 0.5).clamp(0, 1)
 
 
 @contextmanager
 def _in_float32(vae: Any) -> Iterator[None]:
-    """Compute in float32 inside the block, whatever the weights' type and the trainer's precision are."""
+    """Compute in float32 inside the block, whatever the dtype of the weights and the trainer's precision are."""
     dtype = vae.dtype
-    torch.nn.Module.to(vae, torch.float32)  # not diffusers' own method, which warns of nothing
+    torch.nn.Module.to(vae, torch.float32)  # diffusers' own ``to`` warns, needlessly here
     try:
         with torch.autocast(vae.device.type, enabled=False):
             yield

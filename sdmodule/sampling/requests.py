@@ -1,4 +1,4 @@
-"""What a run of sampling is asked for: one request an image."""
+"""Sample requests: what each image of a run is sampled from."""
 
 from __future__ import annotations
 
@@ -15,15 +15,11 @@ from PIL import Image
 from sdmodule.conditioning.control import read_controls
 from sdmodule.conditioning.masked_image import MaskedImage, count_images, pair_images_and_masks
 from sdmodule.conditioning.text import parse_weights
-from sdmodule.errors import SettingsError, choices
+from sdmodule.errors import MAX_SEED, SettingsError, check_bool, check_int, check_seed, choices, is_int
 from sdmodule.io.run_folder import IMAGES, INPUTS
-from sdmodule.ranges import check_flag
-
-LARGEST_SEED = 2**64 - 1
-"""Of torch's generators."""
 
 TEXT2IMAGE, INPAINT = TASKS = ("text2image", "inpaint")
-"""What a model is asked to do."""
+"""Tasks of a model."""
 
 
 @dataclass
@@ -33,13 +29,13 @@ class SampleRequest:
     Not frozen, since Lightning cannot move a frozen dataclass to a device or to half precision.
 
     Args:
-        index: the image's place in the run.
-        prompt: what it shows; empty for unconditional.
+        index: number of the image in the run.
+        prompt: what the image shows; empty for unconditional sampling.
         negative_prompt: what guidance leads away from.
         seed: seed of its initial noise.
-        masked: the image to repaint, and where; None for an image from text alone.
-        control: the image that a ControlNet follows; None where there is none.
-        kept: False for an image that is not written: it only fills up the batch of others.
+        masked: the image to inpaint with its mask; None for text-to-image.
+        control: the control image for a ControlNet, or None.
+        kept: False for an image that only fills up a batch, and is not written.
     """
 
     index: int
@@ -51,11 +47,11 @@ class SampleRequest:
     kept: bool = True
 
     def inputs(self) -> dict[str, Image.Image]:
-        """The images that it was given, by the names of the settings that gave them."""
-        given = {"control": self.control}
+        """The input images, by the names of the settings that gave them: ``image``, ``mask``, ``control``."""
+        inputs = {"control": self.control}
         if self.masked is not None:
-            given |= {"image": self.masked.image, "mask": self.masked.mask}
-        return {name: image for name, image in given.items() if image is not None}
+            inputs |= {"image": self.masked.image, "mask": self.masked.mask}
+        return {name: image for name, image in inputs.items() if image is not None}
 
 
 def image_name(request: SampleRequest) -> str:
@@ -93,40 +89,38 @@ def build_requests(
     control: Any = None,
     control_edges: bool = False,
 ) -> list[SampleRequest]:
-    """List the images of a run: all images of the first prompt, then of the second; image k has seed ``seed + k``.
+    """The requests of a run: all images of the first prompt, then of the second; image k has seed ``seed + k``.
 
     Args:
-        prompt: one or several prompts; an empty string samples without a condition.
-        prompts: instead, a ``.txt`` with a prompt a line, or a ``.jsonl`` with an object a line: ``prompt`` and,
-            optionally, its own ``negative_prompt`` and ``seed`` (its images use ``seed``, ``seed + 1``, …).
-            Blank lines are skipped.
-        negative_prompt: one for all prompts, or one for each.
+        prompt: one prompt or several; an empty one samples unconditionally.
+        prompts: instead of ``prompt``, a ``.txt`` file with one prompt per line, or a ``.jsonl`` file with one object
+            per line: ``prompt`` and, optionally, its own ``negative_prompt`` and ``seed`` (its images use ``seed``,
+            ``seed + 1``, …). Blank lines are skipped.
+        negative_prompt: one for all prompts, or one per prompt.
         num_images_per_prompt: images of each prompt.
         seed: seed of the first image.
-        image: for inpainting, the image to repaint, or one for each prompt; see ``masked_image.pair_images_and_masks``.
-        mask: where to repaint it, or one for each.
+        image: for inpainting, one image for all prompts, or one per prompt; see `pair_images_and_masks`.
+        mask: for inpainting, where: one mask for all prompts, or one per prompt.
         task: ``text2image`` or ``inpaint``.
-        control: the image that a ControlNet follows, or one for each prompt; see ``controlnet.read_controls``.
-        control_edges: ``control`` is a photo, of which the edges are followed.
+        control: for a ControlNet, one control image for all prompts, or one per prompt; see `read_controls`.
+        control_edges: ``control`` is a photo whose edges are the control image.
 
     Raises:
         SettingsError: if a setting or the file cannot be used.
     """
-    if not _is_count(num_images_per_prompt) or num_images_per_prompt < 1:
-        raise SettingsError(f"num_images_per_prompt={num_images_per_prompt} is too small; give 1 or more.")
-    if not _is_count(seed):
-        raise SettingsError(f"seed={seed!r} is no seed; give a whole number, 0 or more.")
+    check_int("num_images_per_prompt", num_images_per_prompt)
+    check_seed("seed", seed)
     if prompt is not None and prompts is not None:
-        raise SettingsError(f"Both prompt={prompt!r} and prompts={prompts} are given; give one of them.")
+        raise SettingsError(f"prompt={prompt!r}, prompts={prompts}: exclude each other; give one of them.")
     if prompts is not None:
         rows = _read_prompts(Path(prompts).expanduser())
     elif prompt is not None:
         rows = [{"prompt": text} for text in _strings(prompt, "prompt")]
     else:
-        raise SettingsError("No prompt is given; set prompt to a text or prompts to a .txt or .jsonl file.")
+        raise SettingsError("prompt: missing; give prompt=TEXT, or prompts=FILE with a .txt or .jsonl file.")
 
     if task == INPAINT and len(rows) == 1 and (count := count_images(image, mask)) > 1:
-        # one prompt for many images; a seed of its own counts on, as over its images
+        # one prompt for many images; a seed of its own counts up over all of them
         own = rows[0].get("seed")
         steps = range(0, count * num_images_per_prompt, num_images_per_prompt)
         rows = [rows[0] if own is None else {**rows[0], "seed": own + k} for k in steps]
@@ -135,109 +129,105 @@ def build_requests(
         negatives *= len(rows)
     if len(negatives) != len(rows):
         raise SettingsError(
-            f"negative_prompt has {len(negatives)} texts for {len(rows)} prompts; give one text, or one a prompt."
+            f"negative_prompt: {len(negatives)} texts for {len(rows)} prompts; give one for all, or one per prompt."
         )
     images = _images(image, mask, len(rows), task)
     controls = _controls(control, control_edges, len(rows))
     for text in {*negatives, *(text for row in rows for text in row.values() if isinstance(text, str))}:
         check_text(text)
-        parse_weights(text)  # a wrong weight is told of before anything is sampled
+        parse_weights(text)  # so that an invalid weight is reported before anything is sampled
     requests: list[SampleRequest] = []
-    for row, negative, masked, followed in zip(rows, negatives, images, controls, strict=True):
+    for row, shared_negative, masked, control_image in zip(rows, negatives, images, controls, strict=True):
         first = len(requests)
         first_seed = row.get("seed", seed + first)
-        if (last := first_seed + num_images_per_prompt - 1) > LARGEST_SEED:
-            raise SettingsError(f"seed={last} of an image is more than {LARGEST_SEED}; give a smaller seed.")
+        if (last := first_seed + num_images_per_prompt - 1) > MAX_SEED:
+            raise SettingsError(f"seed={first_seed}: the last image would have seed {last}; seeds end at {MAX_SEED}.")
+        negative = row.get("negative_prompt", shared_negative)
         requests += [
-            SampleRequest(
-                first + i, row["prompt"], row.get("negative_prompt", negative), first_seed + i, masked, followed
-            )
+            SampleRequest(first + i, row["prompt"], negative, first_seed + i, masked, control_image)
             for i in range(num_images_per_prompt)
         ]
     return requests
 
 
 def check_text(text: str) -> None:
-    """Check that a prompt is text.
+    """Check that a prompt can be encoded.
 
     Raises:
-        SettingsError: for half of a character, as is left where text was cut between the two.
+        SettingsError: for an unpaired surrogate, which is left where a text was cut within a character.
     """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise SettingsError(f"prompt {text!r} has half of a character ({error.reason}); write it anew.") from error
+        raise SettingsError(f"prompt={text!r}: contains an unpaired surrogate ({error.reason}); retype it.") from error
 
 
 def _images(image: Any, mask: Any, count: int, task: str) -> Sequence[MaskedImage | None]:
-    """The masked image of each of ``count`` prompts; None for each where images come from text alone."""
+    """The masked image of each of ``count`` prompts; None for each of text-to-image."""
     if task == TEXT2IMAGE:
         for name, value in (("image", image), ("mask", mask)):
             if value is not None:
                 raise SettingsError(
-                    f"{name} was given and model=text2image makes images from text alone; use model=inpaint or leave "
-                    f"{name} out."
+                    f"{name}: model=text2image samples from text alone; use model=inpaint, or leave {name} out."
                 )
         return [None] * count
     if image is None:
-        raise SettingsError("model=inpaint needs an image to repaint; give image=… and mask=….")
+        raise SettingsError("model=inpaint: needs an image to inpaint; give image=… and mask=….")
     return pair_images_and_masks(image, mask, count)
 
 
 def _controls(control: Any, edges: bool, count: int) -> Sequence[Image.Image | None]:
-    """The control image of each of ``count`` prompts; None for each where there is none."""
-    check_flag("control_edges", edges)
+    """The control image of each of ``count`` prompts; None for each if there are none."""
+    check_bool("control_edges", edges)
     if control is not None:
         return read_controls(control, edges, count)
     if edges:
-        raise SettingsError("control_edges=true was given and no image to take edges of; add control=PHOTO.")
+        raise SettingsError("control_edges=true: needs a photo to find edges in; give control=PHOTO.")
     return [None] * count
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
 def _strings(value: str | Sequence[str], key: str) -> list[str]:
-    """Turn one text or a list of them into a list."""
+    """One text, or a list of texts, as a list."""
     if isinstance(value, str):
         return [value]
     if not isinstance(value, Sequence) or not all(isinstance(text, str) for text in value):
-        raise SettingsError(f"{key}={value!r} is no text; give a string or a list of strings (quote numbers).")
+        raise SettingsError(f"{key}={value!r}: must be a text or a list of texts; put numbers in quotes.")
     if not value:
-        raise SettingsError(f"{key}=[] is empty; give at least one text.")
+        raise SettingsError(f"{key}=[]: is empty; give at least one text.")
     return list(value)
 
 
 def _read_prompts(path: Path) -> list[dict]:
-    """Read a file of prompts as rows with ``prompt`` and, optionally, ``negative_prompt`` and ``seed``."""
+    """The rows of a file of prompts: each has ``prompt`` and, optionally, ``negative_prompt`` and ``seed``."""
     if path.suffix not in {".txt", ".jsonl"}:
-        raise SettingsError(f"prompts={path} is neither .txt (a prompt a line) nor .jsonl (an object a line).")
+        raise SettingsError(
+            f"prompts={path}: must be a .txt (one prompt per line) or .jsonl file (one object per line)."
+        )
     if not os.path.isfile(path):
-        raise SettingsError(f"prompts={path} is no file; give the path of a .txt or .jsonl file.")
+        raise SettingsError(f"prompts={path}: not found; give the path of a .txt or .jsonl file.")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise SettingsError(f"prompts={path} is not UTF-8 text ({error}); save it as UTF-8.") from error
+        raise SettingsError(f"prompts={path}: is not UTF-8 text ({error}); save it as UTF-8.") from error
     lines = {number: line.strip() for number, line in enumerate(text.split("\n"), start=1) if line.strip()}
     if not lines:
-        raise SettingsError(f"prompts={path} is blank; write a prompt a line.")
+        raise SettingsError(f"prompts={path}: is empty; write one prompt per line.")
     if path.suffix == ".txt":
         return [{"prompt": line} for line in lines.values()]
-    return [_parse_row(line, f"prompts={path}, line {number}") for number, line in lines.items()]
+    return [_parse_row(line, f"prompts={path}: line {number}") for number, line in lines.items()]
 
 
 def _parse_row(line: str, where: str) -> dict:
-    types = {"prompt": "a string", "negative_prompt": "a string", "seed": "a whole number, 0 or more"}
+    allowed = {"prompt": "a text", "negative_prompt": "a text", "seed": f"a whole number from 0 to {MAX_SEED}"}
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise SettingsError(f"{where} is no JSON ({error}); write an object a line.") from error
+        raise SettingsError(f"{where} is not JSON ({error}); write one object per line.") from error
     if not isinstance(row, dict) or "prompt" not in row:
-        raise SettingsError(f'{where} is {line}; write an object with at least "prompt".')
+        raise SettingsError(f'{where} is {line}, not an object with a "prompt"; write one per line.')
     for name, value in row.items():
-        if name not in types:
-            raise SettingsError(f"{where} has the unknown key {name!r}; allowed are {choices(types)}.")
-        if not (_is_count(value) if name == "seed" else isinstance(value, str)):
-            raise SettingsError(f"{where} has {name}={value!r}; give {types[name]}.")
+        if name not in allowed:
+            raise SettingsError(f"{where} has the unknown key {name!r}; use {choices(allowed)}.")
+        if not (is_int(value) and 0 <= value <= MAX_SEED if name == "seed" else isinstance(value, str)):
+            raise SettingsError(f"{where} has {name}={value!r}; {name} must be {allowed[name]}.")
     return row

@@ -1,4 +1,4 @@
-"""How long each stage and each step of sampling takes."""
+"""Timing of the stages and steps of sampling."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 class Stopwatch:
-    """Seconds by stage and by denoising step; waits for the device at each stage's end, and nowhere else."""
+    """Seconds per stage and per denoising step; waits for the device only at the end of each stage."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -29,7 +29,7 @@ class Stopwatch:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def mark(self) -> None:
-        """Note the end of a step, or the start of the first; on a GPU the device notes it as it gets there."""
+        """Mark the end of a step, or the start of the first; on a GPU by an event, without waiting."""
         if self.device.type != "cuda":
             self.marks.append(time.perf_counter())
             return
@@ -38,7 +38,7 @@ class Stopwatch:
         self.marks.append(event)
 
     def steps(self) -> list[float]:
-        """Seconds between the marks, once their stage has ended."""
+        """Seconds of each step, available once the stage has ended."""
         if self.device.type != "cuda":
             return [after - before for before, after in pairwise(self.marks)]
         return [before.elapsed_time(after) / 1000 for before, after in pairwise(self.marks)]

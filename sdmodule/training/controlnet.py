@@ -1,4 +1,4 @@
-"""A ControlNet beside a UNet that stays as it is."""
+"""Train a ControlNet; the UNet stays frozen."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from sdmodule.components.save import save_model
 
 @dataclass(frozen=True)
 class ControlNetTuning:
-    """Train a copy of the UNet's encoder that is shown a control image (Zhang et al. 2023)."""
+    """Train a copy of the UNet's encoder that also takes a control image (Zhang et al. 2023)."""
 
     kind: ClassVar[str] = "controlnet"
     from_scratch: ClassVar[set[str]] = set()
     text_encoder_lr: ClassVar[None] = None
 
     def text_encoder_learns(self, step: int) -> bool:
-        """The text encoder stays as it is."""
+        """Never: the text encoder is frozen."""
         return False
 
     def check_trainer(self, trainer: Trainer | None) -> None:
-        """Any trainer will do."""
+        """Any trainer works."""
 
     def prepare(self, parts: Components, seed: int) -> None:
-        """Add the ControlNet, its first layers drawn from ``seed``; it alone is trained."""
+        """Add a ControlNet, its new layers initialized from ``seed``, and freeze everything else."""
         parts.unet.requires_grad_(False)
         parts.text_encoder.eval().requires_grad_(False)
         with torch.random.fork_rng():

@@ -1,4 +1,4 @@
-"""The whole UNet is trained, and the text encoder if that is asked for."""
+"""Train the whole UNet and, optionally, the text encoder."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from sdmodule.training.text_encoder import TextEncoderTraining
 
 @dataclass(frozen=True)
 class FullTuning(TextEncoderTraining):
-    """Train every weight of the UNet, and of the text encoder where it is trained."""
+    """Train every weight of the UNet and, with ``text_encoder``, of the text encoder."""
 
     kind: ClassVar[str] = "full"
 
     @property
     def from_scratch(self) -> set[str]:
-        """Parts that may start from random weights, since all of them is trained."""
+        """Parts that may start from random weights, because all of their weights are trained."""
         return {"unet", "text_encoder"} if self.text_encoder else {"unet"}
 
     def check_trainer(self, trainer: Trainer | None) -> None:
-        """Any trainer will do."""
+        """Any trainer works."""
 
     def prepare(self, parts: Components, seed: int) -> None:
-        """Mark what is trained; ``seed`` has nothing to draw."""
+        """Unfreeze what is trained; there is nothing to initialize from ``seed``."""
         parts.unet.requires_grad_(True)
         parts.text_encoder.train(self.text_encoder).requires_grad_(self.text_encoder)
 
     def export(self, parts: Components, folder: str | Path, dtype: str) -> None:
-        """Write a folder that diffusers' pipeline loads, its weights as ``dtype``."""
+        """Write a folder that ``StableDiffusionPipeline.from_pretrained`` loads, its weights as ``dtype``."""
         save_components(parts, folder, dtype)

@@ -1,4 +1,4 @@
-"""Adapters of low rank beside the weights, which stay as they are."""
+"""Train low-rank adapters; the model's own weights stay frozen."""
 
 from __future__ import annotations
 
@@ -16,29 +16,32 @@ from torch import nn
 from sdmodule.components.adapter_file import write_diffusers, write_kohya
 from sdmodule.components.checkpoint import Components
 from sdmodule.components.lora_layers import DORA, LOHA, LOKR, LORA, METHODS, extract_adapter
-from sdmodule.errors import SettingsError, choices
-from sdmodule.ranges import check_whole
+from sdmodule.errors import SettingsError, check_choice, check_int, check_number
 from sdmodule.training.text_encoder import TextEncoderTraining
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-"""What the UNet's attention projects with."""
+"""Projections of the UNet's attention."""
 
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+"""Projections of the text encoder's attention."""
+
+MAX_RANK = 2**16
+"""More than the width of any layer."""
 
 
 @dataclass(frozen=True)
 class LoraTuning(TextEncoderTraining):
-    """Train adapters of low rank (LoRA, Hu et al. 2021) and leave the model's own weights alone.
+    """Train low-rank adapters (LoRA, Hu et al. 2021) and leave the model's own weights as they are.
 
     Args:
-        method: ``lora``; ``dora``, which learns each output's length apart (Liu et al. 2024); ``loha``, a product of
-            two of low rank (Hyeon-Woo et al. 2022); ``lokr``, a Kronecker product (Yeh et al. 2024).
-        rank: of the adapter's matrices.
-        alpha: the adapter counts ``alpha / rank`` times; the rank if None, which is once.
-        dropout: share of an adapter's inputs that are left out at each step; of whole adapters for ``loha`` and
-            ``lokr``.
+        method: ``lora``; ``dora``, which learns the magnitude of each output separately (Liu et al. 2024); ``loha``, a
+            Hadamard product of two low-rank matrices (Hyeon-Woo et al. 2022); ``lokr``, a Kronecker product (Yeh et
+            al. 2024).
+        rank: rank of the adapter's matrices.
+        alpha: the adapter's output is scaled by ``alpha / rank``; the rank if None, so that the scale is 1.
+        dropout: probability of dropping an input of an adapter; for ``loha`` and ``lokr``, of dropping a whole adapter.
         target_modules: layers of the UNet that get an adapter, by the end of their name.
-        text_target_modules: those of the text encoder, where it is trained.
+        text_target_modules: layers of the text encoder that get one if it is trained.
 
     Raises:
         SettingsError: for a value out of range; in `prepare`, for layers that the model does not have.
@@ -56,24 +59,21 @@ class LoraTuning(TextEncoderTraining):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.method not in METHODS:
-            raise SettingsError(f"tuning.method={self.method} is not known; give one of {choices(METHODS)}.")
-        check_whole("tuning.rank", self.rank)
-        alpha = self.rank if self.alpha is None else self.alpha
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < 1e6:
-            raise SettingsError(f"tuning.alpha={alpha} is not allowed; give a number over 0.")
-        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
-            raise SettingsError(f"tuning.dropout={self.dropout} is not allowed; give a share from 0 to under 1.")
+        check_choice("tuning.method", self.method, METHODS)
+        check_int("tuning.rank", self.rank, maximum=MAX_RANK)
+        if self.alpha is not None:
+            check_number("tuning.alpha", self.alpha, above=0, below=1e6)
+        check_number("tuning.dropout", self.dropout, minimum=0, below=1)
         for name in ("target_modules", "text_target_modules"):
             value = getattr(self, name)
             if isinstance(value, str) or not value or not all(isinstance(module, str) for module in value):
-                raise SettingsError(f"tuning.{name}={value} is not allowed; give a list such as [to_q,to_v].")
+                raise SettingsError(f"tuning.{name}={value}: must be a list of layer names such as [to_q,to_v].")
 
     def prepare(self, parts: Components, seed: int) -> None:
-        """Add the adapters, drawn from ``seed``; they alone are trained.
+        """Add the adapters, initialized from ``seed``, and freeze everything else.
 
         Raises:
-            SettingsError: for layers that the model does not have, or that cannot be adapted.
+            SettingsError: for layers that the model does not have, or that cannot take an adapter.
         """
         parts.text_encoder.eval().requires_grad_(False)
         with torch.random.fork_rng():
@@ -83,10 +83,10 @@ class LoraTuning(TextEncoderTraining):
                 self._adapt(parts.text_encoder, "text_target_modules")
 
     def check_trainer(self, trainer: Trainer | None) -> None:
-        """Check that devices that drop different adapters do not wait for each other's gradients.
+        """Check that DDP does not wait for the gradients of dropped adapters.
 
         Raises:
-            SettingsError: if they would.
+            SettingsError: if it would.
         """
         strategy = trainer.strategy if trainer is not None else None
         if self.method in (LORA, DORA) or not self.dropout or not isinstance(strategy, DDPStrategy):
@@ -103,8 +103,8 @@ class LoraTuning(TextEncoderTraining):
         for target in targets:
             if not any(name == target or name.endswith(f".{target}") for name in names):
                 raise SettingsError(
-                    f"tuning.{setting} names {target}, which no layer of this {type(model).__name__} is called; give "
-                    f"ends of names such as {ATTENTION[0] if setting == 'target_modules' else TEXT_ATTENTION[0]}."
+                    f"tuning.{setting}={target}: no layer of this {type(model).__name__} has a name that ends so; give "
+                    f"endings such as {ATTENTION[0] if setting == 'target_modules' else TEXT_ATTENTION[0]}."
                 )
         try:
             inject_adapter_in_model(self._config(targets), model)
@@ -114,13 +114,13 @@ class LoraTuning(TextEncoderTraining):
     def _config(self, targets: list[str]) -> PeftConfig:
         alpha = self.rank if self.alpha is None else self.alpha
         if self.method in (LORA, DORA):
-            drawn = {"init_lora_weights": "gaussian", "lora_dropout": self.dropout, "use_dora": self.method == DORA}
-            return LoraConfig(r=self.rank, lora_alpha=alpha, target_modules=targets, **drawn)  # type: ignore[arg-type]
+            options = {"init_lora_weights": "gaussian", "lora_dropout": self.dropout, "use_dora": self.method == DORA}
+            return LoraConfig(r=self.rank, lora_alpha=alpha, target_modules=targets, **options)  # type: ignore[arg-type]
         config: Any = {LOHA: LoHaConfig, LOKR: LoKrConfig}[self.method]
         return config(r=self.rank, alpha=alpha, target_modules=targets, module_dropout=self.dropout)
 
     def export(self, parts: Components, folder: str | Path, dtype: str) -> None:
-        """Write the adapter: for diffusers, where it reads the method, and in the layout of kohya's scripts."""
+        """Write the adapter in the layout of kohya's scripts and, if diffusers reads the method, in its own."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         adapter = extract_adapter(parts, self.method)

@@ -1,4 +1,4 @@
-"""A new word is learned, and nothing else."""
+"""Textual inversion: learn embeddings of a new word; the model stays frozen."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from safetensors.torch import save_file
 
 from sdmodule.components.checkpoint import Components
 from sdmodule.components.learned_words import EMBEDDING_FILE, add_word, vectors_of
-from sdmodule.errors import SettingsError
+from sdmodule.errors import SettingsError, check_int
 
 
 @dataclass(frozen=True)
 class TextualInversion:
-    """Learn the vectors of a new word (Gal et al. 2022) and leave the model alone.
+    """Learn the embeddings of a new word (Gal et al. 2022) and leave the model as it is.
 
     Args:
-        placeholder: the word, which the captions name, such as ``<my-cat>``.
+        placeholder: the new word as captions write it, such as ``<my-cat>``.
         initializer: a word or two to start from, such as ``cat``.
-        vectors: how many vectors the word stands for.
+        vectors: number of token embeddings the word stands for.
 
     Raises:
-        SettingsError: for a setting that is missing or out of range; in `prepare`, for a word that the model has.
+        SettingsError: for a setting that is missing or out of range; in `prepare`, for a word that the tokenizer
+            already has.
     """
 
     kind: ClassVar[str] = "textual_inversion"
@@ -40,22 +41,21 @@ class TextualInversion:
         for name in ("placeholder", "initializer"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
-                raise SettingsError(f"tuning.{name}={value} is no word; give one in quotes.")
-        if isinstance(self.vectors, bool) or not isinstance(self.vectors, int) or not 1 <= self.vectors <= 75:
-            raise SettingsError(f"tuning.vectors={self.vectors} is not allowed; give a whole number from 1 to 75.")
+                raise SettingsError(f"tuning.{name}={value}: must be a word; give it in quotes.")
+        check_int("tuning.vectors", self.vectors, maximum=75)
 
     def text_encoder_learns(self, step: int) -> bool:
-        """The word's vectors reach the UNet through the text encoder, at every step."""
+        """Always: gradients reach the word's embeddings through the text encoder."""
         return True
 
     def check_trainer(self, trainer: Trainer | None) -> None:
-        """Any trainer will do."""
+        """Any trainer works."""
 
     def prepare(self, parts: Components, seed: int) -> None:
-        """Add the word; its vectors alone are trained.
+        """Add the word, and freeze everything but its embeddings.
 
         Raises:
-            SettingsError: for a word that the model has, or an initializer of more tokens than vectors.
+            SettingsError: for a word that the tokenizer already has, or an initializer of more tokens than vectors.
         """
         parts.unet.requires_grad_(False)
         parts.text_encoder.eval().requires_grad_(False)
@@ -63,7 +63,7 @@ class TextualInversion:
         add_word(self.placeholder, vectors, parts.tokenizer, parts.text_encoder).learned.requires_grad_(True)
 
     def export(self, parts: Components, folder: str | Path, dtype: str) -> None:
-        """Write the word's vectors, for ``StableDiffusionPipeline.load_textual_inversion`` and the web UIs."""
+        """Write the embeddings, for ``StableDiffusionPipeline.load_textual_inversion`` and the web UIs."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         vectors = parts.text_encoder.get_input_embeddings().learned.detach().cpu()

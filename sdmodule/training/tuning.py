@@ -1,4 +1,4 @@
-"""Which way of tuning is meant."""
+"""The tuning methods, and choosing one of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING
 from typing import Any
 
-from sdmodule.errors import SettingsError, choices
+from sdmodule.errors import SettingsError, check_choice, choices
 from sdmodule.training.controlnet import ControlNetTuning
 from sdmodule.training.full import FullTuning
 from sdmodule.training.lora import LoraTuning
@@ -15,38 +15,37 @@ from sdmodule.training.textual_inversion import TextualInversion
 KINDS = {tuning.kind: tuning for tuning in (ControlNetTuning, FullTuning, LoraTuning, TextualInversion)}
 
 Tuning = ControlNetTuning | FullTuning | LoraTuning | TextualInversion
-"""What is trained of a model: it prepares the model's parts, and writes what was trained."""
+"""A tuning method: it prepares the model's parts for training, and exports what was trained."""
 
 
 def choose_tuning(settings: Mapping[str, Any] | None) -> Tuning:
-    """The way of tuning of a mapping with its ``kind`` and its own settings; ``full`` if None.
+    """The tuning method that a mapping names as its ``kind``, with the mapping's other settings; ``full`` if None.
 
     Raises:
-        SettingsError: for an unknown kind, a setting that it does not have, or a value out of range.
+        SettingsError: for an unknown kind, an unknown or missing setting, or a value out of range.
     """
+    if settings is not None and not isinstance(settings, Mapping):
+        raise SettingsError(f"tuning={settings!r}: must be settings such as tuning={{'kind': 'lora'}}.")
     own = dict(settings or {})
     kind = own.pop("kind", FullTuning.kind)
-    if kind not in KINDS:
-        raise SettingsError(f"tuning={kind} is not known; give one of {choices(KINDS)}.")
+    check_choice("tuning", kind, KINDS)
     known = KINDS[kind].__dataclass_fields__
     if unknown := own.keys() - known.keys():
-        raise SettingsError(
-            f"tuning.{choices(unknown)} is no setting of tuning={kind}; its settings are {choices(known)}."
-        )
+        raise SettingsError(f"tuning.{choices(unknown)}: unknown; tuning={kind} has {choices(known)}.")
     missing = [name for name, field in known.items() if field.default is MISSING and name not in own]
     if missing:
-        raise SettingsError(f"tuning={kind} needs tuning.{missing[0]}; give it.")
+        raise SettingsError(f"tuning={kind}: needs tuning.{missing[0]}; give it.")
     return KINDS[kind](**own)
 
 
 def check_scratch(tuning: Tuning, scratch: Iterable[str]) -> None:
-    """Check that what starts from random weights is trained.
+    """Check that every part that starts from random weights is trained.
 
     Raises:
-        SettingsError: if not.
+        SettingsError: if one is not.
     """
     if untrained := set(scratch) - tuning.from_scratch:
         raise SettingsError(
-            f"scratch={choices(untrained)} would stay random: tuning={tuning.kind} does not train all of it; "
-            "leave it out, or set tuning=full, with tuning.text_encoder=true for the text encoder."
+            f"scratch={choices(untrained)}: would stay random, since tuning={tuning.kind} does not train all of it; "
+            "leave it out, or use tuning=full, with tuning.text_encoder=true for the text encoder."
         )

@@ -1,4 +1,4 @@
-"""The average of the weights: what it is, where it is used, and that a checkpoint keeps it."""
+"""EMA: the average, where it is used, and that checkpoints keep it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.fitting import fit
 
 
 class Recorder(Callback):
-    """The weights after each step, and those that validation sees."""
+    """Records the weights after each step, and those that validation sees."""
 
     def __init__(self) -> None:
         self.trained: list[dict[str, Tensor]] = []
@@ -51,7 +51,7 @@ def train(checkpoint: Path, steps: int, *callbacks: Callback, resume: Path | Non
     return module, trainer
 
 
-def test_the_average_of_three_steps(checkpoint):
+def test_the_average_of_three_steps_matches_the_formula(checkpoint):
     recorder, ema = Recorder(), EMA(decay=0.2, start_step=1)
     module, _ = train(checkpoint, 3, recorder, ema)
     first, second, third = recorder.trained
@@ -64,29 +64,29 @@ def test_the_average_of_three_steps(checkpoint):
     assert {name.split(".")[0] for name in ema.average} == {"unet"}
 
 
-def test_before_its_first_step_the_raw_weights_are_used(checkpoint):
+def test_raw_weights_are_used_before_the_first_averaged_step(checkpoint):
     recorder, ema = Recorder(), EMA(start_step=3)
     train(checkpoint, 2, recorder, ema, limit_val_batches=1, val_check_interval=1)
     assert not ema.average
     assert_equal(recorder.validated[-1], recorder.trained[-1])
 
 
-def test_validation_sees_the_average_and_training_goes_on_with_its_own_weights(checkpoint):
-    recorder, ema, undisturbed = Recorder(), EMA(start_step=1), Recorder()
+def test_validation_uses_the_average_and_training_keeps_the_raw_weights(checkpoint):
+    recorder, ema, without_ema = Recorder(), EMA(start_step=1), Recorder()
     module, _ = train(checkpoint, 3, recorder, ema, limit_val_batches=1, val_check_interval=1)
     assert len(recorder.validated) == 3
     assert_equal(recorder.validated[-1], ema.average)
     assert_equal(copied(module), recorder.trained[-1])
     assert not torch.equal(ema.average["unet.conv_in.weight"], module.unet.conv_in.weight)
-    train(checkpoint, 3, undisturbed)
-    assert_equal(recorder.trained[-1], undisturbed.trained[-1])
+    train(checkpoint, 3, without_ema)
+    assert_equal(recorder.trained[-1], without_ema.trained[-1])
 
 
 NAMES = ["val/loss", *(f"val/loss_{start}_{start + 249}" for start in (0, 250, 500, 750))]
 
 
-@pytest.mark.parametrize("start", [1, 9], ids=["averaged", "not yet averaged"])
-def test_validation_reports_the_loss_of_the_average_and_of_the_raw_weights(checkpoint, start):
+@pytest.mark.parametrize("start", [1, 9], ids=["averaged", "before the average"])
+def test_validation_logs_the_loss_of_the_average_and_of_the_raw_weights(checkpoint, start):
     ema = EMA(start_step=start)
     module, trainer = train(checkpoint, 3, ema, limit_val_batches=2, val_check_interval=3, check_val_every_n_epoch=None)
     reported = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
@@ -99,7 +99,7 @@ def test_validation_reports_the_loss_of_the_average_and_of_the_raw_weights(check
 
 
 def validated(module: StableDiffusionModule, ema: EMA | None = None) -> dict[str, float]:
-    """What validation finds of a module's weights, or of their average, without any other."""
+    """Validation metrics of a module's weights, or of their average."""
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     data = ShapesDataModule(batch_size=2, train_length=4, val_length=4, size=32)
     with ema.applied(module) if ema else nullcontext():
@@ -108,7 +108,7 @@ def validated(module: StableDiffusionModule, ema: EMA | None = None) -> dict[str
     return found
 
 
-def test_the_average_is_taken_from_a_checkpoint_later(checkpoint, tmp_path):
+def test_load_average_restores_the_average_from_a_checkpoint(checkpoint, tmp_path):
     ema = EMA(start_step=1)
     module, trainer = train(checkpoint, 3, ema)
     trainer.save_checkpoint(tmp_path / "three.ckpt")
@@ -118,15 +118,15 @@ def test_the_average_is_taken_from_a_checkpoint_later(checkpoint, tmp_path):
     assert_equal(copied(again), ema.average)
 
 
-@pytest.mark.parametrize("callbacks", [[], [EMA(start_step=9)]], ids=["no average", "not yet averaged"])
-def test_a_checkpoint_without_an_average_is_told_of(checkpoint, tmp_path, callbacks):
+@pytest.mark.parametrize("callbacks", [[], [EMA(start_step=9)]], ids=["no EMA", "before the average"])
+def test_load_average_refuses_a_checkpoint_without_an_average(checkpoint, tmp_path, callbacks):
     module, trainer = train(checkpoint, 1, *callbacks)
     trainer.save_checkpoint(tmp_path / "one.ckpt")
-    with pytest.raises(SettingsError, match=r"one\.ckpt holds no average"):
+    with pytest.raises(SettingsError, match=r"one\.ckpt: holds no average"):
         load_average(module, tmp_path / "one.ckpt")
 
 
-def test_the_average_can_be_used_for_a_while(checkpoint):
+def test_applied_restores_the_raw_weights_even_after_an_error(checkpoint):
     ema = EMA(start_step=1)
     module, _ = train(checkpoint, 2, ema)
     raw = copied(module)
@@ -136,18 +136,18 @@ def test_the_average_can_be_used_for_a_while(checkpoint):
     assert_equal(copied(module), raw)
 
 
-def test_steps_that_only_gather_gradients_are_not_averaged(checkpoint):
+def test_only_optimizer_steps_are_averaged(checkpoint):
     ema = EMA(start_step=1)
     train(checkpoint, 3, ema, accumulate_grad_batches=2)
     assert ema.updates == 2  # the first of three steps starts the average
 
 
-@pytest.mark.parametrize("gather", [1, 2])
-def test_a_stopped_training_goes_on_with_its_average(checkpoint, tmp_path, gather):
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_resumed_training_continues_the_average(checkpoint, tmp_path, accumulate):
     straight, resumed = EMA(start_step=1), EMA(start_step=1)
-    train(checkpoint, 6, straight, checkpoints(tmp_path), accumulate_grad_batches=gather)
+    train(checkpoint, 6, straight, checkpoints(tmp_path), accumulate_grad_batches=accumulate)
     saved, again = tmp_path / "step=4.ckpt", checkpoints(tmp_path / "again")
-    train(checkpoint, 6, resumed, again, resume=saved, accumulate_grad_batches=gather)
+    train(checkpoint, 6, resumed, again, resume=saved, accumulate_grad_batches=accumulate)
     assert resumed.updates == straight.updates == 5
     assert_equal(resumed.average, straight.average)
 

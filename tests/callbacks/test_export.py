@@ -1,4 +1,4 @@
-"""What is left after training: a folder that plain diffusers samples from, and a note of what it holds."""
+"""The export: a folder that diffusers samples from, with ``training.json``."""
 
 from __future__ import annotations
 
@@ -32,31 +32,31 @@ def sample(folder: Path) -> np.ndarray:
     return pipeline("a red star", num_inference_steps=2, generator=generator, output_type="np").images
 
 
-def test_diffusers_samples_the_trained_weights(checkpoint, tmp_path):
+def test_diffusers_samples_alike_from_the_export(checkpoint, tmp_path):
     module = fit(checkpoint, Export(tmp_path))
     ours = module.infer("a red star", num_inference_steps=2, return_type="numpy")["samples"]
     np.testing.assert_allclose(sample(tmp_path), ours, rtol=0, atol=1 / 255)
-    assert not np.allclose(sample(tmp_path), sample(checkpoint), atol=0.05), "training has changed the image"
+    assert not np.allclose(sample(tmp_path), sample(checkpoint), atol=0.05), "training changed the image"
     assert json.loads((tmp_path / "training.json").read_text()) == {"weights": "raw", "steps": 2, "dtype": "float32"}
 
 
-def test_the_average_is_exported_if_there_is_one(checkpoint, tmp_path):
+def test_the_average_is_exported_by_default(checkpoint, tmp_path):
     ema = EMA(start_step=1)
     module = fit(checkpoint, Export(tmp_path), ema)
     exported = StableDiffusionModule.from_pretrained(str(tmp_path)).unet.conv_in.weight
     assert torch.equal(exported, ema.average["unet.conv_in.weight"])
-    assert not torch.equal(exported, module.unet.conv_in.weight), "and the module keeps its own"
+    assert not torch.equal(exported, module.unet.conv_in.weight), "the module keeps its raw weights"
     assert json.loads((tmp_path / "training.json").read_text())["weights"] == "ema"
 
 
-def test_the_raw_weights_are_exported_if_they_are_asked_for(checkpoint, tmp_path):
+def test_raw_weights_are_exported_on_request(checkpoint, tmp_path):
     module = fit(checkpoint, Export(tmp_path, weights="raw"), EMA(start_step=1))
     exported = StableDiffusionModule.from_pretrained(str(tmp_path)).unet.conv_in.weight
     assert torch.equal(exported, module.unet.conv_in.weight)
     assert json.loads((tmp_path / "training.json").read_text())["weights"] == "raw"
 
 
-def test_a_training_shorter_than_the_average_exports_its_weights(checkpoint, tmp_path):
+def test_raw_weights_are_exported_before_there_is_an_average(checkpoint, tmp_path):
     module = fit(checkpoint, Export(tmp_path, dtype="float16"), EMA(start_step=100))
     exported = StableDiffusionModule.from_pretrained(str(tmp_path)).unet.conv_in.weight
     torch.testing.assert_close(exported, module.unet.conv_in.weight, rtol=1e-3, atol=1e-3)
@@ -64,8 +64,8 @@ def test_a_training_shorter_than_the_average_exports_its_weights(checkpoint, tmp
     assert json.loads((tmp_path / "training.json").read_text()) == metadata
 
 
-def test_an_unknown_type_is_refused(tmp_path):
-    with pytest.raises(SettingsError, match=r"export\.dtype=bfloat16"):
+def test_unknown_dtype_and_weights_are_refused(tmp_path):
+    with pytest.raises(SettingsError, match=r"export\.dtype=bfloat16: unknown; choose one of float16, float32"):
         Export(tmp_path, dtype="bfloat16")
-    with pytest.raises(SettingsError, match=r"export\.weights=both is not known"):
+    with pytest.raises(SettingsError, match=r"export\.weights=both: unknown; choose one of ema, raw"):
         Export(tmp_path, weights="both")

@@ -1,4 +1,4 @@
-"""Frozen weights in 16 bits: during steps alone, the same training, and whole again whatever happens."""
+"""Frozen weights are in 16 bits during training steps only, and restored whatever happens."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ WORD = {"kind": "textual_inversion", "placeholder": "<x>", "initializer": "star"
 
 
 class Recorder(Callback):
-    """The types of the UNet's weights, by what is done with them; the losses; an end after some steps."""
+    """Records dtypes of the weights during steps and validation, and losses; fails after ``stop`` steps."""
 
     def __init__(self, stop: int | None = None) -> None:
-        self.types: dict[str, dict[str, torch.dtype]] = {}
-        self.innermost: list[bool] = []
+        self.dtypes: dict[str, dict[str, torch.dtype]] = {}
+        self.channels_last: list[bool] = []
         self.losses: list[float] = []
         self.stop = stop
 
     def on_before_backward(self, trainer, pl_module, loss) -> None:
-        self.types["step"] = {name: weight.dtype for name, weight in pl_module.named_parameters()}
+        self.dtypes["step"] = {name: weight.dtype for name, weight in pl_module.named_parameters()}
         self.values = {name: weight.detach().clone() for name, weight in pl_module.named_parameters()}
         frozen = [weight for weight in pl_module.unet.parameters() if weight.ndim == 4]
-        self.innermost = [weight.is_contiguous(memory_format=torch.channels_last) for weight in frozen]
+        self.channels_last = [weight.is_contiguous(memory_format=torch.channels_last) for weight in frozen]
         self.losses.append(float(loss))
         if len(self.losses) == self.stop:
             raise RuntimeError("stop")
 
     def on_validation_epoch_end(self, trainer, pl_module) -> None:
-        self.types["validation"] = {name: weight.dtype for name, weight in pl_module.named_parameters()}
+        self.dtypes["validation"] = {name: weight.dtype for name, weight in pl_module.named_parameters()}
 
 
 def train(checkpoint, *callbacks, tuning=LORA, precision="bf16-mixed", sanity=0, **settings):
@@ -70,58 +70,60 @@ def train(checkpoint, *callbacks, tuning=LORA, precision="bf16-mixed", sanity=0,
     return module, recorder
 
 
-def test_they_are_in_16_bits_at_a_step_and_whole_in_validation(checkpoint, tmp_path):
+def test_frozen_weights_are_bfloat16_in_steps_and_float32_in_validation(checkpoint, tmp_path):
     module, seen = train(checkpoint, CastFrozenWeights(), ValidationSamples(tmp_path, num_prompts=1))
-    step = seen.types["step"]
+    step = seen.dtypes["step"]
     for name, dtype in step.items():
-        small = "norm" not in name and "lora" not in name and "embedding." not in name.replace("time_embedding.", "")
-        assert dtype == (torch.bfloat16 if small else torch.float32), name
-        if small:
+        cast = "norm" not in name and "lora" not in name and "embedding." not in name.replace("time_embedding.", "")
+        assert dtype == (torch.bfloat16 if cast else torch.float32), name
+        if cast:
             assert torch.equal(seen.values[name], dict(module.named_parameters())[name].to(dtype)), name
-    assert all(seen.innermost)
-    assert {type(one) for one in module.unet.attn_processors.values()} == {AttnProcessor2_0}  # as before the training
-    assert set(seen.types["validation"].values()) == {torch.float32}
+    assert all(seen.channels_last)
+    assert {type(one) for one in module.unet.attn_processors.values()} == {AttnProcessor2_0}  # as before training
+    assert set(seen.dtypes["validation"].values()) == {torch.float32}
     assert len(list(tmp_path.glob("*.png"))) == 2
 
 
 @pytest.mark.parametrize("tuning", [LORA, {"kind": "full"}, WORD], ids=str)
-def test_the_training_is_the_same(checkpoint, tuning):
-    """But for the order in which convolutions sum, which their layout may change."""
-    one, converted = train(checkpoint, CastFrozenWeights(), tuning=tuning)
+def test_casting_does_not_change_the_training(checkpoint, tuning):
+    """Up to the order in which convolutions sum, which depends on the memory layout."""
+    one, cast = train(checkpoint, CastFrozenWeights(), tuning=tuning)
     other, plain = train(checkpoint, tuning=tuning)
-    assert converted.losses == pytest.approx(plain.losses, rel=2e-3)
+    assert cast.losses == pytest.approx(plain.losses, rel=2e-3)
     trained = {name for name, weight in other.named_parameters() if weight.requires_grad}
     ours, theirs = dict(one.named_parameters()), dict(other.named_parameters())
     assert max(float((ours[name] - theirs[name]).abs().mean()) for name in trained) < 1e-4
 
 
 @pytest.mark.parametrize(("tuning", "precision"), [(LORA, "32-true"), ({**LORA, "method": "dora"}, "bf16-mixed")])
-def test_where_they_stay_as_they_are(checkpoint, tuning, precision):
+def test_full_precision_and_dora_are_not_cast(checkpoint, tuning, precision):
     _, seen = train(checkpoint, CastFrozenWeights(), tuning=tuning, precision=precision)
-    assert {dtype for name, dtype in seen.types["step"].items() if "unet" in name} == {torch.float32}
+    assert {dtype for name, dtype in seen.dtypes["step"].items() if "unet" in name} == {torch.float32}
 
 
-def test_images_and_files_are_of_whole_weights_at_any_time(checkpoint, tmp_path):
-    class Curious(Callback):
+def test_infer_and_save_pretrained_use_float32_in_the_middle_of_training(checkpoint, tmp_path):
+    class InferAndSave(Callback):
         def on_train_batch_end(self, trainer, pl_module, *_) -> None:
             assert pl_module.vae.dtype == torch.bfloat16
             self.image = pl_module.infer("a star", return_type="tensor", show_progress=False)["samples"]
             pl_module.save_pretrained(tmp_path)
             assert pl_module.vae.dtype == torch.bfloat16
 
-    curious = Curious()
-    module, _ = train(checkpoint, CastFrozenWeights(), curious, tuning={"kind": "full"})
+    infer_and_save = InferAndSave()
+    module, _ = train(checkpoint, CastFrozenWeights(), infer_and_save, tuning={"kind": "full"})
     later = module.infer("a star", return_type="tensor", show_progress=False)["samples"]
-    assert torch.allclose(curious.image, later, atol=1e-4)  # another attention, and weights that were never rounded
+    assert torch.allclose(
+        infer_and_save.image, later, atol=1e-4
+    )  # another attention, but weights that were never rounded
     written = load_components(str(tmp_path)).vae.state_dict()
     assert all(torch.equal(weight, written[name]) for name, weight in module.vae.state_dict().items())
 
 
-def test_what_is_converted_is_not_taken_for_whole(checkpoint):
-    """Lightning validates before the first step too, unless it is told not to."""
+def test_a_sanity_check_before_training_changes_nothing(checkpoint):
+    """Lightning's sanity check validates before the first step."""
     train(checkpoint, CastFrozenWeights(), sanity=1)
 
 
-def test_an_error_leaves_them_whole(checkpoint):
+def test_an_error_restores_the_weights(checkpoint):
     with pytest.raises(RuntimeError, match="stop"):
         train(checkpoint, CastFrozenWeights(), stop=3)

@@ -1,4 +1,4 @@
-"""Training with a cache is training with the images, and the cache holds what they are now."""
+"""Training with a latent cache equals training without, and the cache follows changes of the data."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def images_of(folder: Path, **settings: Any) -> ImageFolderDataModule:
     return ImageFolderDataModule(str(folder), **{"batch_size": 2, "resolution": 32, "val_fraction": 0, **settings})
 
 
-def held(cache: Path, kind: str = "moments") -> dict[str, str]:
-    """The keys of a cache, each with its file."""
+def cached_keys(cache: Path, kind: str = "moments") -> dict[str, str]:
+    """The keys of a cache, with the file of each."""
     keys = {}
     for file in sorted(cache.glob(f"{kind}-*/*.safetensors")):
         with safe_open(file, "pt") as shard:
@@ -85,20 +85,20 @@ def held(cache: Path, kind: str = "moments") -> dict[str, str]:
 
 @pytest.mark.parametrize("flip", [False, True], ids=["", "flipped"])
 @pytest.mark.parametrize("what", ["latents", "all"])
-def test_the_losses_are_those_of_training_on_images(checkpoint, folder, tmp_path, what, flip):
+def test_losses_equal_those_of_training_without_a_cache(checkpoint, folder, tmp_path, what, flip):
     settings = {"objective": {"caption_dropout": 0.5}, "optimizer": lambda weights: torch.optim.AdamW(weights, lr=1e-3)}
     plain = fit(checkpoint, images_of(folder, random_flip=flip), None, 8, **settings)
-    for _ in range(2):  # made, then found
+    for _ in range(2):  # filled, then read
         data = images_of(folder, random_flip=flip)
         assert fit(checkpoint, data, LatentCache(tmp_path / "cache", what), 8, **settings) == pytest.approx(
             plain, rel=1e-5
         )
-    assert len(held(tmp_path / "cache")) == (10 if flip else 5)
-    assert len(held(tmp_path / "cache", "embeddings")) == (6 if what == "all" else 0)
+    assert len(cached_keys(tmp_path / "cache")) == (10 if flip else 5)
+    assert len(cached_keys(tmp_path / "cache", "embeddings")) == (6 if what == "all" else 0)
 
 
 @pytest.mark.parametrize("what", ["latents", "all"])
-def test_the_loss_counts_under_masks_as_it_does_on_images(checkpoint, folder, tmp_path, what):
+def test_masked_losses_equal_those_of_training_without_a_cache(checkpoint, folder, tmp_path, what):
     Image.linear_gradient("L").resize((32, 32)).save(folder / "mask.png")
     rows = [{"file_name": f"{k}.png", "text": "a", "mask_file_name": "mask.png"} for k in range(5)]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -109,8 +109,8 @@ def test_the_loss_counts_under_masks_as_it_does_on_images(checkpoint, folder, tm
     assert cached == pytest.approx(plain, rel=1e-5)
 
 
-def test_captions_are_read_as_they_are_written_in_every_place(checkpoint, folder, tmp_path):
-    """As weights 30 would be an error, and 3 would leave a 4 of the text."""
+def test_parentheses_in_captions_are_no_prompt_weights(checkpoint, folder, tmp_path):
+    """As a prompt weight, 30 would be an error, and 3 would shorten the text."""
     text = "a clock (12:30) in a frame (4:3)"
     for k in range(5):
         (folder / f"{k}.txt").write_text(text)
@@ -126,19 +126,19 @@ def test_captions_are_read_as_they_are_written_in_every_place(checkpoint, folder
     torch.testing.assert_close(CachedEmbeddings(TensorStore(store))([escape_prompt(text)]), theirs)
 
 
-def test_painted_images_are_cached_too(checkpoint, module, tmp_path):
+def test_moments_of_generated_images_are_cached(checkpoint, module, tmp_path):
     data = ShapesDataModule(batch_size=2, train_length=6, val_length=2, size=32)
     fit(checkpoint, data, LatentCache(tmp_path))
-    assert data.train_set[0].keys() == {"image", "caption"}, "the data is as it was"
+    assert data.train_set[0].keys() == {"image", "caption"}, "the data module is restored"
     [folder] = tmp_path.iterdir()
     store = TensorStore(folder)
-    cached = torch.stack([store[Path(key).name] for key in held(tmp_path)])
+    cached = torch.stack([store[Path(key).name] for key in cached_keys(tmp_path)])
     moments = encode_moments(module.vae, torch.stack([data.train_set[k]["image"] for k in range(6)]))
     assert cached.dtype == torch.float32 and cached.shape == (6, 8, 8, 8)
     torch.testing.assert_close(*(x[x[:, 0, 0, 0].argsort()] for x in (cached, moments)))
 
 
-def test_embeddings_are_filled_up_as_the_text_encoder_does_it(checkpoint, module, folder, tmp_path):
+def test_cached_embeddings_of_different_lengths_are_padded_as_by_the_text_encoder(checkpoint, module, folder, tmp_path):
     fit(checkpoint, images_of(folder), LatentCache(tmp_path, "all"))
     [store] = tmp_path.glob("embeddings-*")
     embeddings = CachedEmbeddings(TensorStore(store))
@@ -149,49 +149,49 @@ def test_embeddings_are_filled_up_as_the_text_encoder_does_it(checkpoint, module
     assert "an image of nothing" not in embeddings
 
 
-def test_only_what_has_changed_is_made_anew(checkpoint, folder, tmp_path):
+def test_only_what_has_changed_is_encoded(checkpoint, folder, tmp_path):
     cache = tmp_path / "cache"
 
-    def made(base: Path = checkpoint, **settings: Any) -> tuple[int, int]:
-        before = [held(cache, kind) for kind in ("moments", "embeddings")]
+    def encoded(base: Path = checkpoint, **settings: Any) -> tuple[int, int]:
+        before = [cached_keys(cache, kind) for kind in ("moments", "embeddings")]
         fit(base, images_of(folder, **settings), LatentCache(cache, "all"), steps=1)
-        now = [held(cache, kind) for kind in ("moments", "embeddings")]
-        assert all(old.items() <= new.items() for old, new in zip(before, now)), "what was there is untouched"
+        now = [cached_keys(cache, kind) for kind in ("moments", "embeddings")]
+        assert all(old.items() <= new.items() for old, new in zip(before, now)), "existing entries are untouched"
         moments, embeddings = (len(new) - len(old) for old, new in zip(before, now))
         return moments, embeddings
 
-    assert made() == (5, 6)
-    assert made() == (0, 0)
+    assert encoded() == (5, 6)
+    assert encoded() == (0, 0)
     (folder / "4.png").rename(folder / "9.png")
     (folder / "4.txt").rename(folder / "9.txt")
-    assert made() == (0, 0), "a name is not an image"
+    assert encoded() == (0, 0), "entries do not depend on file names"
     render(sample_scene(random.Random(77)), 32).save(folder / "1.png")
-    assert made() == (1, 0)
+    assert encoded() == (1, 0)
     (folder / "1.txt").write_text("something else")
-    assert made() == (0, 1)
-    assert made(resolution=40) == (5, 0)
-    assert made(random_flip=True) == (5, 0), "the mirrored ones"
+    assert encoded() == (0, 1)
+    assert encoded(resolution=40) == (5, 0)
+    assert encoded(random_flip=True) == (5, 0), "the mirrored images"
 
     other = shutil.copytree(checkpoint, tmp_path / "other")
-    assert made(other) == (0, 0), "a copy is the same model"
+    assert encoded(other) == (0, 0), "a copy of the model has the same fingerprint"
     module = StableDiffusionModule(str(checkpoint))
     with torch.no_grad():
         module.vae.encoder.conv_in.bias[0] += 1e-3
     module.save_pretrained(other)
-    assert made(other) == (5, 0)
+    assert encoded(other) == (5, 0)
 
 
-def test_a_broken_file_is_passed_over_and_made_anew(checkpoint, folder, tmp_path):
+def test_a_corrupt_file_is_skipped_and_its_images_are_encoded_again(checkpoint, folder, tmp_path):
     plain = fit(checkpoint, images_of(folder), LatentCache(tmp_path))
     [file] = tmp_path.glob("*/*.safetensors")
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.warns(UserWarning, match=r"safetensors is corrupt and was skipped"):
         assert fit(checkpoint, images_of(folder), LatentCache(tmp_path)) == plain
-    assert len(held(tmp_path)) == 5
+    assert len(cached_keys(tmp_path)) == 5
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         (["cache=latents", "data.center_crop=false"], "set data.center_crop=true, or cache=none"),
         (["cache=all", "tuning.text_encoder=true"], "use cache=latents"),
@@ -208,11 +208,11 @@ def test_what_cannot_be_cached_is_told_before_anything_is_written(call, checkpoi
     assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
 
 
-def test_data_that_no_cache_knows_is_refused(checkpoint, folder, tmp_path):
+def test_an_unknown_dataset_is_refused(checkpoint, folder, tmp_path):
     data = images_of(folder)
     data.setup()
     data.train_set = torch.utils.data.Subset(data.train_set, [0])
-    with pytest.raises(SettingsError, match="does not know the images of these data"):
+    with pytest.raises(SettingsError, match="cannot cache the images of this data module"):
         fit(checkpoint, data, LatentCache(tmp_path))
 
 
@@ -223,15 +223,15 @@ def test_an_interrupted_making_goes_on_where_it_stopped(checkpoint, tmp_path):
     command += [f"pretrained={checkpoint}", "cache=latents", f"cache.folder={cache}", f"output_dir={out}"]
     command += ["data.batch_size=2", "+steps=1"]
     one = Command(*command, log=tmp_path / "log")
-    one.wait_until(lambda: bool(held(cache)))
+    one.wait_until(lambda: bool(cached_keys(cache)))
     one.send(signal.SIGINT)
     status, output = one.wait()
     assert status == 130 and "interrupted: what is done is in" in output and "Traceback" not in output
-    before = held(cache)
+    before = cached_keys(cache)
     assert 256 <= len(before) < 1500
     output = run(*command, log=tmp_path / "log")
     assert f"Encoding images into {next(cache.iterdir())}: {1500 - len(before):,}\n" in output
-    after = held(cache)
+    after = cached_keys(cache)
     assert len(after) == 1500 and before.items() <= after.items()
     assert not [file for file in cache.rglob("*") if file.is_file() and file.suffix != ".safetensors"]
     assert output.splitlines()[-1].startswith("Wrote ")

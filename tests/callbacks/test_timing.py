@@ -1,4 +1,4 @@
-"""What the times of a run say, whatever the machine."""
+"""Timings of a run, without depending on the machine."""
 
 import json
 
@@ -24,7 +24,7 @@ def trainer(*callbacks, **settings):
     )
 
 
-def predicted(checkpoint, folder, steps, images=1, **settings):
+def predict(checkpoint, folder, steps, images=1, **settings):
     module = StableDiffusionModule.from_pretrained(str(checkpoint), sampling={"steps": steps})
     data = PromptDataModule(["a"] * images, batch_size=1)
     callbacks = [PredictionWriter(folder), TimingLogger(folder, **settings)]
@@ -32,8 +32,8 @@ def predicted(checkpoint, folder, steps, images=1, **settings):
     return json.loads((folder / "timings.json").read_text())
 
 
-def test_the_first_batch_is_kept_apart(checkpoint, tmp_path):
-    timings = predicted(checkpoint, tmp_path, steps=2, images=3)
+def test_the_first_batch_counts_as_warmup(checkpoint, tmp_path):
+    timings = predict(checkpoint, tmp_path, steps=2, images=3)
     assert timings["images"] == 3 and timings["warmup"]["images"] == 1 and "mfu" not in timings
     assert timings["seconds"].keys() == {"text", "denoise", "decode", "save"}
     assert timings["warmup"]["seconds"].keys() == {"text", "denoise", "decode"}
@@ -41,15 +41,15 @@ def test_the_first_batch_is_kept_apart(checkpoint, tmp_path):
     assert timings["step_seconds"]["median"] < timings["seconds"]["denoise"] < timings["seconds_total"]
 
 
-def test_operations_are_counted_step_by_step(checkpoint, tmp_path):
-    flops = [predicted(checkpoint, tmp_path / str(n), n, peak_flops=1e12)["flops_per_image"] for n in (1, 2, 3)]
+def test_flops_grow_linearly_with_the_steps(checkpoint, tmp_path):
+    flops = [predict(checkpoint, tmp_path / str(n), n, peak_flops=1e12)["flops_per_image"] for n in (1, 2, 3)]
     assert flops[2] - flops[1] == flops[1] - flops[0] > 0
-    more = predicted(checkpoint, tmp_path / "more", 1, images=2, peak_flops=1e12)
+    more = predict(checkpoint, tmp_path / "more", 1, images=2, peak_flops=1e12)
     assert more["flops_per_image"] == flops[0] and more["mfu"] > 0
 
 
 @pytest.mark.parametrize("steps", [2, 6])
-def test_a_training_of_any_length_is_timed(checkpoint, tmp_path, steps):
+def test_trainings_shorter_and_longer_than_the_warmup_are_timed(checkpoint, tmp_path, steps):
     module = StableDiffusionModule(str(checkpoint))
     timing = TimingLogger(tmp_path, warmup_steps=3, peak_flops=1e12)
     data = ShapesDataModule(batch_size=2, train_length=4, val_length=2, size=32)

@@ -48,18 +48,18 @@ def test_jsonl_lines_may_have_their_own_negative_prompt_and_seed(tmp_path: Path)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "No prompt"),
-        ({"prompt": "a", "prompts": "b.txt"}, "Both"),
+        ({}, "prompt: missing"),
+        ({"prompt": "a", "prompts": "b.txt"}, "exclude each other"),
         ({"prompt": []}, r"^prompt=\[\]"),
         ({"prompt": 3}, "^prompt=3"),
-        ({"prompt": ["a", 3]}, "quote numbers"),
+        ({"prompt": ["a", 3]}, "put numbers in quotes"),
         ({"prompt": ["a", "b"], "negative_prompt": ["x", "y", "z"]}, "3 texts for 2 prompts"),
         ({"prompt": "a", "num_images_per_prompt": 0}, "num_images_per_prompt=0"),
         ({"prompt": "a", "seed": -1}, "seed=-1"),
-        ({"prompt": "a", "seed": 2**64 - 1, "num_images_per_prompt": 2}, "seed=18446744073709551616"),
-        ({"prompt": "a red \ud83d circle"}, "half of a character"),
-        ({"prompts": "nowhere.txt"}, "nowhere.txt is no file"),
-        ({"prompts": "prompts.csv"}, "neither .txt"),
+        ({"prompt": "a", "seed": 2**64 - 1, "num_images_per_prompt": 2}, "have seed 18446744073709551616"),
+        ({"prompt": "a red \ud83d circle"}, "unpaired surrogate"),
+        ({"prompts": "nowhere.txt"}, "nowhere.txt: not found"),
+        ({"prompts": "prompts.csv"}, r"must be a \.txt"),
     ],
 )
 def test_wrong_settings_are_errors(settings: dict, message: str) -> None:
@@ -70,16 +70,16 @@ def test_wrong_settings_are_errors(settings: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.txt", " \n\n", "is blank"),
-        ("p.jsonl", "", "is blank"),
-        ("p.jsonl", '{"prompt": "a"}\n{oops', "line 2 is no JSON"),
+        ("p.txt", " \n\n", "is empty"),
+        ("p.jsonl", "", "is empty"),
+        ("p.jsonl", '{"prompt": "a"}\n{oops', "line 2 is not JSON"),
         ("p.jsonl", '["a"]', "line 1"),
         ("p.jsonl", '\n{"text": "a"}', "line 2"),
         ("p.jsonl", '{"prompt": 1}', "prompt=1"),
-        ("p.jsonl", r'{"prompt": "a red \ud83d circle"}', "half of a character"),
+        ("p.jsonl", r'{"prompt": "a red \ud83d circle"}', "unpaired surrogate"),
         ("p.jsonl", '{"prompt": "a", "seed": 18446744073709551616}', "seed=18446744073709551616"),
         ("p.jsonl", '{"prompt": "a", "seed": "x"}', "seed='x'"),
-        ("p.jsonl", '{"prompt": "a", "sead": 1}', "'sead'; allowed are negative_prompt, prompt, seed"),
+        ("p.jsonl", '{"prompt": "a", "sead": 1}', "'sead'; use negative_prompt, prompt, seed"),
     ],
 )
 def test_errors_in_files_name_the_line(tmp_path: Path, name: str, content: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Images: those of diffusers' pipeline, those of their seeds, and one clear sentence where none can be made."""
+"""Sampling: images equal those of diffusers, depend only on their seed, and errors name the cause."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ def images(sd: StableDiffusionModule, *prompt, **settings) -> np.ndarray:
 
 
 def assert_same(images: np.ndarray, others: np.ndarray) -> None:
-    """No value differs by more than one of 256 steps."""
+    """No value differs by more than one of 255 steps."""
     np.testing.assert_allclose(images, others, rtol=0, atol=1 / 255)
 
 
-# ------------------------------------------------------------------------------------------ diffusers' images
+# ------------------------------------------------------------------------------------------ parity with diffusers
 
 
 @pytest.mark.parametrize("scheduler", sorted(set(SHORT_NAMES) - {"ddpm"}))
-def test_the_image_of_a_seed_is_that_of_diffusers(sd, pipeline, scheduler):
+def test_every_scheduler_samples_the_image_of_diffusers(sd, pipeline, scheduler):
     pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler.config)
     theirs = pipeline(
         PROMPT, negative_prompt=OTHER, num_inference_steps=6, guidance_scale=7.5, generator=sources(3), output_type="np"
@@ -70,21 +70,21 @@ def test_the_image_of_a_seed_is_that_of_diffusers(sd, pipeline, scheduler):
     [{"eta": 0.5}, {"guidance_scale": 1.0}, {"num_images_per_prompt": 2}, {"height": 48, "width": 24}],
     ids=lambda settings: "-".join(settings),
 )
-def test_settings_mean_what_they_mean_in_diffusers(sd, pipeline, settings):
+def test_settings_sample_the_images_of_diffusers(sd, pipeline, settings):
     settings = {"num_inference_steps": 5, **settings}
     generators = sources(5, settings.get("num_images_per_prompt", 1))
     theirs = pipeline(PROMPT, generator=generators, output_type="np", **settings).images
     assert np.array_equal(images(sd, PROMPT, seed=5, **settings), theirs)
 
 
-def test_given_latents_and_generators_are_those_of_diffusers(sd, pipeline):
+def test_given_latents_and_generators_sample_the_images_of_diffusers(sd, pipeline):
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     common = {"latents": latents, "eta": 0.5, "num_inference_steps": 5}
     theirs = pipeline([PROMPT, OTHER], generator=sources(7, 2), output_type="np", **common).images
     assert np.array_equal(images(sd, [PROMPT, OTHER], generator=sources(7, 2), **common), theirs)
 
 
-def test_velocity_with_zero_terminal_snr_is_rescaled_as_in_diffusers(sd, pipeline):
+def test_guidance_of_a_zero_terminal_snr_model_is_rescaled_as_in_diffusers(sd, pipeline):
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **ZERO_SNR)
     theirs = pipeline(
         PROMPT, num_inference_steps=5, guidance_rescale=0.7, generator=sources(2), output_type="np"
@@ -97,7 +97,7 @@ def test_velocity_with_zero_terminal_snr_is_rescaled_as_in_diffusers(sd, pipelin
 # ------------------------------------------------------------------------------------------ seeds and order
 
 
-def test_an_image_is_that_of_its_seed_in_batches_of_any_size(sd):
+def test_an_image_does_not_depend_on_the_batch_size(sd):
     alone = [images(sd, PROMPT, seed=10 + k)[0] for k in range(3)]
     assert not np.allclose(alone[0], alone[1], atol=0.1)
     for count in (1, 2, 3):
@@ -105,30 +105,32 @@ def test_an_image_is_that_of_its_seed_in_batches_of_any_size(sd):
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "euler_a"])
-def test_prompts_of_all_lengths_keep_their_order_and_their_images(sd, scheduler):
+def test_an_image_does_not_depend_on_the_length_of_other_prompts(sd, scheduler):
     prompts = [LONG, PROMPT, LONG + " and a star", OTHER]
     together = sd.infer(prompts, scheduler=scheduler, seed=20, return_type="numpy")
     alone = [images(sd, prompt, scheduler=scheduler, seed=20 + k)[0] for k, prompt in enumerate(prompts)]
     assert_same(together["samples"], alone)
     assert together["prompts"] == prompts
     assert together["seeds"] == [20, 21, 22, 23]
-    assert not np.array_equal(alone[0], images(sd, PROMPT, scheduler=scheduler, seed=20)[0]), "the end is read too"
+    assert not np.array_equal(alone[0], images(sd, PROMPT, scheduler=scheduler, seed=20)[0]), (
+        "a long prompt is read to its end"
+    )
 
 
-def test_images_of_one_prompt_stand_together(sd):
+def test_images_are_ordered_by_prompt(sd):
     out = sd.infer([PROMPT, OTHER], num_images_per_prompt=2, seed=4, return_type="numpy")
     assert out["prompts"] == [PROMPT, PROMPT, OTHER, OTHER]
     assert_same(out["samples"][2:], images(sd, OTHER, num_images_per_prompt=2, seed=6))
 
 
-def test_given_latents_follow_their_prompts_through_mixed_lengths(sd):
+def test_given_latents_stay_with_their_prompts_of_different_lengths(sd):
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     together = images(sd, [PROMPT, LONG, OTHER], latents=latents)
     for k, prompt in enumerate([PROMPT, LONG, OTHER]):
         assert_same(together[k : k + 1], images(sd, prompt, latents=latents[k : k + 1]))
 
 
-def test_sampling_twice_gives_the_same_and_touches_no_other_randomness(sd):
+def test_sampling_is_repeatable_and_leaves_global_random_state_alone(sd):
     torch.manual_seed(1)
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     first = images(sd, [PROMPT, LONG], scheduler="euler_a", eta=0.5, seed=8)
@@ -138,7 +140,7 @@ def test_sampling_twice_gives_the_same_and_touches_no_other_randomness(sd):
     assert np.array_equal(images(sd, [PROMPT, LONG], scheduler="euler_a", eta=0.5, seed=8), first)
 
 
-def test_one_generator_serves_all_images(sd):
+def test_one_generator_can_draw_all_images(sd):
     together = images(sd, PROMPT, generator=torch.Generator().manual_seed(9), num_images_per_prompt=2)
     assert_same(together[:1], images(sd, PROMPT, seed=9))
     assert not np.allclose(together[0], together[1], atol=0.1)
@@ -151,10 +153,10 @@ def test_each_prompt_may_have_its_own_negative_prompt(sd):
     assert not np.allclose(together[0], images(sd, PROMPT, seed=0)[0], atol=1 / 255)
 
 
-# ------------------------------------------------------------------------------------------ what comes back
+# ------------------------------------------------------------------------------------------ results
 
 
-def test_the_three_return_types_hold_the_same_image(sd):
+def test_return_types_hold_the_same_image(sd):
     image, array, tensor = (sd.infer(PROMPT, return_type=t, width=24)["samples"] for t in ("image", "numpy", "tensor"))
     assert isinstance(image[0], Image.Image) and image[0].size == (24, 32)
     assert array.shape == (1, 32, 24, 3) and tensor.shape == (1, 3, 32, 24)
@@ -163,7 +165,7 @@ def test_the_three_return_types_hold_the_same_image(sd):
     assert np.array_equal(np.asarray(image[0]), (array[0] * 255).round().astype(np.uint8))
 
 
-def test_metadata_says_how_it_was_made(sd, checkpoint):
+def test_metadata_holds_the_settings(sd, checkpoint):
     out = sd.infer(PROMPT, num_inference_steps=3, scheduler="euler", guidance_scale=4.0)
     assert out["metadata"] == {
         "steps": 3,
@@ -179,7 +181,7 @@ def test_metadata_says_how_it_was_made(sd, checkpoint):
     assert set(out["seconds"]) == {"text", "denoise", "decode"}
 
 
-# ------------------------------------------------------------------------------------------ what cannot be made
+# ------------------------------------------------------------------------------------------ errors
 
 
 @pytest.mark.parametrize(
@@ -209,7 +211,7 @@ def test_metadata_says_how_it_was_made(sd, checkpoint):
     ],
     ids=lambda value: None if isinstance(value, list) else str(value)[:30],
 )
-def test_what_cannot_be_used_is_named(sd, prompt, settings, words):
+def test_bad_settings_are_named_in_the_error(sd, prompt, settings, words):
     with pytest.raises(SettingsError) as error:
         sd.infer(prompt, **settings)
     assert all(word in str(error.value) for word in words), error.value

@@ -1,4 +1,4 @@
-"""An autoencoder learns to give images back, and is written as a part of a checkpoint."""
+"""An autoencoder learns to reconstruct images, and is exported as a part of a checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def fit(checkpoint: Path, steps: int, **settings) -> tuple[AutoencoderModule, Tr
     return module, trainer
 
 
-def test_the_losses_of_an_image(checkpoint):
+def test_losses_match_diffusers(checkpoint):
     module = AutoencoderModule(str(checkpoint))
     image = torch.zeros(2, 3, 32, 32)
     losses = module.losses(image, torch.Generator().manual_seed(0))
@@ -47,7 +47,7 @@ def test_images_come_back_better_after_training(checkpoint):
     assert after > before + 1.5
 
 
-def test_its_scaling_factor_gives_latents_of_unit_variance(checkpoint, tmp_path):
+def test_the_exported_scaling_factor_gives_latents_unit_variance(checkpoint, tmp_path):
     module, trainer = fit(checkpoint, 2, limit_val_batches=1, val_check_interval=2)
     module.save_pretrained(tmp_path)
     vae = load_part("vae", str(tmp_path / "vae"))
@@ -56,7 +56,7 @@ def test_its_scaling_factor_gives_latents_of_unit_variance(checkpoint, tmp_path)
     assert latents.square().mean().item() == pytest.approx(1.0, abs=1e-3)
 
 
-def test_it_takes_the_place_of_a_checkpoints_autoencoder(checkpoint, tmp_path):
+def test_the_export_can_replace_the_vae_of_a_checkpoint(checkpoint, tmp_path):
     module = AutoencoderModule(str(checkpoint), scratch=["vae"])
     module.save_pretrained(tmp_path)
     parts = load_components(str(checkpoint), components={"vae": str(tmp_path / "vae")})
@@ -66,14 +66,14 @@ def test_it_takes_the_place_of_a_checkpoints_autoencoder(checkpoint, tmp_path):
     assert parts.vae.config.scaling_factor == old.config.scaling_factor
 
 
-def test_a_checkpoint_gives_the_module_back(checkpoint, tmp_path):
+def test_the_module_loads_from_its_checkpoint(checkpoint, tmp_path):
     module, trainer = fit(checkpoint, 1, limit_val_batches=0)
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     again = AutoencoderModule.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
     assert torch.equal(again.vae.decoder.conv_in.weight, module.vae.decoder.conv_in.weight)
 
 
-def test_validation_changes_no_training(checkpoint):
+def test_validation_does_not_change_training(checkpoint):
     without, _ = fit(checkpoint, 3, limit_val_batches=0)
     with_validation, _ = fit(checkpoint, 3, limit_val_batches=1, val_check_interval=1)
     assert torch.equal(without.vae.decoder.conv_in.weight, with_validation.vae.decoder.conv_in.weight)

@@ -31,7 +31,7 @@ SHAPES = [(40, 40), (64, 32), (32, 64)]
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fourteen images of three shapes: six squares, five wide and three tall ones."""
+    """Fourteen images of three shapes: six square, five wide and three tall."""
     folder = tmp_path_factory.mktemp("photos")
     for k in range(14):
         scene = sample_scene(random.Random(k))
@@ -139,7 +139,7 @@ def test_accumulated_batches_train_as_one_large_one_does(checkpoint, photos):
     assert distance(small, large) <= 1e-5 < 1e-2 < distance({name: large[name] for name in nonzero}, nonzero)
 
 
-def test_accumulated_pairs_train_as_one_large_batch_does(checkpoint, photos):
+def test_accumulated_dreambooth_pairs_train_like_one_large_batch(checkpoint, photos):
     def trained(count: int, accumulate: int) -> dict[str, Tensor]:
         plain = partial(torch.optim.SGD, lr=0.1)
         module = StableDiffusionModule(str(checkpoint), optimizer=plain, objective={"caption_dropout": 0.5})

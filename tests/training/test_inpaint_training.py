@@ -1,4 +1,4 @@
-"""Fine-tuning for inpainting: what it is trained on, what it reports, and what other tools make of the result."""
+"""Training for inpainting: the loss, the conversion, the metrics, and the export in diffusers."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def train_on_scenes(module: StableDiffusionModule, steps: int, *callbacks, resum
     return fit(module, data, steps, *callbacks, resume=resume, limit_val_batches=0)
 
 
-def test_the_loss_is_that_of_the_paper_on_nine_channels(build):
-    """Ho et al. 2020, algorithm 1, written out with diffusers alone."""
+def test_the_loss_on_nine_channels_matches_the_paper(build):
+    """Ho et al. 2020, algorithm 1, written out with diffusers."""
     module = build()
     module.setup("fit")
     image = torch.rand(2, 3, 32, 32) * 2 - 1
@@ -73,14 +73,14 @@ def test_the_loss_is_that_of_the_paper_on_nine_channels(build):
     torch.testing.assert_close(errors, wanted, rtol=1e-6, atol=1e-7)
 
 
-def test_training_begins_as_the_ordinary_model_and_learns_of_the_mask(build):
+def test_a_converted_unet_learns_the_channels_of_the_mask(build):
     module = build()
     train_on_scenes(module, 3)
     new = module.unet.conv_in.weight[:, 4:]
     assert module.unet.config.in_channels == 9 and new.abs().max() > 0
 
 
-def test_the_hole_can_count_for_more(build):
+def test_the_masked_area_can_be_weighted(build):
     def loss(weight: float) -> float:
         module = build(masked_area_weight=weight, full_mask_share=0.0)
         return train_on_scenes(module, 1).callback_metrics["train/loss"].item()
@@ -88,7 +88,7 @@ def test_the_hole_can_count_for_more(build):
     assert loss(1.0) == loss(1.0) != loss(5.0)
 
 
-def test_a_stopped_training_ends_where_an_unbroken_one_does(build, tmp_path):
+def test_a_resumed_training_equals_an_uninterrupted_one(build, tmp_path):
     unbroken, resumed = build(), build()
     train_on_scenes(unbroken, 5, ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1))
     train_on_scenes(resumed, 5, resume=tmp_path / "step=2.ckpt")
@@ -98,13 +98,13 @@ def test_a_stopped_training_ends_where_an_unbroken_one_does(build, tmp_path):
     assert torch.equal(again.unet.conv_in.weight, unbroken.unet.conv_in.weight)
 
 
-def test_cached_images_can_be_masked_anew_at_every_step(build, tmp_path):
+def test_the_latent_cache_does_not_change_the_loss(build, tmp_path):
     plain = train_on_scenes(build(), 3).callback_metrics["train/loss"]
     cached = train_on_scenes(build(), 3, LatentCache(tmp_path)).callback_metrics["train/loss"]
     torch.testing.assert_close(cached, plain, rtol=1e-5, atol=0)
 
 
-def test_an_ordinary_unet_is_not_trained_to_inpaint_without_a_word(build, checkpoint):
+def test_a_text_to_image_unet_is_converted_only_on_request(build, checkpoint):
     with pytest.raises(SettingsError, match=r"4 channels .* training\.inpaint\.convert=true"):
         train_on_scenes(build(convert=False), 1)
     with pytest.raises(SettingsError, match="use model=inpaint"):
@@ -120,7 +120,7 @@ def test_settings_out_of_range_are_refused(build, settings):
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Six images, each with a mask of its own."""
+    """Six images, each with its own mask."""
     folder = tmp_path / "photos"
     (folder / "masks").mkdir(parents=True)
     rows = []
@@ -144,16 +144,16 @@ def train(call, checkpoint, tmp_path):
     return run
 
 
-def test_the_command_reports_the_hole_and_what_is_around_it_and_diffusers_repaints_alike(train, photos, tmp_path):
+def test_masked_and_unmasked_losses_are_logged_and_diffusers_inpaints_alike_from_the_export(train, photos, tmp_path):
     settings = ["training.inpaint.convert=true", "trainer.max_steps=3", "+steps=2", "data.batch_size=2"]
     settings.append("model.optimizer.lr=1e-2")
     assert train(f"data.root={photos}", *settings) == (0, "")
     out = tmp_path / "out"
     figures = [row for row in csv.DictReader((out / "metrics.csv").open()) if row["val/loss"]]
-    whole, hole, kept = (float(figures[-1][f"val/loss{part}"]) for part in ("", "_masked_area", "_unmasked_area"))
-    assert min(hole, kept) < whole < max(hole, kept)
+    total, masked, unmasked = (float(figures[-1][f"val/loss{part}"]) for part in ("", "_masked_area", "_unmasked_area"))
+    assert min(masked, unmasked) < total < max(masked, unmasked)
     with Image.open(out / "samples" / "000003.png") as sheet:
-        assert sheet.width > 3 * 192  # each image beside what is masked and what was made of it
+        assert sheet.width > 3 * 192  # original, masked original and sample side by side
 
     pipeline = StableDiffusionInpaintPipeline.from_pretrained(out / "export", safety_checker=None)
     assert type(pipeline).__name__ == json.loads((out / "export" / "model_index.json").read_text())["_class_name"]
@@ -166,33 +166,33 @@ def test_the_command_reports_the_hole_and_what_is_around_it_and_diffusers_repain
     ).images[0]
     sd = StableDiffusionModule.from_pretrained(str(out / "export"), task="inpaint")
     ours = sd.infer(PROMPT, image, mask, generator=torch.Generator().manual_seed(4), **common)["samples"][0]
-    hole = np.asarray(mask) > 0
-    assert np.array_equal(np.asarray(ours)[hole], np.asarray(theirs)[hole])
+    inside = np.asarray(mask) > 0
+    assert np.array_equal(np.asarray(ours)[inside], np.asarray(theirs)[inside])
 
 
-def test_an_ordinary_checkpoint_is_refused_before_anything_is_written(train, photos, tmp_path):
-    status, complaint = train(f"data.root={photos}", "trainer.max_steps=1")
-    assert status == 1 and "training.inpaint.convert=true" in complaint and len(complaint.splitlines()) == 1
+def test_a_text_to_image_checkpoint_is_refused_before_anything_is_written(train, photos, tmp_path):
+    status, error = train(f"data.root={photos}", "trainer.max_steps=1")
+    assert status == 1 and "training.inpaint.convert=true" in error and len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("given", [["training.inpaint.convert=true"], ["model=text2image", "objective.masked=true"]])
-def test_masks_of_some_images_alone_are_told_of_before_anything_is_written(train, photos, tmp_path, given):
+def test_a_source_without_masks_is_refused_before_anything_is_written(train, photos, tmp_path, given):
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(photos / "0.png", bare)
     (bare / "0.txt").write_text("an image")
     both = f"data.sources=[{{root: {photos}}}, {{root: {bare}}}]"
-    status, complaint = train("data=mixed", both, "data.val_fraction=0", "trainer.max_steps=1", *given)
-    assert status == 1 and f"{bare} has no masks" in complaint and len(complaint.splitlines()) == 1
+    status, error = train("data=mixed", both, "data.val_fraction=0", "trainer.max_steps=1", *given)
+    assert status == 1 and f"{bare} has no masks" in error and len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_the_embedded_model_repaints_with_nine_channels():
+def test_the_embedded_inpainting_model_has_nine_channels_and_shares_parts_with_tiny():
     sd = StableDiffusionModule.from_pretrained("tiny-inpaint", task="inpaint")
     assert sd.unet.config.in_channels == 9
     plain = StableDiffusionModule.from_pretrained("tiny")
-    for part in ("vae", "text_encoder"):  # shared with tiny, not kept twice
+    for part in ("vae", "text_encoder"):  # loaded from tiny, not shipped twice
         ours, theirs = (getattr(module.parts, part).state_dict() for module in (sd, plain))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     convert_to_inpaint(plain.unet)

@@ -1,4 +1,4 @@
-"""The settings of the objective do what they say, in training and in what is exported."""
+"""The training objective: noise, weighting, loss, and the exported schedule."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def test_noise_is_standard_unless_said_otherwise():
-    noise, seen = SQUARED_ERROR.draw_noise(LATENTS, generator())
-    assert torch.equal(noise, torch.randn(LATENTS.shape, generator=generator())) and torch.equal(noise, seen)
+def test_noise_is_standard_normal_by_default():
+    noise, added = SQUARED_ERROR.draw_noise(LATENTS, generator())
+    assert torch.equal(noise, torch.randn(LATENTS.shape, generator=generator())) and torch.equal(noise, added)
 
 
-def test_an_offset_moves_each_channel_as_a_whole():
+def test_a_noise_offset_shifts_each_channel_by_a_constant():
     plain, _ = SQUARED_ERROR.draw_noise(LATENTS, generator())
-    noise, seen = Objective(noise_offset=0.5).draw_noise(LATENTS, generator())
+    noise, added = Objective(noise_offset=0.5).draw_noise(LATENTS, generator())
     moved = noise - plain
     torch.testing.assert_close(moved, moved[..., :1, :1].expand_as(moved), rtol=0, atol=1e-5)
-    assert moved.std() > 0.2 and torch.equal(noise, seen)
+    assert moved.std() > 0.2 and torch.equal(noise, added)
 
 
-def test_a_perturbed_input_is_noisier_than_what_should_be_predicted():
+def test_input_perturbation_adds_noise_that_the_target_leaves_out():
     plain, _ = SQUARED_ERROR.draw_noise(LATENTS, generator())
-    noise, seen = Objective(input_perturbation=0.1).draw_noise(LATENTS, generator())
+    noise, added = Objective(input_perturbation=0.1).draw_noise(LATENTS, generator())
     assert torch.equal(noise, plain)
-    torch.testing.assert_close((seen - noise).std(), torch.tensor(0.1), rtol=0.05, atol=0)
+    torch.testing.assert_close((added - noise).std(), torch.tensor(0.1), rtol=0.05, atol=0)
 
 
-def test_huber_is_the_square_near_nothing_and_a_line_far_off():
+def test_pseudo_huber_is_quadratic_near_zero_and_linear_far_away():
     near, far = torch.tensor([1e-3]), torch.tensor([1e3, 2e3])
     torch.testing.assert_close(pseudo_huber(near, 0.1), near.square(), rtol=1e-3, atol=0)
     line = pseudo_huber(far, 0.1)
@@ -70,20 +70,22 @@ def test_every_combination_trains_with_a_finite_loss(checkpoint, settings):
 
 
 @pytest.mark.parametrize("settings", COMBINATIONS, ids=lambda settings: "-".join(map(str, settings.values())))
-def test_every_combination_is_its_closed_form_on_a_case_made_by_hand(settings):
-    """A latent of 2 under noise of 1, of which the model predicts 0, at three noise levels."""
+def test_every_combination_matches_its_closed_form(settings):
+    """Latents of 2 and noise of 1, for which the model predicts 0, at three noise levels."""
     kind, zero, weighting = settings.values()
-    # of 0.9, 0.5 and 0.1; Lin et al. 2023, algorithm 1, takes the last square root off all and scales the first back
+    # alphas_cumprod of 0.9, 0.5 and 0.1; Lin et al. 2023, algorithm 1, shifts the last root to 0 and keeps the first
     signals = [0.9**0.5, (0.5**0.5 - 0.1**0.5) * 3 / 2, 0.0] if zero else [0.9**0.5, 0.5**0.5, 0.1**0.5]
     schedule = torch.tensor(signals).square()
     expected = []
     for signal in signals:
         share = signal**2
         wanted = {"epsilon": 1.0, "v_prediction": signal - 2 * (1 - share) ** 0.5, "sample": 2.0}[kind]
-        snr = share / (1 - share) if share else signals[1] ** 2 / (1 - signals[1] ** 2)  # without a signal: the least
-        of_image = {"min_snr": min(snr, 5), "soft_min_snr": 5 * snr / (snr + 5), "debiased": snr**0.5}
+        snr = (
+            share / (1 - share) if share else signals[1] ** 2 / (1 - signals[1] ** 2)
+        )  # at zero SNR: that of the step before
+        sample_weight = {"min_snr": min(snr, 5), "soft_min_snr": 5 * snr / (snr + 5), "debiased": snr**0.5}
         scale = {"epsilon": 1 / snr, "v_prediction": 1 / (snr + 1), "sample": 1.0}[kind]
-        expected.append(wanted**2 * (1.0 if weighting == "none" else of_image[weighting] * scale))
+        expected.append(wanted**2 * (1.0 if weighting == "none" else sample_weight[weighting] * scale))
 
     latents, noise, steps = torch.full((3, 4, 2, 2), 2.0), torch.ones(3, 4, 2, 2), torch.arange(3)
     objective = Objective(**settings)
@@ -93,8 +95,8 @@ def test_every_combination_is_its_closed_form_on_a_case_made_by_hand(settings):
     torch.testing.assert_close(errors, torch.tensor(expected).view(3, 1, 1, 1).expand(3, 1, 2, 2))
 
 
-def test_the_schedule_of_zero_terminal_snr_is_that_of_the_paper(checkpoint):
-    """Lin et al. 2023, algorithm 1: square roots shifted so that the last is 0, scaled so that the first stays."""
+def test_the_zero_terminal_snr_schedule_matches_the_paper(checkpoint):
+    """Lin et al. 2023, algorithm 1: shift the square roots to end at 0, then scale them to keep the first."""
     plain = StableDiffusionModule(str(checkpoint)).parts.scheduler.alphas_cumprod.double().sqrt()
     ours = StableDiffusionModule(
         str(checkpoint), objective={"prediction_type": "v_prediction", "zero_terminal_snr": True}
@@ -104,7 +106,7 @@ def test_the_schedule_of_zero_terminal_snr_is_that_of_the_paper(checkpoint):
     assert ours[-1] == 0
 
 
-def test_the_loss_counts_where_the_mask_is_white():
+def test_a_masked_loss_counts_only_where_the_mask_is_white():
     objective = Objective(masked=True)
     errors = torch.rand(2, 1, 8, 8, generator=generator())
     mask = torch.zeros(2, 1, 32, 32)
@@ -115,7 +117,7 @@ def test_the_loss_counts_where_the_mask_is_white():
         spatial_loss_weights(errors, {}, None, objective)
 
 
-def test_what_is_exported_is_sampled_as_it_was_trained(checkpoint, tmp_path):
+def test_the_export_keeps_prediction_type_and_schedule(checkpoint, tmp_path):
     objective = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
     sd = StableDiffusionModule(str(checkpoint), objective=objective, sampling={"steps": 2, "scheduler": "euler"})
     assert sd.parts.scheduler.alphas_cumprod[-1] == 0
@@ -128,7 +130,7 @@ def test_what_is_exported_is_sampled_as_it_was_trained(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"prediction_type": "flow"}, "prediction_type=flow: unknown; choose one of epsilon"),
         ({"weighting": "snr"}, "weighting=snr: unknown; choose one of debiased"),
@@ -140,6 +142,6 @@ def test_what_is_exported_is_sampled_as_it_was_trained(checkpoint, tmp_path):
         ({"zero_terminal_snr": True}, "set objective.prediction_type=v_prediction"),
     ],
 )
-def test_what_cannot_be_trained_is_told_in_a_sentence(checkpoint: Path, settings, says):
-    with pytest.raises(SettingsError, match=says):
+def test_bad_objectives_are_named_in_the_error(checkpoint: Path, settings, message):
+    with pytest.raises(SettingsError, match=message):
         StableDiffusionModule(str(checkpoint), objective=settings)

@@ -1,4 +1,4 @@
-"""Optimizers in their fastest form, and activations that are computed again: the same training."""
+"""Fused optimizers, activation checkpointing, schedules, and the checks of their settings."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from sdmodule.training.optimizers import build_optimizer
         (torch.optim.AdamW, "32-true", True),
         (partial(torch.optim.AdamW, lr=1e-3), "bf16-mixed", True),
         (partial(torch.optim.Adam, lr=1e-3), "", True),
-        (torch.optim.AdamW, "16-mixed", None),  # Lightning could not clip its gradients
+        (torch.optim.AdamW, "16-mixed", None),  # Lightning cannot clip its gradients
         (partial(torch.optim.AdamW, foreach=True), "32-true", None),
         (partial(torch.optim.AdamW, fused=False), "32-true", False),
     ],
 )
-def test_adam_is_fused_where_nothing_else_is_said(make, precision, fused):
+def test_adam_is_fused_by_default(make, precision, fused):
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = build_optimizer(make, [weight], precision)
     assert optimizer.defaults["fused"] is fused
@@ -38,8 +38,8 @@ def test_adam_is_fused_where_nothing_else_is_said(make, precision, fused):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16", "16-mixed"])
-def test_gradients_of_a_fused_optimizer_are_clipped_in_mixed_precision(call, checkpoint, photos, tmp_path, precision):
-    """With a limit of almost nothing, AdamW's first step is one of its epsilon: the weights stay where they are."""
+def test_fused_optimizers_clip_gradients_in_mixed_precision(call, checkpoint, photos, tmp_path, precision):
+    """Clipped far below AdamW's epsilon, gradients leave the weights where they are."""
     settings = [f"data.root={photos}", f"pretrained={checkpoint}", "trainer.max_steps=1", "callbacks=[export]"]
     settings += [f"trainer.precision={precision}", "model.optimizer.lr=0.1", "model.optimizer.weight_decay=0"]
     settings += ["trainer.limit_val_batches=0", "logger=none"]
@@ -55,11 +55,11 @@ def test_gradients_of_a_fused_optimizer_are_clipped_in_mixed_precision(call, che
     assert max(moved[1e-12]) < 1e-3
 
 
-def test_other_optimizers_are_as_they_are():
+def test_other_optimizers_are_left_alone():
     assert isinstance(build_optimizer(torch.optim.SGD, [torch.nn.Parameter(torch.ones(1))], ""), torch.optim.SGD)
 
 
-def test_activations_computed_again_give_the_same_gradients(checkpoint):
+def test_activation_checkpointing_does_not_change_gradients(checkpoint):
     def gradients(which):
         module = StableDiffusionModule(str(checkpoint), training={"checkpointing": which})
         batch = {"image": torch.zeros(2, 3, 32, 32), "caption": ["a", "b"]}
@@ -74,16 +74,18 @@ def test_activations_computed_again_give_the_same_gradients(checkpoint):
         assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(plain, ours, strict=True))
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="the package is there")
-def test_wrong_values_are_told(call, checkpoint, photos, tmp_path):
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_unknown_checkpointing_and_a_missing_optimizer_package_are_named_in_the_error(
+    call, checkpoint, photos, tmp_path
+):
     with pytest.raises(SettingsError, match=r"training\.checkpointing=some"):
         StableDiffusionModule(str(checkpoint), training={"checkpointing": "some"})
     settings = [f"data.root={photos}", f"pretrained={checkpoint}", f"output_dir={tmp_path / 'out'}"]
-    status, _, complaint = call(train_main, *settings, "model.optimizer._target_=bitsandbytes.optim.AdamW8bit")
-    assert status == 1 and "pip install 'sdmodule[bitsandbytes]'" in complaint and "Traceback" not in complaint
+    status, _, error = call(train_main, *settings, "model.optimizer._target_=bitsandbytes.optim.AdamW8bit")
+    assert status == 1 and "pip install 'sdmodule[bitsandbytes]'" in error and "Traceback" not in error
 
 
-SCHEDULE = "model.lr_scheduler={_target_: torch.optim.lr_scheduler.StepLR, _partial_: true, steps: 3}"
+BAD_SCHEDULE = "model.lr_scheduler={_target_: torch.optim.lr_scheduler.StepLR, _partial_: true, steps: 3}"
 
 
 SCHEDULERS = "torch.optim.lr_scheduler"
@@ -98,12 +100,12 @@ SHORT = f"model.lr_scheduler={{_target_: {SCHEDULERS}.OneCycleLR, _partial_: tru
         ("model.optimizer.lr=fast", "these settings cannot be used"),
         ("model.optimizer.lr=-1", "these settings cannot be used"),
         ("+model.optimizer.speed=1", "these settings cannot be used"),
-        (SCHEDULE, "these settings cannot be used"),
+        (BAD_SCHEDULE, "these settings cannot be used"),
         (PLATEAU, "ReduceLROnPlateau follows a metric"),
         (SHORT, "OneCycleLR ends after 999 of trainer.max_steps=1000"),
     ],
 )
-def test_settings_that_an_optimizer_does_not_take_are_told_of_before_anything_is_written(
+def test_settings_that_an_optimizer_refuses_are_reported_before_anything_is_written(
     checkpoint, photos, tmp_path, call, model, wrong, words
 ):
     out = tmp_path / "out"
@@ -115,19 +117,19 @@ def test_settings_that_an_optimizer_does_not_take_are_told_of_before_anything_is
 TWO_RATES = f"{{_target_: {SCHEDULERS}.OneCycleLR, _partial_: true, max_lr: [1e-4, 1e-5], total_steps: 2}}"
 
 
-OF_MATRICES = ["tuning=lora", "~model.optimizer.betas", "model.optimizer._target_=torch.optim.Muon"]
-IN_GROUPS = ["tuning.text_encoder=true", "tuning.text_encoder_lr=1e-5", f"model.lr_scheduler={TWO_RATES}"]
-NO_MUON = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has none")
+MUON = ["tuning=lora", "~model.optimizer.betas", "model.optimizer._target_=torch.optim.Muon"]
+TWO_GROUPS = ["tuning.text_encoder=true", "tuning.text_encoder_lr=1e-5", f"model.lr_scheduler={TWO_RATES}"]
+NEEDS_MUON = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon")
 
 
-@pytest.mark.parametrize("settings", [pytest.param(OF_MATRICES, marks=NO_MUON), IN_GROUPS], ids=["matrices", "groups"])
-def test_settings_that_suit_what_is_trained_are_taken(checkpoint, photos, tmp_path, call, settings):
+@pytest.mark.parametrize("settings", [pytest.param(MUON, marks=NEEDS_MUON), TWO_GROUPS], ids=["muon", "groups"])
+def test_optimizers_and_schedules_fit_the_parameter_groups(checkpoint, photos, tmp_path, call, settings):
     common = [f"pretrained={checkpoint}", f"data.root={photos}", f"output_dir={tmp_path / 'out'}", "callbacks=[]"]
     status, _, error = call(train_main, *common, "resolution=32", "trainer.max_steps=2", *settings)
     assert (status, error) == (0, "")
 
 
-APART = ["tuning.text_encoder=true", "tuning.text_encoder_lr=1e-5"]
+TEXT_ENCODER = ["tuning.text_encoder=true", "tuning.text_encoder_lr=1e-5"]
 STEPS = f"model.lr_scheduler={{_target_: {SCHEDULERS}.StepLR, _partial_: true, step_size: 1}}"
 
 
@@ -169,7 +171,7 @@ def one_cycle(steps: int) -> str:
         ([one_cycle(2)], [one_cycle(4)], "trainer.max_steps=4: the checkpoint's OneCycleLR ends after 2 steps"),
         ([], ["model.optimizer.lr=2e-5"], "model.optimizer.lr=2e-05: the checkpoint has 1e-05"),
         ([], ["model.optimizer.weight_decay=0"], "keeps it; give 0.01"),
-        (APART, [APART[0], "tuning.text_encoder_lr=1e-6"], "tuning.text_encoder_lr=1e-06: the"),
+        (TEXT_ENCODER, [TEXT_ENCODER[0], "tuning.text_encoder_lr=1e-6"], "tuning.text_encoder_lr=1e-06: the"),
         ([STEPS], ["model.optimizer.lr=2e-5", STEPS], "model.optimizer.lr=2e-05: the checkpoint"),
         (
             [STEPS],
@@ -180,8 +182,8 @@ def one_cycle(steps: int) -> str:
         ([], [STEPS], "the checkpoint was trained without one"),
     ],
     ids=[
-        *("groups", "optimizer", "optimizer of the same settings", "schedule", "rate", "decay", "rate of the words"),
-        *("rate of a schedule", "settings of a schedule", "no schedule", "a new schedule"),
+        *("groups", "optimizer", "optimizer with the same settings", "schedule", "rate", "decay", "text encoder rate"),
+        *("rate of a schedule", "settings of a schedule", "no schedule", "new schedule"),
     ],
 )
 def test_a_checkpoint_of_another_optimizer_is_told_of(checkpoint, photos, trained, call, before, after, words):
@@ -193,7 +195,7 @@ def test_a_checkpoint_of_another_optimizer_is_told_of(checkpoint, photos, traine
     assert status == 1 and words in error and error.count("\n") == 1 and "Traceback" not in error
 
 
-@pytest.mark.parametrize("settings", [[], APART, [STEPS]], ids=["rate", "two rates", "schedule"])
+@pytest.mark.parametrize("settings", [[], TEXT_ENCODER, [STEPS]], ids=["rate", "two rates", "schedule"])
 def test_a_checkpoint_of_the_same_optimizer_is_resumed(checkpoint, photos, trained, tmp_path, call, settings):
     out = shutil.copytree(trained(settings), tmp_path / "out")
     common = small(checkpoint, photos, out)

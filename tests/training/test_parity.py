@@ -1,4 +1,4 @@
-"""A step of training is that of plain diffusers and peft: equal loss, equal gradients."""
+"""A training step equals that of plain diffusers and peft: same loss, same gradients."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 
 class Plain:
-    """The parts of a checkpoint as an example script of diffusers has them, and its step."""
+    """The parts of a checkpoint and the training step as in diffusers' example scripts."""
 
     def __init__(self, checkpoint: Path) -> None:
         self.unet = UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet").requires_grad_(False)
@@ -62,7 +62,7 @@ def batch() -> dict[str, Any]:
 
 @pytest.fixture
 def draws() -> dict[str, Tensor]:
-    """What the module draws of its first step, in its order: latents, timestep, caption dropout, noise."""
+    """What the module draws at its first step, in its order: latents, timestep, caption dropout, noise."""
     drawn: dict[str, list[Tensor]] = {"latents": [], "timesteps": [], "noise": []}
     for generator in per_example_generators(0, 2, 0, None):
         drawn["latents"].append(torch.randn(4, 8, 8, generator=generator))
@@ -84,12 +84,12 @@ def assert_equal_gradients(ours: torch.nn.Module, theirs: torch.nn.Module) -> No
     assert mine.keys() == others.keys() and mine
     largest = max(float(gradient.norm()) for gradient in others.values())
     for name, gradient in others.items():
-        if gradient.norm() > 1e-6 * largest:  # what is zero but for rounding has no direction
+        if gradient.norm() > 1e-6 * largest:  # a gradient that is only rounding error has no direction
             assert relative(mine[name], gradient) <= 1e-6, name
 
 
 @pytest.mark.parametrize("text_encoder", [False, True], ids=["unet", "unet and text encoder"])
-def test_full_training(checkpoint, batch, draws, text_encoder):
+def test_a_full_training_step_equals_diffusers(checkpoint, batch, draws, text_encoder):
     tuning = {"kind": "full", "text_encoder": text_encoder}
     module = StableDiffusionModule(str(checkpoint), tuning=tuning, objective={"caption_dropout": 0.0})
     plain = Plain(checkpoint)
@@ -103,7 +103,7 @@ def test_full_training(checkpoint, batch, draws, text_encoder):
         assert_equal_gradients(module.text_encoder, plain.text_encoder)
 
 
-def test_lora_training(checkpoint, batch, draws):
+def test_a_lora_training_step_equals_peft(checkpoint, batch, draws):
     tuning = {"kind": "lora", "rank": 4, "alpha": 8, "text_encoder": True}
     module = StableDiffusionModule(str(checkpoint), tuning=tuning, objective={"caption_dropout": 0.0})
     plain = Plain(checkpoint)
@@ -115,7 +115,7 @@ def test_lora_training(checkpoint, batch, draws):
     for ours, theirs in ((module.unet, plain.unet), (module.text_encoder, plain.text_encoder)):
         others = dict(theirs.named_parameters())
         for name, weight in ours.named_parameters():
-            if weight.requires_grad:  # as after some steps: at first half of the gradients are zero
+            if weight.requires_grad:  # as after some steps; at first half of the gradients are zero
                 weight.data = 0.1 * torch.randn(weight.shape, generator=generator)
                 others[name].data = weight.data.clone()
     ours, theirs = step(module, batch), plain.loss(batch, draws)
@@ -125,7 +125,7 @@ def test_lora_training(checkpoint, batch, draws):
     assert_equal_gradients(module.text_encoder, plain.text_encoder)
 
 
-def test_controlnet_training(checkpoint, batch, draws):
+def test_a_controlnet_training_step_equals_diffusers(checkpoint, batch, draws):
     module = StableDiffusionModule(str(checkpoint), tuning={"kind": "controlnet"}, objective={"caption_dropout": 0.0})
     plain = Plain(checkpoint)
     controlnet = ControlNetModel.from_unet(plain.unet, conditioning_embedding_out_channels=(16, 32, 96))

@@ -1,3 +1,5 @@
+"""Finding the checkpoint to resume from."""
+
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from sdmodule.training.resume import find_checkpoint
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """Folder of a run that left two checkpoints."""
+    """Folder of a run with two checkpoints."""
     (tmp_path / "checkpoints").mkdir()
     for step in (10, 20):
         content = {"global_step": step, "state_dict": {"weights": torch.ones(1000)}, "loops": {}, "callbacks": {}}
@@ -17,7 +19,7 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_last_is_the_newest(run: Path) -> None:
+def test_last_is_the_newest_checkpoint(run: Path) -> None:
     assert find_checkpoint("last", run, 100) == str(run / "checkpoints/step=20.ckpt")
     assert find_checkpoint(None, run, 100) is None
 
@@ -32,7 +34,7 @@ def test_last_skips_a_corrupt_checkpoint_with_a_warning(run: Path, how: str) -> 
         assert find_checkpoint("last", run, 100) == str(run / "checkpoints/step=10.ckpt")
 
 
-def test_last_without_any_is_an_error(tmp_path: Path) -> None:
+def test_last_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"no intact checkpoint in .*output_dir"):
         find_checkpoint("last", tmp_path, 100)
 
@@ -45,7 +47,9 @@ def test_last_without_any_is_an_error(tmp_path: Path) -> None:
         ("checkpoints/step=20.ckpt", 20, "is at step 20 of trainer.max_steps=20"),
     ],
 )
-def test_a_checkpoint_that_cannot_be_resumed_is_told_of(run: Path, path: str, steps: int, message: str) -> None:
+def test_a_checkpoint_that_cannot_be_resumed_from_is_named_in_the_error(
+    run: Path, path: str, steps: int, message: str
+) -> None:
     (run / "broken.ckpt").write_bytes(b"nothing")
     with pytest.raises(SettingsError, match=message):
         find_checkpoint(str(run / path), run, steps)
