@@ -153,7 +153,7 @@ def test_a_training_resumes_from_its_checkpoint(call, checkpoint, photos, tmp_pa
     last = tmp_path / "out" / "checkpoints" / "last.ckpt"
     assert call(train_main, *settings, "resolution=32", "trainer.max_steps=2")[0] == 0
     status, _, complaint = call(train_main, *settings, "trainer.max_steps=2", f"ckpt_path={last}")
-    assert status == 1 and "nothing to train" in complaint
+    assert status == 1 and "nothing is left to train" in complaint
     status, _, complaint = call(train_main, *settings, "trainer.max_steps=5", f"ckpt_path={last.parent}")
     assert status == 1 and f"ckpt_path={last.parent} is a folder" in complaint and complaint.count("\n") == 1
     told(call(predict_main, f"pretrained={last}", "prompt=a cat"), "is a checkpoint of a training, whose export/ is")

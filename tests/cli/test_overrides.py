@@ -131,7 +131,7 @@ def test_a_path_that_hydra_reads_is_left_to_it():
 TEXT = {"prompt", "negative_prompt", "image", "mask", "control", "from", "data.prompt", "data.class_prompt"}
 TEXT |= {"data.shards", "data.val_shards", "tuning.placeholder", "tuning.initializer"}
 PATHS = {"pretrained", "controlnet", "prompts", "ckpt_path", "output_dir", "cache.folder", "callbacks.export.folder"}
-PATHS |= {f"components.{part}" for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")}
+PATHS |= {f"components.{part}" for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "controlnet")}
 PATHS |= {"data.root", "data.val_root", "data.class_root", "data.made_in", "data.name", "data.split", "data.val_split"}
 PATHS |= {"data.subset", "data.image_column", "data.caption_column", "data.caption_key", "data.revision", "revision"}
 

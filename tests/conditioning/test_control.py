@@ -85,7 +85,7 @@ def test_the_command_follows_a_photo_and_reproduces_the_image_from_its_metadata(
     assert np.array_equal(np.asarray(Image.open(again / "images" / made.name)), np.asarray(Image.open(made)))
     inputs.unlink()
     status, _, error = call(predict_main, "--from", made, f"output_dir={tmp_path / 'third'}")
-    assert status == 1 and "give control=… too" in error
+    assert status == 1 and "add control=…" in error
 
 
 @pytest.mark.parametrize(

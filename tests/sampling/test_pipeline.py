@@ -205,7 +205,7 @@ def test_metadata_holds_the_settings(sd, checkpoint):
         ([3], {}, ["prompt=[3]"]),
         (PROMPT, {"seed": -1}, ["seed=-1"]),
         (PROMPT, {"num_images_per_prompt": 0}, ["num_images_per_prompt=0"]),
-        (PROMPT, {"return_type": "pil"}, ["return_type='pil'", "image", "numpy", "tensor"]),
+        (PROMPT, {"return_type": "pil"}, ["return_type=pil", "image", "numpy", "tensor"]),
         (PROMPT, {"image": Image.new("RGB", (32, 32))}, ["image", "text"]),
         (PROMPT, {"mask": Image.new("L", (32, 32))}, ["mask", "text"]),
     ],
