@@ -71,6 +71,16 @@ def public(dotted: str, known: dict[str, tuple[str, str]]) -> list[str]:
     return sorted((name for name in names if name in known), key=str.lower)
 
 
+def public_path(full: str) -> str:
+    """The shortest name under which users import something: that of a package which has it in its ``__all__``."""
+    package, _, name = full.rpartition(".")
+    while "." in package:
+        package = package.rpartition(".")[0]
+        if name in getattr(importlib.import_module(package), "__all__", ()):
+            return f"{package}.{name}"
+    return full
+
+
 def api_pages(package: Path) -> dict[str, str]:
     """The pages of the reference, by file name.
 
@@ -87,7 +97,8 @@ def api_pages(package: Path) -> dict[str, str]:
                 if one not in known:
                     raise LookupError(f"{one} is not defined in sdmodule; fix PAGES in docs/_ext/api.py")
                 if one not in placed:
-                    parts.append(_directive(*known[one]))
+                    full, kind = known[one]
+                    parts.append(_directive(public_path(full), kind))
                 placed.add(one)
         pages[f"{page}.md"] = "\n".join(parts)
     intro = "# API reference\n\nThe public names, from their docstrings.\n\n"
