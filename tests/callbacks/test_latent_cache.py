@@ -201,7 +201,9 @@ def test_a_corrupt_file_is_skipped_and_its_images_are_encoded_again(checkpoint, 
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
-def test_what_cannot_be_cached_is_told_before_anything_is_written(call, checkpoint, folder, tmp_path, settings, message):
+def test_what_cannot_be_cached_is_reported_before_anything_is_written(
+    call, checkpoint, folder, tmp_path, settings, message
+):
     common = [f"pretrained={checkpoint}", f"data.root={folder}", "resolution=32", f"output_dir={tmp_path / 'out'}"]
     status, _, complaint = call(train_main, *common, f"cache.folder={tmp_path / 'cache'}", *settings)
     assert status == 1 and message in complaint and len(complaint.splitlines()) == 1
