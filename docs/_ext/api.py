@@ -27,7 +27,11 @@ PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         ),
     ),
     "callbacks": ("Callbacks", "Each works with any Lightning `Trainer`.", ("sdmodule.callbacks.*",)),
-    "data": ("Data", "Data modules, and where images come from.", ("sdmodule.data.*",)),
+    "data": (
+        "Data",
+        "Data modules, and where images come from.",
+        ("sdmodule.data.*", "ImageSource", "WeightedSource", "Folder", "Shards", "HuggingFaceData", "Example"),
+    ),
     "diffusion": (
         "Diffusion",
         "The equations, as functions of tensors: no Lightning, no file, no configuration.",

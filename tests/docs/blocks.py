@@ -95,10 +95,10 @@ def run_block(block: Block, workplace: Path, names: dict[str, Any]) -> str:
         return ""
     printed = ""
     for words in commands(block.code):
-        status, said = run_command(words, workplace, block.remark)
+        status, output = run_command(words, workplace, block.remark)
         wanted = 1 if block.remark == "fails" else 0
-        assert status == wanted, f"{shlex.join(words)} ended with status {status}:\n{said[-2000:]}"
-        printed += said
+        assert status == wanted, f"{shlex.join(words)} ended with status {status}:\n{output[-2000:]}"
+        printed += output
     return printed
 
 
@@ -143,5 +143,5 @@ def run_ours(command: str, arguments: list[str], workplace: Path, remark: str) -
     elif "--from" not in arguments or any(word.startswith("steps=") for word in arguments):
         if not {"--help", "--cfg"} & set(arguments):
             arguments = [*arguments, *SHORT_SAMPLING]
-    said = workplace / ".said"
-    return Command(command, *arguments, said=said, preparation=partial(os.chdir, workplace)).ended(timeout=300)
+    log = workplace / ".log"
+    return Command(command, *arguments, log=log, preparation=partial(os.chdir, workplace)).wait(timeout=300)
