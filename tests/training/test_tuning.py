@@ -112,6 +112,7 @@ def sample(call, checkpoint, out, *settings, prompt="a red star") -> np.ndarray:
     return np.asarray(Image.open(next((out / "images").iterdir())))
 
 
+@pytest.mark.slow
 def test_lora_from_the_training_to_an_image_and_to_the_same_again(checkpoint, photos, tmp_path, call):
     settings = ["tuning=lora", "tuning.rank=2", "cache=all", f"cache.folder={tmp_path / 'cache'}"]
     export = train(call, checkpoint, photos, tmp_path / "out", *settings)
