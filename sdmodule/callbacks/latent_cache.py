@@ -90,7 +90,7 @@ class LatentCache(Callback):
         if self.what == ALL and any(weight.requires_grad for weight in module.text_encoder.parameters()):
             raise SettingsError(
                 "cache=all: text embeddings cannot be cached while the text encoder is trained; use cache=latents, or "
-                "set tuning.text_encoder=false."
+                "leave the text encoder frozen."
             )
 
     @override
