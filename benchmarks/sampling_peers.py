@@ -19,10 +19,10 @@ from benchmarks.presets import preset
 from sdmodule.components.checkpoint import Components
 from sdmodule.components.schedulers import make_scheduler
 from sdmodule.diffusion.guidance import classifier_free_guidance, rescale_guidance
-from sdmodule.sampling.pipeline import sample_all
+from sdmodule.sampling.pipeline import sample_requests
 from sdmodule.sampling.requests import build_requests
 from sdmodule.sampling.settings import SamplingSettings
-from sdmodule.speed.apply import speed_applied
+from sdmodule.speed.apply import apply_speed
 from sdmodule.speed.compile import compiled
 from sdmodule.speed.layout import channels_last
 from sdmodule.speed.steps import plan_steps
@@ -180,7 +180,7 @@ def contender(name: str, parts: Components, settings: SamplingSettings) -> Conte
             settings, **size, steps=steps, guidance_scale=work.guidance, guidance_rescale=work.guidance_rescale
         )
         requests = build_requests(PROMPT, num_images_per_prompt=work.batch)
-        samples = sample_all(parts, requests, own, noise=work.noise)
+        samples = sample_requests(parts, requests, own, noise=work.noise)
         return Run(samples.decoded, samples.seconds["text"], samples.step_seconds, samples.seconds["decode"])
 
     return Contender(
@@ -189,7 +189,7 @@ def contender(name: str, parts: Components, settings: SamplingSettings) -> Conte
         sample,
         steps=settings.steps,
         plan=plan,
-        ready=lambda: speed_applied(parts, settings.speed),
+        ready=lambda: apply_speed(parts, settings.speed),
         compiled=settings.speed.compile_on(parts.unet.device.type) != "none",
     )
 

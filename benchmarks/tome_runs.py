@@ -17,7 +17,7 @@ from sdmodule.components.checkpoint import MODELS, Components, load_components, 
 from sdmodule.components.schedulers import make_scheduler
 from sdmodule.components.source import ASSETS
 from sdmodule.data.toy.scenes import caption, sample_single
-from sdmodule.sampling.pipeline import sample_all
+from sdmodule.sampling.pipeline import sample_requests
 from sdmodule.sampling.requests import TEXT2IMAGE, build_requests
 from sdmodule.sampling.schedule import check_settings
 from sdmodule.sampling.settings import SamplingSettings
@@ -155,7 +155,7 @@ def images(parts: Components, variant: Variant, size: int, images: int, steps: i
         prompt = caption(sample_single(rng))
         requests = build_requests(prompt, num_images_per_prompt=min(IMAGES_PER_CALL, images - first), seed=first)
         with in_mode(parts.unet, variant.mode):
-            samples = sample_all(parts, requests, settings)
+            samples = sample_requests(parts, requests, settings)
         seconds += sum(samples.seconds.values())
         batches.append(samples.decoded)
     return seconds, torch.cat(batches)

@@ -24,12 +24,12 @@ from sdmodule.errors import SettingsError, build_settings, check_choice
 from sdmodule.io.redact import shorten_home
 from sdmodule.sampling.infer import InferOptions, infer
 from sdmodule.sampling.metadata import describe
-from sdmodule.sampling.pipeline import OnStep, sample_all
+from sdmodule.sampling.pipeline import OnStep, sample_requests
 from sdmodule.sampling.requests import INPAINT, TASKS, TEXT2IMAGE, SampleRequest
 from sdmodule.sampling.result import Samples
 from sdmodule.sampling.schedule import check_settings
 from sdmodule.sampling.settings import SamplingSettings
-from sdmodule.speed.apply import speed_applied, training_speed_applied
+from sdmodule.speed.apply import apply_speed, apply_training_speed
 from sdmodule.speed.compile import compile_unet
 from sdmodule.training import loss as denoising
 from sdmodule.training.activation_checkpointing import checkpoint_blocks
@@ -136,7 +136,7 @@ class StableDiffusionModule(TrainableModule):
 
     @override
     def on_fit_start(self) -> None:
-        self._switched.enter_context(training_speed_applied(self.parts, self.device.type, str(self.trainer.precision)))
+        self._switched.enter_context(apply_training_speed(self.parts, self.device.type, str(self.trainer.precision)))
 
     @override
     def on_fit_end(self) -> None:
@@ -210,12 +210,12 @@ class StableDiffusionModule(TrainableModule):
 
     @override
     def on_predict_start(self) -> None:
-        self._switched.enter_context(speed_applied(self.parts, self.sampling.speed))
+        self._switched.enter_context(apply_speed(self.parts, self.sampling.speed))
 
     @override
     def predict_step(self, batch: list[SampleRequest], batch_idx: int) -> Samples:
         """Algorithm 2 of Ho et al. 2020, guided and decoded; writing the images is the callbacks' work."""
-        return sample_all(self.parts, batch, self.sampling, on_step=self._on_step)
+        return sample_requests(self.parts, batch, self.sampling, on_step=self._on_step)
 
     @override
     def on_predict_end(self) -> None:

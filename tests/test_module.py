@@ -80,6 +80,7 @@ def test_only_trained_parts_change(build, train_text_encoder):
     assert changed == ({"unet", "text_encoder"} if train_text_encoder else {"unet"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", [None, VELOCITY], ids=["epsilon", "v_prediction"])
 def test_the_loss_falls(build, objective):
     module, losses = build(objective=objective), Losses()

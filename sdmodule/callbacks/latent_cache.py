@@ -90,7 +90,7 @@ class LatentCache(Callback):
         if self.what == ALL and any(weight.requires_grad for weight in module.text_encoder.parameters()):
             raise SettingsError(
                 "cache=all: text embeddings cannot be cached while the text encoder is trained; use cache=latents, or "
-                "set tuning.text_encoder=false."
+                "leave the text encoder frozen."
             )
 
     @override
@@ -127,9 +127,9 @@ class LatentCache(Callback):
         keys = _map_on_all_devices(trainer, range(len(images)), keys_of)
         missing: dict[str, KeyedView] = {}
         for index, own in enumerate(keys):
-            for mirrored, key in enumerate(own):
+            for flipped, key in enumerate(own):
                 if key not in store:
-                    missing.setdefault(key, (key, index, View(mirrored=bool(mirrored))))
+                    missing.setdefault(key, (key, index, View(flipped=bool(flipped))))
 
         def encode(share: Sequence[KeyedView]) -> Iterator[dict[str, Tensor]]:
             loader = DataLoader(
@@ -203,7 +203,7 @@ class _KeyedImages(Dataset[dict[str, Any]]):
     @override
     def __getitem__(self, position: int) -> dict[str, Any]:
         key, index, view = self.views[position]
-        return {"key": key, "image": self.images.seen(index, view)["image"]}
+        return {"key": key, "image": self.images.load(index, view)["image"]}
 
 
 def _batches_of_one_size(sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:

@@ -160,4 +160,4 @@ class ValidationSamples(Callback):
 
 def _preview_set(trainer: Trainer) -> Any:
     """The training images without random transforms; None if the data module has none."""
-    return getattr(trainer.datamodule, "shown_set", None)  # type: ignore[attr-defined]
+    return getattr(trainer.datamodule, "preview_set", None)  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ EMBEDDING_CHANNELS = (16, 32, 96, 256)
 """Widths of the layers that embed the control image, each halving its height and width down to the latents' size."""
 
 
-def from_unet(parts: Components) -> ControlNetModel:
+def controlnet_from_unet(parts: Components) -> ControlNetModel:
     """Create a ControlNet from the UNet's encoder, with zero convolutions: it adds nothing yet (section 3.1)."""
     halvings = len(parts.vae.config.block_out_channels) - 1
     channels = EMBEDDING_CHANNELS[: halvings + 1]

@@ -42,7 +42,7 @@ class ExtendedEmbedding(nn.Module):
         return torch.where((tokens >= self.first).unsqueeze(-1), learned.to(original.dtype), original)
 
 
-def vectors_of(text: str, count: int, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> Tensor:
+def initial_vectors(text: str, count: int, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> Tensor:
     """Embeddings ``[count, D]`` of a text's tokens, repeated from the first if there are fewer than ``count``.
 
     Raises:

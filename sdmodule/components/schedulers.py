@@ -32,7 +32,7 @@ CLASSES = sorted(name for name in KNOWN if issubclass(getattr(diffusers, name), 
 """The available ones: diffusers puts an empty class where an optional dependency is missing."""
 
 
-def resolve(wanted: str | Mapping[str, Any] | None, base: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def resolve_scheduler(wanted: str | Mapping[str, Any] | None, base: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Class name of the scheduler that `make_scheduler` builds, and the settings that override the checkpoint's.
 
     ``make_scheduler({"name": class_name, **settings}, base)`` builds the same scheduler.
@@ -71,7 +71,7 @@ def make_scheduler(wanted: str | Mapping[str, Any] | None, base: Mapping[str, An
     Raises:
         SettingsError: for an unknown name or setting.
     """
-    class_name, settings = resolve(wanted, base)
+    class_name, settings = resolve_scheduler(wanted, base)
     scheduler_class = getattr(diffusers, class_name)
     allowed = set(scheduler_class._get_init_keys(scheduler_class))
     unknown = set(settings) - allowed

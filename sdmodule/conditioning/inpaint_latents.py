@@ -44,14 +44,14 @@ class InpaintLatents:
             return self.noise * scheduler.init_noise_sigma
         return scheduler.add_noise(self.known, self.noise, timesteps[:1])
 
-    def seen(self, latents: Tensor) -> Tensor:
+    def denoiser_input(self, latents: Tensor) -> Tensor:
         """Input of the UNet: the latents, with the mask and masked latents for an inpainting UNet."""
         if self.channels is None:
             return latents
         channels = self.channels.repeat(len(latents) // len(self.channels), 1, 1, 1)  # twice with guidance
         return torch.cat([latents, channels], dim=1)
 
-    def keep(self, latents: Tensor, upcoming: Tensor | None, scheduler: Any) -> Tensor:
+    def restore_known_region(self, latents: Tensor, upcoming: Tensor | None, scheduler: Any) -> Tensor:
         """Restore the known region at the noise level of the ``upcoming`` timestep; inpainting UNets do not need it."""
         if self.channels is not None or self.known is None:
             return latents

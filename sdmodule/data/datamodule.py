@@ -29,7 +29,7 @@ class ImageDataModule(TrainingData):
 
     Attributes:
         bare: the sources whose images have no masks; known after `setup`.
-        shown_set: the training images as validation would show them, to sample from where there is no validation set.
+        preview_set: the training images as validation would show them, to sample from where there is no validation set.
 
     Args:
         sources: the sources of the images.
@@ -97,7 +97,7 @@ class ImageDataModule(TrainingData):
         self.seed = seed
         self.train_set: ImageFolderDataset | None = None
         self.val_set: ImageFolderDataset | None = None
-        self.shown_set: ImageFolderDataset | None = None
+        self.preview_set: ImageFolderDataset | None = None
         self.bare: list[WeightedSource] = []
         self._groups: dict[Size, list[int]] | None = None
 
@@ -121,7 +121,7 @@ class ImageDataModule(TrainingData):
         )
         self._groups = self.train_set.groups()
         self.val_set = ImageFolderDataset(ConcatDataset(val), self.size, conditioning=self.conditioning)
-        self.shown_set = ImageFolderDataset(train, self.size, conditioning=self.conditioning)
+        self.preview_set = ImageFolderDataset(train, self.size, conditioning=self.conditioning)
         if self.conditioning == FILES:
             for images in (self.train_set, self.val_set):
                 _check_control_files(images)

@@ -107,9 +107,9 @@ class ImageFolderDataset(Dataset[CaptionedImage]):
         """The crop and flip of an image in this epoch."""
         rng = self._rng(index)
         x, y = (0.5, 0.5) if self.center_crop else (rng.random(), rng.random())
-        return View(x, y, mirrored=self.random_flip and rng.random() < 0.5)
+        return View(x, y, flipped=self.random_flip and rng.random() < 0.5)
 
-    def seen(self, index: int, view: View) -> dict[str, Tensor]:
+    def load(self, index: int, view: View) -> dict[str, Tensor]:
         """The tensors of an image in a view: ``image`` ``[3, H, W]`` in [-1, 1].
 
         An image with a mask has ``mask`` ``[1, H, W]`` too, and with ``conditioning`` set there is ``conditioning``
@@ -124,7 +124,7 @@ class ImageFolderDataset(Dataset[CaptionedImage]):
 
         def crop(whole: Image.Image, resampling: Image.Resampling) -> Image.Image:
             part = whole.resize(covering, resampling).crop((left, top, left + width, top + height))
-            return ImageOps.mirror(part) if view.mirrored else part
+            return ImageOps.mirror(part) if view.flipped else part
 
         cropped = crop(image, Image.Resampling.BICUBIC)
         example = {"image": image_to_tensor(cropped)}
@@ -141,4 +141,4 @@ class ImageFolderDataset(Dataset[CaptionedImage]):
 
     @override
     def __getitem__(self, index: int) -> CaptionedImage:
-        return cast(CaptionedImage, {**self.seen(index, self.view(index)), "caption": self.caption(index)})
+        return cast(CaptionedImage, {**self.load(index, self.view(index)), "caption": self.caption(index)})

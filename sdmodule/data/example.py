@@ -63,7 +63,7 @@ class View(NamedTuple):
 
     x: float = 0.5
     y: float = 0.5
-    mirrored: bool = False
+    flipped: bool = False
 
 
 class CaptionedImage(TypedDict):

@@ -26,7 +26,9 @@ def add_noise(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor, timesteps:
     return signal_rate * latents + noise_rate * noise
 
 
-def target(prediction_type: str, latents: Tensor, noise: Tensor, alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
+def prediction_target(
+    prediction_type: str, latents: Tensor, noise: Tensor, alphas_cumprod: Tensor, timesteps: Tensor
+) -> Tensor:
     """Target of the model's prediction, ``[B, C, h, w]``.
 
     ``epsilon`` is the noise (Ho et al. 2020, equation 14); ``v_prediction`` is the velocity (Salimans and Ho 2022,

@@ -65,11 +65,11 @@ class BatchConditions:
 
     def denoiser_input(self, latents: Tensor) -> Tensor:
         """What the denoiser is given: the latents, with the mask's channels if it takes them."""
-        return latents if self.inpaint is None else self.inpaint.seen(latents)
+        return latents if self.inpaint is None else self.inpaint.denoiser_input(latents)
 
     def restore_known_region(self, latents: Tensor, upcoming: Tensor | None) -> Tensor:
         """Latents with the unmasked area put back, as noisy as the ``upcoming`` timestep; see `InpaintLatents`."""
-        return latents if self.inpaint is None else self.inpaint.keep(latents, upcoming, self.scheduler)
+        return latents if self.inpaint is None else self.inpaint.restore_known_region(latents, upcoming, self.scheduler)
 
 
 def prepare_conditions(

@@ -14,10 +14,10 @@ from sdmodule.components.checkpoint import Components
 from sdmodule.conditioning.inpaint_crop import check_inpaint_settings
 from sdmodule.errors import build_settings
 from sdmodule.io.progress import denoising_bar
-from sdmodule.sampling.pipeline import sample_all
+from sdmodule.sampling.pipeline import sample_requests
 from sdmodule.sampling.requests import build_requests
 from sdmodule.sampling.settings import SamplingSettings
-from sdmodule.speed.apply import speed_applied
+from sdmodule.speed.apply import apply_speed
 from sdmodule.speed.speed_settings import SpeedSettings
 from sdmodule.tome.token_merging import choose_merging
 
@@ -139,8 +139,8 @@ def infer(
         control=control,
     )
     bar = denoising_bar(settings.steps_taken, show_progress)
-    with evaluating(parts), speed_applied(parts, settings.speed), bar as on_step:
-        samples = sample_all(parts, requests, settings, noise=latents, generator=generator, on_step=on_step)
+    with evaluating(parts), apply_speed(parts, settings.speed), bar as on_step:
+        samples = sample_requests(parts, requests, settings, noise=latents, generator=generator, on_step=on_step)
     return {
         "samples": samples.converted(return_type),
         "prompts": [request.prompt for request in requests],

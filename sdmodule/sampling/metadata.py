@@ -7,7 +7,7 @@ from typing import Any
 
 from sdmodule.components.checkpoint import Components
 from sdmodule.components.inpaint_unet import is_inpaint_unet
-from sdmodule.components.schedulers import make_scheduler, resolve
+from sdmodule.components.schedulers import make_scheduler, resolve_scheduler
 from sdmodule.sampling.schedule import image_size
 from sdmodule.sampling.settings import SamplingSettings
 
@@ -26,7 +26,7 @@ def guidance(parts: Components, settings: SamplingSettings) -> tuple[float, floa
 
 def describe(parts: Components, settings: SamplingSettings, inpainting: bool) -> dict[str, Any]:
     """The metadata that a batch's images share."""
-    scheduler, changed = resolve(settings.scheduler, parts.scheduler.config)
+    scheduler, changed = resolve_scheduler(settings.scheduler, parts.scheduler.config)
     scale, rescale = guidance(parts, settings)
     height, width = image_size(parts, settings)
     metadata = {

@@ -20,7 +20,7 @@ from sdmodule.sampling.result import Samples
 from sdmodule.sampling.schedule import latent_shape
 from sdmodule.sampling.settings import SamplingSettings
 from sdmodule.sampling.stopwatch import Stopwatch
-from sdmodule.speed.deep_cache import always_whole, caching
+from sdmodule.speed.deep_cache import deep_cache, run_all_layers
 from sdmodule.speed.text_kv_cache import text_kv_cache
 from sdmodule.tome.apply import apply_merging
 
@@ -82,10 +82,10 @@ def denoise_batch(
     merging = apply_merging(
         parts.unet, conditions.merging, conditions.merge_seeds, conditions.latent_size, len(conditions.steps)
     )
-    cached = caching(parts.unet, settings.speed.cache_layers) if settings.speed.cache_every > 1 else None
+    cached = deep_cache(parts.unet, settings.speed.cache_layers) if settings.speed.cache_every > 1 else None
     with (
         merging as start_merging,
-        cached or nullcontext(always_whole) as start_caching,
+        cached or nullcontext(run_all_layers) as start_caching,
         text_kv_cache(parts.unet, conditions.text),
     ):
         watch.mark()
@@ -101,7 +101,7 @@ def denoise_batch(
         )
 
 
-def sample_all(
+def sample_requests(
     parts: Components,
     requests: Sequence[SampleRequest],
     settings: SamplingSettings,

@@ -18,7 +18,7 @@ from sdmodule.speed.vae_slicing import vae_slicing
 
 
 @contextmanager
-def speed_applied(parts: Components, settings: SpeedSettings) -> Iterator[None]:
+def apply_speed(parts: Components, settings: SpeedSettings) -> Iterator[None]:
     """Apply speed settings to a model inside a ``with`` block, and restore the model afterwards.
 
     What differs from step to step (guidance interval, DeepCache) is applied by the sampling loop.
@@ -45,7 +45,7 @@ def speed_applied(parts: Components, settings: SpeedSettings) -> Iterator[None]:
 
 
 @contextmanager
-def training_speed_applied(parts: Components, device: str, precision: str) -> Iterator[None]:
+def apply_training_speed(parts: Components, device: str, precision: str) -> Iterator[None]:
     """Make a model train faster inside a ``with`` block: on a CPU, keep freed memory, and plain attention in bfloat16.
 
     Args:

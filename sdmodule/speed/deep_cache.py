@@ -168,12 +168,12 @@ def _ascend(layers: list[Layer], hidden: Tensor, skips: list[Tensor], context: C
     return hidden
 
 
-def always_whole(fresh: bool) -> None:
+def run_all_layers(fresh: bool) -> None:
     """The start-step function without DeepCache: the whole UNet runs at every step."""
 
 
 @contextmanager
-def caching(unet: Any, layers: int) -> Iterator[Callable[[bool], None]]:
+def deep_cache(unet: Any, layers: int) -> Iterator[Callable[[bool], None]]:
     """Let a UNet skip its deep layers inside a ``with`` block.
 
     Args:

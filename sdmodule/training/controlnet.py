@@ -10,7 +10,7 @@ import torch
 from lightning import Trainer
 
 from sdmodule.components.checkpoint import Components
-from sdmodule.components.controlnet import from_unet
+from sdmodule.components.controlnet import controlnet_from_unet
 from sdmodule.components.save import save_model
 
 
@@ -35,7 +35,7 @@ class ControlNetTuning:
         parts.text_encoder.eval().requires_grad_(False)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            parts.controlnet = from_unet(parts).requires_grad_(True)
+            parts.controlnet = controlnet_from_unet(parts).requires_grad_(True)
 
     def export(self, parts: Components, folder: str | Path, dtype: str) -> None:
         """Write a folder that ``ControlNetModel.from_pretrained`` loads."""

@@ -14,7 +14,7 @@ from sdmodule.components.checkpoint import Components
 from sdmodule.conditioning.control import ControlGuide
 from sdmodule.conditioning.inpaint import inpaint_channels, mask_out
 from sdmodule.conditioning.random_masks import draw_masks
-from sdmodule.diffusion.noising import add_noise, per_example_loss, prior_preservation_loss, target
+from sdmodule.diffusion.noising import add_noise, per_example_loss, prediction_target, prior_preservation_loss
 from sdmodule.errors import SettingsError
 from sdmodule.training.inpaint import InpaintTraining
 from sdmodule.training.objective import SQUARED_ERROR, Noise, Objective
@@ -118,7 +118,7 @@ def denoising_errors(
         noisy = torch.cat([noisy, conditions.mask_channels], dim=1)
     residuals = {} if conditions.control is None else conditions.control.residuals(noisy, timesteps, embeddings)
     predicted = parts.unet(noisy, timesteps, encoder_hidden_states=embeddings, **residuals).sample
-    wanted = target(prediction_type, latents, noise.predicted, alphas_cumprod, timesteps)
+    wanted = prediction_target(prediction_type, latents, noise.predicted, alphas_cumprod, timesteps)
     return objective.errors(predicted, wanted, prediction_type, alphas_cumprod, timesteps)
 
 

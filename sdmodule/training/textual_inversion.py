@@ -11,7 +11,7 @@ from lightning import Trainer
 from safetensors.torch import save_file
 
 from sdmodule.components.checkpoint import Components
-from sdmodule.components.learned_words import EMBEDDING_FILE, add_word, vectors_of
+from sdmodule.components.learned_words import EMBEDDING_FILE, add_word, initial_vectors
 from sdmodule.errors import SettingsError, check_int
 
 
@@ -59,7 +59,7 @@ class TextualInversion:
         """
         parts.unet.requires_grad_(False)
         parts.text_encoder.eval().requires_grad_(False)
-        vectors = vectors_of(self.initializer, self.vectors, parts.tokenizer, parts.text_encoder)
+        vectors = initial_vectors(self.initializer, self.vectors, parts.tokenizer, parts.text_encoder)
         add_word(self.placeholder, vectors, parts.tokenizer, parts.text_encoder).learned.requires_grad_(True)
 
     def export(self, parts: Components, folder: str | Path, dtype: str) -> None:

@@ -48,7 +48,8 @@ def test_the_files_are_small():
 def test_a_training_is_resumed_and_ends_where_0_1_0_ended(call, folder):
     status, _, errors = call(train_main, *TRAIN, "output_dir=training", "ckpt_path=last", "trainer.max_steps=6")
     assert (status, errors) == (0, "")
-    assert torch.load(CHECKPOINT, weights_only=True)["global_step"] == 6
+    checkpoints = [torch.load(file, weights_only=True) for file in CHECKPOINT.parent.glob("*.ckpt")]
+    assert max(checkpoint["global_step"] for checkpoint in checkpoints) == 6
     before = load_file(FOLDER / "training" / "export" / ADAPTER)
     ours, theirs = load_file(folder / "training" / "export" / ADAPTER), load_file(FOLDER / "six_steps.safetensors")
     assert ours.keys() == theirs.keys() == before.keys()

@@ -13,7 +13,7 @@ from PIL import Image
 
 from sdmodule.cli.main import predict_main
 from sdmodule.components.checkpoint import load_components
-from sdmodule.components.controlnet import from_unet
+from sdmodule.components.controlnet import controlnet_from_unet
 from sdmodule.components.save import save_model
 from sdmodule.conditioning.canny import canny_edges
 from sdmodule.data.toy.scenes import render, sample_scene
@@ -28,7 +28,7 @@ def controlnet(checkpoint, tmp_path_factory) -> Path:
     """Folder of a ControlNet with random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = from_unet(load_components(str(checkpoint)))
+        network = controlnet_from_unet(load_components(str(checkpoint)))
         for weight in network.parameters():
             weight.data += 0.02 * torch.randn_like(weight)
     folder = tmp_path_factory.mktemp("controlnet")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sdmodule.diffusion.loss_weighting import WEIGHTINGS, loss_weights, signal_to_noise
-from sdmodule.diffusion.noising import PREDICTION_TYPES, add_noise, signal_and_noise_rates, target
+from sdmodule.diffusion.noising import PREDICTION_TYPES, add_noise, prediction_target, signal_and_noise_rates
 from sdmodule.errors import SettingsError
 
 SCHEDULE = torch.tensor([0.9, 0.5, 0.1])  # signal-to-noise ratios 9, 1 and 1/9
@@ -47,8 +47,8 @@ def test_a_wrong_image_has_the_same_loss_whatever_is_predicted(weighting):
     implied = (noisy - signal * mistaken) / noise_rate  # the noise that this image would imply
     costs = []
     for kind in PREDICTION_TYPES:
-        wanted = target(kind, latents, noise, SCHEDULE, STEPS)
-        predicted = target(kind, mistaken, implied, SCHEDULE, STEPS)
+        wanted = prediction_target(kind, latents, noise, SCHEDULE, STEPS)
+        predicted = prediction_target(kind, mistaken, implied, SCHEDULE, STEPS)
         costs.append((predicted - wanted).square().mean(dim=(1, 2, 3)) * loss_weights(weighting, kind, SCHEDULE, STEPS))
     torch.testing.assert_close(costs[0], costs[1])
     torch.testing.assert_close(costs[0], costs[2])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from sdmodule.diffusion.noising import PREDICTION_TYPES, add_noise, draw_timesteps, per_example_loss, target
+from sdmodule.diffusion.noising import PREDICTION_TYPES, add_noise, draw_timesteps, per_example_loss, prediction_target
 from sdmodule.errors import SettingsError
 
 SCHEDULE = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -26,18 +26,18 @@ def test_noise_is_added_as_in_diffusers(latents_and_noise):
 
 def test_epsilon_is_the_noise(latents_and_noise):
     latents, noise = latents_and_noise
-    assert torch.equal(target("epsilon", latents, noise, SCHEDULE.alphas_cumprod, TIMESTEPS), noise)
+    assert torch.equal(prediction_target("epsilon", latents, noise, SCHEDULE.alphas_cumprod, TIMESTEPS), noise)
 
 
 def test_velocity_equals_that_of_diffusers(latents_and_noise):
     latents, noise = latents_and_noise
-    velocity = target("v_prediction", latents, noise, SCHEDULE.alphas_cumprod, TIMESTEPS)
+    velocity = prediction_target("v_prediction", latents, noise, SCHEDULE.alphas_cumprod, TIMESTEPS)
     torch.testing.assert_close(velocity, SCHEDULE.get_velocity(latents, noise, TIMESTEPS))
 
 
 def test_sample_is_the_latents(latents_and_noise):
     latents, noise = latents_and_noise
-    assert torch.equal(target("sample", latents, noise, SCHEDULE.alphas_cumprod, TIMESTEPS), latents)
+    assert torch.equal(prediction_target("sample", latents, noise, SCHEDULE.alphas_cumprod, TIMESTEPS), latents)
 
 
 def test_at_zero_terminal_snr_the_input_is_noise_and_the_target_the_negated_latents(latents_and_noise):
@@ -45,12 +45,14 @@ def test_at_zero_terminal_snr_the_input_is_noise_and_the_target_the_negated_late
     zero_snr = DDPMScheduler(beta_schedule="scaled_linear", rescale_betas_zero_snr=True).alphas_cumprod
     last = torch.full((4,), 999)
     torch.testing.assert_close(add_noise(latents, noise, zero_snr, last), noise, rtol=0, atol=1e-3)
-    torch.testing.assert_close(target("v_prediction", latents, noise, zero_snr, last), -latents, rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        prediction_target("v_prediction", latents, noise, zero_snr, last), -latents, rtol=0, atol=1e-3
+    )
 
 
 def test_an_unknown_prediction_type_is_refused(latents_and_noise):
     with pytest.raises(SettingsError, match="prediction_type=flow: unknown") as error:
-        target("flow", *latents_and_noise, SCHEDULE.alphas_cumprod, TIMESTEPS)
+        prediction_target("flow", *latents_and_noise, SCHEDULE.alphas_cumprod, TIMESTEPS)
     assert all(name in str(error.value) for name in PREDICTION_TYPES)
 
 

@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sdmodule.errors import SettingsError
-from sdmodule.speed.deep_cache import caching
+from sdmodule.speed.deep_cache import deep_cache
 from sdmodule.tome.apply import apply_merging
 from sdmodule.tome.token_merging import TokenMerging
 from tests.tome.conftest import small_unet
@@ -36,7 +36,7 @@ def test_a_whole_run_equals_the_plain_unet_to_the_bit(settings, side):
     unet, given = small_unet(**settings), inputs(side=side)
     with torch.no_grad():
         plain = unet(*given).sample
-        with caching(unet, 1):
+        with deep_cache(unet, 1):
             assert torch.equal(unet(*given).sample, plain)
         assert type(unet) is UNet2DConditionModel and not hasattr(unet, "deep")
         assert torch.equal(unet(*given).sample, plain)
@@ -51,7 +51,7 @@ def test_it_takes_controlnet_residuals():
     more = {"down_block_additional_residuals": residuals, "mid_block_additional_residual": middle}
     with torch.no_grad():
         wanted = unet(*given, **more).sample
-        with caching(unet, 1) as start_step:
+        with deep_cache(unet, 1) as start_step:
             assert torch.equal(unet(*given, **more).sample, wanted)
             start_step(False)
             assert torch.equal(unet(*given, **more).sample, wanted)
@@ -62,7 +62,7 @@ def test_deep_features_of_the_last_whole_run_are_used(layers):
     """The same latents give the same result; for others the outer layers do most of the work."""
     unet, (latents, timestep, text) = small_unet(), inputs()
     other = latents + 0.05 * torch.randn(latents.shape, generator=torch.Generator().manual_seed(2))
-    with torch.no_grad(), caching(unet, layers) as start_step:
+    with torch.no_grad(), deep_cache(unet, layers) as start_step:
         whole = unet(latents, timestep, text).sample
         wanted = unet(other, timestep, text).sample
         start_step(True)
@@ -83,14 +83,14 @@ def test_a_cached_step_takes_less_than_a_third_of_the_operations():
             unet(*given)
         return counter.get_total_flops()
 
-    with torch.no_grad(), caching(unet, 1) as start_step:
+    with torch.no_grad(), deep_cache(unet, 1) as start_step:
         whole, outer = operations(True), operations(False)
     assert outer < whole / 3
 
 
 def test_after_guidance_ends_the_prompts_half_is_used():
     unet, (latents, timestep, text) = small_unet(), inputs(rows=4)
-    with torch.no_grad(), caching(unet, 1) as start_step:
+    with torch.no_grad(), deep_cache(unet, 1) as start_step:
         whole = unet(latents, timestep, text).sample
         start_step(False)
         half = unet(latents[2:], timestep, text[2:]).sample
@@ -99,7 +99,7 @@ def test_after_guidance_ends_the_prompts_half_is_used():
 
 def test_the_unet_is_restored_after_an_error():
     unet = small_unet()
-    with pytest.raises(RuntimeError), torch.no_grad(), caching(unet, 1):
+    with pytest.raises(RuntimeError), torch.no_grad(), deep_cache(unet, 1):
         unet(torch.zeros(1, 3, 16, 16), torch.tensor(1), torch.zeros(1, 77, 32))
     assert type(unet) is UNet2DConditionModel and not hasattr(unet, "deep")
 
@@ -109,7 +109,7 @@ def test_it_works_with_token_merging():
     with torch.no_grad():
         with apply_merging(unet, TokenMerging(), steps=2):
             merged = unet(latents, timestep, text).sample
-        with apply_merging(unet, TokenMerging(), steps=2), caching(unet, 1) as start_step:
+        with apply_merging(unet, TokenMerging(), steps=2), deep_cache(unet, 1) as start_step:
             assert torch.equal(unet(latents, timestep, text).sample, merged)
             start_step(False)
             assert torch.equal(unet(latents, timestep, text).sample, merged)
@@ -127,6 +127,6 @@ def test_it_works_with_token_merging():
     ],
 )
 def test_an_error_names_the_layers_that_cannot_be_skipped(changes, layers, words):
-    with pytest.raises(SettingsError) as error, caching(small_unet(**changes), layers):
+    with pytest.raises(SettingsError) as error, deep_cache(small_unet(**changes), layers):
         pass
     assert all(word in str(error.value) for word in words), error.value

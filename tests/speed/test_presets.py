@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from sdmodule.module import StableDiffusionModule
-from sdmodule.speed.apply import speed_applied
+from sdmodule.speed.apply import apply_speed
 from sdmodule.speed.cpu.layers import FastestConv2d
 from sdmodule.speed.cpu.prepacked import supports_prepacking
 from sdmodule.speed.speed_settings import SpeedSettings
@@ -62,11 +62,11 @@ def test_the_vae_has_the_fastest_convolutions_in_float32_only(sd):
     def swapped():
         return [layer for layer in parts.vae.modules() if isinstance(layer, FastestConv2d)]
 
-    with speed_applied(parts, settings):
+    with apply_speed(parts, settings):
         assert swapped()
     assert not swapped()
     parts.vae.bfloat16()
-    with speed_applied(parts, settings):
+    with apply_speed(parts, settings):
         assert not swapped()
 
 

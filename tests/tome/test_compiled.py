@@ -50,6 +50,7 @@ def test_compiled_blocks_match_eager_ones(unet, inputs, settings):
         assert torch.allclose(unet(*inputs).sample, eager, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_blocks_compiled_before_merging_are_merged_and_restored(unet, inputs):
     with torch.no_grad():
         plain = unet(*inputs).sample

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sdmodule.diffusion.loss_weighting import WEIGHTINGS
-from sdmodule.diffusion.noising import PREDICTION_TYPES, pseudo_huber, target
+from sdmodule.diffusion.noising import PREDICTION_TYPES, prediction_target, pseudo_huber
 from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
 from sdmodule.training.loss import Conditions, denoising_errors, spatial_loss_weights
@@ -90,7 +90,7 @@ def test_every_combination_matches_its_closed_form(settings):
     latents, noise, steps = torch.full((3, 4, 2, 2), 2.0), torch.ones(3, 4, 2, 2), torch.arange(3)
     objective = Objective(**settings)
     errors = objective.errors(
-        torch.zeros_like(latents), target(kind, latents, noise, schedule, steps), kind, schedule, steps
+        torch.zeros_like(latents), prediction_target(kind, latents, noise, schedule, steps), kind, schedule, steps
     )
     torch.testing.assert_close(errors, torch.tensor(expected).view(3, 1, 1, 1).expand(3, 1, 2, 2))
 

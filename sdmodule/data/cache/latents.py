@@ -52,7 +52,7 @@ class ImageDataset(Protocol):
         """The view of an image in this epoch."""
         ...
 
-    def seen(self, index: int, view: View) -> dict[str, Tensor]:
+    def load(self, index: int, view: View) -> dict[str, Tensor]:
         """The tensors of an image in a view; ``image`` is ``[3, H, W]`` in [-1, 1]."""
         ...
 
@@ -73,7 +73,7 @@ class CaptionedMoments(TypedDict, total=False):
 
 def moments_keys(content: str, size: tuple[int, int], random_flip: bool) -> list[str]:
     """The store's keys of an image's moments: as it is and, with ``random_flip``, flipped."""
-    return [fingerprint(content, size, FORM, mirrored) for mirrored in ([False, True] if random_flip else [False])]
+    return [fingerprint(content, size, FORM, flipped) for flipped in ([False, True] if random_flip else [False])]
 
 
 class CachedMomentsDataset(Dataset[CaptionedMoments]):
@@ -105,8 +105,8 @@ class CachedMomentsDataset(Dataset[CaptionedMoments]):
     @override
     def __getitem__(self, index: int) -> CaptionedMoments:
         view = self.images.view(index)
-        example = self.images.seen(index, view) if self.with_images else {}
-        moments = self.store[self.keys[index][view.mirrored]]
+        example = self.images.load(index, view) if self.with_images else {}
+        moments = self.store[self.keys[index][view.flipped]]
         return cast(CaptionedMoments, {**example, "moments": moments, "caption": self.images.caption(index)})
 
 

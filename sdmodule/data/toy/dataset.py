@@ -65,14 +65,14 @@ class ShapesDataset(Dataset[CaptionedImage]):
         _, scene = self._scene(index)
         return caption(scene) if scene else ""
 
-    def seen(self, index: int, view: View) -> dict[str, Tensor]:
+    def load(self, index: int, view: View) -> dict[str, Tensor]:
         """An image, ``image`` ``[3, H, W]`` in [-1, 1]."""
         rng, scene = self._scene(index)
         return {"image": image_to_tensor(render(scene, self.size) if scene else render_collage(rng, self.size))}
 
     @override
     def __getitem__(self, index: int) -> CaptionedImage:
-        return cast(CaptionedImage, {**self.seen(index, self.view(index)), "caption": self.caption(index)})
+        return cast(CaptionedImage, {**self.load(index, self.view(index)), "caption": self.caption(index)})
 
 
 class ShapesDataModule(TrainingData):

@@ -169,6 +169,7 @@ def test_without_a_compiler_the_other_kernels_remain(empty_cache, monkeypatch, c
     assert not list(empty_cache.rglob("*.so"))
 
 
+@pytest.mark.slow
 @needs_native
 @pytest.mark.parametrize("left", [0, 100, 9000, 20000])
 def test_a_damaged_library_is_compiled_again(empty_cache, left):
@@ -211,6 +212,7 @@ print(len(list(autotune_cache_dir().glob("*.so"))))
 """
 
 
+@pytest.mark.slow
 @needs_native
 def test_it_is_compiled_once_for_all_processes(tmp_path):
     first = run_program(tmp_path)
