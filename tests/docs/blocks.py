@@ -28,6 +28,7 @@ SHORT_TRAINING = (
     "trainer.max_steps=2",
     "trainer.val_check_interval=2",
     "trainer.accumulate_grad_batches=1",
+    "validate_first=false",
     "++steps=2",
 )
 SHORT_SAMPLING = ("steps=2",)
