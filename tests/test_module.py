@@ -127,6 +127,7 @@ def test_training_depends_on_its_seed_alone(build):
     assert equal(results[0], results[1]) and not equal(results[0], results[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [3, 4], ids=["at the end of an epoch", "within an epoch"])
 def test_a_resumed_training_equals_an_uninterrupted_one(build, tmp_path, stop):
     uninterrupted, resumed = build(tuning=WITH_TEXT_ENCODER), build(tuning=WITH_TEXT_ENCODER)
@@ -136,6 +137,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(build, tmp_path, stop):
     assert equal(weights(resumed), weights(uninterrupted))
 
 
+@pytest.mark.slow
 def test_validation_ema_and_samples_do_not_change_training(build, tmp_path):
     without, with_validation = build(), build()
     train(without, 4)
@@ -194,6 +196,7 @@ def test_the_module_loads_from_its_checkpoint(saved):
     np.testing.assert_allclose(again.infer(**settings)["samples"], module.infer(**settings)["samples"], atol=1 / 255)
 
 
+@pytest.mark.slow
 def test_resuming_on_a_copy_of_the_base_model_works(saved, checkpoint, tmp_path):
     _, file = saved
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
@@ -203,6 +206,7 @@ def test_resuming_on_a_copy_of_the_base_model_works(saved, checkpoint, tmp_path)
     assert equal(weights(resumed), weights(uninterrupted))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
 def test_resuming_on_a_base_model_with_other_weights_is_refused(saved, checkpoint, tmp_path, part):
     _, file = saved

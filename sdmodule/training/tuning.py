@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING
+from dataclasses import MISSING, fields
 from typing import Any
 
 from sdmodule.errors import SettingsError, check_choice, choices
@@ -29,7 +29,7 @@ def choose_tuning(settings: Mapping[str, Any] | None) -> Tuning:
     own = dict(settings or {})
     kind = own.pop("kind", FullTuning.kind)
     check_choice("tuning", kind, KINDS)
-    known = KINDS[kind].__dataclass_fields__
+    known = {field.name: field for field in fields(KINDS[kind])}
     if unknown := own.keys() - known.keys():
         raise SettingsError(f"tuning.{choices(unknown)}: unknown; tuning={kind} has {choices(known)}.")
     missing = [name for name, field in known.items() if field.default is MISSING and name not in own]

@@ -18,6 +18,8 @@ from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
 from tests.fitting import fit
 
+pytestmark = pytest.mark.slow  # each test trains several times
+
 
 class Recorder(Callback):
     """Records the weights after each step, and those that validation sees."""

@@ -14,6 +14,8 @@ from sdmodule.data.toy.dataset import ShapesDataModule
 from sdmodule.module import StableDiffusionModule
 from tests.fitting import fit
 
+pytestmark = pytest.mark.slow  # each test trains several times
+
 LORA = {"kind": "lora", "rank": 2}
 WORD = {"kind": "textual_inversion", "placeholder": "<x>", "initializer": "star"}
 

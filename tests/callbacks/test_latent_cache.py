@@ -30,6 +30,8 @@ from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
 from sdmodule.training.loss import encode_moments
 
+pytestmark = pytest.mark.slow  # each test trains several times
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:

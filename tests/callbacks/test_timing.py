@@ -41,6 +41,7 @@ def test_the_first_batch_counts_as_warmup(checkpoint, tmp_path):
     assert timings["step_seconds"]["median"] < timings["seconds"]["denoise"] < timings["seconds_total"]
 
 
+@pytest.mark.slow
 def test_flops_grow_linearly_with_the_steps(checkpoint, tmp_path):
     flops = [predict(checkpoint, tmp_path / str(n), n, peak_flops=1e12)["flops_per_image"] for n in (1, 2, 3)]
     assert flops[2] - flops[1] == flops[1] - flops[0] > 0
@@ -48,6 +49,7 @@ def test_flops_grow_linearly_with_the_steps(checkpoint, tmp_path):
     assert more["flops_per_image"] == flops[0] and more["mfu"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [2, 6])
 def test_trainings_shorter_and_longer_than_the_warmup_are_timed(checkpoint, tmp_path, steps):
     module = StableDiffusionModule(str(checkpoint))

@@ -149,6 +149,7 @@ def test_metrics_survive_a_kill_while_a_column_is_added(tmp_path, monkeypatch):
 SECRET = "hf_THISISSECRET"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["predict", "sweep", "train"])
 def test_no_file_of_a_run_holds_a_key_or_the_home_folder(call, checkpoint, photos, tmp_path, monkeypatch, name):
     home = tmp_path / "home" / "ann"

@@ -40,6 +40,7 @@ def terminal():
         os.close(theirs)
 
 
+@pytest.mark.slow
 def test_predict_shows_one_bar_of_images_with_the_step(checkpoint, tmp_path):
     settings = ["prompt=[a,b,c]", "batch_size=2", "steps=60", f"pretrained={checkpoint}", f"output_dir={tmp_path}/out"]
     with terminal() as (path, read):

@@ -203,6 +203,7 @@ RUN = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", RUN)
 def test_a_command_line_runs(request, call, checkpoint, photos, tmp_path, monkeypatch, line):
     """On a small model and in few steps, which are set behind what the line sets."""

@@ -223,14 +223,14 @@ def test_a_wrong_adapter_setting_is_refused(checkpoint, tmp_path, monkeypatch, a
 @pytest.mark.parametrize(
     ("tuning", "message"),
     [
-        ({"kind": "magic"}, "give one of controlnet, full"),
+        ({"kind": "magic"}, "choose one of controlnet, full"),
         ({"kind": "lora", "rank": 0}, "rank=0"),
-        ({"kind": "lora", "method": "lorra"}, "give one of dora"),
+        ({"kind": "lora", "method": "lorra"}, "choose one of dora"),
         ({"kind": "lora", "alpha": -1}, "alpha=-1"),
         ({"kind": "lora", "dropout": 1}, "dropout=1"),
-        ({"kind": "lora", "target_modules": ["to_x"]}, "names to_x"),
+        ({"kind": "lora", "target_modules": ["to_x"]}, "target_modules=to_x: no layer"),
         ({"kind": "lora", "target_modules": ["norm1"]}, "target_modules"),
-        ({"kind": "lora", "placeholder": "x"}, "its settings are"),
+        ({"kind": "lora", "placeholder": "x"}, "tuning=lora has alpha"),
         ({"kind": "full", "text_encoder_lr": 1e-6}, "tuning.text_encoder=true"),
         ({"kind": "full", "text_encoder": True, "text_encoder_stop": 0}, "text_encoder_stop=0"),
     ],

@@ -93,7 +93,7 @@ def test_the_command_follows_a_photo_and_reproduces_the_image_from_its_metadata(
     [
         (["control=photo.png"], "add controlnet=FOLDER"),
         (["controlnet=net"], "add control=IMAGE.png"),
-        (["control_edges=true"], "add control=PHOTO"),
+        (["control_edges=true"], "give control=PHOTO"),
         (["controlnet=nowhere", "control=photo.png"], "controlnet=nowhere: not found"),
         (["controlnet=net", "control=nowhere.png"], "control=nowhere.png: not found"),
         (["controlnet=net", "control=[photo.png,photo.png]"], "2 images for 1 prompts"),

@@ -75,6 +75,7 @@ def test_a_unet_matches_tomesd_at_every_step(unet, inputs, switches, size, strid
                 assert torch.allclose(unet(latents, 500, text).sample, wanted[step], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_block_of_stable_diffusion_matches_tomesd():
     """320 channels, 8 heads, text of 77 tokens of 768 channels; 64 x 64 tokens."""
     with torch.random.fork_rng(devices=[]):

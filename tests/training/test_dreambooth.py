@@ -17,6 +17,7 @@ from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
 
 
+@pytest.mark.slow
 def test_missing_class_images_are_sampled_before_training(checkpoint, tmp_path, train_export):
     settings = ["experiment=dreambooth", "data.class_images=3", f"data.made_in={tmp_path / 'prior'}"]
     settings += [f"cache.folder={tmp_path / 'cache'}"]

@@ -55,6 +55,7 @@ def test_bad_words_are_named_in_the_error(checkpoint, settings, message):
         StableDiffusionModule(str(checkpoint), tuning={"kind": "textual_inversion", **settings})
 
 
+@pytest.mark.slow
 def test_a_word_missing_from_all_captions_is_refused_and_from_some_reported(checkpoint, photos, tmp_path, call):
     out, batch = tmp_path / "out", ["callbacks=[]", "data.val_fraction=0", "trainer.max_steps=1", "resolution=32"]
     command = [f"pretrained={checkpoint}", f"data.root={photos}", f"output_dir={out}", "tuning=textual_inversion"]
