@@ -111,7 +111,7 @@ class Measured:
             self.warmup = time.perf_counter() - start
         self.runs.append(run)
         if len(self.runs) > 1:
-            first = 0 if whole else 1  # the first step starts cold
+            first = 0 if steps == contender.steps else 1  # the first step starts cold
             for kind, seconds in list(zip(contender.plan(steps), run.steps, strict=True))[first:]:
                 self.steps.setdefault(kind, []).append(seconds)
 

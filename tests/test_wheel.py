@@ -68,7 +68,7 @@ def test_the_commands_run_from_another_folder(installed, checkpoint, tmp_path):
     place = run(installed / "python", "-c", "import sdmodule; print(sdmodule.__file__)", cwd=tmp_path).strip()
     assert Path(place).is_relative_to(installed.parent)
     assert "prompt: null" in run(installed / "sdmodule-predict", "--cfg", "job", cwd=tmp_path)
-    assert "image_folder" in run(installed / "sdmodule-train", "--cfg", "job", "data.root=x", cwd=tmp_path)
+    assert "ImageFolderDataModule" in run(installed / "sdmodule-train", "--cfg", "job", "data.root=x", cwd=tmp_path)
     run(installed / "sdmodule-predict", "prompt=a red circle", f"pretrained={checkpoint}", "steps=2", cwd=tmp_path)
     [records] = tmp_path.glob("outputs/predict/*/*/predictions.jsonl")
     assert json.loads(records.read_text())["prompt"] == "a red circle"

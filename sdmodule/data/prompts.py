@@ -80,6 +80,8 @@ class PromptDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         check_int("batch_size", batch_size)
+        if batch_row is not None:
+            check_int("data.batch_row", batch_row, minimum=0)
         check_control(control is not None, controlnet is not None)
         self.requests = build_requests(
             prompt,

@@ -46,6 +46,7 @@ WRONG_PREDICT = {
     "adapters as a text": (["adapters=my_lora"], ["adapters=my_lora", "[{path: my_lora}]"]),
     "guidance in words": (["guidance_scale=abc"], ["guidance_scale=abc", "number"]),
     "batch in words": (["batch_size=abc"], ["batch_size=abc", "whole number"]),
+    "batch row in words": (["data.batch_row=abc"], ["data.batch_row=abc", "whole number"]),
     "scheduler": (["sampler.scheduler=foo"], ["foo", *SHORT_NAMES]),
     "sampler": (["sampler=foo"], ["sampler/foo", "ddim", "euler"]),
     "unknown key": (["stepz=3"], ["stepz", "did you mean steps"]),
