@@ -48,6 +48,9 @@ def config_store_uncopied() -> Iterator[None]:
 
 def filter_library_messages() -> None:
     """Keep messages of libraries that nobody can act on out of the terminal."""
+    for name in ("huggingface_hub", "hydra", "matplotlib"):  # matplotlib talks while torchmetrics imports it
+        logging.getLogger(name).setLevel(logging.ERROR)
+
     import diffusers
     import transformers
     from lightning.fabric.utilities.warnings import PossibleUserWarning
@@ -57,8 +60,6 @@ def filter_library_messages() -> None:
     if not sys.stderr.isatty():
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
-    for name in ("huggingface_hub", "hydra"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     # lightning and pytorch_lightning share one logger, under the name of whichever was imported last
     for package in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):
         for module in ("utilities.rank_zero", "utilities.distributed", "trainer.connectors.signal_connector"):
