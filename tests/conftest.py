@@ -17,6 +17,18 @@ os.environ.update(OFFLINE)  # huggingface_hub reads it when it is imported
 # torch and what needs it are imported in the fixtures: the process that hands out the tests has no use for them
 
 
+MARKED_FOLDERS = {"benchmarks": "slow", "faults": "faults", "speed/cpu": "slow"}
+"""Markers of all tests in a folder."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of some folders."""
+    for item in items:
+        folder = item.path.parent.relative_to(Path(__file__).parent).as_posix()
+        if folder in MARKED_FOLDERS:
+            item.add_marker(MARKED_FOLDERS[folder])
+
+
 def pytest_collection_finish() -> None:
     """Exempt all that is imported from garbage collection, which would look through it again and again."""
     gc.collect()

@@ -14,6 +14,8 @@ from sdmodule.io.html_report import Job
 from sdmodule.io.run_folder import RECORDS, write_records
 from tests.chromium import PROGRAM, Page
 
+pytestmark = pytest.mark.slow  # runs a sweep and a browser
+
 EVIL = "a <b>star</b> </script><script>document.title='broken'</script> <!-- \"'&amp; \u2028"
 
 

@@ -15,6 +15,8 @@ from sdmodule.cli.main import predict_main, train_main
 from tests.cli.test_commands import records, told
 from tests.wandb_file import read_run
 
+pytestmark = pytest.mark.slow  # each test runs a command with its loggers
+
 COLUMNS = ["prompt", "negative_prompt", "seed", "steps", "guidance_scale", "scheduler", "model", "tome_ratio"]
 COLUMNS += ["tome_engine", "seconds", "image"]
 
@@ -149,7 +151,6 @@ def test_metrics_survive_a_kill_while_a_column_is_added(tmp_path, monkeypatch):
 SECRET = "hf_THISISSECRET"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["predict", "sweep", "train"])
 def test_no_file_of_a_run_holds_a_key_or_the_home_folder(call, checkpoint, photos, tmp_path, monkeypatch, name):
     home = tmp_path / "home" / "ann"

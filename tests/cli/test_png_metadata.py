@@ -15,6 +15,8 @@ from benchmarks.forked import Command, run
 from sdmodule.cli.main import predict_main
 from tests.cli.test_commands import records, told
 
+pytestmark = pytest.mark.slow  # most tests sample twice
+
 ROOT = Path(__file__).parents[2]
 PROMPTS = json.dumps(["a red circle on a blue background", "a small green star", "a (blue:1.2) heart, " * 30])
 
@@ -31,7 +33,6 @@ def same_images(ours, others):
     return ours.keys() == others.keys() and all(np.array_equal(ours[name], others[name]) for name in ours)
 
 
-@pytest.mark.slow
 def test_a_run_killed_five_times_resumes_to_the_images_of_an_uninterrupted_run(call, checkpoint, tmp_path):
     common = [f"prompt={PROMPTS}", "num_images_per_prompt=16", "batch_size=3", "steps=2", f"pretrained={checkpoint}"]
     assert call(predict_main, *common, f"output_dir={tmp_path / 'straight'}")[0] == 0
@@ -93,7 +94,6 @@ def test_a_run_with_other_settings_is_not_resumed(call, checkpoint, finished_run
     assert (out / "config.yaml").read_text() == before
 
 
-@pytest.mark.slow
 def test_two_processes_write_the_same_folder_as_one(monkeypatch, checkpoint, tmp_path):
     common = [f"prompt={PROMPTS}", "num_images_per_prompt=3", "batch_size=2", "steps=2", f"pretrained={checkpoint}"]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # sums are rounded alike on as many threads
@@ -121,7 +121,6 @@ KINDS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_image_is_made_again_to_the_pixel(call, checkpoint, tmp_path, kind):
     photo = tmp_path / "my photo, 1.png"
@@ -170,7 +169,6 @@ def test_a_preset_beside_an_image_is_applied_completely(call, image, tmp_path):
     assert record["tome"]["ratio"] == 0.5 and record["speed"]["channels_last"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("of", ["exact", "rounding"])
 @pytest.mark.parametrize(("preset", "kept"), [("exact", True), ("rounding", True), ("fast", False)])
 def test_a_preset_replaces_only_the_settings_of_an_image_that_it_sets(call, checkpoint, tmp_path, of, preset, kept):

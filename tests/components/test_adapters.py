@@ -16,6 +16,8 @@ from sdmodule.components.lora_layers import METHODS, extract_adapter
 from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
 
+pytestmark = pytest.mark.slow  # most tests train an adapter first
+
 PROMPT = "a red circle on a blue background"
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "conv1"]  # linear layers and convolutions
 DIFFUSERS, KOHYA = "pytorch_lora_weights.safetensors", "kohya.safetensors"

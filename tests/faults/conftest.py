@@ -1,4 +1,4 @@
-"""Tests of crashes, full disks and bad files; all of them carry the marker ``faults``."""
+"""Images for the tests of crashes, full disks and bad files."""
 
 from __future__ import annotations
 
@@ -10,12 +10,6 @@ import pytest
 from sdmodule.data.toy.scenes import caption, render, sample_scene
 
 SHAPES = [(40, 40), (64, 32), (32, 64)]
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.faults)
 
 
 def write_scenes(folder: Path, count: int) -> Path:

@@ -27,6 +27,8 @@ from sdmodule.training.loss import Conditions, denoising_errors, mask_channels
 from sdmodule.training.objective import Noise
 from tests.fitting import fit
 
+pytestmark = pytest.mark.slow  # most tests train
+
 PROMPT = "a blue star on a white background"
 
 

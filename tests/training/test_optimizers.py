@@ -15,6 +15,8 @@ from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
 from sdmodule.training.optimizers import build_optimizer
 
+pytestmark = pytest.mark.slow  # each test trains
+
 
 @pytest.mark.parametrize(
     ("make", "precision", "fused"),
@@ -36,7 +38,6 @@ def test_adam_is_fused_by_default(make, precision, fused):
     assert (weight < 1).all()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16", "16-mixed"])
 def test_fused_optimizers_clip_gradients_in_mixed_precision(call, checkpoint, photos, tmp_path, precision):
     """Clipped far below AdamW's epsilon, gradients leave the weights where they are."""

@@ -23,6 +23,8 @@ from sdmodule.module import StableDiffusionModule
 from sdmodule.training.lora import LoraTuning
 from tests.fitting import fit
 
+pytestmark = pytest.mark.slow  # each test trains
+
 WORD = "<my-cat>"
 
 
@@ -90,7 +92,6 @@ def test_the_text_encoder_has_its_own_learning_rate_and_last_step(checkpoint, ph
     assert changed == [True, False, False], "text_encoder_stop=2"
 
 
-@pytest.mark.slow
 def test_an_exported_lora_is_sampled_and_its_image_made_again_from_the_png(tmp_path, call, train_export, sample_image):
     settings = ["tuning=lora", "tuning.rank=2", "cache=all", f"cache.folder={tmp_path / 'cache'}"]
     export = train_export(tmp_path / "out", *settings)
@@ -122,7 +123,6 @@ def test_sample_sheets_take_images_of_several_sizes(photos, tmp_path, train_expo
     assert export.is_dir() and (tmp_path / "out" / "samples" / "000003.png").is_file()
 
 
-@pytest.mark.slow
 def test_sample_sheets_need_no_validation_data_and_do_not_change_training(tmp_path, train_export):
     settings = ["tuning=controlnet", "data.random_flip=true", "data.template=['a {}','the {}']", "data.batch_size=2"]
     settings += ["data.num_workers=1", "trainer.val_check_interval=1"]
