@@ -237,7 +237,7 @@ def _load_model(path: Path, name: str, weights: Weights, folder: Path, dtype: to
     try:
         model = READERS[name](selected, **source)
         complete = not any(weight.is_meta for weight in model.parameters())
-    except NotImplementedError:  # a weight that is still on the meta device was moved
+    except NotImplementedError:  # from torch, as it moves a weight that the file lacks and that has no data
         complete = False
     except (ValueError, KeyError, RuntimeError, OSError) as error:
         reason = str(error).partition(". ")[0]
