@@ -14,7 +14,6 @@ from unittest import mock
 import diffusers
 import transformers
 import yaml
-from hydra._internal.hydra import Hydra
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf._utils import get_yaml_loader
@@ -61,14 +60,8 @@ class ParsedOnce:
 
 @contextmanager
 def fast_composition() -> Iterator[None]:
-    """Parse each file of the configuration once, and compose it once in a command.
-
-    Hydra composes it twice, the first time only to see whether it sets ``hydra.mode``, which ours does not.
-    """
+    """Parse each file of the configuration once."""
     Plugins.instance()  # imports its modules anew
     reader = sys.modules["hydra._internal.core_plugins.importlib_resources_config_source"]
-    with (
-        mock.patch.object(reader, "OmegaConf", ParsedOnce()),
-        mock.patch.object(Hydra, "get_mode", lambda *_, **__: None),
-    ):
+    with mock.patch.object(reader, "OmegaConf", ParsedOnce()):
         yield

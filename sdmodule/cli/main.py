@@ -18,7 +18,7 @@ from sdmodule.cli.console import exit_on_sigterm
 from sdmodule.cli.error_messages import report_composition_errors, report_resource_errors, report_user_errors
 from sdmodule.cli.overrides import quote_overrides, with_png_settings
 from sdmodule.cli.predict import predict, summarize_sweep
-from sdmodule.cli.startup import config_store_uncopied, filter_library_messages, gc_paused, gc_resume
+from sdmodule.cli.startup import composed_once, config_store_uncopied, filter_library_messages, gc_paused, gc_resume
 from sdmodule.cli.train import train
 
 FinishedJobs = list[tuple[Path, list[str]]]
@@ -77,7 +77,12 @@ def run(
     try:
         with report_user_errors(config_name, always=full_error != "1"):
             sys.argv[1:] = read_arguments(arguments)
-            with gc_paused(), config_store_uncopied(), report_composition_errors(lambda: not composed):
+            with (
+                gc_paused(),
+                config_store_uncopied(),
+                composed_once(arguments),
+                report_composition_errors(lambda: not composed),
+            ):
                 hydra.main(config_path="pkg://sdmodule.conf", config_name=config_name, version_base="1.3")(run_job)()
     finally:
         if finished_jobs and after_sweep is not None:

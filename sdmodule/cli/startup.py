@@ -7,9 +7,10 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from hydra._internal.hydra import Hydra
 from hydra.core.config_store import ConfigStore
 
 
@@ -44,6 +45,21 @@ def config_store_uncopied() -> Iterator[None]:
         yield
     finally:
         del ConfigStore.__deepcopy__  # type: ignore[attr-defined]
+
+
+@contextmanager
+def composed_once(arguments: Sequence[str]) -> Iterator[None]:
+    """Keep Hydra from composing the configuration a first time only to see whether it sets ``hydra.mode``.
+
+    That takes a quarter of a second. Ours does not set it; what the user has added might.
+    """
+    get_mode = Hydra.get_mode
+    if not any("hydra.mode" in text or text.startswith(("-c", "--config")) for text in arguments):
+        Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Hydra.get_mode = get_mode  # type: ignore[method-assign]
 
 
 def filter_library_messages() -> None:

@@ -6,8 +6,6 @@ import pty
 import re
 import select
 import struct
-import subprocess
-import sys
 import termios
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +14,6 @@ import pytest
 
 from benchmarks.forked import Command
 from sdmodule.cli.main import predict_main, train_main
-
-ROOT = Path(__file__).parents[2]
 
 
 @contextmanager
@@ -53,14 +49,12 @@ def test_predict_shows_one_bar_of_images_with_the_step(checkpoint, tmp_path):
 
 @pytest.mark.slow
 def test_train_shows_one_bar(checkpoint, photos, tmp_path):
-    """By ``python train.py``, as people start it."""
     settings = [f"data.root={photos}", f"pretrained={checkpoint}", "resolution=32", "trainer.max_steps=4", "+steps=1"]
-    command = [sys.executable, str(ROOT / "train.py"), *settings, f"output_dir={tmp_path}/out"]
-    with terminal() as (path, read), path.open("w") as stderr:
-        process = subprocess.Popen(command, stderr=stderr, stdout=subprocess.DEVNULL, cwd=tmp_path)
-        drawn = read(lambda: process.poll() is None)
-    assert process.returncode == 0, drawn
-    assert re.search(r"training: 4/4 .*left, loss=[\d.]+, samples/s=[\d.]+, data wait=\d+%", drawn)
+    with terminal() as (path, read):
+        one = Command("train", *settings, f"output_dir={tmp_path}/out", log=tmp_path / "log", errors=path)
+        drawn = read(one.process.is_alive)
+    assert one.wait()[0] == 0, drawn
+    assert re.search(r"training: 4/4 .*left, loss=[\d.]+, samples/s=[\d.]+, data wait=\d+%", drawn), drawn
 
 
 def test_without_a_terminal_progress_is_lines(call, checkpoint, photos, tmp_path):

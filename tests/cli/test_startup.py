@@ -57,6 +57,13 @@ def test_help_settings_and_typos_import_nothing_slow():
     assert "sampler: checkpoint, ddim, " in done.stdout and "did you mean steps?" in done.stderr
 
 
+@pytest.mark.parametrize("mode", ["-m", "hydra.mode=MULTIRUN"])
+def test_a_sweep_is_asked_for_in_either_way(call, checkpoint, tmp_path, mode):
+    settings = ["prompt=a", "steps=1,2", f"pretrained={checkpoint}", f"output_dir={tmp_path / 'out'}"]
+    assert call(predict_main, mode, *settings)[0] == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == ["0", "1"]
+
+
 @pytest.mark.parametrize("main", [train_main, predict_main])
 def test_version_names_what_the_package_is_built_on(call, main):
     status, printed, complaint = call(main, "--version")

@@ -171,7 +171,7 @@ def bounded() -> Iterator[None]:
 KINDS = ["safetensors of a part", "safetensors of one file", "safetensors of a cache", "ckpt of a training"]
 KINDS += ["ckpt of one file", "PNG text", "JPEG", "mask of a request", "mask of data", "metadata.jsonl", "metadata.csv"]
 KINDS += ["prompts.jsonl"]
-COUNTS = dict.fromkeys(KINDS, 190) | {"safetensors of a part": 110}
+COUNTS = dict.fromkeys(KINDS, 190) | {"safetensors of a part": 60}
 
 
 @pytest.mark.parametrize("kind", KINDS)
