@@ -115,12 +115,12 @@ class ProgressBar(callbacks.ProgressBar):
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.bar is not None:
-            self.bar.set_description("validating")
+            self.bar.set_description_str("validating")
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.bar is not None:
-            self.bar.set_description("training")
+            self.bar.set_description_str("training")
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

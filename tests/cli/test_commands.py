@@ -237,7 +237,7 @@ def test_an_interrupted_training_saves_a_checkpoint_and_says_how_to_resume(
     one.send(sent)
     status, _ = one.wait()
     last, complaint = out / "checkpoints" / "last.ckpt", errors.read_text()
-    assert (status, complaint.count("\n")) == (expected, 1) and f"ckpt_path={last}" in complaint
+    assert (status, complaint.count("\n")) == (expected, 1) and f"ckpt_path={last}" in complaint, complaint
 
     step = torch.load(last, weights_only=True)["global_step"]
     again = [*settings, f"output_dir={tmp_path / 'again'}", f"trainer.max_steps={step + 2}", f"ckpt_path={last}"]
