@@ -26,6 +26,8 @@ PRELOADED = ["benchmarks.forked", "sdmodule.module", "lightning", "wandb", "pyte
 PRELOADED += ["hydra._internal.hydra", "hydra._internal.core_plugins.basic_sweeper", "torch.profiler"]
 PRELOADED += [found.name for room in ROOMS for found in iter_modules([str(SDMODULE / room)], f"sdmodule.{room}.")]
 
+PRELOADED.append("benchmarks.warm_start")
+
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(PRELOADED)
 

@@ -62,7 +62,7 @@ def settings(checkpoint: Path, scene_photos: Path, kind: str, way: str, out: Pat
     """The command line of a training that logs every step."""
     common = [f"pretrained={checkpoint}", f"data.root={scene_photos}", "resolution=32", "data.batch_size=2"]
     common += [f"output_dir={out}", f"trainer.max_steps={STEPS}", "trainer.log_every_n_steps=1", "+steps=1", SCHEDULE]
-    common += ["callbacks=[checkpoint,ema,samples,export]", "callbacks.checkpoint.every_n_train_steps=2"]
+    common += ["callbacks=[checkpoint,ema,samples,export]", "callbacks.checkpoint.every_n_train_steps=3"]
     if kind != "autoencoder":
         common += ["callbacks.ema.start_step=3", "objective.caption_dropout=0.4"]
     common += [*KINDS[kind], *WAYS[way]]
