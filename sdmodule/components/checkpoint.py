@@ -14,8 +14,9 @@ from huggingface_hub import hf_hub_download
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 
+from sdmodule.components.load_network import load_network
 from sdmodule.components.schedulers import make_scheduler
-from sdmodule.components.single_file import load_single_file
+from sdmodule.components.single_file import load_single_file, load_single_part
 from sdmodule.components.source import INDEX, Source, find_source, folder_with_part, is_single_file, local_folder
 from sdmodule.errors import SettingsError, check_choice
 
@@ -96,7 +97,7 @@ def load_components(
     for name in scratch:
         check_choice("scratch", name, PARTS)
     if is_single_file(pretrained):
-        parts = _load_file(pretrained)
+        parts = load_single_file(_existing(pretrained), without=[name for name in replaced if name != "unet"])
     else:
         source = find_source(pretrained, revision, variant)
         parts = {name: _load(name, source, name in scratch) for name in PARTS if name not in replaced}
@@ -124,7 +125,7 @@ def load_part(name: str, pretrained: str, scratch: bool = False, key: str = "pre
         SettingsError: if it cannot be read.
     """
     if is_single_file(pretrained):
-        return _load_file(pretrained, key)[name]
+        return load_single_part(_existing(pretrained, key), name)
     folder = Path(pretrained).expanduser()
     if folder.is_dir() and not (folder / INDEX).is_file() and not (folder / name).is_dir():
         return _load(name, Source(str(folder.parent), f"{key}={pretrained}"), scratch, subfolder=folder.name)
@@ -165,13 +166,11 @@ def _load(name: str, source: Source, scratch: bool = False, subfolder: str | Non
             return CLIPTokenizer.from_pretrained(location, **options)
         if scratch:
             return _from_scratch(name, location, options)
-        return MODELS[name].from_pretrained(
-            location, variant=source.variant, use_safetensors=True, torch_dtype=torch.float32, **options
-        )
+        return load_network(MODELS[name], location, variant=source.variant, **options)
     except SettingsError:
         raise
     except Exception as error:  # a broken file ends in any of them; tokenizers raises Exception itself
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:300]
         raise SettingsError(
             f"{source.setting}: the part {name} cannot be read ({reason}); restore it, or set components.{name}."
         ) from error
@@ -200,8 +199,8 @@ def _spread_embeddings(encoder: CLIPTextModel) -> None:
             module.position_embedding.weight.normal_(std=0.2)
 
 
-def _load_file(path: str, key: str = "pretrained") -> dict[str, Any]:
+def _existing(path: str, key: str = "pretrained") -> Path:
     file = Path(path).expanduser()
     if not file.is_file():
         raise SettingsError(f"{key}={path}: not found; give the path of a .safetensors or .ckpt file.")
-    return load_single_file(file)
+    return file

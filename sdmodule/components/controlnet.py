@@ -8,6 +8,7 @@ import numpy as np
 from diffusers import ControlNetModel
 
 from sdmodule.components.checkpoint import Components
+from sdmodule.components.load_network import load_network
 from sdmodule.components.source import is_hub_id
 from sdmodule.errors import SettingsError
 
@@ -34,9 +35,9 @@ def load_controlnet(path: str, parts: Components) -> ControlNetModel:
             f"controlnet={path}: not found; give a folder of a ControlNet, or a hub id such as owner/name."
         )
     try:
-        controlnet = ControlNetModel.from_pretrained(folder if folder.is_dir() else path, use_safetensors=True)
+        controlnet = load_network(ControlNetModel, folder if folder.is_dir() else path)
     except Exception as error:  # a broken file raises many kinds
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:300]
         raise SettingsError(
             f"controlnet={path}: cannot be read ({reason}); give a diffusers folder of a ControlNet, or a hub id."
         ) from error

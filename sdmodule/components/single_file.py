@@ -7,37 +7,24 @@ says what a file holds if it is not such a checkpoint.
 from __future__ import annotations
 
 import logging
-import zipfile
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from diffusers import DDIMScheduler
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
+from sdmodule.components.original_layout import OPEN_CLIP, PREFIXES, build_network, with_prefix
+from sdmodule.components.weights_file import Weights, read_weights
 from sdmodule.errors import SettingsError, check_choice, choices
 
 CONFIGS = Path(__file__).parent / "assets" / "configs"
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
-PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
-CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
 TEXT_KEYS = "attn2.to_k.weight"
-
-READERS: dict[str, Callable[..., torch.nn.Module]] = {
-    "unet": UNet2DConditionModel.from_single_file,
-    "vae": AutoencoderKL.from_single_file,
-    "text_encoder": partial(create_diffusers_clip_model_from_ldm, CLIPTextModel),
-}
-
-Weights = dict[str, torch.Tensor]
 
 CONFIG_BY_SHAPE = {(4, 768): "sd1", (9, 768): "sd1_inpaint", (4, 1024): "sd2", (9, 1024): "sd2_inpaint"}
 """Folder of the configuration, by the UNet's input channels and the width of the text embeddings."""
@@ -60,21 +47,13 @@ logging.getLogger("diffusers.models.modeling_utils").addFilter(
 )
 
 
-class _CallbackKey:
-    """Placeholder for a class that old `.ckpt` files use as the key of a callback's state and never call."""
-
-
-SAFE_GLOBALS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    (_CallbackKey, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")
-]
-
-
 def load_single_file(
     path: Path,
     dtype: torch.dtype | None = None,
     *,
     config: Path | None = None,
     prediction_type: str | None = None,
+    without: Collection[str] = (),
 ) -> dict[str, Any]:
     """Load the components of a Stable Diffusion checkpoint in the original layout.
 
@@ -86,9 +65,11 @@ def load_single_file(
         config: local diffusers folder of the file's architecture; by default chosen from the shapes.
         prediction_type: what the UNet predicts; by default measured for 2.x (see `predicts_noise`), and the noise for
             1.x and inpainting models.
+        without: networks that come from elsewhere, which the file may then lack.
 
     Returns:
-        ``unet``, ``vae`` and ``text_encoder`` in evaluation mode, ``tokenizer``, and ``scheduler`` (DDIM).
+        ``unet``, ``vae`` and ``text_encoder`` in evaluation mode but for those of ``without``, ``tokenizer``, and
+        ``scheduler`` (DDIM).
 
     Raises:
         SettingsError: if the file or an argument cannot be used.
@@ -96,18 +77,38 @@ def load_single_file(
     dtype = dtype or torch.float32
     if prediction_type is not None:
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-    weights = _read_weights(Path(path))
-    _check_parts(path, weights)
+    weights = with_prefix("text_encoder", read_weights(Path(path)))
+    _check_parts(path, weights, without)
     folder = _check_config(config) if config else _choose_config(path, weights, prediction_type)
 
     scheduler = DDIMScheduler.load_config(folder, subfolder="scheduler", local_files_only=True)
     if prediction_type:
         scheduler["prediction_type"] = prediction_type
     return {
-        **{name: _load_model(path, name, weights, folder, dtype) for name in PREFIXES},
+        **{name: _load_model(path, name, weights, folder, dtype) for name in PREFIXES if name not in without},
         "tokenizer": _load_tokenizer(folder, weights),
         "scheduler": DDIMScheduler.from_config(scheduler),
     }
+
+
+def load_single_part(path: Path, name: str, config: Path | None = None) -> Any:
+    """Load one part from a file of the original layout that holds this part alone, or a whole checkpoint.
+
+    Args:
+        path: a ``.safetensors`` or ``.ckpt`` file.
+        name: ``unet``, ``vae``, ``text_encoder``, ``tokenizer`` or ``scheduler``.
+        config: local diffusers folder of the file's architecture; by default chosen from the shapes.
+
+    Raises:
+        SettingsError: if the file cannot be used, or lacks the part.
+    """
+    if name not in PREFIXES:
+        return load_single_file(path, config=config, without=("unet", "vae", "text_encoder"))[name]
+    weights = with_prefix(name, read_weights(path))
+    if not any(key.startswith(PREFIXES[name]) for key in weights):
+        raise SettingsError(f"{path}: is {_kind_of(weights)}; give one that holds the part {name}.")
+    folder = Path(config) if config else _config_of_part(path, name, weights)
+    return _load_model(path, name, weights, folder, torch.float32)
 
 
 def load_clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
@@ -147,56 +148,28 @@ def predicts_noise(unet: Callable[..., Any], in_channels: int, cross_attention_d
     return torch.corrcoef(torch.stack([noise.flatten(), predicted.flatten()]))[0, 1].item() > 0.5
 
 
-def _read_weights(path: Path) -> Weights:
-    """Map the tensors of a file into memory; pages are read on use."""
-    if not path.is_file():
-        raise SettingsError(f"{path}: not found; give the path of a .safetensors or .ckpt file.")
-    match path.suffix.lower():
-        case ".safetensors":
-            try:
-                weights = load_file(path)
-            except (SafetensorError, OSError) as error:
-                raise SettingsError(f"{path}: corrupt or incomplete ({error}); download or export it again.") from error
-        case ".ckpt":
-            weights = _read_pickle(path)
-        case suffix:
-            raise SettingsError(f"{path}: unknown suffix {suffix}; give a .safetensors or .ckpt file.")
-    # transformers 5 writes text encoders without the prefix that the original layout has
-    return {
-        key.replace(CLIP, f"{CLIP}text_model.") if key.startswith(CLIP) and "text_model." not in key else key: tensor
-        for key, tensor in weights.items()
-    }
-
-
-def _read_pickle(path: Path) -> Weights:
-    try:
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a corrupt or hostile pickle may raise anything
-        raise SettingsError(
-            f"{path}: cannot be loaded as weights only, since it is corrupt or wants to run code, which is refused; "
-            "give a .safetensors version of it."
-        ) from error
-    while isinstance(saved, dict) and "state_dict" in saved:
-        saved = saved["state_dict"]
-    if not isinstance(saved, dict):
-        raise SettingsError(f"{path}: holds a {type(saved).__name__} instead of named weights; give a full checkpoint.")
-    return {key: value for key, value in saved.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
-
-
-def _check_parts(path: Path, weights: Iterable[str]) -> None:
-    """Check that a file has the keys of a UNet, an autoencoder and a text encoder."""
-    missing = [part for part, prefix in PREFIXES.items() if not any(key.startswith(prefix) for key in weights)]
+def _check_parts(path: Path, weights: Weights, without: Collection[str]) -> None:
+    """Check that a file has the keys of a UNet, an autoencoder and a text encoder, but for those of ``without``."""
+    missing = [name for name in _missing_parts(weights) if name not in without]
     if not missing and CONV_IN in weights:
         return
-    found = next((kind for mark, kind in FOREIGN.items() if any(mark in key for key in weights)), None)
-    if not found and len(missing) < len(PREFIXES):
-        found = f"a checkpoint without {' and '.join(missing) or CONV_IN}"
-    elif not found:
-        found = f"an unknown kind of file ({', '.join(sorted(weights)[:3]) or 'no weights'})"
     raise SettingsError(
-        f"{path}: is {found}; give a full Stable Diffusion 1.x or 2.x checkpoint in the original layout."
+        f"{path}: is {_kind_of(weights)}; give a full Stable Diffusion 1.x or 2.x checkpoint in the original layout"
+        + (f", or set {' and '.join(f'components.{name}' for name in missing)}." if CONV_IN in weights else ".")
     )
+
+
+def _missing_parts(weights: Iterable[str]) -> list[str]:
+    return [part for part, prefix in PREFIXES.items() if not any(key.startswith(prefix) for key in weights)]
+
+
+def _kind_of(weights: Collection[str]) -> str:
+    """What a file holds that is not a whole checkpoint, for messages."""
+    found = next((kind for mark, kind in FOREIGN.items() if any(mark in key for key in weights)), None)
+    missing = _missing_parts(weights)
+    if not found and len(missing) < len(PREFIXES):
+        return f"a checkpoint without {' and '.join(missing) or CONV_IN}"
+    return found or f"an unknown kind of file ({', '.join(sorted(weights)[:3]) or 'no weights'})"
 
 
 def _choose_config(path: Path, weights: Weights, prediction_type: str | None) -> Path:
@@ -210,9 +183,16 @@ def _choose_config(path: Path, weights: Weights, prediction_type: str | None) ->
             "width 768 (1.x) or 1024 (2.x); give the diffusers folder of its architecture as config."
         )
     if name == "sd2" and prediction_type is None:
-        unet = _load_model(path, "unet", weights, CONFIGS / name, torch.float32)
+        unet: Any = _load_model(path, "unet", weights, CONFIGS / name, torch.float32)
         prediction_type = "epsilon" if predicts_noise(unet, channels, width) else "v_prediction"
     return CONFIGS / ("sd2_v" if (name, prediction_type) == ("sd2", "v_prediction") else name)
+
+
+def _config_of_part(path: Path, name: str, weights: Weights) -> Path:
+    """The shipped configuration of a part alone; the autoencoders of 1.x and 2.x are the same."""
+    if name == "unet" and CONV_IN in weights:
+        return _choose_config(path, weights, "epsilon")
+    return CONFIGS / ("sd2" if name == "text_encoder" and any(key.startswith(OPEN_CLIP) for key in weights) else "sd1")
 
 
 def _check_config(config: Path) -> Path:
@@ -231,21 +211,12 @@ def _load_tokenizer(folder: Path, weights: Iterable[str]) -> CLIPTokenizer:
 
 
 def _load_model(path: Path, name: str, weights: Weights, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
-    """Load one model, and check that the file holds every weight of its architecture, in its shape."""
-    source = {"config": str(folder), "subfolder": name, "torch_dtype": dtype, "local_files_only": True}
-    selected = {key: tensor for key, tensor in weights.items() if key.startswith(PREFIXES[name])}
+    """Load one network, and say which folder it was expected to fit if it does not."""
     try:
-        model = READERS[name](selected, **source)
-        complete = not any(weight.is_meta for weight in model.parameters())
-    except NotImplementedError:  # from torch, as it moves a weight that the file lacks and that has no data
-        complete = False
-    except (ValueError, KeyError, RuntimeError, OSError) as error:
+        return build_network(name, weights, folder, dtype)
+    except (ValueError, KeyError, RuntimeError, OSError) as error:  # UnfitWeights, or from diffusers
         reason = str(error).partition(". ")[0]
         raise SettingsError(
-            f"{path}: does not fit {folder / name} ({reason}); give the folder of its architecture as config."
+            f"{path}: does not fit {folder / name} ({reason}); download it again, or give the diffusers folder of its "
+            "architecture."
         ) from error
-    if not complete:
-        raise SettingsError(
-            f"{path}: has missing keys for {folder / name}; download it again, or give its own architecture as config."
-        )
-    return model

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
+from sdmodule.components.weights_file import SUFFIXES
 from sdmodule.errors import SettingsError, choices
 
 ASSETS = Path(__file__).parent / "assets"
@@ -16,8 +17,6 @@ EMBEDDED = {"tiny": "tiny", "tiny-inpaint": "tiny"}
 
 INDEX = "model_index.json"
 """File that marks a folder as a diffusers checkpoint."""
-
-SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -41,7 +40,7 @@ class Source:
 
 def is_single_file(pretrained: str) -> bool:
     """Whether a checkpoint is named by the path of a file in the original layout."""
-    return Path(pretrained).suffix in SINGLE_FILE_SUFFIXES
+    return Path(pretrained).suffix.lower() in SUFFIXES
 
 
 def is_hub_id(name: str) -> bool:
@@ -81,6 +80,10 @@ def find_source(
                 f"{key}={pretrained}: the folder has no {INDEX}; give the folder of a whole diffusers checkpoint."
             )
         return Source(str(folder), f"{key}={pretrained}", None, variant)
+    if folder.is_file():
+        raise SettingsError(
+            f"{key}={pretrained}: is a file of another kind; give {choices(SUFFIXES)}, or a diffusers folder."
+        )
     if not is_hub_id(pretrained) or pretrained.startswith("."):
         raise SettingsError(
             f"{key}={pretrained}: not found; give {choices(EMBEDDED)}, a diffusers folder, a hub id such as "

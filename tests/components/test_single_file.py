@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -11,147 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdmodule.components import single_file
 from sdmodule.components.single_file import CONFIGS, load_single_file
 from sdmodule.errors import SettingsError
-
-MODELS = ("unet", "vae", "text_encoder")
-STEP = 2  # layers_per_block + 1 of the tiny UNet
-
-UNET_NAMES = [
-    (r"(resnets\.\d\.)norm1", r"\1in_layers.0"),
-    (r"(resnets\.\d\.)norm2", r"\1out_layers.0"),
-    (r"time_embedding\.linear_1", "time_embed.0"),
-    (r"time_embedding\.linear_2", "time_embed.2"),
-    (r"conv_in\.", "input_blocks.0.0."),
-    (r"conv_norm_out", "out.0"),
-    (r"conv_out", "out.2"),
-    (r"down_blocks\.(\d)\.downsamplers\.0\.conv", lambda m: f"input_blocks.{(int(m[1]) + 1) * STEP}.0.op"),
-    (r"down_blocks\.(\d)\.resnets\.(\d)", lambda m: f"input_blocks.{int(m[1]) * STEP + int(m[2]) + 1}.0"),
-    (r"down_blocks\.(\d)\.attentions\.(\d)", lambda m: f"input_blocks.{int(m[1]) * STEP + int(m[2]) + 1}.1"),
-    (r"mid_block\.resnets\.(\d)", lambda m: f"middle_block.{int(m[1]) * 2}"),
-    (r"mid_block\.attentions\.0", "middle_block.1"),
-    (r"up_blocks\.0\.upsamplers\.0", f"output_blocks.{STEP - 1}.1"),
-    (r"up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"output_blocks.{int(m[1]) * STEP + int(m[2])}.0"),
-    (r"up_blocks\.(\d)\.attentions\.(\d)", lambda m: f"output_blocks.{int(m[1]) * STEP + int(m[2])}.1"),
-    (r"conv1", "in_layers.2"),
-    (r"conv2", "out_layers.3"),
-    (r"time_emb_proj", "emb_layers.1"),
-    (r"conv_shortcut", "skip_connection"),
-]
-VAE_NAMES = [
-    (r"down_blocks\.(\d)\.resnets", r"down.\1.block"),
-    (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
-    (r"up_blocks\.(\d)\.resnets", lambda m: f"up.{1 - int(m[1])}.block"),
-    (r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{1 - int(m[1])}.upsample"),
-    (r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}"),
-    (r"mid_block\.attentions\.0", "mid.attn_1"),
-    (r"group_norm", "norm"),
-    (r"to_([qkv])", r"\1"),
-    (r"to_out\.0", "proj_out"),
-    (r"conv_shortcut", "nin_shortcut"),
-    (r"conv_norm_out", "norm_out"),
-]
-OPEN_CLIP_NAMES = [
-    (r"embeddings\.token", "token"),
-    (r"embeddings\.position_embedding\.weight", "positional_embedding"),
-    (r"encoder\.layers", "transformer.resblocks"),
-    (r"layer_norm(\d)", r"ln_\1"),
-    (r"final_layer_norm", "ln_final"),
-    (r"fc1", "c_fc"),
-    (r"fc2", "c_proj"),
-    (r"self_attn", "attn"),
-]
-
-
-def _rename(weights: dict[str, Tensor], names: list[Any], prefix: str) -> dict[str, Tensor]:
-    renamed = {}
-    for key, tensor in weights.items():
-        for pattern, replacement in names:
-            key = re.sub(pattern, replacement, key)
-        renamed[prefix + key] = tensor.contiguous()
-    return renamed
-
-
-def _merge_projections(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """OpenCLIP keeps queries, keys and values in one matrix."""
-    merged = {key: tensor for key, tensor in weights.items() if not re.search(r"[qkv]_proj", key)}
-    for key in weights:
-        if "q_proj" in key:
-            parts = [weights[key.replace("q_proj", f"{part}_proj")] for part in "qkv"]
-            merged[key.replace("q_proj.", "in_proj_")] = torch.cat(parts)
-    return merged
-
-
-def _original_layout(parts: dict[str, Any], text_prefix: str = "text_model.") -> dict[str, Tensor]:
-    vae = _rename(parts["vae"].state_dict(), VAE_NAMES, "first_stage_model.")
-    text = parts["text_encoder"].state_dict()
-    if parts["text_encoder"].config.hidden_act == "gelu":
-        text = _rename(_merge_projections(text), OPEN_CLIP_NAMES, "cond_stage_model.model.")
-    else:
-        text = {f"cond_stage_model.transformer.{text_prefix}{key}": tensor for key, tensor in text.items()}
-    return {
-        **_rename(parts["unet"].state_dict(), UNET_NAMES, "model.diffusion_model."),
-        **{key: t[..., None, None] if re.search(r"attn_1\.[qkvp].*weight", key) else t for key, t in vae.items()},
-        **text,
-        "model_ema.decay": torch.ones(()),
-    }
-
-
-def _tiny_parts(folder: Path, in_channels: int = 4, open_clip: bool = False) -> dict[str, Any]:
-    """Random components of a tiny architecture, and their configurations in a folder."""
-    torch.manual_seed(0)
-    parts: dict[str, Any] = {
-        "unet": UNet2DConditionModel(
-            in_channels=in_channels,
-            block_out_channels=(8, 16),
-            layers_per_block=STEP - 1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=12,
-            attention_head_dim=2,
-            norm_num_groups=4,
-            use_linear_projection=open_clip,
-        ),
-        "vae": AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 16),
-            norm_num_groups=4,
-        ),
-        "text_encoder": CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=50,
-                hidden_size=12,
-                intermediate_size=16,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                hidden_act="gelu" if open_clip else "quick_gelu",
-                bos_token_id=48,
-                eos_token_id=49,
-                pad_token_id=0,
-            )
-        ),
-    }
-    for name, part in parts.items():
-        (part if name != "text_encoder" else part.config).save_pretrained(folder / name)
-        for weights in (folder / name).glob("*.safetensors"):
-            weights.unlink()
-    DDIMScheduler().save_pretrained(folder / "scheduler")
-    return parts
+from tests.original_layout import MODELS, original_layout, tiny_parts
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A tiny 1.x model: its parts, configuration folder, weights in the original layout, and their file."""
     folder = tmp_path_factory.mktemp("tiny")
-    parts = _tiny_parts(folder)
-    weights = _original_layout(parts)
+    parts = tiny_parts(folder)
+    weights = original_layout(parts)
     save_file(weights, folder / "tiny.safetensors")
     return SimpleNamespace(parts=parts, folder=folder, weights=weights, file=folder / "tiny.safetensors")
 
@@ -169,8 +41,8 @@ def _assert_equal_weights(loaded: dict[str, Any], parts: dict[str, Any]) -> None
 )
 def test_every_architecture_loads_unchanged(tmp_path: Path, in_channels: int, open_clip: bool, pad_id: int) -> None:
     """4 and 9 channels, CLIP and OpenCLIP."""
-    parts = _tiny_parts(tmp_path, in_channels, open_clip)
-    save_file(_original_layout(parts), tmp_path / "model.safetensors")
+    parts = tiny_parts(tmp_path, in_channels, open_clip)
+    save_file(original_layout(parts), tmp_path / "model.safetensors")
     loaded = load_single_file(tmp_path / "model.safetensors", config=tmp_path, prediction_type="v_prediction")
     _assert_equal_weights(loaded, parts)
     assert loaded["tokenizer"].pad_token_id == pad_id
@@ -179,7 +51,7 @@ def test_every_architecture_loads_unchanged(tmp_path: Path, in_channels: int, op
 
 def test_a_text_encoder_without_prefix_loads(tiny: SimpleNamespace, tmp_path: Path) -> None:
     """Transformers 5 names the text encoder without `text_model.`."""
-    save_file(_original_layout(tiny.parts, text_prefix=""), tmp_path / "model.safetensors")
+    save_file(original_layout(tiny.parts, text_prefix=""), tmp_path / "model.safetensors")
     _assert_equal_weights(load_single_file(tmp_path / "model.safetensors", config=tiny.folder), tiny.parts)
 
 
@@ -262,18 +134,22 @@ def test_other_kinds_of_files_are_named(tmp_path: Path, keys: list[str], found: 
 
 
 def test_an_argument_that_does_not_fit_is_named(tiny: SimpleNamespace, tmp_path: Path) -> None:
-    (tmp_path / "model.pt").touch()
+    (tmp_path / "model.onnx").touch()
     weights = load_file(tiny.file)
     del weights["model.diffusion_model.out.2.bias"]
     save_file(weights, tmp_path / "partial.safetensors")
     for match, file, arguments in [
         ("not found", tmp_path / "absent.ckpt", {}),
-        (r"unknown suffix \.pt", tmp_path / "model.pt", {}),
+        (r"unknown suffix \.onnx", tmp_path / "model.onnx", {}),
         ("choose one of epsilon, v_prediction", tiny.file, {"prediction_type": "noise"}),
         ("4 input channels and text width 12", tiny.file, {}),
         ("has no scheduler, text_encoder, unet, vae", tiny.file, {"config": tmp_path}),
         ("does not fit .*sd1", tiny.file, {"config": CONFIGS / "sd1"}),
-        ("missing keys for .*unet", tmp_path / "partial.safetensors", {"config": tiny.folder}),
+        (
+            "does not fit .*unet.*1 missing weight: conv_out.bias",
+            tmp_path / "partial.safetensors",
+            {"config": tiny.folder},
+        ),
     ]:
         with pytest.raises(SettingsError, match=match):
             load_single_file(file, **arguments)

@@ -1,0 +1,107 @@
+"""Networks in the diffusers layout, loaded with every weight accounted for: none missing, left over or misshapen."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from transformers import CLIPTextModel, PretrainedConfig
+
+HARMLESS = re.compile(
+    r"(^|\.)position_ids$"  # constants that transformers stored before 4.31
+    r"|^(vision_model|visual_projection|text_projection)\.|^logit_scale$"  # of a whole CLIP, beside its text encoder
+)
+"""Keys that a file may hold beside the weights of its network; the one list of them."""
+
+CONFIG_KINDS = {
+    UNet2DConditionModel: ("UNet2DConditionModel",),
+    AutoencoderKL: ("AutoencoderKL",),
+    ControlNetModel: ("ControlNetModel",),
+    CLIPTextModel: ("clip_text_model", "clip"),  # a text encoder alone, or the CLIP that it is part of
+}
+"""What the configuration of each kind of network calls itself."""
+
+
+class UnfitWeights(ValueError):
+    """Weights that are not those of the network they were given for."""
+
+
+def load_network(kind: Any, location: Any, **options: Any) -> Any:
+    """Load a network in float32 and evaluation mode, and check that the file held exactly its weights.
+
+    diffusers and transformers draw what is missing at random and drop what is left over, with a warning at most.
+
+    Args:
+        kind: class of the network, a key of `CONFIG_KINDS`.
+        location: a folder or a hub id.
+        options: ``subfolder``, ``revision`` and ``variant``.
+
+    Raises:
+        UnfitWeights: for weights that are missing, unexpected or misshapen, and for a network of another kind.
+        Exception: of many kinds, from the library that reads the files.
+    """
+    _check_kind(kind, location, {name: value for name, value in options.items() if name != "variant"})
+    with _quiet("diffusers", "transformers"):
+        network, found = kind.from_pretrained(
+            location,
+            use_safetensors=True,
+            torch_dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that all of them are reported, by name
+            **options,
+        )
+    misshapen = [key for key, *_ in found["mismatched_keys"]]
+    check_weights(found["missing_keys"], found["unexpected_keys"], misshapen)
+    return network
+
+
+def check_weights(missing: Collection[str], unexpected: Iterable[str], misshapen: Collection[str] = ()) -> None:
+    """Check that a file held exactly the weights of its network, but for keys that are known to be harmless.
+
+    Raises:
+        UnfitWeights: with the number of each kind and the first names.
+    """
+    surplus = [key for key in unexpected if not HARMLESS.search(key)]
+    kinds = {"missing": missing, "unexpected": surplus, "misshapen": misshapen}
+    problems = [
+        f"{len(keys)} {kind} weight{'s' if len(keys) > 1 else ''}: {first_names(keys)}"
+        for kind, keys in kinds.items()
+        if keys
+    ]
+    if problems:
+        raise UnfitWeights("; ".join(problems))
+
+
+def first_names(keys: Collection[str], limit: int = 3) -> str:
+    """The first names in alphabetical order, and the number of the others."""
+    first = ", ".join(sorted(keys)[:limit])
+    return first if len(keys) <= limit else f"{first} and {len(keys) - limit} more"
+
+
+def _check_kind(kind: Any, location: Any, options: dict[str, Any]) -> None:
+    """Check that a configuration is of this kind of network, as far as it says."""
+    if kind is CLIPTextModel:
+        found = PretrainedConfig.get_config_dict(location, **options)[0].get("model_type")
+    else:
+        found = kind.load_config(location, **options).get("_class_name")
+    if found is not None and found not in CONFIG_KINDS[kind]:
+        raise UnfitWeights(f"it is {found}, not {kind.__name__}")
+
+
+@contextmanager
+def _quiet(*libraries: str) -> Iterator[None]:
+    """Silence libraries that log the report of a loading which `check_weights` turns into an error."""
+    loggers = [logging.getLogger(name) for name in libraries]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,63 @@
+"""Named tensors in a single file: safetensors, or a pickle of which only the weights are loaded."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from sdmodule.errors import SettingsError
+
+Weights = dict[str, torch.Tensor]
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+SUFFIXES = (".safetensors", *PICKLES)
+
+
+class _CallbackKey:
+    """Placeholder for a class that old `.ckpt` files use as the key of a callback's state and never call."""
+
+
+SAFE_GLOBALS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (_CallbackKey, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")
+]
+
+
+def read_weights(path: Path) -> Weights:
+    """Map the tensors of a file into memory; pages are read on use.
+
+    Raises:
+        SettingsError: if it is missing, corrupt, of another kind, or a pickle of more than weights.
+    """
+    if not path.is_file():
+        raise SettingsError(f"{path}: not found; give the path of a .safetensors or .ckpt file.")
+    suffix = path.suffix.lower()
+    if suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise SettingsError(f"{path}: corrupt or incomplete ({error}); download or export it again.") from error
+    if suffix in PICKLES:
+        return _read_pickle(path)
+    raise SettingsError(f"{path}: unknown suffix {suffix}; give a .safetensors or .ckpt file.")
+
+
+def _read_pickle(path: Path) -> Weights:
+    try:
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a corrupt or hostile pickle may raise anything
+        raise SettingsError(
+            f"{path}: cannot be loaded as weights only, since it is corrupt or wants to run code, which is refused; "
+            "give a .safetensors version of it."
+        ) from error
+    while isinstance(saved, dict) and "state_dict" in saved:
+        saved = saved["state_dict"]
+    if not isinstance(saved, dict):
+        raise SettingsError(f"{path}: holds a {type(saved).__name__} instead of named weights; give a full checkpoint.")
+    return {key: value for key, value in saved.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
