@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from sdmodule.components.adapter_file import DIFFUSERS_FILE, KOHYA_FILE, is_adapter, read_tensors, to_adapter
+from sdmodule.components.adapter_file import DIFFUSERS_FILE, KOHYA_FILE, read_tensors
+from sdmodule.components.adapter_layouts import is_adapter, to_adapter
+from sdmodule.components.adapter_weights import add_adapters
 from sdmodule.components.checkpoint import Components
 from sdmodule.components.learned_words import EMBEDDING_FILE, add_word
-from sdmodule.components.lora_layers import LOHA, LOKR, Adapter, attach_adapter, merge_adapter, set_active_adapters
+from sdmodule.components.lora_layers import DORA, Adapter, attach_adapter, is_attachable, set_active_adapters
 from sdmodule.errors import SettingsError, build_settings, check_bool, check_number, choices
 from sdmodule.io.redact import shorten_home
 
@@ -81,30 +83,36 @@ def use_adapters(parts: Components, chosen: Sequence[AdapterChoice], merged: boo
     Args:
         parts: the model.
         chosen: the files and their scales.
-        merged: add them to the weights, which costs no time when sampling; otherwise they stay separate layers.
+        merged: add them to the weights, which costs no time when sampling; otherwise they stay separate layers, where
+            peft has layers that compute the same.
 
     Raises:
         SettingsError: if a file cannot be read or does not fit this model, which is then half-adapted: discard it.
     """
-    unmerged: list[tuple[str, Adapter]] = []
-    for number, one in enumerate(chosen):
+    adapters: list[tuple[Adapter, float]] = []
+    for one in chosen:
         tensors, header = read_tensors(one.file)
-        if not is_adapter(tensors):
-            _add_word(parts, one, tensors)
-            continue
-        adapter = to_adapter(tensors, header, one.file, parts)
-        methods = {adapter.method, *(other.method for _, other in unmerged)}
-        if len(methods) > 1 and methods & {LOHA, LOKR}:
-            raise SettingsError(
-                f"adapters={one.path}: {choices(methods)} cannot be combined unmerged; set merge_adapters=true."
-            )
-        name = f"adapter_{number}"
-        attach_adapter(parts, adapter, one.scale, name)
-        if merged:
-            merge_adapter(parts, name)
+        if is_adapter(tensors):
+            adapters.append((to_adapter(tensors, header, one.file, parts), one.scale))
         else:
-            unmerged.append((name, adapter))
-    set_active_adapters(parts, [name for name, _ in unmerged])
+            _add_word(parts, one, tensors)
+    if merged or not _can_be_attached(adapters, parts):
+        add_adapters(parts, adapters)
+        return
+    for number, (adapter, scale) in enumerate(adapters):
+        attach_adapter(parts, adapter, scale, f"adapter_{number}")
+    set_active_adapters(parts, [f"adapter_{number}" for number in range(len(adapters))])
+
+
+def _can_be_attached(adapters: Sequence[tuple[Adapter, float]], parts: Components) -> bool:
+    """Whether peft's layers beside the weights give what the adapters say; otherwise they become part of the weights.
+
+    Its layers of different methods exclude each other, and those of DoRA give weights their lengths at any scale, and
+    beside any other adapter.
+    """
+    one_method = len({adapter.method for adapter, _ in adapters}) <= 1
+    changed = any(adapter.method == DORA and (scale != 1 or len(adapters) > 1) for adapter, scale in adapters)
+    return one_method and not changed and all(is_attachable(adapter, parts) for adapter, _ in adapters)
 
 
 def _add_word(parts: Components, one: AdapterChoice, tensors: Mapping[str, Tensor]) -> None:

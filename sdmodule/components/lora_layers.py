@@ -1,15 +1,15 @@
-"""Low-rank adapters of a model (LoRA, DoRA, LoHa, LoKr): extract, attach, activate and merge them with peft."""
+"""Low-rank adapters of a model (LoRA, DoRA, LoHa, LoKr): extract them from peft's layers, and attach them as such."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, inject_adapter_in_model
+from peft.tuners.lokr.layer import factorization
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
@@ -18,14 +18,25 @@ from sdmodule.components.checkpoint import Components
 from sdmodule.errors import SettingsError
 
 LORA, DORA, LOHA, LOKR = METHODS = ("lora", "dora", "loha", "lokr")
+MIXED = "mixed"
+"""Method of an adapter whose layers have several, or whole weights."""
+
 TRAINED = "default"
 """peft's name of the adapter that is trained."""
 
-RANK_FACTORS = {LORA: ("lora_A.weight",), LOHA: ("hada_w1_b",), LOKR: ("lokr_w2_b", "lokr_w1_b")}
-RANK_FACTORS[DORA] = RANK_FACTORS[LORA]
+MAGNITUDES = "lora_magnitude_vector"
+"""peft's name of the magnitudes that DoRA learns."""
+
+BIAS = "lora_B.bias"
+"""What an adapter with ``lora_bias`` adds to a layer's bias."""
+
+RANK_FACTORS = ("lora_A.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
 """Factors with as many rows as the rank."""
 
-_FACTOR = re.compile(r"\.(lora_[AB]\.weight|lora_magnitude_vector|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?)$")
+_PEFT_FACTOR = r"lora_[AB]\.weight|lora_magnitude_vector|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?"
+_FACTOR = re.compile(rf"\.({_PEFT_FACTOR}|lora_B\.bias|lora_mid\.weight|hada_t[12]|lokr_t2|diff(?:_b)?)$")
+
+FactorNames = Iterable[str]
 
 
 @dataclass
@@ -33,7 +44,7 @@ class Adapter:
     """A low-rank adapter of the UNet, the text encoder, or both.
 
     Attributes:
-        method: one of `METHODS`.
+        method: one of `METHODS`, or `MIXED`.
         weights: for ``unet`` and ``text_encoder``, factors by key, such as ``mid_block….to_q.lora_A.weight``.
         alphas: for each part, alpha by layer; the update is scaled by ``alpha / rank``, or by 1 for a layer without.
         source: where it came from, for messages.
@@ -53,8 +64,8 @@ class Adapter:
         return layers
 
     def rank(self, factors: dict[str, Tensor]) -> int | None:
-        """Rank of a layer's factors; None for a Kronecker product of two full matrices."""
-        for name in RANK_FACTORS[self.method]:
+        """Rank of a layer's factors; None for whole weights and a Kronecker product of two full matrices."""
+        for name in RANK_FACTORS:
             if name in factors:
                 return factors[name].shape[0]
         return None
@@ -66,7 +77,8 @@ class Adapter:
             rank = self.rank(factors)
             # a rank as large as the layer makes peft keep both matrices of a Kronecker product full
             ranks[layer] = rank or max(max(factor.shape) for factor in factors.values())
-            alphas[layer] = self.alphas.get(part, {}).get(layer, ranks[layer])
+            # that product has no scale, whatever alpha says: LyCORIS sets it to 1
+            alphas[layer] = self.alphas.get(part, {}).get(layer, rank) if rank else ranks[layer]
         rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
         settings: dict[str, Any] = {
             "r": rank,
@@ -87,6 +99,44 @@ def split_key(key: str) -> tuple[str, str]:
     """Layer and factor name of a key; the factor name is empty if the key is not a factor's."""
     found = _FACTOR.search(key)
     return (key[: found.start()], found[1]) if found else (key, "")
+
+
+def find_method(adapter: Adapter) -> str:
+    """The method of an adapter, by the names of its factors."""
+    factors = {split_key(key)[1] for weights in adapter.weights.values() for key in weights}
+    kinds = {factor.partition("_")[0] for factor in factors - {MAGNITUDES}}
+    if len(kinds) != 1 or kinds == {"diff"}:
+        return MIXED
+    [kind] = kinds
+    if kind != "lora":
+        return MIXED if MAGNITUDES in factors else {"hada": LOHA, "lokr": LOKR}[kind]
+    return DORA if MAGNITUDES in factors else LORA
+
+
+def is_attachable(adapter: Adapter, parts: Components) -> bool:
+    """Whether peft's layers compute what the adapter says."""
+    if adapter.method not in METHODS:
+        return False
+    for part in adapter.weights:
+        model = getattr(parts, part)
+        for layer, factors in adapter.layers(part).items():
+            if not all(re.fullmatch(_PEFT_FACTOR, factor) for factor in factors):
+                return False
+            if MAGNITUDES in factors and factors[MAGNITUDES].ndim not in (1, 4):  # lengths of inputs
+                return False
+            if adapter.method == LOKR and not _has_pefts_sides(factors, dict(model.named_modules()).get(layer)):
+                return False
+    return True
+
+
+def _has_pefts_sides(factors: dict[str, Tensor], layer: Any) -> bool:
+    """Whether the matrices of a Kronecker product have the sides that peft gives them, the nearest to a square."""
+    first, rank = factors.get("lokr_w1"), factors.get("lokr_w2_b")
+    if layer is None or first is None:
+        return False
+    (out_first, out_second), (in_first, in_second) = (factorization(side, -1) for side in layer.weight.shape[:2])
+    small = rank is None or rank.shape[0] < max(out_second, in_second) / 2
+    return tuple(first.shape) == (out_first, in_first) and small
 
 
 def extract_adapter(parts: Components, method: str, name: str = TRAINED) -> Adapter:
@@ -140,7 +190,7 @@ def attach_adapter(parts: Components, adapter: Adapter, scale: float, name: str)
     """
     for part in adapter.weights:
         model = getattr(parts, part)
-        _check_layers(adapter, part, model)
+        check_layers(adapter, part, model)
         training = model.training
         try:
             inject_adapter_in_model(adapter.config(part), model, name)
@@ -156,7 +206,12 @@ def attach_adapter(parts: Components, adapter: Adapter, scale: float, name: str)
         model.requires_grad_(False).train(training)
 
 
-def _check_layers(adapter: Adapter, part: str, model: nn.Module) -> None:
+def check_layers(adapter: Adapter, part: str, model: nn.Module) -> None:
+    """Check that a model has the layers that an adapter changes.
+
+    Raises:
+        SettingsError: if it lacks one.
+    """
     existing = dict(model.named_modules())
     unknown = [layer for layer in adapter.layers(part) if layer not in existing]
     if unknown:
@@ -193,15 +248,3 @@ def set_active_adapters(parts: Components, names: list[str]) -> None:
             if isinstance(module, BaseTunerLayer):
                 module.set_adapter([name for name in names if name in module.r])  # type: ignore[attr-defined]
         part.requires_grad_(False)
-
-
-@torch.no_grad()
-def merge_adapter(parts: Components, name: str) -> None:
-    """Add an adapter to the model's weights and remove its layers."""
-    for part in (parts.unet, parts.text_encoder):
-        for path, layer in list(_adapted(part, name)):
-            layer.merge(adapter_names=[name])
-            parent, _, child = path.rpartition(".")
-            setattr(part.get_submodule(parent), child, layer.get_base_layer())
-        if hasattr(part, "peft_config"):
-            del part.peft_config

@@ -11,7 +11,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sdmodule.components.adapter_file import read_tensors, to_adapter
+from sdmodule.components.adapter_file import read_tensors
+from sdmodule.components.adapter_layouts import to_adapter
 from sdmodule.components.lora_layers import METHODS, extract_adapter
 from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
@@ -129,13 +130,13 @@ def test_two_half_scaled_copies_equal_one_adapter(checkpoint, export):
     np.testing.assert_allclose(with_adapters(checkpoint, *halves, merge=True), whole, atol=1e-4)
 
 
-def test_adapters_of_different_methods_must_be_merged(checkpoint, export, tmp_path):
+def test_adapters_of_different_methods_work_together(checkpoint, export, tmp_path):
     adapted(checkpoint, "loha", seed=1).save_pretrained(tmp_path / "loha")
     both = [{"path": str(export)}, {"path": str(tmp_path / "loha")}]
-    with pytest.raises(SettingsError, match="merge_adapters=true"):
-        with_adapters(checkpoint, *both)
     one = with_adapters(checkpoint, both[0], merge=True)
-    assert not np.array_equal(with_adapters(checkpoint, *both, merge=True), one)
+    together = with_adapters(checkpoint, *both, merge=True)
+    assert not np.array_equal(together, one)
+    np.testing.assert_allclose(with_adapters(checkpoint, *both), together, atol=1e-5)
 
 
 def test_merged_adapters_are_part_of_the_exported_checkpoint(checkpoint, export, tmp_path):

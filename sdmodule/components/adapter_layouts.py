@@ -1,0 +1,251 @@
+"""The layouts of low-rank adapters that exist, each read into one form.
+
+| written by                | a key                                                                            |
+|---------------------------|----------------------------------------------------------------------------------|
+| diffusers from 0.21, peft | ``unet.down_blocks….to_q.lora_A.weight``                                         |
+| diffusers 0.17 to 0.21    | ``unet.down_blocks….attn1.processor.to_q_lora.down.weight``                      |
+| diffusers 0.14 to 0.16    | ``down_blocks….attn1.processor.to_q_lora.down.weight``                           |
+| its scripts, text encoder | ``text_encoder.text_model….q_proj.lora_linear_layer.down.weight``                |
+| kohya's scripts, LyCORIS  | ``lora_unet_down_blocks_…_to_q.lora_down.weight``, ``lora_te_…``, ``lora_te1_…`` |
+| the same, original names  | ``lora_unet_input_blocks_1_1_…_to_q.lora_down.weight``                           |
+
+Adapters are shared between strangers: an unknown key is an error, and an expression in a header is read only if it
+cannot take long.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from sdmodule.components.checkpoint import Components
+from sdmodule.components.lora_layers import LORA, MAGNITUDES, Adapter, find_method, split_key
+from sdmodule.errors import SettingsError
+
+METADATA = "lora_adapter_metadata"
+"""Header entry in which diffusers keeps the settings of peft."""
+
+PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te"}
+KOHYA_PREFIXES = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder"}
+
+KOHYA_NAMES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", MAGNITUDES: "dora_scale"}
+PEFT_NAMES = {kohya: peft for peft, kohya in KOHYA_NAMES.items()}
+
+_BARE_UNET = re.compile(r"(down_blocks|mid_block|up_blocks)\.")
+_OLD_FACTOR = re.compile(r"(?:\.processor\.(\w+)_lora|\.lora_linear_layer|\.lora)\.(down|up)\.weight$")
+"""The factors in diffusers before it used peft: the layer's name may stand in the processor's."""
+
+_EXPRESSION = re.compile(r"[\w.\\^$|()\[\]*+?-]{1,200}")
+"""What an expression of a header may consist of."""
+
+_NESTED = re.compile(r"\([^()]*[*+?|][^()]*\)[*+{]")
+"""A repetition of a repetition or of alternatives, which may take exponentially long."""
+
+
+def is_adapter(keys: Iterable[str]) -> bool:
+    """Whether a file's keys are those of a low-rank adapter, in any layout."""
+    known = (*KOHYA_PREFIXES, "unet.", "text_encoder.", "lora_te2_")
+    return any(key.startswith(known) or _BARE_UNET.match(key) for key in keys)
+
+
+def to_adapter(tensors: dict[str, Tensor], header: dict[str, str], path: str | Path, parts: Components) -> Adapter:
+    """Parse an adapter file of any layout.
+
+    Args:
+        tensors: tensors of the file.
+        header: header of the file.
+        path: the file, for messages.
+        parts: the model that it is for; its layers' names resolve kohya's, in which dots are underscores.
+
+    Raises:
+        SettingsError: if the file holds an unknown key or a layer that the model does not have.
+    """
+    adapter = Adapter(LORA, {}, {}, str(path))
+    if any(key.startswith(tuple(KOHYA_PREFIXES)) for key in tensors):
+        _read_kohya(tensors, adapter, parts)
+    else:
+        _read_diffusers(tensors, header, adapter)
+    adapter.method = find_method(adapter)
+    for part, weights in adapter.weights.items():
+        adapter.weights[part] = {key: value.float() for key, value in weights.items()}
+    return adapter
+
+
+def _unknown_key(adapter: Adapter, key: str) -> SettingsError:
+    return SettingsError(
+        f"adapters={adapter.source}: unknown key {key}; give an adapter in the layout of diffusers or kohya's scripts."
+    )
+
+
+# ---------------------------------------------------------------------------------------------- diffusers
+
+
+def _read_diffusers(tensors: dict[str, Tensor], header: dict[str, str], adapter: Adapter) -> None:
+    for key, value in tensors.items():
+        part, _, rest = f"unet.{key}".partition(".") if _BARE_UNET.match(key) else key.partition(".")
+        rest = _modern_name(rest.removeprefix("text_model.") if part == "text_encoder" else rest)
+        if part not in PREFIXES or not split_key(rest)[1]:
+            raise _unknown_key(adapter, key)
+        if rest.endswith(MAGNITUDES):
+            value = value.flatten() if value.ndim < 3 else value.reshape(1, -1, *[1] * (value.ndim - 2))
+        adapter.weights.setdefault(part, {})[rest] = value
+    for part in adapter.weights:
+        adapter.alphas[part] = _alphas(header, part, adapter)
+
+
+def _modern_name(key: str) -> str:
+    """The key of a factor as peft names it."""
+    found = _OLD_FACTOR.search(key)
+    if found is None:
+        return key.removesuffix(".weight") if key.endswith(f"{MAGNITUDES}.weight") else key
+    layer = key[: found.start()]
+    if found[1]:
+        layer += f".{found[1]}" + (".0" if found[1] == "to_out" else "")
+    return f"{layer}.lora_{'A' if found[2] == 'down' else 'B'}.weight"
+
+
+def _alphas(header: dict[str, str], part: str, adapter: Adapter) -> dict[str, float]:
+    """Alpha of each layer, from the header of a diffusers file; empty without one, which means a factor of 1."""
+    if METADATA not in header:
+        return {}
+    try:
+        settings = json.loads(header[METADATA])
+        common = float(settings[f"{part}.lora_alpha"])
+        patterns = {name: float(alpha) for name, alpha in (settings.get(f"{part}.alpha_pattern") or {}).items()}
+        stabilized = bool(settings.get(f"{part}.use_rslora"))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SettingsError(
+            f"adapters={adapter.source}: the header cannot be read ({error}); export the file again."
+        ) from error
+    expressions = [(_compiled(name, adapter), alpha) for name, alpha in patterns.items()]
+    alphas = {}
+    for layer, factors in adapter.layers(part).items():
+        alpha = next((alpha for expression, alpha in expressions if expression.match(layer)), common)
+        rank = adapter.rank(factors)
+        # rank-stabilized (Kalajdzievski 2023): alpha / sqrt(rank), as an alpha that is divided by the rank
+        alphas[layer] = alpha * rank**0.5 if stabilized and rank else alpha
+    return alphas
+
+
+def _compiled(name: str, adapter: Adapter) -> re.Pattern[str]:
+    """The expression by which peft matches the layers of a pattern.
+
+    Raises:
+        SettingsError: for one that might take long, or is none.
+    """
+    try:
+        if not _EXPRESSION.fullmatch(name) or _NESTED.search(name) or len(re.findall(r"(?<!\\)[*+]", name)) > 4:
+            raise re.error("too complex")
+        return re.compile(rf"(.*\.)?({name})$")
+    except re.error as error:
+        raise SettingsError(
+            f"adapters={adapter.source}: alpha_pattern {name!r} in the header is not read ({error}); export the file "
+            "with the names of layers."
+        ) from error
+
+
+# ---------------------------------------------------------------------------------------------- kohya
+
+
+def _read_kohya(tensors: dict[str, Tensor], adapter: Adapter, parts: Components) -> None:
+    layers = _kohya_layers(parts)
+    for key, value in tensors.items():
+        name, _, factor = key.partition(".")
+        if name not in layers:
+            raise SettingsError(
+                f"adapters={adapter.source}: this model has no layer {name}; give an adapter that was trained on a "
+                "model of this architecture."
+            )
+        part, layer = layers[name]
+        weights = adapter.weights.setdefault(part, {})
+        if factor == "alpha":
+            if value.numel() != 1:
+                raise SettingsError(f"adapters={adapter.source}: {key} must be a single number; export the file again.")
+            adapter.alphas.setdefault(part, {})[layer] = float(value)
+            continue
+        renamed = f"{layer}.{PEFT_NAMES.get(factor, factor)}"
+        if not split_key(renamed)[1]:
+            raise _unknown_key(adapter, key)
+        weights[renamed] = _magnitudes(value) if factor == "dora_scale" else value
+
+
+def _magnitudes(scale: Tensor) -> Tensor:
+    """DoRA's magnitudes, by outputs as peft has them, ``[out]`` or ``[1, out, 1, 1]``; those by inputs as they are.
+
+    LyCORIS stores ``[out, 1, …]`` by outputs and ``[1, in, …]`` by inputs, of which the latter is marked by a second
+    dimension of more than one element.
+    """
+    if scale.ndim < 2 or scale.shape[1] == 1:
+        return scale.flatten() if scale.ndim < 3 else scale.reshape(1, -1, *[1] * (scale.ndim - 2))
+    return scale.reshape(1, -1) if scale.ndim == 2 else scale.unsqueeze(0)
+
+
+def _kohya_layers(parts: Components) -> dict[str, tuple[str, str]]:
+    """The layers that can be adapted, as part and name, by each name that kohya's layout may give them."""
+    found = {}
+    for prefix, part in KOHYA_PREFIXES.items():
+        model = getattr(parts, part)
+        for layer, module in model.named_modules():
+            if not isinstance(module, (nn.Linear, nn.Conv2d)) and not hasattr(module, "base_layer"):
+                continue
+            short = layer.removeprefix("text_model.")
+            names = [f"text_model.{short}"] if part == "text_encoder" else [layer, *original_names(layer, model)]
+            for name in names:
+                found[prefix + name.replace(".", "_")] = part, layer
+    return found
+
+
+_ORIGINAL_RESNET = {
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+_ORIGINAL_ENDS = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+}
+
+
+def original_names(layer: str, unet: Any) -> Iterator[str]:
+    """The name of a UNet's layer in the original implementation of Stable Diffusion."""
+    if layer in _ORIGINAL_ENDS:
+        yield _ORIGINAL_ENDS[layer]
+        return
+    layers = unet.config.layers_per_block
+    if not isinstance(layers, int):
+        return
+    kind, number, sort, index, *rest = [*layer.split("."), "", "", "", ""] if layer.count(".") >= 3 else [""] * 5
+    if layer.startswith("mid_block."):
+        _, sort, index, *rest = layer.split(".")
+        block, place = "middle_block", str(1 if sort == "attentions" else 2 * int(index))
+        yield _joined(f"{block}.{place}", sort, rest)
+        return
+    if kind not in ("down_blocks", "up_blocks"):
+        return
+    rest = layer.split(".")[4:]
+    size = layers + 1
+    if kind == "down_blocks":
+        if sort == "downsamplers":
+            yield f"input_blocks.{(int(number) + 1) * size}.0.op"
+            return
+        place = f"input_blocks.{1 + int(number) * size + int(index)}"
+    else:
+        if sort == "upsamplers":
+            attends = hasattr(unet.up_blocks[int(number)], "attentions")
+            yield f"output_blocks.{(int(number) + 1) * size - 1}.{2 if attends else 1}.conv"
+            return
+        place = f"output_blocks.{int(number) * size + int(index)}"
+    yield _joined(f"{place}.{1 if sort == 'attentions' else 0}", sort, rest)
+
+
+def _joined(place: str, sort: str, rest: list[str]) -> str:
+    inner = ".".join(rest)
+    return f"{place}.{_ORIGINAL_RESNET.get(inner, inner) if sort == 'resnets' else inner}"
