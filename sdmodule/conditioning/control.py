@@ -13,27 +13,28 @@ from torch import Tensor
 
 from sdmodule.components.checkpoint import Components
 from sdmodule.conditioning.canny import canny_edges
-from sdmodule.conditioning.masked_image import read_image
+from sdmodule.conditioning.masked_image import as_list, read_image
 from sdmodule.errors import SettingsError
+from sdmodule.io.transparency import on_white
 
 
 def read_controls(control: Any, edges: bool, count: int) -> list[Image.Image]:
     """Control images of ``count`` prompts, in RGB.
 
     Args:
-        control: a path, a PIL image, an array or a tensor; or a list, one for each prompt.
+        control: a path, a PIL image, an array or a tensor; or several, one for each prompt, in a list or a batch.
         edges: take the `canny_edges` of each image.
         count: number of prompts; a single image serves all of them.
 
     Raises:
         SettingsError: for an image that cannot be read, or another number of images.
     """
-    given = list(control) if isinstance(control, (list, tuple)) else [control]
+    given = as_list(control)
     if len(given) not in (1, count):
         raise SettingsError(f"control: {len(given)} images for {count} prompts; give one image, or one per prompt.")
     images = []
     for k, one in enumerate(given):
-        image = read_image(one, "control" if len(given) == 1 else f"control[{k}]").convert("RGB")
+        image = on_white(read_image(one, "control" if len(given) == 1 else f"control[{k}]"))
         images.append(canny_edges(image) if edges else image)
     return images * (count // len(images))
 

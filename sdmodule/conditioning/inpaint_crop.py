@@ -12,6 +12,7 @@ from torch import Tensor
 from sdmodule.conditioning.masked_image import MaskedImage
 from sdmodule.errors import SettingsError, check_bool, check_int, check_number
 from sdmodule.io.images import image_to_tensor
+from sdmodule.io.transparency import on_white
 
 Box = tuple[int, int, int, int]
 """``(x0, y0, x1, y1)`` in pixels; ``x1`` and ``y1`` are exclusive."""
@@ -67,7 +68,7 @@ def crop_for_inpainting(masked: MaskedImage, height: int, width: int, settings: 
     box = whole
     if settings.only_masked:
         box = crop_box(edge.getbbox() or whole, settings.padding, width / height, whole)
-    image, mask = masked.image.crop(box), masked.mask.crop(box)
+    image, mask = on_white(masked.image).crop(box), masked.mask.crop(box)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.LANCZOS)
         mask = mask.resize((width, height), Image.Resampling.NEAREST)
@@ -92,12 +93,14 @@ def _extend(start: int, end: int, length: int, limit: int) -> tuple[int, int]:
 
 
 def paste_back(crop: InpaintCrop, inpainted: Image.Image, image: Image.Image) -> Image.Image:
-    """Paste an inpainted crop into a copy of the image; pixels outside the mask's edge are unchanged."""
+    """Paste an inpainted crop into a copy of the image; pixels outside the mask's edge are unchanged, alpha too."""
     x0, y0, x1, y1 = crop.box
     if inpainted.size != (x1 - x0, y1 - y0):
         inpainted = inpainted.resize((x1 - x0, y1 - y0), Image.Resampling.LANCZOS)
     result = image.copy()
     result.paste(inpainted, (x0, y0), crop.edge.crop(crop.box))
+    if result.mode == "RGBA" and result.getchannel("A").getextrema() == (255, 255):  # nothing transparent is left
+        return result.convert("RGB")
     return result
 
 

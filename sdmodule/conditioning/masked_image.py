@@ -14,7 +14,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image, ImageDraw
 
 from sdmodule.errors import SettingsError, choices, is_int, is_number
-from sdmodule.io.image_files import FORMATS, open_upright
+from sdmodule.io.image_files import FORMATS, open_upright, upright
+from sdmodule.io.transparency import mask_levels
 
 ALPHA = "alpha"
 """Value of ``mask`` that stands for the transparent part of the image."""
@@ -25,7 +26,7 @@ class MaskedImage:
     """An image and the mask of what is inpainted.
 
     Attributes:
-        image: RGB.
+        image: RGB, or RGBA for a photo with transparency, which is kept outside the mask.
         mask: of the same size, mode L: 255 is inpainted, 0 is kept, and nothing else occurs.
     """
 
@@ -38,7 +39,8 @@ def pair_images_and_masks(images: Any, masks: Any, count: int) -> list[MaskedIma
 
     Args:
         images: one image or a list: a path, a PIL image, an array ``[H, W, 3]`` or a tensor ``[3, H, W]``. Integers
-            range from 0 to 255, floats from 0 to 1. A batched tensor or array is a list.
+            range from 0 to 255, floats from 0 to 1, or from -1 to 1 if some are negative. A batched tensor or array is
+            a list.
         masks: likewise with one channel, inpainted where it is above half of white; or a box ``[x0, y0, x1, y1]`` in
             pixels; or ``alpha``, for the transparent part of the image.
         count: number of prompts.
@@ -46,7 +48,7 @@ def pair_images_and_masks(images: Any, masks: Any, count: int) -> list[MaskedIma
     Raises:
         SettingsError: for an image or a mask that cannot be used, or lists of different lengths.
     """
-    image_list, mask_list = _as_list(images), _as_list(masks)
+    image_list, mask_list = as_list(images), as_list(masks)
     total = max(len(image_list), len(mask_list))
     for name, values in (("image", image_list), ("mask", mask_list)):
         if len(values) not in (1, total):
@@ -63,7 +65,7 @@ def pair_images_and_masks(images: Any, masks: Any, count: int) -> list[MaskedIma
 
 def count_images(images: Any, masks: Any) -> int:
     """Number of masked images that `pair_images_and_masks` reads, before it repeats a single one for every prompt."""
-    return max(len(_as_list(images)), len(_as_list(masks)))
+    return max(len(as_list(images)), len(as_list(masks)))
 
 
 def read_masked_image(image: Any, mask: Any, position: int | None = None) -> MaskedImage:
@@ -80,7 +82,7 @@ def read_masked_image(image: Any, mask: Any, position: int | None = None) -> Mas
     elif _is_box(mask):
         area = _draw_box(mask, source.size, at)
     else:
-        area = read_image(mask, f"mask{at}").convert("L").point([0] * 128 + [255] * 128)
+        area = mask_levels(read_image(mask, f"mask{at}")).point([0] * 128 + [255] * 128)
     if area.size != source.size:
         raise SettingsError(
             f"mask{at}: is {_size(area)} pixels and image{at} is {_size(source)}; give a mask of the image's size."
@@ -90,10 +92,11 @@ def read_masked_image(image: Any, mask: Any, position: int | None = None) -> Mas
         raise SettingsError(f"mask{at}: is empty, with nothing white in it; paint the area to inpaint white.")
     if darkest:
         rank_zero_info(f"mask{at} covers the whole image: nothing of image{at} is kept.")
-    return MaskedImage(source.convert("RGB"), area)
+    return MaskedImage(source.convert("RGBA" if source.has_transparency_data else "RGB"), area)
 
 
-def _as_list(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
+    """The images or masks of a list, or of a batched array or tensor; one alone as a list of one."""
     if _is_box(value):
         return [value]
     if isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 4:
@@ -141,7 +144,7 @@ def read_image(value: Any, name: str) -> Image.Image:
         SettingsError: if it cannot be read.
     """
     if isinstance(value, Image.Image):
-        return value.copy()
+        return upright(value)
     if isinstance(value, (str, Path)):
         path = Path(value).expanduser()
         if not os.path.isfile(path):
@@ -171,8 +174,11 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     if pixels.dtype == bool:
         pixels = pixels.astype(np.uint8) * 255
     limit = 1.0 if pixels.dtype.kind == "f" else 255
+    if limit == 1.0 and -1 <= pixels.min() < 0 and pixels.max() <= 1:  # as the model itself has them
+        pixels = pixels / 2 + 0.5
     if not (pixels.min() >= 0 and pixels.max() <= limit):
         raise SettingsError(
-            f"{name}: has values from {pixels.min():g} to {pixels.max():g}; floats must be 0 to 1, integers 0 to 255."
+            f"{name}: has values from {pixels.min():g} to {pixels.max():g}; floats must be 0 to 1 or -1 to 1, integers "
+            "0 to 255."
         )
     return Image.fromarray((pixels * 255).round().astype(np.uint8) if limit == 1.0 else pixels.astype(np.uint8))

@@ -19,6 +19,10 @@ from sdmodule.data.sources.verify import load_beside, load_rgb
 from sdmodule.io.fingerprint import file_fingerprint
 from sdmodule.io.image_files import upright_size
 from sdmodule.io.images import image_to_tensor
+from sdmodule.io.transparency import mask_levels, on_white
+
+LARGEST_COVERING = 2**26
+"""Pixels up to which an image is resized as a whole before it is cropped."""
 
 CANNY, FILES = "canny", "files"
 """Sources of a ControlNet's control images."""
@@ -117,28 +121,51 @@ class ImageFolderDataset(Dataset[CaptionedImage]):
         """
         path, _, mask_path, _, control_path = self.examples[index]
         image = load_rgb(path)
-        height, width = self.size_of(index)
-        scale = max(width / image.width, height / image.height)
-        covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
-        left, top = round(view.x * (covering[0] - width)), round(view.y * (covering[1] - height))
-
-        def crop(whole: Image.Image, resampling: Image.Resampling) -> Image.Image:
-            part = whole.resize(covering, resampling).crop((left, top, left + width, top + height))
-            return ImageOps.mirror(part) if view.flipped else part
-
+        crop = Crop(image.size, self.size_of(index), view)
         cropped = crop(image, Image.Resampling.BICUBIC)
         example = {"image": image_to_tensor(cropped)}
         if self.conditioning == CANNY:
             example["conditioning"] = image_to_tensor(canny_edges(cropped)) / 2 + 0.5
         elif control_path is not None and self.conditioning == FILES:
-            control = crop(load_beside(control_path, path, image.size, "control image"), Image.Resampling.BICUBIC)
-            example["conditioning"] = image_to_tensor(control) / 2 + 0.5
+            control = on_white(load_beside(control_path, path, image.size, "control image"))
+            example["conditioning"] = image_to_tensor(crop(control, Image.Resampling.BICUBIC)) / 2 + 0.5
         if mask_path is not None:
-            grey = load_beside(mask_path, path, image.size, "mask").convert("L")
-            mask = np.asarray(crop(grey, Image.Resampling.NEAREST))
+            levels = mask_levels(load_beside(mask_path, path, image.size, "mask"))
+            mask = np.asarray(crop(levels, Image.Resampling.NEAREST))
             example["mask"] = torch.from_numpy((mask > 127).astype(np.float32))[None]
         return example
 
     @override
     def __getitem__(self, index: int) -> CaptionedImage:
         return cast(CaptionedImage, {**self.load(index, self.view(index)), "caption": self.caption(index)})
+
+
+class Crop:
+    """Resizes images of one size to cover another, cuts out a part, and flips it.
+
+    Args:
+        size: width and height of the images.
+        wanted: height and width of the part.
+        view: where the part lies, and whether it is flipped.
+    """
+
+    def __init__(self, size: tuple[int, int], wanted: tuple[int, int], view: View) -> None:
+        height, width = wanted
+        scale = max(width / size[0], height / size[1])
+        self.covering = max(width, round(size[0] * scale)), max(height, round(size[1] * scale))
+        left, top = round(view.x * (self.covering[0] - width)), round(view.y * (self.covering[1] - height))
+        self.box = (left, top, left + width, top + height)
+        self.flipped = view.flipped
+
+    def __call__(self, image: Image.Image, resampling: Image.Resampling) -> Image.Image:
+        """The part of an image."""
+        part = self._cut(image, resampling)
+        return ImageOps.mirror(part) if self.flipped else part
+
+    def _cut(self, image: Image.Image, resampling: Image.Resampling) -> Image.Image:
+        if self.covering[0] * self.covering[1] <= LARGEST_COVERING:
+            return image.resize(self.covering, resampling).crop(self.box)
+        # of a very thin image the whole would not fit into memory
+        across, down = image.width / self.covering[0], image.height / self.covering[1]
+        x0, y0, x1, y1 = self.box
+        return image.resize((x1 - x0, y1 - y0), resampling, (x0 * across, y0 * down, x1 * across, y1 * down))

@@ -12,9 +12,28 @@ from typing import Protocol
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+FORMAT_SUFFIXES = {
+    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp", ".dib"),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "JPEG2000": (".jp2", ".j2k", ".jpx", ".jpf", ".j2c"),
+    "AVIF": (".avif", ".avifs"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "TGA": (".tga",),
+}
+FORMATS = tuple(FORMAT_SUFFIXES)
 """Formats that PIL may detect; some of its other readers start programs."""
+
+SUFFIXES = frozenset(suffix for suffixes in FORMAT_SUFFIXES.values() for suffix in suffixes)
+
+UNREAD_SUFFIXES = frozenset(
+    {".heic", ".heif", ".jxl", ".svg", ".psd", ".xcf", ".exr", ".hdr", ".dds", ".eps", ".ico", ".icns"}
+    | {".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2"}
+)
+"""Images of kinds that are not read; they are named, not left out silently."""
 
 
 class StoredImage(Protocol):
@@ -22,6 +41,10 @@ class StoredImage(Protocol):
 
     def read(self) -> bytes:
         """The bytes of the image, as they would be in a file of its own."""
+        ...
+
+    def identity(self) -> str:
+        """What changes when the stored bytes may have changed, without reading them."""
         ...
 
 
@@ -55,11 +78,24 @@ def open_upright(path: ImageFile) -> Image.Image:
         Exception: of many kinds, from PIL's readers, for a file whose pixels cannot be decoded.
     """
     with open_image(path) as file:
-        image = ImageOps.exif_transpose(file)
-        image.load()
+        return upright(file)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A new image of 8 bits: rotated as EXIF says, with 16 bits scaled to 8."""
+    image = ImageOps.exif_transpose(image)
+    image.load()
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     return image
+
+
+def identity(image: ImageFile) -> str:
+    """What changes when an image's bytes may have changed, without reading them: path, size and date of a file."""
+    if not isinstance(image, Path):
+        return image.identity()
+    status = image.stat()
+    return f"{image} {status.st_size} {status.st_mtime_ns}"
 
 
 def upright_size(path: ImageFile) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,13 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from sdmodule.errors import check_choice
+from sdmodule.io.transparency import on_white
+
+RETURN_TYPES = ("image", "numpy", "tensor")
+"""Forms that sampled images are returned in."""
+
+LONGEST_LINE = 500
+"""Characters of a line on a sheet; more are never measured."""
 
 
 def image_to_tensor(image: Image.Image) -> Tensor:
@@ -36,9 +44,10 @@ def convert_images(images: Tensor, return_type: str) -> Any:
     Raises:
         SettingsError: for another return type.
     """
-    converters = {"image": to_images, "numpy": lambda x: x.permute(0, 2, 3, 1).numpy(), "tensor": lambda x: x}
-    check_choice("return_type", return_type, converters)
-    return converters[return_type](images)
+    check_choice("return_type", return_type, RETURN_TYPES)
+    if return_type == "tensor":
+        return images
+    return to_images(images) if return_type == "image" else images.permute(0, 2, 3, 1).numpy()
 
 
 def contact_sheet(images: list[Image.Image], columns: int) -> Image.Image:
@@ -70,23 +79,30 @@ def captioned_sheet(images: Sequence[Image.Image], captions: Sequence[str], tile
         x, y = 8 + k % columns * (tile + 8), 8 + k // columns * row_height
         scale = tile / max(image.size)
         size = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
-        sheet.paste(image.convert("RGB").resize(size, Image.Resampling.NEAREST if scale > 1 else None), (x, y))
+        sheet.paste(on_white(image).resize(size, Image.Resampling.NEAREST if scale > 1 else None), (x, y))
         draw.multiline_text((x, y + tile + 2), "\n".join(lines), fill="black", font=font, spacing=0)
     return sheet
 
 
 def wrap_text(text: str, font: Any, width: int, max_lines: int = 4) -> list[str]:
     """Wrap text to lines of at most ``width`` pixels, at spaces if possible; the rest after ``max_lines`` is "…"."""
+
+    def fits(part: str) -> bool:
+        return len(part) <= LONGEST_LINE and font.getlength(part) <= width
+
     lines = [""]
     for word in text.split():
-        while font.getlength(word) > width:
-            cut = max(k for k in range(1, len(word) + 1) if font.getlength(word[:k]) <= width)
-            lines.append(word[:cut])
-            word = word[cut:]
         longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width:
+        if fits(longer):
             lines[-1] = longer
-        else:
-            lines.append(word)
+            continue
+        lines.append(word)
+        while len(lines) <= max_lines + 1 and not fits(lines[-1]):
+            word = lines.pop()
+            lengths = range(1, min(len(word), LONGEST_LINE))
+            cut = 1 + bisect_left(lengths, True, key=lambda length: not fits(word[: length + 1]))
+            lines += [word[:cut], word[cut:]]
+        if len(lines) > max_lines + 1:
+            break
     lines = [line for line in lines if line] or [""]
     return lines if len(lines) <= max_lines else [*lines[: max_lines - 1], "…"]

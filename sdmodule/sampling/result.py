@@ -13,6 +13,7 @@ from torch import Tensor
 from sdmodule.conditioning.inpaint_crop import InpaintCrop, paste_back
 from sdmodule.errors import SettingsError
 from sdmodule.io.images import convert_images, image_to_tensor, to_images
+from sdmodule.io.transparency import on_white
 from sdmodule.sampling.requests import SampleRequest
 
 
@@ -81,4 +82,6 @@ class Samples:
             return images
         if len({image.size for image in images}) > 1:
             raise SettingsError(f"return_type={return_type!r}: images must be of one size; use return_type='image'.")
-        return convert_images(torch.stack([image_to_tensor(image) for image in images]) / 2 + 0.5, return_type)
+        return convert_images(
+            torch.stack([image_to_tensor(on_white(image)) for image in images]) / 2 + 0.5, return_type
+        )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,8 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from typing_extensions import override
+
+from sdmodule.io.cache_dir import cache_dir
 
 COMPILE = ("none", "blocks", "whole")
 RECOMPILE_LIMIT = 64
@@ -62,8 +63,7 @@ def compiled(unet: Any, which: str) -> Iterator[None]:
         unet: a ``UNet2DConditionModel``; what a training has compiled stays as it is.
         which: ``blocks``, one by one, or ``whole``, as one graph.
     """
-    home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    os.environ.setdefault(CACHE, str(home / "sdmodule" / "compiled"))
+    os.environ.setdefault(CACHE, str(cache_dir() / "compiled"))
     modules: list[nn.Module] = [unet] if which == "whole" else repeated_blocks(unet)
     modules = [module for module in modules if module._compiled_call_impl is None]
     limit = torch._dynamo.config.recompile_limit

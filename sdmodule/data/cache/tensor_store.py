@@ -25,6 +25,10 @@ MEMORY_BYTES = 64 * 2**20
 """Bytes of tensors that stay in memory once they are read: a small data set fits completely."""
 
 
+MAX_OPEN_FILES = 1000
+"""Files that stay open, each mapped into memory; Linux allows a process 65,530 maps."""
+
+
 class TensorStore:
     """A folder of tensors, each found by its key.
 
@@ -38,7 +42,7 @@ class TensorStore:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._files: dict[str, Path] = {}
-        self._open: dict[Path, Any] = {}
+        self._open: dict[Path, Any] = {}  # the most recently used last
         self._in_memory: dict[str, Tensor] = {}
         self._free_bytes = MEMORY_BYTES
         self.refresh()
@@ -68,10 +72,7 @@ class TensorStore:
             return self._in_memory[key]
         file = self._files[key]
         try:
-            if file not in self._open:
-                shard = safe_open(file, framework="pt")
-                self._open[file] = shard, shard.metadata() or {}
-            shard, checksums = self._open[file]
+            shard, checksums = self._opened(file)
             tensor = shard.get_tensor(key)
             intact = checksum(tensor) == checksums.get(key)
         except (SafetensorError, OSError):
@@ -82,6 +83,17 @@ class TensorStore:
             self._in_memory[key] = tensor
             self._free_bytes -= tensor.nbytes
         return tensor
+
+    def _opened(self, file: Path) -> Any:
+        """A file that stays open, and its checksums; the one that was not used for longest is closed for it."""
+        found = self._open.pop(file, None)
+        if found is None:
+            shard = safe_open(file, framework="pt")
+            found = shard, shard.metadata() or {}
+        self._open[file] = found
+        if len(self._open) > MAX_OPEN_FILES:
+            del self._open[next(iter(self._open))]
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         # each data loading worker opens the files itself

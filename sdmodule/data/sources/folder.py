@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from sdmodule.data.example import Example, Examples
 from sdmodule.errors import SettingsError, check_path, choices
-from sdmodule.io.image_files import SUFFIXES, ImageFile
+from sdmodule.io.image_files import SUFFIXES, UNREAD_SUFFIXES, ImageFile
 
 EXTRA_COLUMNS = {"mask_file_name": "mask", "conditioning_image_file_name": "control"}
 """Metadata columns that name an image's other files, and their fields of `Example`."""
@@ -75,14 +76,16 @@ def find_examples(root: str | Path, key: str = "data.root", prompt: str | None =
     if not folder.is_dir():
         problem = "is a file" if folder.is_file() else "does not exist"
         raise SettingsError(f"{key}={root}: {problem}; give a folder of images with captions.")
-    images = image_files(folder)
+    files = set(all_files(folder))
+    images = {path for path in files if path.suffix.lower() in SUFFIXES}
+    _report_unread(files, folder, key)
     metadata = next((file for name in ("metadata.jsonl", "metadata.csv") if (file := folder / name).is_file()), None)
     if prompt is not None and images and not (metadata and _has_extra_columns(metadata, key)):
         return [Example(path, prompt) for path in sorted(images)]
     if metadata is None:
         if not images:
             raise SettingsError(f"{key}={root}: contains no images; images end in {choices(SUFFIXES)}.")
-        return _read_sidecars(sorted(images), folder, key)
+        return _read_sidecars(sorted(images), files, folder, key)
 
     examples = sorted(_read_metadata(metadata, key, prompt), key=lambda example: example[:2])
     if not examples:
@@ -113,11 +116,34 @@ def absolute(root: str | Path) -> Path:
 
 def image_files(folder: Path) -> set[Path]:
     """All files in a folder and its subfolders with the suffix of an image, but hidden ones."""
-    return {path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not _hidden(path, folder)}
+    return {path for path in all_files(folder) if path.suffix.lower() in SUFFIXES}
 
 
-def _hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+def all_files(folder: Path) -> Iterator[Path]:
+    """All files in a folder and its subfolders, linked ones too, but hidden ones.
+
+    A folder that is reached a second time, as by a link to its own parent, is not entered again.
+    """
+    seen: set[str] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            rank_zero_warn(f"{place} leads to a folder that is read already, {real}, and is left out.")
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(place, name) for name in files if not name.startswith("."))
+
+
+def _report_unread(files: Iterable[Path], folder: Path, key: str) -> None:
+    """Name the images of kinds that cannot be read, which are left out."""
+    unread = sorted(path for path in files if path.suffix.lower() in UNREAD_SUFFIXES)
+    if unread:
+        rank_zero_warn(
+            f"{key}: left out {len(unread)} images of kinds that are not read: {some(_names(unread, folder))}; "
+            "convert them to PNG or JPEG."
+        )
 
 
 def some(names: Sequence[str], limit: int = 3) -> str:
@@ -130,14 +156,18 @@ def _names(files: Iterable[ImageFile], folder: Path) -> list[str]:
     return [os.path.relpath(str(file), folder) for file in files]
 
 
-def _read_sidecars(images: Sequence[Path], folder: Path, key: str) -> list[Example]:
-    """The images, each with the caption in the ``.txt`` beside it."""
-    if bare := [path for path in images if not path.with_suffix(".txt").is_file()]:
+def _read_sidecars(images: Sequence[Path], files: Iterable[Path], folder: Path, key: str) -> list[Example]:
+    """The images, each with the caption in the ``.txt`` beside it, whatever the case of that suffix."""
+    captions = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
+    if bare := [path for path in images if path.with_suffix("") not in captions]:
         raise SettingsError(
             f"{key}={folder}: images without a caption: {some(_names(bare, folder))}; put a metadata.jsonl "
             "or metadata.csv (file_name, text) into the folder, or a .txt beside each image."
         )
-    return [Example(path, _read_text(path.with_suffix(".txt"), key).strip()) for path in images]
+    used = {path.with_suffix("") for path in images}
+    if lone := sorted(path for stem, path in captions.items() if stem not in used):
+        rank_zero_warn(f"{key}: {len(lone)} captions have no image: {some(_names(lone, folder))}.")
+    return [Example(path, _read_text(captions[path.with_suffix("")], key).strip()) for path in images]
 
 
 def _read_text(path: Path, key: str) -> str:
@@ -205,9 +235,21 @@ def _jsonl_rows(path: Path, key: str) -> Iterator[tuple[int, dict[str, object]]]
 
 
 def _csv_rows(path: Path, key: str) -> Iterator[tuple[int, dict[str, object]]]:
-    reader = csv.DictReader(_read_text(path, key).splitlines(keepends=True), strict=True)
+    # a StringIO ends lines as the csv module does: not at a form feed or U+2028, as str.splitlines would
+    reader = csv.DictReader(io.StringIO(_read_text(path, key), newline=""), strict=True)
     try:
         for row in reader:
+            _check_fields(row, reader, f"{key}: {path}, line {reader.line_num}")
             yield reader.line_num, dict(row)
     except csv.Error as error:
         raise SettingsError(f"{key}: {path}, line {reader.line_num} is not CSV ({error}); check its quotes.") from error
+
+
+def _check_fields(row: Mapping[Any, Any], reader: csv.DictReader, where: str) -> None:
+    """Check that a row has as many fields as the header; a comma in a caption without quotes makes one more."""
+    names = reader.fieldnames or []
+    given = len(names) + len(row.get(None, ())) - sum(row[name] is None for name in names)
+    if given != len(names):
+        raise SettingsError(
+            f"{where} has {given} fields, and the header has {len(names)}; put a caption with a comma in double quotes."
+        )

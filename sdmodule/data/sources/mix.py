@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -108,6 +109,8 @@ class WeightedSource:
     def split(self, examples: ImageSubset, fraction: float) -> tuple[ImageSubset, ImageSubset]:
         """Split images by a hash of their names, so that adding some moves few of the others.
 
+        All captions of an image are on one side.
+
         Returns:
             The images for training, and those for validation: at least one, unless ``fraction`` is 0.
 
@@ -116,18 +119,19 @@ class WeightedSource:
         """
         if not fraction:
             return examples, examples.select([])
-        if len(examples) == 1:
+        if len({self.source.name_of(examples[position].path) for position in range(len(examples))}) == 1:
             raise SettingsError(
                 f"data.val_fraction={fraction}: {self.source} has a single image, and none would be left for training; "
                 "set data.val_fraction=0, or give other images for validation."
             )
-        count = min(max(1, round(fraction * len(examples))), len(examples) - 1)
-
-        def name_hash(position: int) -> bytes:
-            return hashlib.sha256(self.source.name_of(examples[position].path).encode()).digest()
-
-        ranked = sorted(range(len(examples)), key=name_hash)
-        return examples.select(sorted(ranked[count:])), examples.select(sorted(ranked[:count]))
+        names = [self.source.name_of(examples[position].path) for position in range(len(examples))]
+        ranked = sorted(set(names), key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
+        count = min(max(1, round(fraction * len(ranked))), len(ranked) - 1)
+        validated = set(ranked[:count])
+        sides: tuple[list[int], list[int]] = [], []
+        for position, name in enumerate(names):
+            sides[name in validated].append(position)
+        return examples.select(sides[False]), examples.select(sides[True])
 
 
 def parse_source(settings: Mapping[str, Any], key: str, prompt: str | None) -> WeightedSource:

@@ -39,6 +39,11 @@ class Member(NamedTuple):
             file.seek(self.offset)
             return file.read(self.size)
 
+    def identity(self) -> str:
+        """Path, size and date of the shard, and the place in it."""
+        status = self.shard.stat()
+        return f"{self.shard} {status.st_size} {status.st_mtime_ns} {self.offset} {self.size}"
+
     def __str__(self) -> str:
         return f"{self.shard.name}/{self.name}"
 
@@ -110,10 +115,14 @@ class Shards:
         patterns = [self.shards] if isinstance(self.shards, str) else self.shards
         paths: list[Path] = []
         for pattern in patterns:
-            for expanded in expand_braces(str(Path(pattern).expanduser())):
-                found = sorted(map(Path, glob.glob(expanded)))
+            folder, rest = existing_part(Path(pattern).expanduser())
+            for expanded in expand_braces(rest):
+                path = folder / expanded
+                found = (
+                    [path] if path.exists() else sorted(folder / name for name in glob.glob(expanded, root_dir=folder))
+                )
                 if not found:
-                    raise SettingsError(f"{self}: {expanded} does not exist; give local .tar files.")
+                    raise SettingsError(f"{self}: {path} does not exist; give local .tar files.")
                 paths += found
         if not paths:
             raise SettingsError(f"{self}: names no files; give a path such as shards/{{000..009}}.tar.")
@@ -185,6 +194,17 @@ def _samples(shard: Path, given: str) -> list[dict[str, Member]]:
             f"{given}: {shard} cannot be read ({error}); give complete, uncompressed tar files."
         ) from error
     return list(samples.values())
+
+
+def existing_part(path: Path) -> tuple[Path, str]:
+    """The longest part of a path that exists, letter for letter, and the rest, which is a pattern.
+
+    So a folder that is called ``set[1]`` or ``a{b}`` is that folder, and no other.
+    """
+    for folder in (path, *path.parents):
+        if folder.exists():
+            return folder, "" if folder == path else str(path.relative_to(folder))
+    return Path(path.anchor or "."), str(path)
 
 
 def expand_braces(pattern: str) -> list[str]:

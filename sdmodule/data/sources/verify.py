@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL import Image, UnidentifiedImageError
 
-from sdmodule.data.example import Examples
+from sdmodule.data.example import Example, Examples
 from sdmodule.data.sources.folder import some
+from sdmodule.data.sources.verified_files import VerifiedFiles
 from sdmodule.errors import SettingsError, choices
 from sdmodule.io.image_files import FORMATS, SUFFIXES, ImageFile, open_image, open_upright
+from sdmodule.io.transparency import on_white
+
+MANY = 1000
+"""Images from which on a check takes long enough to be announced."""
 
 
 class ImageSource(Protocol):
@@ -36,48 +43,59 @@ class ImageSource(Protocol):
 
 
 def verify_images(examples: Examples, source: ImageSource, skip_bad: bool) -> list[int]:
-    """Indices of the readable images; the header of every file is checked.
+    """Indices of the images that can be decoded, their masks and control images too.
+
+    Every file is decoded once; `VerifiedFiles` remembers which were good.
 
     Args:
         examples: the images of a source.
         source: the source.
-        skip_bad: leave unreadable images out, with one warning that names them.
+        skip_bad: leave unreadable images out, with one warning that names them and says why.
 
     Raises:
         SettingsError: if an image is unreadable and ``skip_bad`` is false, or if none is readable.
     """
-    good: list[int] = []
-    problems: dict[str, str] = {}
-    for index in range(len(examples)):
-        example = examples[index]
-        bad = {source.name_of(file): problem for file in example.files if (problem := _problem(file))}
-        problems |= bad
-        if not bad:
-            good.append(index)
+    verified = VerifiedFiles(str(source))
+    if (count := len(examples)) > MANY:
+        rank_zero_info(f"{source.key}: checking {count} images; those found good are not checked again.")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = list(pool.map(lambda index: _problems(examples[index], source, verified), range(count)))
+    verified.save()
+    good = [index for index, problems in enumerate(found) if not problems]
+    problems = {name: problem for one in found for name, problem in one.items()}
     if not problems:
         return good
+    told = [f"{name} ({problem})" for name, problem in problems.items()]
     if not skip_bad:
         raise SettingsError(
-            f"{source}: unreadable images: {some([*problems])} ({next(iter(problems.values()))}); replace them, or set "
-            "data.skip_bad=true to leave them out."
+            f"{source}: {len(problems)} unreadable images: {some(told)}; replace them, or set data.skip_bad=true to "
+            "leave them out."
         )
     if not good:
         raise SettingsError(
-            f"{source}: no readable image is left after skipping {some([*problems])}; give a source with some."
+            f"{source}: no readable image is left after skipping {some(told)}; give a source with some."
         )
-    rank_zero_warn(f"{source.key}: skipped unreadable images: {some([*problems], limit=20)}.")
+    rank_zero_warn(f"{source.key}: skipped {len(problems)} unreadable images: {some(told, limit=20)}.")
     return good
 
 
-def _problem(file: ImageFile) -> str | None:
-    """What is wrong with an image file, as far as its header and checksums tell."""
+def _problems(example: Example, source: ImageSource, verified: VerifiedFiles) -> dict[str, str]:
+    """What is wrong with each file of an example that cannot be used."""
+    found = {source.name_of(file): _problem(file, verified) for file in example.files}
+    return {name: problem for name, problem in found.items() if problem is not None}
+
+
+def _problem(file: ImageFile, verified: VerifiedFiles) -> str | None:
+    """What is wrong with an image file; it is decoded unless it is known to be good."""
     if isinstance(file, Path) and file.suffix.lower() not in SUFFIXES:
         return f"{file.suffix or 'no suffix'} is not one of {choices(SUFFIXES)}"
     try:
-        with open_image(file) as image:
-            if image.mode == "F":
-                return "floating-point pixels have no fixed range"
-            image.verify()
+        with verified.checking(file) as known:
+            if not known:
+                with open_image(file) as image:
+                    if image.mode == "F":
+                        raise ValueError("floating-point pixels have no fixed range")
+                    image.load()
     except UnidentifiedImageError:  # its own message names an object in memory
         return f"not one of {choices(FORMATS)}"
     except Exception as error:  # PIL's plugins raise many kinds: OSError, SyntaxError, struct.error, bomb errors
@@ -85,24 +103,27 @@ def _problem(file: ImageFile) -> str | None:
     return None
 
 
-def load_rgb(path: ImageFile) -> Image.Image:
-    """An image as 8-bit RGB: upright, transparency on white, 16 bits scaled to 8, the first frame only.
+def load_image(path: ImageFile) -> Image.Image:
+    """An image of 8 bits in its own mode: upright, 16 bits scaled to 8, the first frame only.
 
     Raises:
         SettingsError: if its pixels cannot be decoded, or are more than PIL's limit.
     """
     try:
-        image = open_upright(path)
+        return open_upright(path)
+    except MemoryError as error:
+        raise SettingsError(f"data: {path} is too large for the memory; make it smaller, or remove it.") from error
     except Exception as error:
         raise SettingsError(f"data: {path} cannot be decoded ({error}); replace or remove it.") from error
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+
+
+def load_rgb(path: ImageFile) -> Image.Image:
+    """An image as 8-bit RGB, transparency on white; see `load_image`."""
+    return on_white(load_image(path))
 
 
 def load_beside(path: ImageFile, image: ImageFile, size: tuple[int, int], what: str) -> Image.Image:
-    """The mask or control image of an image, as 8-bit RGB.
+    """The mask or control image of an image, in its own mode.
 
     Args:
         path: its file.
@@ -113,7 +134,7 @@ def load_beside(path: ImageFile, image: ImageFile, size: tuple[int, int], what: 
     Raises:
         SettingsError: if its pixels cannot be decoded, or its size differs from the image's.
     """
-    beside = load_rgb(path)
+    beside = load_image(path)
     if beside.size != size:
         raise SettingsError(
             f"data: the {what} {path} has {beside.width}x{beside.height} pixels, but {image} has {size[0]}x{size[1]}; "

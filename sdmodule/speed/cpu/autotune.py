@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sdmodule.io.atomic import write_text_once
+from sdmodule.io.cache_dir import cache_dir
 from sdmodule.io.fingerprint import fingerprint
 
 TORCH = "torch"
@@ -91,7 +91,6 @@ def autotune_cache_dir() -> Path:
     keys = ("model name", "cpu family", "model\t", "flags")
     found = (next((line for line in lines if line.startswith(key)), "") for key in keys)
     processor = (*found, platform.processor())
-    home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     machine = (
         GENERATION,
         *processor,
@@ -99,4 +98,4 @@ def autotune_cache_dir() -> Path:
         torch.__version__,
         torch.get_num_threads(),
     )
-    return home / "sdmodule" / "kernels" / fingerprint(*machine)
+    return cache_dir() / "kernels" / fingerprint(*machine)

@@ -1,0 +1,52 @@
+"""Row 18: a file name is only a name, whatever its bytes: in folders, in tar members, for validation."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from sdmodule.cli.main import train_main
+from tests.reported.drawing import captioned, ramp, shard
+
+LATIN = os.fsdecode("caf\xe9".encode("latin-1"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Four images whose names are in Latin-1, in a folder that is called so too."""
+    place = tmp_path / LATIN
+    place.mkdir()
+    for k in range(4):
+        captioned(place / f"{LATIN}-{k}.png", ramp(k), f"p{k}")
+    return place
+
+
+def trained(call, checkpoint, out, *settings):
+    common = [f"pretrained={checkpoint}", "trainer.max_steps=1", "+steps=1", "resolution=32", f"output_dir={out}"]
+    status, _, errors = call(train_main, *common, *settings)
+    assert status == 0 and "Traceback" not in errors, errors
+    assert (out / "export").is_dir() and (out / "config.yaml").is_file()
+
+
+@pytest.mark.parametrize("cache", ["none", "latents"])
+def test_a_folder(call, checkpoint, folder, tmp_path, cache):
+    trained(call, checkpoint, tmp_path / "out", f"data.root={folder}", f"cache={cache}", "data.val_fraction=0.3")
+
+
+def test_a_root_for_validation(call, checkpoint, folder, tmp_path):
+    trained(call, checkpoint, tmp_path / "out", f"data.root={folder}", f"data.val_root={folder}")
+
+
+def test_members_of_a_tar(call, checkpoint, tmp_path):
+    shard(tmp_path / "0.tar", *(f"{LATIN}-{k}" for k in range(4)))
+    settings = ["data=webdataset", f"data.shards={tmp_path}/0.tar", "data.val_fraction=0.3"]
+    trained(call, checkpoint, tmp_path / "out", *settings)
+
+
+def test_a_bad_image_is_named(call, checkpoint, folder, tmp_path):
+    (folder / f"{LATIN}-1.png").write_bytes(b"no image")
+    status, _, errors = call(
+        train_main, f"pretrained={checkpoint}", f"data.root={folder}", f"output_dir={tmp_path}/out"
+    )
+    assert status == 1 and "Traceback" not in errors and "unreadable" in errors and "-1.png" in errors
