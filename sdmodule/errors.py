@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,13 +34,13 @@ def choices(names: Iterable[str]) -> str:
 
 
 def is_int(value: Any) -> bool:
-    """Whether a setting is a whole number; true and false are not."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether a setting is a whole number, of Python or NumPy; true and false are not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
     """Whether a setting is a finite number; true and false are not."""
-    return is_int(value) or (isinstance(value, float) and math.isfinite(value))
+    return is_int(value) or (isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value))
 
 
 def check_int(key: str, value: Any, minimum: int | None = 1, maximum: int | None = None) -> None:

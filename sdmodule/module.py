@@ -8,7 +8,7 @@ latents; sampling starts from pure noise.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Self, Unpack
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sdmodule.components.adapters import AdapterSettings
-from sdmodule.components.load_model import load_model
+from sdmodule.components.load_model import load_model, place_names
 from sdmodule.conditioning.inpaint_crop import check_inpaint_settings
 from sdmodule.conditioning.text import encode_prompts, escape_prompt
 from sdmodule.errors import SettingsError, build_settings, check_choice
@@ -25,13 +25,14 @@ from sdmodule.io.redact import shorten_home
 from sdmodule.sampling.infer import InferOptions, infer
 from sdmodule.sampling.metadata import describe
 from sdmodule.sampling.pipeline import OnStep, sample_requests
-from sdmodule.sampling.requests import INPAINT, TASKS, TEXT2IMAGE, SampleRequest
+from sdmodule.sampling.requests import INPAINT, TASKS, TEXT2IMAGE, SampleRequest, as_requests
 from sdmodule.sampling.result import Samples
 from sdmodule.sampling.schedule import check_settings
 from sdmodule.sampling.settings import SamplingSettings
 from sdmodule.speed.apply import apply_speed, apply_training_speed
 from sdmodule.speed.compile import compile_unet
 from sdmodule.training import loss as denoising
+from sdmodule.training.accumulation import batch_size_of
 from sdmodule.training.activation_checkpointing import checkpoint_blocks
 from sdmodule.training.frozen_weights import FrozenWeights
 from sdmodule.training.objective import Objective
@@ -60,7 +61,7 @@ class StableDiffusionModule(TrainableModule):
         tuning: what is trained, by its ``kind``: ``full``, ``lora``, ``textual_inversion`` or ``controlnet``.
         objective: what is predicted and how its error counts; see ``Objective``.
         training: seed, compilation and the rest; see ``TrainingSettings``.
-        optimizer: takes the trainable parameters and returns the optimizer.
+        optimizer: takes the trainable parameters and returns the optimizer; AdamW at the usual rate of the tuning.
         lr_scheduler: takes the optimizer and returns its learning rate schedule, stepped every step.
 
     Raises:
@@ -69,7 +70,7 @@ class StableDiffusionModule(TrainableModule):
 
     def __init__(
         self,
-        pretrained: str = "tiny",
+        pretrained: str | Path = "tiny",
         *,
         revision: str | None = None,
         variant: str | None = None,
@@ -82,7 +83,7 @@ class StableDiffusionModule(TrainableModule):
         tuning: Mapping[str, Any] | None = None,
         objective: Mapping[str, Any] | None = None,
         training: Mapping[str, Any] | None = None,
-        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+        optimizer: Callable[..., torch.optim.Optimizer] | None = None,
         lr_scheduler: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__()
@@ -93,13 +94,12 @@ class StableDiffusionModule(TrainableModule):
         self.tuning = choose_tuning(tuning)
         self.objective = build_settings(Objective, "objective", objective)
         self.training_settings = TrainingSettings.from_mapping(training)
-        self.optimization = Optimization(optimizer, lr_scheduler)
+        self.optimization = Optimization(optimizer, lr_scheduler, self.tuning.usual_optimizer)
         check_inpaint_settings(self.sampling.inpaint, task)
         self.inpaint_training = self.training_settings.inpaint_for(task == INPAINT)
         check_scratch(self.tuning, self.training_settings.scratch)
 
-        pretrained = shorten_home(pretrained)
-        components = {name: shorten_home(place) for name, place in (components or {}).items() if place}
+        pretrained, components = shorten_home(str(pretrained)), place_names(components)
         adapters, training = self.adapters.plain(), self.training_settings.lasting()
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         scratch = self.training_settings.scratch
@@ -113,12 +113,11 @@ class StableDiffusionModule(TrainableModule):
         self.frozen_weights = FrozenWeights([self.unet, self.controlnet, self.vae, self.text_encoder])
         self._cached_embeddings: Any = None
         self._on_step: OnStep | None = None
-        self._switched = ExitStack()  # what is switched for a whole run of the trainer
         checkpoint_blocks(self.unet, self.training_settings.checkpointing)
         compile_unet(self.unet, self.training_settings.compile)
 
     @classmethod
-    def from_pretrained(cls, pretrained: str = "tiny", **settings: Any) -> Self:
+    def from_pretrained(cls, pretrained: str | Path = "tiny", **settings: Any) -> Self:
         """Load a checkpoint for sampling or training; ``settings`` are those of the constructor."""
         return cls(pretrained, **settings)
 
@@ -136,15 +135,12 @@ class StableDiffusionModule(TrainableModule):
 
     @override
     def on_fit_start(self) -> None:
-        self._switched.enter_context(apply_training_speed(self.parts, self.device.type, str(self.trainer.precision)))
-
-    @override
-    def on_fit_end(self) -> None:
-        self._switched.close()
+        self.switched.enter_context(apply_training_speed(self.parts, self.device.type, str(self.trainer.precision)))
 
     @override
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Algorithm 1 of Ho et al. 2020: add noise to each image at a timestep of its own, predict it, compare."""
+        batch = self.read_batch(batch, batch_idx)
         seed, size = self.training_settings.seed, len(batch["caption"])
         generators = per_example_generators(seed, size, batch_idx, self._trainer, pairs="prior" in batch)
         latents = denoising.encode_images(self.vae, batch, generators)
@@ -158,18 +154,25 @@ class StableDiffusionModule(TrainableModule):
             errors = denoising.denoising_errors(self.parts, latents, noise, timesteps, conditions, self.objective)
         loss = denoising.reduce_errors(errors, batch, masks, self.objective, self.inpaint_training)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
-        return loss
+        return self.weighted(loss, size // 2 if "prior" in batch else size)
 
     @override
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+    def forward(self, latents: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
+        """The denoiser's prediction ``[B, 4, h, w]`` for noisy latents at ``timesteps`` ``[B]``, given text."""
+        return self.unet(latents, timesteps, encoder_hidden_states=embeddings).sample
+
+    @override
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        batch = self.read_batch(batch, batch_idx)
         size = len(batch["caption"])
-        generators = validation_generators(self.training_settings.seed, size, batch_idx, self._trainer)
+        generators = validation_generators(self.training_settings.seed, size, batch_idx, self._trainer, dataloader_idx)
         text = self.encode_captions(batch["caption"])
         losses = validation_losses(self.parts, batch, text, generators, inpainting=self.task == INPAINT)
         self.log_validation(losses, main="loss", batch_size=size)
 
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        super().on_before_optimizer_step(optimizer)
         if not self.tuning.text_encoder_learns(self.global_step):
             for weight in self.text_encoder.parameters():
                 weight.grad = None
@@ -210,16 +213,13 @@ class StableDiffusionModule(TrainableModule):
 
     @override
     def on_predict_start(self) -> None:
-        self._switched.enter_context(apply_speed(self.parts, self.sampling.speed))
+        self.switched.enter_context(apply_speed(self.parts, self.sampling.speed))
 
     @override
     def predict_step(self, batch: list[SampleRequest], batch_idx: int) -> Samples:
         """Algorithm 2 of Ho et al. 2020, guided and decoded; writing the images is the callbacks' work."""
-        return sample_requests(self.parts, batch, self.sampling, on_step=self._on_step)
-
-    @override
-    def on_predict_end(self) -> None:
-        self._switched.close()
+        requests = as_requests(batch, batch_idx, batch_size_of(self.trainer.predict_dataloaders))
+        return sample_requests(self.parts, requests, self.sampling, on_step=self._on_step)
 
     def step_reports(self, on_step: OnStep) -> AbstractContextManager[None]:
         """Call ``on_step`` after each denoising step of ``predict_step`` inside a ``with`` block."""

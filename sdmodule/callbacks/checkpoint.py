@@ -40,6 +40,7 @@ class TrainingCheckpoint(ModelCheckpoint):
     """
 
     _loop_state: LoopState | None = None  # at the end of the last step
+    _in_step = False  # the optimizer has changed some weights, and not all
     _defer_signals = False
     _signal: int | None = None
 
@@ -48,7 +49,7 @@ class TrainingCheckpoint(ModelCheckpoint):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._loop_state, self._defer_signals, self._signal = None, False, None
+        self._loop_state, self._in_step, self._defer_signals, self._signal = None, False, False, None
         self._start_step = trainer.global_step
         self._install_signal_handlers(trainer)
 
@@ -58,14 +59,14 @@ class TrainingCheckpoint(ModelCheckpoint):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        self._defer_signals = True
+        self._in_step = self._defer_signals = True
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step != (self._loop_state.step if self._loop_state else self._start_step):
-            self._defer_signals = True
+            self._in_step, self._defer_signals = False, True
             self._loop_state = LoopState(trainer)
 
     @override
@@ -119,12 +120,12 @@ class TrainingCheckpoint(ModelCheckpoint):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save if the state can be resumed from: not before the first step, and not in the middle of one.
+        """Save the last whole step, whatever ends the training: unless it was the first, or a step had begun.
 
         Nor if one of several devices fails, because saving takes all of them.
         """
         one_failed = trainer.world_size > 1 and not isinstance(exception, StoppedBySignal)
-        if self._loop_state is None or self._defer_signals or one_failed:
+        if self._loop_state is None or self._in_step or one_failed:
             return
         with self._signals_deferred():
             super().on_exception(trainer, pl_module, exception)

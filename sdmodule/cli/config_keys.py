@@ -2,7 +2,8 @@
 
 A comment that begins with a tag tells the command line how to read a value, for its key or for all keys below it:
 
-- ``# text:`` is what people write, kept letter for letter, such as a prompt.
+- ``# prompt:`` is what people write, kept letter for letter, brackets too; a list is what has all its texts in quotes.
+- ``# text:`` is kept letter for letter too, but anything in brackets is a list, such as one of paths.
 - ``# path:`` and ``# name:`` are read by Hydra where it can, so that a sweep may run over several; they stay text even
   if they look like numbers.
 """
@@ -20,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 KEY = re.compile(r"( *)(\w+): *([^\s#])?")
-TAG = re.compile(r"\s# (text|path|name): ")
+TAG = re.compile(r"\s# (prompt|text|path|name): ")
 GLOBAL = "# @package _global_"
 
 

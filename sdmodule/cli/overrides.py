@@ -16,6 +16,13 @@ from sdmodule.errors import SettingsError
 MISSING = "???"
 """What OmegaConf takes for a value that is not given."""
 
+_QUOTED = r"""\s*(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')\s*"""
+QUOTED_LIST = re.compile(rf"\[(?:{_QUOTED}(?:,{_QUOTED})*)?\]")
+"""A list whose texts are all in quotes, or an empty one."""
+
+INNER_PATH = re.compile(r"(\b(?:path|root|shards|val_shards|name)\s*:\s*)([^'\"\s\[{][^}]*?)(?=\s*(?:,\s*\w+\s*:|}))")
+"""A path without quotes within settings in braces, such as ``{path: lr=1e-4,rank=4/adapter.safetensors}``."""
+
 WITH_A_VALUE = (
     *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
     "--experimental-rerun",
@@ -26,7 +33,7 @@ WITH_A_VALUE = (
 def quote_overrides(arguments: Sequence[str]) -> list[str]:
     """Overrides in which the values of text keys are quoted, so that they reach the configuration letter for letter.
 
-    The tags of `sdmodule.cli.config_keys` say which keys hold text. A list in brackets stays a list, and ``null`` stays
+    The tags of `sdmodule.cli.config_keys` say which keys hold text, and what counts as a list of texts; ``null`` stays
     null. Paths and names are quoted only if Hydra cannot read them or would read a number.
 
     Example:
@@ -49,11 +56,24 @@ def _options_first(arguments: Sequence[str]) -> list[str]:
 def _quote_override(argument: str) -> str:
     key, equals, value = argument.partition("=")
     tag = key_tags().get(key.lstrip("+")) if equals else None
+    if tag == "prompt" and value != "null" and not QUOTED_LIST.fullmatch(value):
+        return f"{key}={_quote_verbatim(value)}"
     if tag == "text" and value != "null" and not _is_list(value):
         return f"{key}={_quote_verbatim(value)}"
     if tag in ("path", "name") and not _reads_as_text(argument):
         return f"{key}={_quote(value)}"
+    if equals and value.startswith(("[", "{")) and not _is_readable(argument):
+        return f"{key}={INNER_PATH.sub(lambda found: found[1] + _quote(found[2]), value)}"
     return argument
+
+
+def _is_readable(argument: str) -> bool:
+    """Whether Hydra's grammar reads an override at all."""
+    try:
+        OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return False
+    return True
 
 
 def _reads_as_text(argument: str) -> bool:

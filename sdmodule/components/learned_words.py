@@ -15,6 +15,10 @@ EMBEDDING_FILE = "learned_embeds.safetensors"
 """File that diffusers looks for in a folder."""
 
 
+SEPARATOR = "\ue000"
+"""Stands between a word and the number of its vector; private to this package, so that words stay apart."""
+
+
 class ExtendedEmbedding(nn.Module):
     """Token embedding of a text encoder, extended by learned vectors.
 
@@ -66,7 +70,7 @@ def add_word(
     Args:
         placeholder: the word, such as ``<my-cat>``.
         vectors: ``[n, D]``.
-        tokenizer: receives one token for each vector: ``<my-cat>``, ``<my-cat>_1``, …
+        tokenizer: receives one token for each vector; those after the first have names that no prompt contains.
         text_encoder: receives the vectors.
 
     Returns:
@@ -77,7 +81,7 @@ def add_word(
     """
     if not re.fullmatch(r"[^\s():\\]+", placeholder):
         raise SettingsError(f"placeholder={placeholder}: cannot be one word of a prompt; give one such as <my-cat>.")
-    names = [placeholder, *(f"{placeholder}_{k}" for k in range(1, len(vectors)))]
+    names = [placeholder, *(f"{placeholder}{SEPARATOR}{k}" for k in range(1, len(vectors)))]
     vocabulary = tokenizer.get_vocab()
     for name in names:
         if name in vocabulary or f"{name.lower()}</w>" in vocabulary:
@@ -94,9 +98,9 @@ def add_word(
 def multi_vector_tokens(tokenizer: CLIPTokenizer) -> dict[int, list[int]]:
     """Tokens of each learned word that has several vectors, by its first token."""
     added = tokenizer.get_added_vocab()
-    words = {}
-    for name, token in added.items():
-        others = [added[f"{name}_{k}"] for k in range(1, len(added)) if f"{name}_{k}" in added]
-        if others:
-            words[token] = [token, *others]
+    words: dict[int, list[int]] = {}
+    for name, token in sorted(added.items(), key=lambda item: item[1]):
+        word, separator, _ = name.partition(SEPARATOR)
+        if separator:
+            words.setdefault(added[word], [added[word]]).append(token)
     return words

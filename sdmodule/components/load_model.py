@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 from sdmodule.components.adapters import AdapterSettings, use_adapters
 from sdmodule.components.base_model import BaseModel
 from sdmodule.components.checkpoint import Components, load_components
 from sdmodule.components.controlnet import load_controlnet
+from sdmodule.errors import SettingsError
+from sdmodule.io.redact import shorten_home
+
+
+def place_names(components: Mapping[str, Any] | None) -> dict[str, str]:
+    """Where parts come from, by their names, with ``~`` for the home folder; a place that is None is left out.
+
+    Raises:
+        SettingsError: for a place that is no path or name.
+    """
+    places = {}
+    for name, place in (components or {}).items():
+        if not place:
+            continue
+        key = name if name == "controlnet" else f"components.{name}"
+        if not isinstance(place, (str, Path)):
+            raise SettingsError(f"{key}={place}: must be one path or hub id.")
+        places[name] = shorten_home(str(place))
+    return places
 
 
 def load_model(

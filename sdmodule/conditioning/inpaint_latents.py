@@ -18,7 +18,7 @@ from sdmodule.components.checkpoint import Components
 from sdmodule.components.inpaint_unet import is_inpaint_unet
 from sdmodule.conditioning.inpaint import inpaint_channels, mask_out, masks_to_latents
 from sdmodule.conditioning.inpaint_crop import InpaintCrop
-from sdmodule.diffusion.sampler import draw_latents
+from sdmodule.diffusion.sampler import Generators, draw_latents
 from sdmodule.errors import SettingsError
 
 
@@ -66,7 +66,7 @@ def prepare_inpaint_latents(
     crops: Sequence[InpaintCrop],
     noise: Tensor | None,
     shape: tuple[int, int, int],
-    generators: Sequence[torch.Generator],
+    generators: Generators,
     whole: bool,
 ) -> InpaintLatents:
     """Encode a batch of masked images.
@@ -76,7 +76,7 @@ def prepare_inpaint_latents(
         crops: B images with their masks.
         noise: ``[B, 4, h, w]``; drawn if None.
         shape: ``(4, h, w)``.
-        generators: one per image; latents and noise are drawn from it in diffusers' order.
+        generators: one per image, or one for all; latents and noise are drawn from it in diffusers' order.
         whole: sampling starts from pure noise.
 
     Raises:
@@ -89,9 +89,12 @@ def prepare_inpaint_latents(
     is_inpaint = is_inpaint_unet(unet)
     # the order of these draws is that of diffusers' pipeline
     known = None if is_inpaint and whole else encode_images(parts, images, generators).contiguous()
-    noise = draw_latents(shape, generators, like=images) if noise is None else noise.to(images)
+    whole_shape = (len(crops), *shape)
+    noise = draw_latents(whole_shape, generators, like=images) if noise is None else noise.to(images)
     channels = None
-    if is_inpaint:
+    if not is_inpaint:  # diffusers encodes the masked image for this UNet too, and only then drops it
+        draw_latents(whole_shape, generators, like=images)
+    else:
         channels = inpaint_channels(masks, encode_images(parts, mask_out(images, masks), generators))
     latent_masks = masks_to_latents(masks, noise.shape[-2:])
     if not latent_masks.flatten(1).any(dim=1).all():
@@ -103,8 +106,11 @@ def prepare_inpaint_latents(
     return InpaintLatents(latent_masks, noise, known, channels)
 
 
-def encode_images(parts: Components, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+def encode_images(parts: Components, images: Tensor, generators: Generators) -> Tensor:
     """Scaled latents ``[B, 4, h, w]`` of images ``[B, 3, H, W]`` in [-1, 1], sampled with one generator per image."""
+    if isinstance(generators, torch.Generator):
+        latents = parts.vae.encode(images.to(parts.vae.dtype)).latent_dist.sample(generators)
+        return (latents * parts.vae.config.scaling_factor).to(images)
     rows = [
         parts.vae.encode(image.to(parts.vae.dtype)).latent_dist.sample(generator)
         for image, generator in zip(images.split(1), generators, strict=True)

@@ -52,7 +52,7 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
         Pieces in order, with neighbours of equal weight joined; a prompt without weights is one piece of weight 1.
 
     Raises:
-        SettingsError: if a weight is negative or above `MAX_WEIGHT`.
+        SettingsError: if a weight, or the product of nested ones, is negative or above `MAX_WEIGHT`.
 
     Example:
         >>> parse_weights("a (red:1.3) cat (sleeping)")
@@ -64,6 +64,8 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
         if match["weight"] and groups and groups[-1] + 1 < len(pieces):
             start, factor = groups.pop(), _parse_weight(match["weight"], prompt)
             pieces[start:] = [(text, weight * factor) for text, weight in pieces[start + 1 :]]
+            if (largest := max(weight for _, weight in pieces[start:])) > MAX_WEIGHT:
+                raise _weight_error(f"{largest:g} (nested weights multiply)", prompt)
             continue
         if match["opening"]:
             groups.append(len(pieces))
@@ -87,11 +89,15 @@ def escape_prompt(text: str) -> str:
 def _parse_weight(number: str, prompt: str) -> float:
     weight = float(number)
     if not 0 <= weight <= MAX_WEIGHT:
-        raise SettingsError(
-            f"prompt={shorten(prompt, 200)!r}: the weight {number} must be from 0 to {MAX_WEIGHT:g}; "
-            r"change it, or write \( and \) for literal parentheses."
-        )
+        raise _weight_error(number, prompt)
     return weight
+
+
+def _weight_error(weight: str, prompt: str) -> SettingsError:
+    return SettingsError(
+        f"prompt={shorten(prompt, 200)!r}: the weight {weight} must be from 0 to {MAX_WEIGHT:g}; "
+        r"change it, or write \( and \) for literal parentheses."
+    )
 
 
 @dataclass(frozen=True)

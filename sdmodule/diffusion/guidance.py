@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -30,3 +34,11 @@ def rescale_guidance(guided: Tensor, conditional: Tensor, amount: float) -> Tens
     axes = tuple(range(1, guided.ndim))
     rescaled = guided * (conditional.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True))
     return amount * rescaled + (1 - amount) * guided
+
+
+def embed_guidance_scale(scale: float, width: int) -> Tensor:
+    """Sinusoidal embedding of a guidance scale, ``[1, width]``, for distilled UNets (Meng et al. 2023, section 3.1)."""
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half) * -(math.log(10000.0) / (half - 1)))
+    angles = (scale - 1.0) * 1000.0 * frequencies
+    return F.pad(torch.cat([angles.sin(), angles.cos()]), (0, width % 2))[None]

@@ -7,7 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+
+Generators = torch.Generator | Sequence[torch.Generator]
+"""Source of the noise of a batch: one for each image, or one for all."""
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """Guided prediction ``[B, C, h, w]`` for noisy latents ``[B, C, h, w]`` and a scalar timestep."""
@@ -18,17 +22,20 @@ def seed_generators(seeds: Sequence[int]) -> list[torch.Generator]:
     return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
-def draw_latents(shape: tuple[int, int, int], generators: Sequence[torch.Generator], like: Tensor) -> Tensor:
-    """Standard normal noise ``[B, *shape]``, row k from ``generators[k]``, with the device and dtype of ``like``."""
-    rows = [torch.randn((1, *shape), generator=generator, dtype=like.dtype) for generator in generators]
-    return torch.cat(rows).to(like.device)
+def draw_latents(shape: tuple[int, ...], generators: Generators, like: Tensor) -> Tensor:
+    """Standard normal noise of ``shape`` ``[B, C, h, w]``, with the device and dtype of ``like``.
+
+    Row k is drawn from generator k; a single generator draws all rows at once, as in diffusers' pipelines.
+    """
+    source = generators if isinstance(generators, torch.Generator) else list(generators)
+    return randn_tensor(shape, generator=source, device=like.device, dtype=like.dtype)
 
 
 def denoise(
     predict: Denoiser,
     latents: Tensor,
     scheduler: Any,
-    generators: Sequence[torch.Generator],
+    generators: Generators,
     eta: float = 0.0,
     *,
     skipped: int = 0,
@@ -41,7 +48,7 @@ def denoise(
         predict: guided prediction of the model.
         latents: initial latents at the noise level of the first timestep, ``[B, C, h, w]``.
         scheduler: a diffusers scheduler with its timesteps set.
-        generators: one per image, for schedulers that add noise at each step.
+        generators: one per image, or one for all, for schedulers that add noise at each step.
         eta: amount of noise in DDIM (Song et al. 2021, equation 16); other schedulers ignore it.
         skipped: number of first, noisiest timesteps to skip.
         keep: changes the latents after each step, given the next timestep, or None after the last.
@@ -51,7 +58,8 @@ def denoise(
         Denoised latents ``[B, C, h, w]``.
     """
     accepted = inspect.signature(scheduler.step).parameters
-    extra = {k: v for k, v in {"eta": eta, "generator": list(generators)}.items() if k in accepted}
+    source = generators if isinstance(generators, torch.Generator) else list(generators)
+    extra = {k: v for k, v in {"eta": eta, "generator": source}.items() if k in accepted}
     timesteps = scheduler.timesteps[skipped:]
     for index, timestep in enumerate(timesteps):
         prediction = predict(scheduler.scale_model_input(latents, timestep), timestep)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sdmodule.components.checkpoint import Components
@@ -14,7 +13,8 @@ from sdmodule.conditioning.control import ControlGuide, prepare_control
 from sdmodule.conditioning.inpaint_crop import InpaintCrop, crop_for_inpainting
 from sdmodule.conditioning.inpaint_latents import InpaintLatents, prepare_inpaint_latents
 from sdmodule.conditioning.text import count_chunks, encode_prompts
-from sdmodule.diffusion.sampler import draw_latents, seed_generators
+from sdmodule.diffusion.guidance import embed_guidance_scale
+from sdmodule.diffusion.sampler import Generators, draw_latents, seed_generators
 from sdmodule.sampling.metadata import guidance
 from sdmodule.sampling.requests import SampleRequest
 from sdmodule.sampling.schedule import image_size, latent_shape, sampling_scheduler, skipped_timesteps
@@ -30,8 +30,9 @@ class BatchConditions:
 
     Attributes:
         text: embeddings of the prompts, behind those of the negative prompts if guided, ``[B or 2B, L, D]``.
+        guidance_embedding: of the guidance scale, ``[B, D]``, for a UNet distilled from guided samples; else None.
         latents: where the denoising starts, ``[B, 4, h, w]``.
-        generators: one per image, for schedulers that add noise.
+        generators: one per image, or one for all, for schedulers that add noise.
         scheduler: with its timesteps set.
         skipped: timesteps at the noisy end that are skipped.
         steps: what each step does.
@@ -45,8 +46,9 @@ class BatchConditions:
     """
 
     text: Tensor
+    guidance_embedding: Tensor | None
     latents: Tensor
-    generators: Sequence[torch.Generator]
+    generators: Generators
     scheduler: Any
     skipped: int
     steps: list[StepPlan]
@@ -78,7 +80,7 @@ def prepare_conditions(
     settings: SamplingSettings,
     watch: Stopwatch,
     noise: Tensor | None = None,
-    generators: Sequence[torch.Generator] | None = None,
+    generators: Generators | None = None,
 ) -> BatchConditions:
     """Everything that a batch is conditioned on.
 
@@ -88,7 +90,7 @@ def prepare_conditions(
         settings: steps, guidance and the rest.
         watch: times the stages ``text`` and ``encode``.
         noise: initial noise ``[B, 4, h, w]``, instead of the seeds'.
-        generators: one per image, instead of the seeds'.
+        generators: one per image, or one for all, instead of the seeds'.
 
     Raises:
         SettingsError: for control images without a ControlNet, the reverse, or a mask that vanishes.
@@ -99,7 +101,8 @@ def prepare_conditions(
     shape = latent_shape(parts, settings)
     seeds = [request.seed for request in requests]
     scale, rescale = guidance(parts, settings)
-    guided = scale > 1.0
+    embedded = parts.unet.config.time_cond_proj_dim  # a distilled UNet is told its guidance scale instead
+    guided = scale > 1.0 and embedded is None
     steps = plan_steps(timesteps, scheduler.config.num_train_timesteps, settings.speed, guided)
     merging, merge_seeds = settings.merging.for_images(seeds, all(step.guided for step in steps))
     controls = [request.control for request in requests if request.control is not None]
@@ -116,10 +119,14 @@ def prepare_conditions(
             inpaint = prepare_inpaint_latents(parts, crops, noise, shape, generators, from_noise)
         latents = inpaint.start(scheduler, timesteps, from_noise)
     else:
-        noise = draw_latents(shape, generators, like=text) if noise is None else noise.to(text)
+        noise = draw_latents((len(requests), *shape), generators, like=text) if noise is None else noise.to(text)
         latents = noise * scheduler.init_noise_sigma
+    guidance_embedding = None
+    if embedded is not None:
+        guidance_embedding = embed_guidance_scale(scale, embedded).to(text).expand(len(requests), -1)
     return BatchConditions(
         text=text,
+        guidance_embedding=guidance_embedding,
         latents=latents,
         generators=generators,
         scheduler=scheduler,

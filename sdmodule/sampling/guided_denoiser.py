@@ -48,4 +48,6 @@ class GuidedDenoiser:
         text, seen = self.conditions.text[-len(latents) :], self.conditions.denoiser_input(latents)
         control = self.conditions.control
         residuals = {} if control is None else control.residuals(seen, timestep, text)
-        return self.unet(seen, timestep, encoder_hidden_states=text, **residuals).sample
+        embedding = self.conditions.guidance_embedding
+        told = {} if embedding is None else {"timestep_cond": embedding}
+        return self.unet(seen, timestep, encoder_hidden_states=text, **residuals, **told).sample

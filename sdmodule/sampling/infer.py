@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict
 from typing import Any, Literal, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sdmodule.components.checkpoint import Components
-from sdmodule.conditioning.inpaint_crop import check_inpaint_settings
-from sdmodule.errors import build_settings
+from sdmodule.conditioning.inpaint_crop import InpaintSettings, check_inpaint_settings
+from sdmodule.errors import SettingsError, build_settings, check_choice
+from sdmodule.io.images import RETURN_TYPES
 from sdmodule.io.progress import denoising_bar
 from sdmodule.sampling.pipeline import sample_requests
 from sdmodule.sampling.requests import build_requests
@@ -25,6 +27,7 @@ from sdmodule.tome.token_merging import choose_merging
 class InferOptions(TypedDict, total=False):
     """Keyword arguments of `infer`, which describes them."""
 
+    mask_image: Any
     control: Any
     control_scale: float | None
     height: int | None
@@ -54,6 +57,7 @@ def infer(
     image: Any = None,
     mask: Any = None,
     *,
+    mask_image: Any = None,
     control: Any = None,
     control_scale: float | None = None,
     height: int | None = None,
@@ -86,6 +90,7 @@ def infer(
         prompt: one prompt or several; of any length, with ``(words:1.3)`` to weight words.
         image: for ``task="inpaint"``, the image to inpaint: a path, a PIL image, an array or a tensor, or a list.
         mask: where: white in an image of the same size, a box ``[x0, y0, x1, y1]``, ``"alpha"``, or a list.
+        mask_image: diffusers' name of ``mask``.
         control: the control image for a ControlNet, in any form of ``image``; or one per prompt.
         control_scale: weight of the ControlNet's residuals.
         height: pixels, a multiple of the VAE's factor.
@@ -113,6 +118,13 @@ def infer(
     Raises:
         SettingsError: for an input that cannot be used.
     """
+    check_choice("return_type", return_type, RETURN_TYPES)
+    if mask is not None and mask_image is not None:
+        raise SettingsError("mask, mask_image: are two names of one argument; give one of them.")
+    mask = mask_image if mask is None else mask
+    height, width, num_inference_steps = (_plain(value) for value in (height, width, num_inference_steps))
+    guidance_scale, guidance_rescale, eta = (_plain(value) for value in (guidance_scale, guidance_rescale, eta))
+    num_images_per_prompt, seed, control_scale = (_plain(v) for v in (num_images_per_prompt, seed, control_scale))
     settings = sampling.updated(
         height=height,
         width=width,
@@ -121,7 +133,7 @@ def infer(
         guidance_rescale=guidance_rescale,
         eta=eta,
         scheduler=scheduler,
-        inpaint=replace(sampling.inpaint, **(inpaint or {})),
+        inpaint=None if inpaint is None else _updated_inpainting(sampling.inpaint, inpaint),
         control_scale=control_scale,
         merging=None if tome is None else choose_merging(tome),
         speed=None if speed is None else build_settings(SpeedSettings, "speed", speed),
@@ -148,6 +160,16 @@ def infer(
         "seconds": samples.seconds,
         "metadata": samples.metadata,
     }
+
+
+def _plain(value: Any) -> Any:
+    """A NumPy scalar as a number of Python."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _updated_inpainting(own: InpaintSettings, given: Any) -> InpaintSettings:
+    changes = {**asdict(own), **given} if isinstance(given, Mapping) else given
+    return build_settings(InpaintSettings, "inpaint", changes)
 
 
 @contextmanager

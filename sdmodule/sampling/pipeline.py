@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdmodule.components.checkpoint import Components
-from sdmodule.diffusion.sampler import denoise
+from sdmodule.diffusion.sampler import Generators, denoise
 from sdmodule.errors import SettingsError
 from sdmodule.sampling.conditions import BatchConditions, chunks_needed, prepare_conditions
 from sdmodule.sampling.decode import decode
@@ -35,7 +35,7 @@ def sample(
     settings: SamplingSettings,
     *,
     noise: Tensor | None = None,
-    generators: Sequence[torch.Generator] | None = None,
+    generators: Generators | None = None,
     on_step: OnStep | None = None,
 ) -> Samples:
     """Sample one batch of images, all of the same size and length of text.
@@ -45,7 +45,7 @@ def sample(
         requests: B images; each is drawn from its own seed.
         settings: steps, guidance and the rest.
         noise: initial noise ``[B, 4, h, w]``, instead of the seeds'.
-        generators: one per image, instead of the seeds'.
+        generators: one per image, or one for all, instead of the seeds'.
         on_step: called after each denoising step.
     """
     watch = Stopwatch(parts.unet.device)
@@ -126,11 +126,13 @@ def sample_requests(
         SettingsError: for noise of another shape or another number of generators.
     """
     shape = (len(requests), *latent_shape(parts, settings))
-    generators = [generator] * len(requests) if isinstance(generator, torch.Generator) else generator
     if noise is not None and tuple(noise.shape) != shape:
         raise SettingsError(f"latents: have shape {tuple(noise.shape)}; give {shape}.")
-    if generators is not None and len(generators) != len(requests):
-        raise SettingsError(f"generator: has {len(generators)} entries for {len(requests)} images; give one for each.")
+    single = generator is None or isinstance(generator, torch.Generator)
+    if not single and len(generator) != len(requests):  # type: ignore[arg-type]
+        raise SettingsError(
+            f"generator: has {len(generator)} entries for {len(requests)} images; give one, or one for each."  # type: ignore[arg-type]
+        )
     groups: dict[int, list[int]] = {}
     for position, request in enumerate(requests):
         groups.setdefault(chunks_needed(parts, request), []).append(position)
@@ -140,7 +142,7 @@ def sample_requests(
             [requests[p] for p in positions],
             settings,
             noise=None if noise is None else noise[positions],
-            generators=None if generators is None else [generators[p] for p in positions],
+            generators=generator if single else [generator[p] for p in positions],  # type: ignore[index]
             on_step=on_step,
         )
         for positions in groups.values()

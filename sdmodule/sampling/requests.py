@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,31 @@ class SampleRequest:
         if self.masked is not None:
             inputs |= {"image": self.masked.image, "mask": self.masked.mask}
         return {name: image for name, image in inputs.items() if image is not None}
+
+
+def as_requests(batch: Any, batch_idx: int, batch_size: int | None) -> list[SampleRequest]:
+    """A batch of prediction as requests; plain prompts are drawn from the seeds 0, 1, … in their order.
+
+    Args:
+        batch: requests, prompts, or a mapping whose ``caption`` holds prompts.
+        batch_idx: index of the batch.
+        batch_size: prompts in a full batch; that of this batch if None.
+
+    Raises:
+        SettingsError: for anything else.
+    """
+    if isinstance(batch, Mapping):
+        batch = batch.get("caption")
+    if isinstance(batch, str):
+        batch = [batch]
+    if not isinstance(batch, Sequence) or not all(isinstance(one, (str, SampleRequest)) for one in batch):
+        raise SettingsError(
+            f"the data loader gave a {type(batch).__name__}; a batch of predict is a list of prompts, or of requests."
+        )
+    first = batch_idx * (batch_size or len(batch))
+    return [
+        SampleRequest(first + k, one, "", first + k) if isinstance(one, str) else one for k, one in enumerate(batch)
+    ]
 
 
 def image_name(request: SampleRequest) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -55,6 +56,9 @@ def sampling_scheduler(parts: Components, settings: SamplingSettings) -> Any:
     total = scheduler.config.num_train_timesteps
     if settings.steps > total:
         raise SettingsError(f"steps={settings.steps}: the schedule has {total} timesteps; give 1 to {total}.")
+    if settings.eta and "eta" not in inspect.signature(scheduler.step).parameters:
+        name = type(scheduler).__name__
+        raise SettingsError(f"eta={settings.eta}: has no effect with {name}; use the scheduler ddim, or leave it out.")
     scheduler.set_timesteps(settings.steps)
     beyond = int(max(scheduler.timesteps)) - (total - 1)
     if beyond > 0:  # because of its steps_offset

@@ -33,7 +33,8 @@ def plan_steps(timesteps: Iterable[float], total: int, settings: SpeedSettings, 
     plans: list[StepPlan] = []
     age = 0  # steps since the whole UNet ran
     for timestep in timesteps:
-        is_guided = guided and low <= float(timestep) / total <= high
+        # schedules of continuous time have timesteps that are negative, or above the model's
+        is_guided = guided and low <= min(max(float(timestep) / total, 0.0), 1.0) <= high
         # a step without guidance caches no features of the negative prompt
         no_negative = is_guided and bool(plans) and not plans[-1].guided
         fresh = not plans or age >= settings.cache_every or no_negative

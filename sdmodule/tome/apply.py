@@ -10,6 +10,7 @@ from typing import Any
 import tomesd
 import torch
 
+from sdmodule.errors import SettingsError
 from sdmodule.speed.cpu.kernels import fastest_blocks
 from sdmodule.speed.layout import is_channels_last, tokens_in_place
 from sdmodule.tome.blocks import Grid, PlacedBlock, blocks_to_merge
@@ -58,6 +59,10 @@ def apply_merging(
     """
     if merging.ratio == 0:
         return nullcontext(noop_step)
+    if any(type(module).__name__ == "ToMeBlock" for module in unet.modules()):
+        raise SettingsError(
+            "tome.ratio: the UNet is patched by tomesd already; call tomesd.remove_patch(unet), or leave tome out."
+        )
     own = unet.config.sample_size
     size = size or ((own, own) if isinstance(own, int) else tuple(own))
     merging.check(unet, size)

@@ -43,6 +43,8 @@ class AutoencoderModule(TrainableModule):
         SettingsError: for another tuning, and for a seed out of range.
     """
 
+    needs_captions = False
+
     def __init__(
         self,
         pretrained: str = "tiny",
@@ -50,7 +52,7 @@ class AutoencoderModule(TrainableModule):
         tuning: Mapping[str, Any] | None = None,
         l1_weight: float = 0.1,
         kl_weight: float = 1e-6,
-        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+        optimizer: Callable[..., torch.optim.Optimizer] | None = None,
         lr_scheduler: Callable[..., Any] | None = None,
         seed: int = 0,
     ) -> None:
@@ -61,7 +63,7 @@ class AutoencoderModule(TrainableModule):
         pretrained = shorten_home(pretrained)
         self.save_hyperparameters("pretrained", "l1_weight", "kl_weight", "seed")
         self.vae = load_part("vae", pretrained, scratch="vae" in scratch)
-        self.optimization = Optimization(optimizer, lr_scheduler)
+        self.optimization = Optimization(optimizer, lr_scheduler, usual={"lr": 1e-4})
         self.seed = seed
         self.latent_variance: float | None = None  # of the last validation
 
@@ -84,15 +86,17 @@ class AutoencoderModule(TrainableModule):
 
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        batch = self.read_batch(batch, batch_idx)
         generators = per_example_generators(self.seed, len(batch["image"]), batch_idx, self._trainer)
         losses = self.losses(batch["image"], generators)
         loss = losses["mse"] + self.hparams["l1_weight"] * losses["l1"] + self.hparams["kl_weight"] * losses["kl"]
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/psnr", _psnr(losses["mse"]), prog_bar=True)
-        return loss
+        return self.weighted(loss, len(batch["image"]))
 
     @override
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        batch = self.read_batch(batch, batch_idx)
         posterior = self.vae.encode(batch["image"]).latent_dist
         reconstruction = self.vae.decode(posterior.mode()).sample.float().clamp(-1, 1)
         errors = (reconstruction - batch["image"]).square().mean(dim=(1, 2, 3))

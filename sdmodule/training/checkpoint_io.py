@@ -75,17 +75,27 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def check_weights(held: Mapping[str, Any], module: nn.Module) -> None:
+def check_weights(held: Mapping[str, Any], module: nn.Module, whole: bool = True) -> None:
     """Check, before it is used, that a checkpoint holds the weights a module trains, no others, in their shapes.
+
+    Args:
+        held: the checkpoint's weights.
+        module: what they are loaded into.
+        whole: all of the module's trainable weights must be there. Otherwise some may be missing: a training that had
+            frozen them left them as the pretrained checkpoint has them.
 
     Raises:
         SettingsError: if it does not.
     """
     wanted = {name: value.shape for name, value in module.named_parameters() if value.requires_grad}
     found = {name: getattr(value, "shape", None) for name, value in held.items()}
-    differing = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
-    if differing:
+    missing = sorted(wanted.keys() - found.keys()) if whole or not found else []
+    unexpected = sorted(found.keys() - wanted.keys())
+    misshapen = sorted(name for name in wanted.keys() & found.keys() if wanted[name] != found[name])
+    kinds = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
+    problems = [f"{len(names)} {kind}, such as {names[0]}" for kind, names in kinds.items() if names]
+    if problems:
         raise SettingsError(
-            f"the checkpoint's weights are not those trained here: {len(differing)} of {len(wanted)} are missing, "
-            f"unexpected or mismatched, such as {differing[0]}; give the settings that it was trained with."
+            f"the checkpoint's weights are not the {len(wanted)} that are trained here: {'; '.join(problems)}; give "
+            "the settings that it was trained with."
         )

@@ -19,6 +19,7 @@ class ControlNetTuning:
     """Train a copy of the UNet's encoder that also takes a control image (Zhang et al. 2023)."""
 
     kind: ClassVar[str] = "controlnet"
+    usual_optimizer: ClassVar[dict[str, float]] = {"lr": 1e-5}  # the copied encoder already understands images
     from_scratch: ClassVar[set[str]] = set()
     text_encoder_lr: ClassVar[None] = None
 

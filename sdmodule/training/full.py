@@ -18,6 +18,7 @@ class FullTuning(TextEncoderTraining):
     """Train every weight of the UNet and, with ``text_encoder``, of the text encoder."""
 
     kind: ClassVar[str] = "full"
+    usual_optimizer: ClassVar[dict[str, float]] = {"lr": 1e-5}  # with more, a whole model forgets what it knew
 
     @property
     def from_scratch(self) -> set[str]:

@@ -48,6 +48,9 @@ class LoraTuning(TextEncoderTraining):
     """
 
     kind: ClassVar[str] = "lora"
+    usual_optimizer: ClassVar[dict[str, float]] = {
+        "lr": 1e-4
+    }  # ten times that of a whole model, because an adapter starts at zero
     from_scratch: ClassVar[set[str]] = set()
 
     method: str = LORA

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -27,13 +27,24 @@ class Optimization:
     """How trainable weights are updated.
 
     Args:
-        optimizer: takes parameters and returns the optimizer; a class, or a ``partial`` of one.
+        optimizer: takes parameters and returns the optimizer; a class, or a ``partial`` of one; None for AdamW as
+            ``conf/model`` sets it, at the usual rate.
         lr_scheduler: takes the optimizer and returns its learning rate schedule, stepped every step; None for a
             constant learning rate.
+        usual: settings of AdamW if no optimizer is given; torch's own learning rate is 1e-3.
     """
 
-    optimizer: Callable[..., torch.optim.Optimizer]
+    optimizer: Callable[..., torch.optim.Optimizer] | None
     lr_scheduler: Callable[..., Any] | None = None
+    usual: Mapping[str, float] = field(default_factory=lambda: {"lr": 1e-5})
+
+    @property
+    def make(self) -> Callable[..., torch.optim.Optimizer]:
+        """Takes parameters and returns the optimizer."""
+        if self.optimizer is not None:
+            return self.optimizer
+        settings: dict[str, Any] = {"betas": (0.9, 0.999), "weight_decay": 0.01, **self.usual}
+        return partial(torch.optim.AdamW, **settings)
 
     def configure(self, parameters: Iterable[Any], precision: str = "") -> Any:
         """What ``configure_optimizers`` returns.
@@ -42,7 +53,7 @@ class Optimization:
             parameters: what is trained, or groups of it.
             precision: the trainer's.
         """
-        optimizer = build_optimizer(self.optimizer, parameters, precision)
+        optimizer = build_optimizer(self.make, parameters, precision)
         if self.lr_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
@@ -60,7 +71,7 @@ class Optimization:
         name = "model.optimizer"
         scheduler = None
         try:
-            optimizer = self.optimizer(parameters)
+            optimizer = self.make(parameters)
             if self.lr_scheduler is not None:
                 name = "model.lr_scheduler"
                 scheduler = self.lr_scheduler(optimizer)
@@ -96,7 +107,7 @@ class Optimization:
         # a strategy that restores after setup shards its optimizer states
         if trainer.strategy.restore_checkpoint_after_setup or not checkpoint.get("optimizer_states"):
             return
-        optimizer = self.optimizer(parameters)
+        optimizer = self.make(parameters)
         groups = checkpoint["optimizer_states"][0].get("param_groups", [])
         _check_kind(optimizer, groups, checkpoint)
         schedules = checkpoint.get("lr_schedulers", [])

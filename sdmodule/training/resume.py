@@ -21,7 +21,7 @@ def find_checkpoint(ckpt_path: str | None, output_dir: Path, max_steps: int, end
 
     Args:
         ckpt_path: a file, a folder of shards, or ``last`` for the newest intact file in ``output_dir/checkpoints``;
-            None starts a new training.
+            ``auto`` is ``last`` where there is one; None starts a new training.
         output_dir: folder of the run.
         max_steps: step at which the training ends.
         ended: whether everything a training writes at its end exists, so that nothing is left to do after its last
@@ -32,6 +32,10 @@ def find_checkpoint(ckpt_path: str | None, output_dir: Path, max_steps: int, end
     """
     if ckpt_path is None:
         return None
+    if ckpt_path == "auto":
+        if not any(file.is_dir() or is_intact(file) for file in (output_dir / "checkpoints").glob("*.ckpt")):
+            return None
+        ckpt_path = "last"
     path = newest_intact(output_dir / "checkpoints") if ckpt_path == "last" else Path(ckpt_path).expanduser()
     if os.path.isdir(path):  # sharded; only its own strategy can read it
         return str(path)

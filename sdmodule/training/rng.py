@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from lightning import Trainer
 
+from sdmodule.training.accumulation import batch_size_of, full_batch_size
+
 Generators = torch.Generator | list[torch.Generator]
 """Source of random numbers: one for a whole batch, or one per example."""
 
@@ -38,7 +40,7 @@ def per_example_generators(
         return [*firsts, *(generator_for(each.initial_seed(), 1) for each in firsts)]
     if trainer is None:
         return [generator_for(seed, 0, position) for position in range(count)]
-    first = batch_idx % trainer.accumulate_grad_batches * count
+    first = batch_idx % trainer.accumulate_grad_batches * full_batch_size(trainer, count)
     positions = [(first + k) * trainer.world_size + trainer.global_rank for k in range(count)]
     return [generator_for(seed, trainer.global_step, position) for position in positions]
 
@@ -54,7 +56,9 @@ def seeded(generator: torch.Generator, device: torch.device) -> Iterator[None]:
         yield
 
 
-def validation_generators(seed: int, count: int, batch_idx: int, trainer: Trainer | None) -> list[torch.Generator]:
+def validation_generators(
+    seed: int, count: int, batch_idx: int, trainer: Trainer | None, dataloader_idx: int = 0
+) -> list[torch.Generator]:
     """A generator for each example of a validation batch, seeded by its index in the data: the same at every step.
 
     Assumes that the data is not shuffled, and that every batch but the last is full.
@@ -64,7 +68,9 @@ def validation_generators(seed: int, count: int, batch_idx: int, trainer: Traine
         count: examples in the batch.
         batch_idx: index of the batch.
         trainer: gives the size of a full batch, and the devices; None is one device.
+        dataloader_idx: which of several loaders gave the batch.
     """
-    full = getattr(trainer.val_dataloaders, "batch_size", count) if trainer else count
+    loaders = (trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders) if trainer else None
+    full = batch_size_of(loaders, dataloader_idx) or count
     devices, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
     return [generator_for(seed, 0, (batch_idx * full + k) * devices + rank) for k in range(count)]

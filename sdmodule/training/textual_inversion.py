@@ -30,6 +30,7 @@ class TextualInversion:
     """
 
     kind: ClassVar[str] = "textual_inversion"
+    usual_optimizer: ClassVar[dict[str, float]] = {"lr": 5e-3, "weight_decay": 0.0}  # a few vectors take large steps
     from_scratch: ClassVar[set[str]] = set()
     text_encoder_lr: ClassVar[None] = None
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
-from lightning import LightningModule
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
+from sdmodule.training.accumulation import GradientMean
+from sdmodule.training.batch import read_batch
 from sdmodule.training.checkpoint_io import check_weights
 from sdmodule.training.optimizers import Optimization, name_optimizers
 from sdmodule.training.precision import check_training_precision
+
+TRAINED_COUNT = "trained_weights"
+"""Where a checkpoint holds how many weights it has."""
 
 
 class TrainableModule(LightningModule):
@@ -21,15 +27,20 @@ class TrainableModule(LightningModule):
 
     Attributes:
         optimization: the optimizer and its schedule; set by the constructor of a subclass.
+        needs_captions: whether the batches of its data must hold captions.
         val_log_suffix: end of the names of validation metrics; see `validation_logged_with`.
     """
 
     optimization: Optimization
+    needs_captions = True
     val_log_suffix = ""
 
     def __init__(self) -> None:
         super().__init__()
         self.strict_loading = False
+        self._gradient_mean = GradientMean()
+        self.switched = ExitStack()  # what is switched for a whole run of the trainer
+        self._eager = ExitStack()  # open in validation
 
     @property
     def parameter_groups(self) -> list[Any]:
@@ -49,16 +60,28 @@ class TrainableModule(LightningModule):
     def configure_optimizers(self) -> Any:
         return self.optimization.configure(self.parameter_groups, str(self._trainer.precision) if self._trainer else "")
 
+    def weighted(self, loss: Tensor, images: int) -> Tensor:
+        """The loss of a training batch, to be returned by ``training_step``: weighted by its images in the step."""
+        return self._gradient_mean.weigh(loss, images, self._trainer)
+
+    @override
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._gradient_mean.rescale(self.parameters(), self.trainer)
+
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = trainable_parameters(self)
         checkpoint["state_dict"] = {name: v for name, v in checkpoint["state_dict"].items() if name in trained}
+        checkpoint[TRAINED_COUNT] = len(checkpoint["state_dict"])
         name_optimizers(checkpoint, self._trainer)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_weights(checkpoint["state_dict"], self)
-        self.optimization.check_state(checkpoint, self.parameter_groups, self._trainer)
+        fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        complete = len(checkpoint["state_dict"]) == checkpoint.get(TRAINED_COUNT)
+        check_weights(checkpoint["state_dict"], self, whole=fitting or not complete)
+        if type(self).configure_optimizers is TrainableModule.configure_optimizers:  # of another, Lightning knows more
+            self.optimization.check_state(checkpoint, self.parameter_groups, self._trainer)
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -67,24 +90,73 @@ class TrainableModule(LightningModule):
         found.missing_keys[:] = [name for name in found.missing_keys if name in trained]  # Lightning reports all others
         return found
 
+    def read_batch(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """A batch as a mapping that holds what it must; see `training.batch.read_batch`.
+
+        On a GPU, whose values would have to be waited for, they are looked at in some batches only.
+        """
+        check_values = self.device.type == "cpu" or batch_idx % 100 < 4
+        return read_batch(batch, self.needs_captions, check_values)
+
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """The metrics of validation, as ``test/<name>``."""
+        self.validation_step(batch, batch_idx, dataloader_idx)
+
+    @override
+    def on_test_start(self) -> None:
+        self.on_validation_start()
+
+    @override
+    def on_test_end(self) -> None:
+        self.on_validation_end()
+
     @override
     def on_validation_start(self) -> None:
         # to compile for validation's shapes too takes longer than to validate
-        torch.compiler.set_stance("force_eager")
+        self._eager.enter_context(torch.compiler.set_stance("force_eager"))
 
     @override
     def on_validation_end(self) -> None:
-        torch.compiler.set_stance("default")
+        self._eager.close()
+
+    @override
+    def on_fit_end(self) -> None:
+        self.restore()
+
+    @override
+    def on_predict_end(self) -> None:
+        self.restore()
+
+    @override
+    def configure_callbacks(self) -> list[Callback]:
+        return [RestoreAfterException()]
+
+    def restore(self) -> None:
+        """Undo what was switched for a run of the trainer, however it ended."""
+        self._eager.close()
+        self.switched.close()
 
     def log_validation(self, metrics: Mapping[str, Tensor], main: str, batch_size: int) -> None:
         """Log metrics of a validation batch as ``val/<name>``; the ``main`` one is shown in the progress bar."""
+        stage = "test" if self.trainer.testing else "val"
         for name, value in metrics.items():
             shown = name == main and not self.val_log_suffix
-            self.log(f"val/{name}{self.val_log_suffix}", value, prog_bar=shown, sync_dist=True, batch_size=batch_size)
+            self.log(
+                f"{stage}/{name}{self.val_log_suffix}", value, prog_bar=shown, sync_dist=True, batch_size=batch_size
+            )
 
     def validation_logged_with(self, suffix: str) -> AbstractContextManager[None]:
         """Log ``val/loss`` as ``val/loss<suffix>``, and other validation metrics likewise, inside a ``with`` block."""
         return replaced(self, "val_log_suffix", suffix)
+
+
+class RestoreAfterException(Callback):
+    """Undo what a run had switched on a module if it ends early; Lightning calls no hook of the module then."""
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(pl_module, TrainableModule):
+            pl_module.restore()
 
 
 def trainable_parameters(module: LightningModule) -> dict[str, Any]:

@@ -31,7 +31,7 @@ WRONG_PREDICT = {
     "no prompt": (["prompt=null"], ["prompt", "prompts"]),
     "empty list": (["prompt=[]"], ["prompt"]),
     "heavy weight": (["prompt=(a:20)"], ["20", "weight"]),
-    "other number of negatives": (["negative_prompt=[a,b,c]"], ["negative_prompt", "3", "1"]),
+    "other number of negatives": (['negative_prompt=["a","b","c"]'], ["negative_prompt", "3", "1"]),
     "unknown model": (["pretrained=nothing_like_it"], ["nothing_like_it", "tiny", "hub id"]),
     "no network": (["pretrained=owner/name"], ["owner/name", "pretrained=/"]),
     "sd15 without a network": (["experiment=sd15", "pretrained=someone/sd15"], ["someone/sd15", "pretrained=/"]),

@@ -35,7 +35,7 @@ def test_predict_logs_images_table_timings_and_configuration(call, checkpoint, t
     photo = tmp_path / "photo.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 40, 3), dtype=np.uint8)).save(photo)
     out = tmp_path / "out"
-    settings = ["prompt=[a red circle,a star]", "batch_size=1", "steps=2", "seed=7", "tome.ratio=0.5"]
+    settings = ['prompt=["a red circle","a star"]', "batch_size=1", "steps=2", "seed=7", "tome.ratio=0.5"]
     settings += ["model=inpaint", f"image={photo}", "mask=[0,0,9,9]", "logger=[csv,tensorboard,wandb]"]
     status, printed, complaint = call(predict_main, *settings, f"pretrained={checkpoint}", f"output_dir={out}")
     assert (status, complaint) == (0, "") and "W&B is offline; upload the run with: wandb sync " in printed

@@ -89,7 +89,7 @@ def test_a_prompt_arrives_through_the_composed_configuration(text):
 @pytest.mark.parametrize("sweep", [False, True], ids=["single", "sweep"])
 def test_a_value_in_brackets_is_a_list(sweep):
     assert [r.prompt for r in parsed('prompt=["a, b","it\'s ]"]', sweep)] == ["a, b", "it's ]"]
-    assert [r.prompt for r in parsed("prompt=[a cat,a dog]", sweep)] == ["a cat", "a dog"]
+    assert [r.prompt for r in parsed("prompt=['a cat', 'a dog']", sweep)] == ["a cat", "a dog"]
 
 
 def test_null_stays_null():
@@ -128,8 +128,8 @@ def test_a_path_that_hydra_reads_is_left_to_it():
     assert quote_overrides(arguments) == arguments
 
 
-TEXT = {"prompt", "negative_prompt", "image", "mask", "control", "from", "data.prompt", "data.class_prompt"}
-TEXT |= {"data.shards", "data.val_shards", "tuning.placeholder", "tuning.initializer"}
+PROMPTS = {"prompt", "negative_prompt", "data.prompt", "data.class_prompt", "tuning.placeholder", "tuning.initializer"}
+TEXT = {"image", "mask", "control", "from", "data.shards", "data.val_shards"}
 PATHS = {"pretrained", "controlnet", "prompts", "ckpt_path", "output_dir", "cache.folder", "callbacks.export.folder"}
 PATHS |= {f"components.{part}" for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "controlnet")}
 PATHS |= {"data.root", "data.val_root", "data.class_root", "data.made_in", "data.name", "data.split", "data.val_split"}
@@ -138,6 +138,7 @@ PATHS |= {"data.subset", "data.image_column", "data.caption_column", "data.capti
 
 def test_the_configuration_tags_its_text_keys():
     tags = key_tags()
+    assert {key for key, tag in tags.items() if tag == "prompt"} == PROMPTS
     assert {key for key, tag in tags.items() if tag == "text"} == TEXT
     assert {key for key, tag in tags.items() if tag in ("path", "name")} == PATHS
 

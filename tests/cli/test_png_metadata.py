@@ -29,7 +29,13 @@ def same_images(ours, others):
 
 
 def test_resuming_makes_only_missing_and_broken_images(call, checkpoint, tmp_path):
-    common = ["prompt=[a,b,c]", "batch_size=1", "steps=2", f"pretrained={checkpoint}", f"output_dir={tmp_path / 'out'}"]
+    common = [
+        'prompt=["a","b","c"]',
+        "batch_size=1",
+        "steps=2",
+        f"pretrained={checkpoint}",
+        f"output_dir={tmp_path / 'out'}",
+    ]
     assert call(predict_main, *common)[0] == 0
     before = made(tmp_path / "out")
     (tmp_path / "out" / "images" / "00001-1.png").write_bytes(b"no image")
@@ -48,7 +54,7 @@ def test_resuming_makes_only_missing_and_broken_images(call, checkpoint, tmp_pat
 @pytest.fixture(scope="module")
 def finished_run(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
-    settings = ["prompt=[a,b]", "steps=2", f"pretrained={checkpoint}", f"output_dir={folder / 'out'}"]
+    settings = ['prompt=["a","b"]', "steps=2", f"pretrained={checkpoint}", f"output_dir={folder / 'out'}"]
     run("predict", *settings, log=folder / "log")
     return folder / "out"
 
@@ -57,7 +63,7 @@ def finished_run(checkpoint, tmp_path_factory):
     ("change", "words"),
     [
         ("steps=3", ["steps=2", "steps=3"]),
-        ("prompt=[a,d]", ["prompt='b'", "prompt='d'"]),
+        ('prompt=["a","d"]', ["prompt='b'", "prompt='d'"]),
         ("seed=1", ["images/00000-0.png"]),
         ("prompt=a", ["images/00001-1.png"]),
         ("tome.ratio=0.5", ["tome=None", "ratio"]),
@@ -67,7 +73,7 @@ def test_a_run_with_other_settings_is_not_resumed(call, checkpoint, finished_run
     out = finished_run
     common = [f"pretrained={checkpoint}", f"output_dir={out}"]
     before = (out / "config.yaml").read_text()
-    given = [text for text in ("prompt=[a,b]", "steps=2") if not change.startswith(text.partition("=")[0])]
+    given = [text for text in ('prompt=["a","b"]', "steps=2") if not change.startswith(text.partition("=")[0])]
     told(call(predict_main, *given, *common, change, "resume=true"), "resume=true", str(out), *words)
     assert (out / "config.yaml").read_text() == before
 
@@ -128,7 +134,7 @@ def image(checkpoint, tmp_path_factory):
 
 
 def test_settings_given_beside_an_image_win(call, image, tmp_path):
-    changed = ["steps=1", "sampler=euler", "prompt=[a dog,a cat]", "num_images_per_prompt=2"]
+    changed = ["steps=1", "sampler=euler", 'prompt=["a dog","a cat"]', "num_images_per_prompt=2"]
     assert call(predict_main, f"from={image}", *changed, f"output_dir={tmp_path / 'out'}")[0] == 0
     found = [(r["prompt"], r["seed"], r["steps"], r["scheduler"]) for r in records(tmp_path / "out")]
     prompts = ["a dog", "a dog", "a cat", "a cat"]
@@ -178,7 +184,7 @@ def test_a_sweep_over_an_image(call, image, tmp_path, first):
 def test_images_of_an_earlier_run_are_moved_aside(call, checkpoint, tmp_path):
     out = tmp_path / "out"
     common = ["steps=1", f"pretrained={checkpoint}", f"output_dir={out}"]
-    assert call(predict_main, "prompt=[a,b]", *common)[0] == 0
+    assert call(predict_main, 'prompt=["a","b"]', *common)[0] == 0
     first, lines = made(out), (out / "predictions.jsonl").read_text()
     for k in (1, 2):
         status, printed, _ = call(predict_main, f"prompt={'c' * k}", "seed=5", *common)

@@ -38,7 +38,13 @@ def terminal():
 
 @pytest.mark.slow
 def test_predict_shows_one_bar_of_images_with_the_step(checkpoint, tmp_path):
-    settings = ["prompt=[a,b,c]", "batch_size=2", "steps=60", f"pretrained={checkpoint}", f"output_dir={tmp_path}/out"]
+    settings = [
+        'prompt=["a","b","c"]',
+        "batch_size=2",
+        "steps=60",
+        f"pretrained={checkpoint}",
+        f"output_dir={tmp_path}/out",
+    ]
     with terminal() as (path, read):
         one = Command("predict", *settings, "height=64", "width=64", log=tmp_path / "log", errors=path)
         drawn = read(one.process.is_alive)
@@ -59,7 +65,7 @@ def test_train_shows_one_bar(checkpoint, photos, tmp_path):
 
 def test_without_a_terminal_progress_is_lines(call, checkpoint, photos, tmp_path):
     common = [f"pretrained={checkpoint}", "callbacks.progress.every=0"]
-    settings = ["prompt=[a,b]", "batch_size=1", "steps=2", f"output_dir={tmp_path}/out", *common]
+    settings = ['prompt=["a","b"]', "batch_size=1", "steps=2", f"output_dir={tmp_path}/out", *common]
     status, printed, complaint = call(predict_main, *settings)
     assert (status, complaint) == (0, "")
     assert "sampling: 0 of 2 images, step 1/2, ? left\n" in printed and "sampling: 1 of 2 images, step 2/2, " in printed
