@@ -126,7 +126,7 @@ def checkpointed(parts: Components, task: Task, which: str) -> Callable[[int], l
     """Ours with activation checkpointing."""
 
     def run(steps: int) -> list[float]:
-        checkpoint_blocks(parts.unet, which)
+        checkpoint_blocks([parts.unet], which)
         try:
             return ours(make_module(parts), task, steps)
         finally:

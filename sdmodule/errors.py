@@ -125,20 +125,21 @@ def check_seed(key: str, value: Any) -> None:
     check_int(key, value, minimum=0, maximum=MAX_SEED)
 
 
-def build_settings(kind: type[T], group: str, settings: Mapping[str, Any] | None) -> T:
+def build_settings(kind: type[T], group: str, settings: Mapping[str, Any] | None, exclude: Iterable[str] = ()) -> T:
     """A settings data class from a mapping; what is left out keeps its default.
 
     Args:
         kind: the data class.
         group: name of the group of settings, for messages.
         settings: values by name; None for all defaults.
+        exclude: fields that are not settings of this group.
 
     Raises:
         SettingsError: for anything but a mapping, an unknown name, or a value that the class refuses.
     """
     if settings is not None and not isinstance(settings, Mapping):
         raise SettingsError(f"{group}={settings!r}: must be settings such as {group}={{name: value}}.")
-    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    known = {field.name for field in fields(kind)} - set(exclude)  # type: ignore[arg-type]
     if unknown := set(settings or {}) - known:
         raise SettingsError(f"{group}.{choices(unknown)}: unknown; {group} has {choices(known)}.")
     return kind(**(settings or {}))

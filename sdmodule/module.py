@@ -113,7 +113,7 @@ class StableDiffusionModule(TrainableModule):
         self.frozen_weights = FrozenWeights([self.unet, self.controlnet, self.vae, self.text_encoder])
         self._cached_embeddings: Any = None
         self._on_step: OnStep | None = None
-        checkpoint_blocks(self.unet, self.training_settings.checkpointing)
+        checkpoint_blocks((self.unet, self.controlnet), self.training_settings.checkpointing)
         compile_unet(self.unet, self.training_settings.compile)
 
     @classmethod

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sdmodule.cli.console import is_rank_zero
-from sdmodule.errors import unwritable
+from sdmodule.errors import check_path, unwritable
 from sdmodule.io.atomic import atomic_write_text, remove_leftovers
+from sdmodule.io.folder_lock import folder_locked
 from sdmodule.io.redact import redact
+from sdmodule.io.run_folder import next_free
 
 
 def prepare_output_dir(cfg: DictConfig) -> Path:
@@ -25,12 +29,15 @@ def prepare_output_dir(cfg: DictConfig) -> Path:
         SettingsError: if the folder cannot be written.
     """
     hydra_config = HydraConfig.get()
+    check_path("output_dir", cfg.output_dir)
     folder = Path(str(cfg.output_dir)).expanduser()
     if hydra_config.mode == RunMode.MULTIRUN:
-        if "wandb" in (cfg.get("logger") or {}) and cfg.logger.wandb.group is None:
-            cfg.logger.wandb.group = "/".join(folder.parts[-2:])
+        wandb = OmegaConf.select(cfg, "logger.wandb")
+        if wandb is not None and wandb.group is None:
+            wandb.group = "/".join(folder.parts[-2:])
         folder = folder / str(hydra_config.job.num)
     cfg.output_dir = str(folder)
+    _continue_wandb_run(cfg, folder)
     try:
         nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     except OSError as error:
@@ -40,6 +47,32 @@ def prepare_output_dir(cfg: DictConfig) -> Path:
     if not os.access(nearest, os.W_OK):
         raise unwritable(folder, f"no permission to write in {nearest}")
     return folder
+
+
+def _continue_wandb_run(cfg: DictConfig, folder: Path) -> None:
+    """Let a training that is resumed in its own folder go on in its W&B run, instead of beginning a second one."""
+    wandb = OmegaConf.select(cfg, "logger.wandb")
+    runs = sorted(folder.glob("wandb/*run-*-*"), key=lambda run: run.name.partition("run-")[2])
+    if wandb is None or not cfg.get("ckpt_path") or not runs or wandb.get("id") is not None:
+        return
+    with open_dict(wandb):
+        wandb.id, wandb.resume = runs[-1].name.rpartition("-")[2], "allow"
+
+
+@contextmanager
+def output_dir_locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of the output folder inside the block; the process of rank 0 holds the lock.
+
+    Raises:
+        SettingsError: if another run is writing to it, or it cannot be made.
+    """
+    with ExitStack() as stack:
+        if is_rank_zero():
+            try:
+                stack.enter_context(folder_locked(folder))
+            except OSError as error:
+                raise unwritable(folder, error.strerror) from error
+        yield
 
 
 def write_config(cfg: DictConfig, folder: Path) -> None:
@@ -57,7 +90,7 @@ def write_config(cfg: DictConfig, folder: Path) -> None:
         for place in (folder, *folder.glob("*/")):
             remove_leftovers(place)
         if (metrics := folder / "metrics.csv").exists():
-            metrics.rename(folder / f"metrics-{len(list(folder.glob('metrics-*.csv'))) + 1}.csv")
+            metrics.rename(folder / f"metrics-{next_free(folder, 'metrics-{}.csv')}.csv")
         _write_redacted(cfg, folder / "config.yaml")
         if (sweep := folder.parent / "multirun.yaml").is_file() and HydraConfig.get().mode == RunMode.MULTIRUN:
             _write_redacted(OmegaConf.load(sweep), sweep)

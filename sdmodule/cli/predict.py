@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from sdmodule.cli.console import configured_loggers, echo, is_rank_zero, report_interrupts
 from sdmodule.cli.instantiate import build_trainer, instantiate
-from sdmodule.cli.output_dir import prepare_output_dir, write_config
+from sdmodule.cli.output_dir import output_dir_locked, prepare_output_dir, write_config
 from sdmodule.errors import check_bool
 from sdmodule.io.redact import redact
 
@@ -16,7 +17,6 @@ from sdmodule.io.redact import redact
 def predict(cfg: DictConfig) -> None:
     """Sample images. Whatever cannot work is reported before anything is written."""
     from sdmodule.cli.resume_predict import find_finished
-    from sdmodule.io.run_folder import set_aside
 
     check_bool("resume", cfg.resume)
     output_dir = prepare_output_dir(cfg)
@@ -29,13 +29,22 @@ def predict(cfg: DictConfig) -> None:
     if effect := model.sampling.speed.effect:
         echo(effect)
 
+    with output_dir_locked(output_dir):
+        sample(cfg, trainer, model, data, output_dir)
+    grid = output_dir / "grid.png"
+    echo(f"Wrote {grid if grid.is_file() else output_dir}")
+
+
+def sample(cfg: DictConfig, trainer: Any, model: Any, data: Any, output_dir: Path) -> None:
+    """Sample, once nothing is left that could be wrong with the settings; from here on files are written."""
+    from sdmodule.io.run_folder import set_aside
+
     write_config(cfg, output_dir)
     if not cfg.resume and is_rank_zero() and (earlier := set_aside(output_dir)):
         echo(f"Moved the images of an earlier run to {earlier}")
     config = redact(OmegaConf.to_container(cfg, resolve=True))
     with report_interrupts(trainer, output_dir), configured_loggers(trainer, config, output_dir):
         trainer.predict(model, datamodule=data, return_predictions=False)
-    echo(f"Wrote {output_dir / 'grid.png'}")
 
 
 def summarize_sweep(finished_jobs: list[tuple[Path, list[str]]]) -> None:

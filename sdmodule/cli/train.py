@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -9,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from sdmodule.cli.config_keys import side_effects
 from sdmodule.cli.console import configured_loggers, echo, report_interrupts
 from sdmodule.cli.instantiate import build_trainer, instantiate
-from sdmodule.cli.output_dir import prepare_output_dir, write_config
+from sdmodule.cli.output_dir import output_dir_locked, prepare_output_dir, write_config
 from sdmodule.errors import check_bool, check_seed
 from sdmodule.io.redact import redact
 
@@ -30,6 +32,9 @@ def train(cfg: DictConfig) -> None:
     data = instantiate(cfg.data)
     data.setup("fit")
     trainer = build_trainer(cfg)
+    if (steps := steps_of_epochs(trainer, data)) is not None:
+        cfg.trainer.max_steps = steps
+        trainer = build_trainer(cfg)
     exports = [callback for callback in trainer.callbacks if isinstance(callback, Export)]  # type: ignore[attr-defined]
     exported = all(export.holds(trainer.max_steps) for export in exports)
     cfg.ckpt_path = find_checkpoint(cfg.ckpt_path, output_dir, trainer.max_steps, exported)
@@ -42,6 +47,13 @@ def train(cfg: DictConfig) -> None:
     if cfg.ckpt_path:
         check_fits(cfg.ckpt_path, model, trainer)
 
+    with output_dir_locked(output_dir):
+        fit(cfg, trainer, model, data, output_dir)
+    echo(f"Wrote {output_dir}")
+
+
+def fit(cfg: DictConfig, trainer: Any, model: Any, data: Any, output_dir: Path) -> None:
+    """Train, once nothing is left that could be wrong with the settings; from here on files are written."""
     write_config(cfg, output_dir)
     config = redact(OmegaConf.to_container(cfg, resolve=True))
     if effects := side_effects(cfg, "tuning"):
@@ -53,7 +65,18 @@ def train(cfg: DictConfig) -> None:
         if cfg.validate_first and cfg.ckpt_path is None:
             trainer.validate(model, datamodule=data, verbose=False)
         trainer.fit(model, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
-    echo(f"Wrote {output_dir}")
+
+
+def steps_of_epochs(trainer: Any, data: Any) -> int | None:
+    """Optimizer steps of ``trainer.max_epochs``, if they are fewer than its ``max_steps``; otherwise None."""
+    if trainer.max_epochs in (None, -1):
+        return None
+    data.trainer = trainer
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they follow when the training loads its data
+        batches = len(data.train_dataloader())
+    steps = trainer.max_epochs * -(-batches // trainer.accumulate_grad_batches)
+    return steps if steps < trainer.max_steps else None
 
 
 def build_model(cfg: DictConfig) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -75,7 +76,7 @@ def make_trainer(
     # Lightning's dry run validates at its end anyway
     interval = [] if settings.get("fast_dev_run") else [ValidationInterval(min(val_check_interval, max_steps))]
     try:
-        return Trainer(
+        trainer = Trainer(
             accelerator=accelerator,
             max_steps=max_steps,
             val_check_interval=val_check_interval,  # in batches; `ValidationInterval` makes it steps
@@ -96,6 +97,13 @@ def make_trainer(
         raise
     except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
         raise SettingsError(f"trainer: Lightning refuses these settings: {' '.join(str(error).split())}") from error
+    started = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    if started > 1 and trainer.world_size == 1:  # each of them would do the whole work, in one folder
+        raise SettingsError(
+            f"trainer.strategy={strategy}: torchrun started {started} processes, and each would train alone; add "
+            f"trainer.strategy=ddp and trainer.devices, or trainer=ddp."
+        )
+    return trainer
 
 
 def resolve_precision(precision: str, accelerator: str) -> str:

@@ -12,9 +12,14 @@ from typing import Any, Literal
 import requests.utils
 import wandb
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
+from sdmodule.errors import SettingsError, check_choice
 from sdmodule.io.redact import redact, shorten_home
+
+MODES = ("online", "offline", "disabled", "shared")
+"""What W&B's environment variable ``WANDB_MODE`` may say."""
 
 
 class PrivateWandbLogger(WandbLogger):
@@ -40,6 +45,8 @@ class PrivateWandbLogger(WandbLogger):
     ) -> None:
         # W&B reads its environment once per process, so pass on what has changed since
         mode = others.pop("mode", None) or os.environ.get("WANDB_MODE")
+        if mode is not None:
+            check_choice("WANDB_MODE", mode, MODES)
         self.keyless = mode is None and not has_key(settings or {})
         private = {
             "silent": True,
@@ -60,7 +67,24 @@ class PrivateWandbLogger(WandbLogger):
             mode="offline" if self.keyless else mode,
             **redact(others),
         )
-        self._wandb_init.pop("anonymous")  # W&B warns about this argument
+        self._wandb_init.pop("anonymous", None)  # W&B warns about this argument
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The W&B run, begun when it is first asked for.
+
+        Raises:
+            SettingsError: if W&B refuses it, for want of a key or for its settings.
+        """
+        try:
+            return super().experiment
+        except (wandb.errors.Error, ValueError) as error:  # pydantic's errors are ValueErrors
+            reason = " ".join(str(error).split())[:200]
+            raise SettingsError(
+                f"logger=wandb: W&B refuses the run ({reason}); run wandb login, or set WANDB_API_KEY to a key of "
+                "yours, or WANDB_MODE=offline."
+            ) from error
 
     def location(self) -> str:
         """Where to find the run, in one line."""

@@ -18,7 +18,7 @@ from sdmodule.components.load_network import load_network
 from sdmodule.components.schedulers import make_scheduler
 from sdmodule.components.single_file import load_single_file, load_single_part
 from sdmodule.components.source import INDEX, Source, find_source, folder_with_part, is_single_file, local_folder
-from sdmodule.errors import SettingsError, check_choice
+from sdmodule.errors import SettingsError, check_choice, choices
 
 MODELS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 PARTS = (*MODELS, "tokenizer", "scheduler")
@@ -97,6 +97,7 @@ def load_components(
     for name in scratch:
         check_choice("scratch", name, PARTS)
     if is_single_file(pretrained):
+        check_whole_file(pretrained, scratch, revision, variant)
         parts = load_single_file(_existing(pretrained), without=[name for name in replaced if name != "unet"])
     else:
         source = find_source(pretrained, revision, variant)
@@ -125,11 +126,34 @@ def load_part(name: str, pretrained: str, scratch: bool = False, key: str = "pre
         SettingsError: if it cannot be read.
     """
     if is_single_file(pretrained):
+        check_whole_file(pretrained, [name] if scratch else (), key=key)
         return load_single_part(_existing(pretrained, key), name)
     folder = Path(pretrained).expanduser()
     if folder.is_dir() and not (folder / INDEX).is_file() and not (folder / name).is_dir():
         return _load(name, Source(str(folder.parent), f"{key}={pretrained}"), scratch, subfolder=folder.name)
     return _load(name, find_source(pretrained, whole=False, key=key), scratch)
+
+
+def check_whole_file(
+    path: str,
+    scratch: Iterable[str] = (),
+    revision: str | None = None,
+    variant: str | None = None,
+    key: str = "pretrained",
+) -> None:
+    """Check that nothing is asked of a single file that only folders and hub ids have.
+
+    Raises:
+        SettingsError: if it is.
+    """
+    if scratch := list(scratch):
+        raise SettingsError(
+            f"scratch={choices(scratch)}: {key}={path} is a single file, which has no configuration to make random "
+            "parts of; give a diffusers folder."
+        )
+    for name, value in (("revision", revision), ("variant", variant)):
+        if value:
+            raise SettingsError(f"{name}={value}: {key}={path} is a single file and has no {name}; leave it out.")
 
 
 def _default_guidance(pretrained: str) -> float:

@@ -75,6 +75,10 @@ def find_source(
     """
     folder = local_folder(pretrained)
     if folder.is_dir():
+        if revision:
+            raise SettingsError(
+                f"revision={revision}: {key}={pretrained} is a folder, without revisions; leave it out."
+            )
         if whole and not (folder / INDEX).is_file():
             raise SettingsError(
                 f"{key}={pretrained}: the folder has no {INDEX}; give the folder of a whole diffusers checkpoint."

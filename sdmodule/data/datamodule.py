@@ -136,7 +136,8 @@ class ImageDataModule(TrainingData):
                 "pixels (height x width); an epoch repeats their images. A smaller data.batch_size avoids that."
             )
         groups = None if self._groups is None else list(self._groups.values())
-        return training_loader(self.train_set, self.batch_size, self.seed, self.num_workers, self.trainer, groups)
+        settings = (self.batch_size, self.seed, self.num_workers, self.trainer, groups)
+        return training_loader(self.train_set, *settings, earlier=self.resumed_batch_size)
 
     @override
     def val_dataloader(self) -> DataLoader | Iterable:

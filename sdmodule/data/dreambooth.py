@@ -164,4 +164,5 @@ class DreamBoothDataModule(ImageDataModule):
         if not self.priors:
             return super().train_dataloader()
         pairs = InstancePriorPairs(self.train_set, self.instances)
-        return training_loader(pairs, self.batch_size, self.seed, self.num_workers, self.trainer, collate=collate_pairs)
+        settings = (self.batch_size, self.seed, self.num_workers, self.trainer)
+        return training_loader(pairs, *settings, collate=collate_pairs, earlier=self.resumed_batch_size)

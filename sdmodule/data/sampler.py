@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
 
 from sdmodule.errors import MAX_SEED
-from sdmodule.training.loop_state import resumed_batch
+from sdmodule.training.loop_state import renumber_batches, resumed_batch
 
 
 class ShuffleByEpoch(DistributedSampler[Any]):
@@ -39,9 +39,11 @@ class ShuffleByEpoch(DistributedSampler[Any]):
         global_batch_size: examples per batch over all devices.
         batches: batches per epoch.
         skip: batches of the first epoch that a resumed run has already seen.
+        seen: examples of the first epoch that it has seen in batches of another size, instead of ``skip``.
     """
 
     skip = 0
+    seen = 0
 
     def __init__(
         self,
@@ -68,14 +70,25 @@ class ShuffleByEpoch(DistributedSampler[Any]):
     @override
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed((self.seed + self.epoch) % (MAX_SEED + 1))
-        skip, self.skip = self.skip, 0
-        for batch in islice(self._global_batches(generator), skip, None):
+        skip, self.skip, seen, self.seen = self.skip, 0, self.seen, 0
+        for batch in islice(self._global_batches(generator, seen), skip, None):
             yield from batch[self.rank :: self.num_replicas]
 
-    def _global_batches(self, generator: torch.Generator) -> Iterator[list[int]]:
+    def batches_after(self, seen: int) -> int:
+        """Batches that are left of an epoch of which ``seen`` examples were shown in batches of another size."""
+        left = len(self.dataset) - seen  # type: ignore[arg-type]
+        whole, rest = divmod(left, self.global_batch_size)
+        return min(whole + (rest >= self.num_replicas), self.batches)
+
+    def _global_batches(self, generator: torch.Generator, seen: int = 0) -> Iterator[list[int]]:
         if self.groups is None:
             order = torch.randperm(len(self.dataset), generator=generator).tolist()  # type: ignore[arg-type]
-            yield from islice(_chunks(order, self.global_batch_size), self.batches)
+            if not seen:
+                yield from islice(_chunks(order, self.global_batch_size), self.batches)
+                return
+            for start in range(seen, len(order), self.global_batch_size)[: self.batches_after(seen)]:
+                batch = order[start : start + self.global_batch_size]
+                yield batch[: len(batch) // self.num_replicas * self.num_replicas]
             return
         orders = [[group[k] for k in torch.randperm(len(group), generator=generator)] for group in self.groups]
         batches = [batch for order in orders for batch in _chunks(order, self.global_batch_size)]
@@ -102,8 +115,9 @@ def training_loader(
     trainer: Trainer | None,
     groups: Sequence[Sequence[int]] | None = None,
     collate: Callable[[Sequence[Any]], Any] | None = None,
+    earlier: int | None = None,
 ) -> DataLoader:
-    """A loader of shuffled batches; a run that is resumed mid-epoch continues after its last batch.
+    """A loader of shuffled batches; a run that is resumed mid-epoch continues after the last example it has seen.
 
     Args:
         data: the examples; if they are fewer than a batch, the batch is smaller.
@@ -113,6 +127,7 @@ def training_loader(
         trainer: gives the number of devices and the progress of training.
         groups: indices of examples that may share a batch; None for a single group of all.
         collate: makes a batch of examples; None for torch's default.
+        earlier: examples in a batch of all devices before the run was resumed; None if that is not known.
     """
     devices, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
     sampler = ShuffleByEpoch(data, batch_size, devices, rank, seed, groups)
@@ -136,5 +151,28 @@ def training_loader(
         generator=torch.Generator().manual_seed(seed),
     )
     if trainer and (done := resumed_batch(trainer)) is not None:
-        sampler.skip = done % sampler.batches
+        _continue_epoch(sampler, trainer, done, earlier)
     return loader
+
+
+def _continue_epoch(sampler: ShuffleByEpoch, trainer: Trainer, done: int, earlier: int | None) -> None:
+    """Continue an epoch behind the batches that are done, whatever their size was.
+
+    The rest of the epoch is numbered so that it ends where an epoch ends, in whole windows of accumulation.
+    """
+    if earlier in (None, sampler.global_batch_size):
+        sampler.skip = done % sampler.batches
+        left = sampler.batches - sampler.skip
+    elif sampler.groups is not None:
+        left = sampler.batches
+        rank_zero_warn(
+            f"data.batch_size: was {earlier} images over all devices, and is {sampler.global_batch_size}; with "
+            "data.buckets the batches of an epoch are then others, so this epoch starts over."
+        )
+    else:
+        sampler.seen = done * (earlier or 0)
+        left = sampler.batches_after(sampler.seen)
+    window = trainer.accumulate_grad_batches
+    number = (sampler.batches - left) // window * window
+    if number != done % sampler.batches:
+        renumber_batches(trainer, number)

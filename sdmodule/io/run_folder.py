@@ -28,10 +28,8 @@ def set_aside(folder: Path) -> Path | None:
     if not any(images.glob("*.png")):
         return None
     records = folder / RECORDS
-    for number in itertools.count(1):
-        targets = folder / f"{IMAGES}-{number}", folder / f"{records.stem}-{number}{records.suffix}"
-        if not any(target.exists() for target in targets):
-            break
+    forms = f"{IMAGES}-{{}}", f"{records.stem}-{{}}{records.suffix}"
+    targets = [folder / form.format(next_free(folder, *forms)) for form in forms]
     try:
         images.rename(targets[0])
         if records.exists():
@@ -39,6 +37,11 @@ def set_aside(folder: Path) -> Path | None:
         return targets[0]
     except OSError as error:
         raise unwritable(folder, error.strerror) from error
+
+
+def next_free(folder: Path, *forms: str) -> int:
+    """The smallest number with which none of these names exists in a folder, such as ``metrics-{}.csv``."""
+    return next(n for n in itertools.count(1) if not any((folder / form.format(n)).exists() for form in forms))
 
 
 def read_records(file: Path) -> Iterator[dict[str, Any]]:

@@ -104,6 +104,8 @@ def prepare_conditions(
     embedded = parts.unet.config.time_cond_proj_dim  # a distilled UNet is told its guidance scale instead
     guided = scale > 1.0 and embedded is None
     steps = plan_steps(timesteps, scheduler.config.num_train_timesteps, settings.speed, guided)
+    if hasattr(scheduler, "noise_sampler_seed"):  # DPM++ SDE draws from a Brownian tree of its own
+        scheduler.noise_sampler_seed = seeds
     merging, merge_seeds = settings.merging.for_images(seeds, all(step.guided for step in steps))
     controls = [request.control for request in requests if request.control is not None]
     control = prepare_control(parts, controls, shape[1:], settings.control_scale)

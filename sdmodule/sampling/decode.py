@@ -23,9 +23,11 @@ def decode(parts: Components, latents: Tensor) -> Tensor:
     Raises:
         SettingsError: if the latents, or the images even in float32, have NaNs or infs.
     """
+    if not torch.isfinite(latents).all():
+        raise SettingsError("the UNet produced NaNs or infs; use precision=32-true or bf16-mixed.")
     scaled = latents / parts.vae.config.scaling_factor
     images = parts.vae.decode(scaled.to(parts.vae.dtype)).sample
-    if not torch.isfinite(images).all() and torch.isfinite(latents).all():
+    if not torch.isfinite(images).all():
         rank_zero_warn("The VAE overflows in half precision; such images are decoded again in float32.")
         with _in_float32(parts.vae):
             images = parts.vae.decode(scaled.float()).sample

@@ -67,7 +67,7 @@ class SamplingSettings:
         Raises:
             SettingsError: for an unknown setting or a value out of range.
         """
-        own = build_settings(cls, "sampling", sampling)
+        own = build_settings(cls, "sampling", sampling, exclude=("merging", "speed"))  # groups of their own
         inpaint = own.inpaint
         if not isinstance(inpaint, InpaintSettings):
             inpaint = build_settings(InpaintSettings, "sampling.inpaint", inpaint)

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 CHECKPOINTING = ("none", "outer", "all")
 
 
-def checkpoint_blocks(unet: Any, which: str) -> None:
-    """Turn on activation checkpointing in some blocks of a UNet, which saves memory and costs time.
+def checkpoint_blocks(networks: Iterable[Any], which: str) -> None:
+    """Turn on activation checkpointing in some blocks of networks, which saves memory and costs time.
 
     Args:
-        unet: a ``UNet2DConditionModel``.
+        networks: a ``UNet2DConditionModel`` and, if there is one, a ``ControlNetModel``.
         which: one of `CHECKPOINTING`; ``outer`` is the blocks of full resolution, whose activations are the largest.
     """
-    if which == "none":
-        return
-    unet.enable_gradient_checkpointing()
-    if which == "all":
-        return
-    outer = {unet.down_blocks[0], unet.up_blocks[-1]}
-    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
-        if block is not None and block not in outer:
-            block.gradient_checkpointing = False
+    for network in networks if which != "none" else ():
+        if network is None:
+            continue
+        network.enable_gradient_checkpointing()
+        down, up = list(network.down_blocks), list(getattr(network, "up_blocks", ()))
+        inner = (*down[1:], network.mid_block, *up[:-1]) if which == "outer" else ()
+        for block in filter(None, inner):
+            for module in block.modules():  # the transformers in a block have a switch of their own
+                if hasattr(module, "gradient_checkpointing"):
+                    module.gradient_checkpointing = False

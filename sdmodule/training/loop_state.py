@@ -81,6 +81,13 @@ def resumed_batch(trainer: Trainer) -> int | None:
     return trainer.fit_loop.epoch_loop.batch_progress.current.ready if trainer.fit_loop.restarting else None
 
 
+def renumber_batches(trainer: Trainer, done: int) -> None:
+    """Give the next batch of a resumed epoch another number, because batches have another size than before."""
+    current = trainer.fit_loop.epoch_loop.batch_progress.current
+    for count in ("ready", "started", "processed", "completed"):
+        setattr(current, count, done)
+
+
 def schedule_validation(trainer: Trainer, now: bool) -> None:
     """Let Lightning validate after the current batch, or not.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -39,6 +40,8 @@ class LoraTuning(TextEncoderTraining):
             al. 2024).
         rank: rank of the adapter's matrices.
         alpha: the adapter's output is scaled by ``alpha / rank``; the rank if None, so that the scale is 1.
+        rank_pattern: other ranks by the end of a layer's name, such as ``{"attn2.to_k": 16}``.
+        alpha_pattern: other alphas, likewise.
         dropout: probability of dropping an input of an adapter; for ``loha`` and ``lokr``, of dropping a whole adapter.
         target_modules: layers of the UNet that get an adapter, by the end of their name.
         text_target_modules: layers of the text encoder that get one if it is trained.
@@ -56,6 +59,8 @@ class LoraTuning(TextEncoderTraining):
     method: str = LORA
     rank: int = 4
     alpha: float | None = None
+    rank_pattern: Mapping[str, int] | None = None
+    alpha_pattern: Mapping[str, float] | None = None
     dropout: float = 0.0
     target_modules: Sequence[str] = ATTENTION
     text_target_modules: Sequence[str] = TEXT_ATTENTION
@@ -66,6 +71,10 @@ class LoraTuning(TextEncoderTraining):
         check_int("tuning.rank", self.rank, maximum=MAX_RANK)
         if self.alpha is not None:
             check_number("tuning.alpha", self.alpha, above=0, below=1e6)
+        for layer, rank in (self.rank_pattern or {}).items():
+            check_int(f"tuning.rank_pattern.{layer}", rank, maximum=MAX_RANK)
+        for layer, alpha in (self.alpha_pattern or {}).items():
+            check_number(f"tuning.alpha_pattern.{layer}", alpha, above=0, below=1e6)
         check_number("tuning.dropout", self.dropout, minimum=0, below=1)
         for name in ("target_modules", "text_target_modules"):
             value = getattr(self, name)
@@ -116,11 +125,20 @@ class LoraTuning(TextEncoderTraining):
 
     def _config(self, targets: list[str]) -> PeftConfig:
         alpha = self.rank if self.alpha is None else self.alpha
+        patterns: dict[str, Any] = {
+            "rank_pattern": {re.escape(layer): rank for layer, rank in (self.rank_pattern or {}).items()},
+            "alpha_pattern": {re.escape(layer): alpha for layer, alpha in self._alphas().items()},
+        }
         if self.method in (LORA, DORA):
             options = {"init_lora_weights": "gaussian", "lora_dropout": self.dropout, "use_dora": self.method == DORA}
-            return LoraConfig(r=self.rank, lora_alpha=alpha, target_modules=targets, **options)  # type: ignore[arg-type]
+            return LoraConfig(r=self.rank, lora_alpha=alpha, target_modules=targets, **patterns, **options)  # type: ignore[arg-type]
         config: Any = {LOHA: LoHaConfig, LOKR: LoKrConfig}[self.method]
-        return config(r=self.rank, alpha=alpha, target_modules=targets, module_dropout=self.dropout)
+        return config(r=self.rank, alpha=alpha, target_modules=targets, module_dropout=self.dropout, **patterns)
+
+    def _alphas(self) -> dict[str, float]:
+        """Alphas by layer; a layer of another rank keeps the scale 1 if no alpha is given."""
+        own = self.rank_pattern or {} if self.alpha is None else {}
+        return {**own, **(self.alpha_pattern or {})}
 
     def export(self, parts: Components, folder: str | Path, dtype: str) -> None:
         """Write the adapter in the layout of kohya's scripts and, if diffusers reads the method, in its own."""

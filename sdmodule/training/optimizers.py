@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from lightning import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
-from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, PolynomialLR, ReduceLROnPlateau
 
 from sdmodule.errors import SettingsError, is_number
 
@@ -85,6 +86,7 @@ class Optimization:
                 "model.lr_scheduler: ReduceLROnPlateau follows a metric and cannot be stepped every step; give another "
                 "schedule, such as torch.optim.lr_scheduler.CosineAnnealingLR."
             )
+        _warn_of_early_end(scheduler, max_steps or 0)
         if max_steps is not None and isinstance(scheduler, OneCycleLR) and scheduler.total_steps < max_steps:
             raise SettingsError(
                 f"model.lr_scheduler: OneCycleLR ends after {scheduler.total_steps} of trainer.max_steps={max_steps} "
@@ -128,6 +130,21 @@ class Optimization:
         _check_given(self.optimizer, optimizer.param_groups, groups)
         if scheduler is not None:
             _check_same("model.lr_scheduler.", _keywords(self.lr_scheduler), scheduler.state_dict(), schedules[0])
+
+
+def _warn_of_early_end(scheduler: Any, max_steps: int) -> None:
+    """Say it if a schedule ends before the training does."""
+    name = type(scheduler).__name__
+    if isinstance(scheduler, CosineAnnealingLR) and 0 < scheduler.T_max < max_steps:
+        rank_zero_warn(
+            f"model.lr_scheduler: {name} reaches its minimum after {scheduler.T_max} of {max_steps} steps and rises "
+            f"again; set its T_max={max_steps}."
+        )
+    elif isinstance(scheduler, PolynomialLR) and 0 < scheduler.total_iters < max_steps:
+        rank_zero_warn(
+            f"model.lr_scheduler: {name} ends after {scheduler.total_iters} of {max_steps} steps, and nothing is "
+            f"learned in the others; set its total_iters={max_steps}."
+        )
 
 
 def name_optimizers(checkpoint: dict[str, Any], trainer: Trainer | None) -> None:

@@ -36,6 +36,8 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         check_seed("training.seed", self.seed)
+        if isinstance(self.scratch, str):
+            raise SettingsError(f"scratch={self.scratch}: must be a list; give scratch=[{self.scratch}].")
         check_choice("training.compile", self.compile, COMPILE)
         check_choice("training.checkpointing", self.checkpointing, CHECKPOINTING)
 

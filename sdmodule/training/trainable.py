@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
+from sdmodule.errors import SettingsError
 from sdmodule.training.accumulation import GradientMean
 from sdmodule.training.batch import read_batch
 from sdmodule.training.checkpoint_io import check_weights
@@ -48,12 +50,18 @@ class TrainableModule(LightningModule):
         return list(trainable_parameters(self).values())
 
     def check_fit(self) -> None:
-        """Check the optimizer and the trainer's precision, before anything is written.
+        """Check the optimizer, the trainer's precision and its callbacks, before anything is written.
 
         Raises:
             SettingsError: if they cannot train this module.
         """
         check_training_precision(self._trainer)
+        for callback in self._trainer.callbacks if self._trainer else ():  # type: ignore[attr-defined]
+            if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+                raise SettingsError(
+                    f"{type(callback).__name__}: cannot be resumed from checkpoints that hold the trained weights "
+                    "alone; use sdmodule.callbacks.EMA."
+                )
         self.optimization.check(self.parameter_groups, self._trainer.max_steps if self._trainer else None)
 
     @override

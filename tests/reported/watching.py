@@ -24,6 +24,17 @@ class Vanish(Callback):
                 self.file.write_bytes(content[: len(content) // 2])
 
 
+class Captions(Callback):
+    """Write down the captions of every training batch, with the number of steps that are done."""
+
+    def __init__(self, file: str) -> None:
+        self.file = Path(file)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any) -> None:
+        with self.file.open("a") as lines:
+            lines.write(f"{trainer.global_step} {' '.join(batch['caption'])}\n")
+
+
 class FailAt(Callback):
     """Raise an error of a kind that nobody expects, once ``step`` optimizer steps are done."""
 

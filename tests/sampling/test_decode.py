@@ -33,5 +33,5 @@ def test_an_overflow_is_decoded_in_float32_with_a_single_warning(overflowing):
 
 
 def test_nan_latents_are_an_error_and_not_black_images(module):
-    with pytest.raises(SettingsError, match="the VAE produced NaNs or infs"):
+    with pytest.raises(SettingsError, match="the UNet produced NaNs or infs"):
         decode(module.parts, torch.full((1, 4, 8, 8), torch.nan))

@@ -34,10 +34,17 @@ class Member(NamedTuple):
     size: int
 
     def read(self) -> bytes:
-        """The bytes of the file."""
+        """The bytes of the file.
+
+        Raises:
+            OSError: if the tar ends before the file does.
+        """
         with self.shard.open("rb") as file:
             file.seek(self.offset)
-            return file.read(self.size)
+            content = file.read(self.size)
+        if len(content) < self.size:
+            raise OSError(f"{self.shard} is cut off")
+        return content
 
     def identity(self) -> str:
         """Path, size and date of the shard, and the place in it."""

@@ -109,7 +109,8 @@ class ShapesDataModule(TrainingData):
 
     @override
     def train_dataloader(self) -> DataLoader:
-        return training_loader(self.train_set, self.batch_size, self.seed, self.num_workers, self.trainer)
+        settings = (self.batch_size, self.seed, self.num_workers, self.trainer)
+        return training_loader(self.train_set, *settings, earlier=self.resumed_batch_size)
 
     @override
     def val_dataloader(self) -> DataLoader:
