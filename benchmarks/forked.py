@@ -145,7 +145,9 @@ def output_of(function: Callable[[], object], log: Path, environment: Mapping[st
     return log.read_text()
 
 
-def start_ranks(command: str, *arguments: object, log: Path, ranks: int = 2) -> list[Command]:
+def start_ranks(
+    command: str, *arguments: object, log: Path, ranks: int = 2, preparation: Callable[[], None] | None = None
+) -> list[Command]:
     """Start a command once for each rank, as a cluster's launcher does; ``log`` is that of rank 0."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -154,7 +156,13 @@ def start_ranks(command: str, *arguments: object, log: Path, ranks: int = 2) -> 
     started = {"SDMODULE_STARTED": time.strftime("%Y-%m-%d/%H-%M-%S"), "MASTER_PORT": port}
     logs = [log, *(log.with_name(f"{log.name}-{rank}") for rank in range(1, ranks))]
     return [
-        Command(command, *arguments, log=one, environment={**started, "LOCAL_RANK": str(rank)})
+        Command(
+            command,
+            *arguments,
+            log=one,
+            environment={**started, "LOCAL_RANK": str(rank)},
+            preparation=preparation,
+        )
         for rank, one in enumerate(logs)
     ]
 

@@ -153,7 +153,7 @@ class StableDiffusionModule(TrainableModule):
             conditions = denoising.Conditions(self.encode_captions(captions), masks, control)
             errors = denoising.denoising_errors(self.parts, latents, noise, timesteps, conditions, self.objective)
         loss = denoising.reduce_errors(errors, batch, masks, self.objective, self.inpaint_training)
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
+        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True, batch_size=size)
         return self.weighted(loss, size // 2 if "prior" in batch else size)
 
     @override
@@ -163,9 +163,9 @@ class StableDiffusionModule(TrainableModule):
 
     @override
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        batch = self.read_batch(batch, batch_idx)
-        size = len(batch["caption"])
-        generators = validation_generators(self.training_settings.seed, size, batch_idx, self._trainer, dataloader_idx)
+        batch, size = self.validation_batch(batch, batch_idx, dataloader_idx)
+        seed, count = self.training_settings.seed, len(batch["caption"])
+        generators = validation_generators(seed, count, batch_idx, self._trainer, dataloader_idx)
         text = self.encode_captions(batch["caption"])
         losses = validation_losses(self.parts, batch, text, generators, inpainting=self.task == INPAINT)
         self.log_validation(losses, main="loss", batch_size=size)

@@ -12,10 +12,12 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from typing_extensions import override
 
 from sdmodule.io.redact import redact
 from sdmodule.training.loop_state import LoopState, write_loop_state
+from sdmodule.training.signal_guard import SignalGuard
 
 
 class StoppedBySignal(SystemExit):
@@ -43,6 +45,7 @@ class TrainingCheckpoint(ModelCheckpoint):
     _in_step = False  # the optimizer has changed some weights, and not all
     _defer_signals = False
     _signal: int | None = None
+    _guard: SignalGuard | None = None
 
     # ---------------------------------------------------------------------------------------------- steps
 
@@ -122,13 +125,34 @@ class TrainingCheckpoint(ModelCheckpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save the last whole step, whatever ends the training: unless it was the first, or a step had begun.
 
-        Nor if one of several devices fails, because saving takes all of them.
+        If one of several devices fails, it saves alone, since it has all that there is to save; where the others have
+        parts of the model, nothing is saved.
         """
-        one_failed = trainer.world_size > 1 and not isinstance(exception, StoppedBySignal)
-        if self._loop_state is None or self._in_step or one_failed:
+        self._release_guard()
+        if self._loop_state is None or self._in_step:
             return
         with self._signals_deferred():
-            super().on_exception(trainer, pl_module, exception)
+            if trainer.world_size == 1 or isinstance(exception, StoppedBySignal):
+                super().on_exception(trainer, pl_module, exception)
+            elif isinstance(trainer.strategy, DDPStrategy) and self._should_save_on_exception(trainer):
+                self._save_alone(trainer)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._release_guard()
+        super().teardown(trainer, pl_module, stage)
+
+    def _release_guard(self) -> None:
+        if self._guard is not None:
+            self._guard.release()
+            self._guard = None
+
+    def _save_alone(self, trainer: Trainer) -> None:
+        """Write ``last.ckpt`` without waiting for other devices."""
+        path = self.format_checkpoint_name(self._monitor_candidates(trainer), self.CHECKPOINT_NAME_LAST)
+        self.last_model_path = path
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, path)
 
     @property
     @override
@@ -163,6 +187,8 @@ class TrainingCheckpoint(ModelCheckpoint):
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, handle)
+        if trainer.world_size > 1:
+            self._guard = SignalGuard()
 
     def _stop_if_signalled(self, trainer: Trainer) -> None:
         """End the training, on all devices if one of them received a signal."""

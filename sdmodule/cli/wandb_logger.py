@@ -47,6 +47,10 @@ class PrivateWandbLogger(WandbLogger):
         mode = others.pop("mode", None) or os.environ.get("WANDB_MODE")
         if mode is not None:
             check_choice("WANDB_MODE", mode, MODES)
+            if mode == "online" and not has_key(settings or {}):
+                raise SettingsError(
+                    "logger=wandb: found no key of W&B; run wandb login, or set WANDB_API_KEY, or WANDB_MODE=offline."
+                )
         self.keyless = mode is None and not has_key(settings or {})
         private = {
             "silent": True,

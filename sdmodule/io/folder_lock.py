@@ -16,14 +16,14 @@ PATIENCE = 8.0
 
 
 @contextmanager
-def folder_locked(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
+def folder_locked(folder: Path, patience: float | None = None) -> Iterator[None]:
     """Keep other runs out of a folder inside the block.
 
     The lock is on the folder itself, so no file is left behind. On a file system without locks there is none.
 
     Args:
         folder: made if it does not exist.
-        patience: seconds to wait for another run to end.
+        patience: seconds to wait for another run to end; `PATIENCE` if None.
 
     Raises:
         SettingsError: if another run still writes to the folder.
@@ -32,7 +32,7 @@ def folder_locked(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        _wait_for_lock(descriptor, folder, patience)
+        _wait_for_lock(descriptor, folder, PATIENCE if patience is None else patience)
         yield
     finally:
         os.close(descriptor)

@@ -65,6 +65,12 @@ def batch_size_of(loaders: Any, index: int = 0) -> int | None:
     return next((size for size in sizes if isinstance(size, int)), None)
 
 
+def validation_loader(trainer: Trainer, index: int = 0) -> Any:
+    """The loader that validation or testing runs on, or one of several."""
+    loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+    return loaders[index] if isinstance(loaders, (list, tuple)) else loaders
+
+
 def full_batch_size(trainer: Trainer, default: int) -> int:
     """Images in a full batch on each device, the same on all of them; ``default`` for a loader that does not say."""
     size = batch_size_of(trainer.train_dataloader)

@@ -90,18 +90,18 @@ class AutoencoderModule(TrainableModule):
         generators = per_example_generators(self.seed, len(batch["image"]), batch_idx, self._trainer)
         losses = self.losses(batch["image"], generators)
         loss = losses["mse"] + self.hparams["l1_weight"] * losses["l1"] + self.hparams["kl_weight"] * losses["kl"]
-        self.log("train/loss", loss, prog_bar=True)
-        self.log("train/psnr", _psnr(losses["mse"]), prog_bar=True)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+        self.log("train/psnr", _psnr(losses["mse"]), prog_bar=True, sync_dist=True)
         return self.weighted(loss, len(batch["image"]))
 
     @override
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        batch = self.read_batch(batch, batch_idx)
+        batch, size = self.validation_batch(batch, batch_idx, dataloader_idx)
         posterior = self.vae.encode(batch["image"]).latent_dist
         reconstruction = self.vae.decode(posterior.mode()).sample.float().clamp(-1, 1)
         errors = (reconstruction - batch["image"]).square().mean(dim=(1, 2, 3))
         found = {"psnr": _psnr(errors).mean(), "latent_variance": posterior.mode().float().square().mean()}
-        self.log_validation(found, main="psnr", batch_size=len(errors))
+        self.log_validation(found, main="psnr", batch_size=size)
 
     @override
     def on_validation_epoch_end(self) -> None:

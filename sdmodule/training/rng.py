@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from lightning import Trainer
 
-from sdmodule.training.accumulation import batch_size_of, full_batch_size
+from sdmodule.training.accumulation import batch_size_of, full_batch_size, validation_loader
 
 Generators = torch.Generator | list[torch.Generator]
 """Source of random numbers: one for a whole batch, or one per example."""
@@ -70,7 +70,6 @@ def validation_generators(
         trainer: gives the size of a full batch, and the devices; None is one device.
         dataloader_idx: which of several loaders gave the batch.
     """
-    loaders = (trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders) if trainer else None
-    full = batch_size_of(loaders, dataloader_idx) or count
+    full = (batch_size_of(validation_loader(trainer, dataloader_idx)) if trainer else None) or count
     devices, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
     return [generator_for(seed, 0, (batch_idx * full + k) * devices + rank) for k in range(count)]

@@ -19,6 +19,7 @@ from sdmodule.training.batch import read_batch
 from sdmodule.training.checkpoint_io import check_weights
 from sdmodule.training.optimizers import Optimization, name_optimizers
 from sdmodule.training.precision import check_training_precision
+from sdmodule.training.validation import without_repeats
 
 TRAINED_COUNT = "trained_weights"
 """Where a checkpoint holds how many weights it has."""
@@ -67,6 +68,10 @@ class TrainableModule(LightningModule):
     @override
     def configure_optimizers(self) -> Any:
         return self.optimization.configure(self.parameter_groups, str(self._trainer.precision) if self._trainer else "")
+
+    def validation_batch(self, batch: Any, batch_idx: int, dataloader_idx: int) -> tuple[dict[str, Any], int]:
+        """A batch as a mapping, without repeated examples, and how many it counts; see `without_repeats`."""
+        return without_repeats(self.read_batch(batch, batch_idx), batch_idx, self._trainer, dataloader_idx)
 
     def weighted(self, loss: Tensor, images: int) -> Tensor:
         """The loss of a training batch, to be returned by ``training_step``: weighted by its images in the step."""
@@ -147,11 +152,23 @@ class TrainableModule(LightningModule):
     def log_validation(self, metrics: Mapping[str, Tensor], main: str, batch_size: int) -> None:
         """Log metrics of a validation batch as ``val/<name>``; the ``main`` one is shown in the progress bar."""
         stage = "test" if self.trainer.testing else "val"
+        if self.trainer.world_size > 1:
+            metrics, batch_size = self._over_devices(metrics, batch_size)
         for name, value in metrics.items():
             shown = name == main and not self.val_log_suffix
             self.log(
                 f"{stage}/{name}{self.val_log_suffix}", value, prog_bar=shown, sync_dist=True, batch_size=batch_size
             )
+
+    def _over_devices(self, metrics: Mapping[str, Tensor], batch_size: int) -> tuple[dict[str, Tensor], int]:
+        """Means over the images of all devices, of which each may have another number, and that number.
+
+        Lightning averages the numbers as integers, so it must find the same one everywhere.
+        """
+        own = [value.detach().float() * batch_size for value in metrics.values()]
+        sums = torch.stack([*own, torch.tensor(float(batch_size), device=self.device)])
+        *values, count = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        return {name: value / count for name, value in zip(metrics, values, strict=True)}, round(float(count))
 
     def validation_logged_with(self, suffix: str) -> AbstractContextManager[None]:
         """Log ``val/loss`` as ``val/loss<suffix>``, and other validation metrics likewise, inside a ``with`` block."""

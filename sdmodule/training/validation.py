@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning import Trainer
 from torch import Tensor
 
 from sdmodule.components.checkpoint import Components
+from sdmodule.training.accumulation import batch_size_of, validation_loader
 from sdmodule.training.inpaint import InpaintTraining
 from sdmodule.training.loss import Conditions, control_guide, denoising_errors, encode_images, mask_channels
 from sdmodule.training.objective import SQUARED_ERROR
@@ -18,6 +20,28 @@ TIMESTEP_RANGES = 4
 
 NO_FULL_MASKS = InpaintTraining(full_mask_share=0.0)
 """Validation draws no mask that covers the whole image."""
+
+
+def without_repeats(
+    batch: dict[str, Any], batch_idx: int, trainer: Trainer | None, dataloader_idx: int = 0
+) -> tuple[dict[str, Any], int]:
+    """A validation batch without the examples that only fill up the devices' equal shares, and how many are left.
+
+    Distributed sampling gives example ``k`` of all to device ``k % devices``, and repeats the first ones at the end. If
+    all of a batch are repeats, one stays in it and counts nothing.
+    """
+    count = len(batch.get("image", batch.get("moments")))  # type: ignore[arg-type]
+    if trainer is None or trainer.world_size == 1:
+        return batch, count
+    loader = validation_loader(trainer, dataloader_idx)
+    try:
+        total = len(loader.dataset)
+    except (AttributeError, TypeError):  # not a loader of a data set with a length
+        return batch, count
+    first = batch_idx * (batch_size_of(loader) or count)
+    own = sum((first + k) * trainer.world_size + trainer.global_rank < total for k in range(count))
+    kept = max(own, 1)
+    return {name: value[:kept] for name, value in batch.items()}, own
 
 
 def validation_losses(

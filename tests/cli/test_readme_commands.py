@@ -193,9 +193,7 @@ def test_a_command_line_sets_what_it_says(request, line):
 
 
 RUN = [
-    'predict.py prompt="a red circle on a blue background"',
     """predict.py 'prompt=["a blue heart", "a green square"]' num_images_per_prompt=4 seed=7""",
-    'predict.py prompt="a blue heart" sampler=dpmpp_2m steps=20',
     'predict.py -m prompt="a blue heart" tome.ratio=0,0.5,0.75',
     'predict.py prompt="a blue heart" speed=turbo',
     "predict.py --from my_run/images/00003-3.png",

@@ -211,28 +211,6 @@ def test_a_worker_that_loads_images_dies(training, tmp_path):
     run("train", *settings, "ckpt_path=last", f"trainer.max_steps={step + 2}", log=tmp_path / "log")
 
 
-def test_an_image_becomes_unreadable_in_the_middle_of_a_training(training, tmp_path):
-    settings, out = training
-    settings += [SAVING[0], "data.num_workers=1", "data.random_flip=true"]
-    run("train", *settings, "trainer.max_steps=20", f"output_dir={tmp_path / 'straight'}", log=tmp_path / "log")
-    settings += [SAVING[1]]
-    one = Command("train", *settings, "trainer.max_steps=100000", log=tmp_path / "log")
-    wait_for(lambda: (out / "checkpoints" / "last.ckpt").is_file(), one)
-    image = tmp_path / "photos" / "003.png"
-    content = image.read_bytes()
-    image.write_bytes(content[: len(content) // 2])
-    assert_error(*one.wait(), str(image), "replace or remove it")
-    image.write_bytes(content)
-    step = checkpoint_steps(out)[-1]
-    run("train", *settings, "ckpt_path=last", f"trainer.max_steps={max(step + 2, 20)}", log=tmp_path / "log")
-    if step <= 18:
-        ours, theirs = (
-            torch.load(place / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-            for place in (out, tmp_path / "straight")
-        )
-        assert all(torch.equal(value, ours[name]) for name, value in theirs.items())
-
-
 # ---------------------------------------------------------------------------------------------- losses
 
 

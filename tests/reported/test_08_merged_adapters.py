@@ -42,7 +42,7 @@ def sampled(checkpoint, chosen: list[dict], merge: bool):
 PAIRS = [("lora", "dora"), ("dora", "lora"), ("dora", "dora again"), ("loha", "lokr"), ("dora by inputs", "dora")]
 
 
-@pytest.mark.parametrize("scales", [(1.0, 1.0), (0.6, -0.8), (0.0, 1.0)])
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (0.6, -0.8)])
 @pytest.mark.parametrize("pair", PAIRS)
 def test_merged_equals_beside(checkpoint, files, pair, scales):
     chosen = [{"path": str(files[name][0]), "scale": scale} for name, scale in zip(pair, scales, strict=True)]
@@ -57,7 +57,7 @@ def test_scale_0_changes_nothing(checkpoint, files, name, merge):
     assert torch.equal(sampled(checkpoint, [{"path": str(files[name][0]), "scale": 0.0}], merge), plain)
 
 
-@pytest.mark.parametrize("scale", [0.5, -1.0, 2.0])
+@pytest.mark.parametrize("scale", [0.5, -1.0])
 @pytest.mark.parametrize("name", KINDS)
 def test_a_scale_is_a_share_of_the_way(checkpoint, files, name, scale):
     """``W + s (W' - W)``, where ``W'`` is the weight at scale 1."""

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from benchmarks.forked import Command
 from sdmodule.cli.main import predict_main, train_main
 from sdmodule.errors import SettingsError
+from sdmodule.io import folder_lock
 from sdmodule.io.folder_lock import folder_locked
 from sdmodule.training.optimizers import Optimization
 from tests.reported.drawing import numbered
@@ -67,7 +68,7 @@ def test_row_15_a_schedule_that_ends_early_is_said(schedule, message):
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
-        ({"WANDB_MODE": "online"}, ["logger=wandb: W&B refuses the run", "wandb login", "WANDB_MODE=offline"]),
+        ({"WANDB_MODE": "online"}, ["logger=wandb: found no key of W&B", "wandb login", "WANDB_MODE=offline"]),
         ({"WANDB_MODE": "online", "WANDB_API_KEY": "short"}, ["logger=wandb: W&B refuses the run", "WANDB_API_KEY"]),
         ({"WANDB_MODE": "onlyne"}, ["WANDB_MODE=onlyne: unknown; choose one of disabled, offline, online"]),
     ],
@@ -96,7 +97,8 @@ def test_row_19_an_offline_run_that_is_resumed_is_the_same_run(call, checkpoint,
 # ---------------------------------------------------------------------------------------------- row 35
 
 
-def test_row_35_two_runs_do_not_share_a_folder_and_a_killed_one_leaves_no_lock(call, checkpoint, tmp_path):
+def test_row_35_two_runs_do_not_share_a_folder_and_a_killed_one_leaves_no_lock(call, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_lock, "PATIENCE", 0.5)
     out = tmp_path / "out"
     common = [f"pretrained={checkpoint}", "steps=1", f"output_dir={out}"]
     first = Command(

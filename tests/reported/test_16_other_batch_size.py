@@ -40,9 +40,7 @@ ALL = {f"p{k}" for k in range(8)}
     ("before", "after"),
     [
         (("data.batch_size=2",), ("data.batch_size=1", "trainer.accumulate_grad_batches=2")),
-        (("data.batch_size=2",), ("data.batch_size=1",)),
         (("data.batch_size=1",), ("data.batch_size=2",)),
-        (("data.batch_size=1", "trainer.accumulate_grad_batches=2"), ("data.batch_size=2",)),
         (("data.batch_size=1", "trainer.accumulate_grad_batches=2"), ("data.batch_size=1",)),
     ],
 )

@@ -29,9 +29,8 @@ def trained(call, checkpoint, out, *settings):
     assert (out / "export").is_dir() and (out / "config.yaml").is_file()
 
 
-@pytest.mark.parametrize("cache", ["none", "latents"])
-def test_a_folder(call, checkpoint, folder, tmp_path, cache):
-    trained(call, checkpoint, tmp_path / "out", f"data.root={folder}", f"cache={cache}", "data.val_fraction=0.3")
+def test_a_folder(call, checkpoint, folder, tmp_path):
+    trained(call, checkpoint, tmp_path / "out", f"data.root={folder}", "cache=latents", "data.val_fraction=0.3")
 
 
 def test_a_root_for_validation(call, checkpoint, folder, tmp_path):
