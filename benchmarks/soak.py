@@ -280,10 +280,12 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
         steady += ["callbacks=[checkpoint,ema,samples,timing]", f"output_dir={folder / 'steady'}"]
         watched = Command("train", *steady, log=folder / "steady-log")
         start = time.monotonic()
-        with monitor_memory(watched.process.pid) as memory:
-            while (now := time.monotonic() - start) < (3 if settings.quick else settings.minutes * 60):
-                soak.round()
-        watched.send(signal.SIGTERM)
+        try:
+            with monitor_memory(watched.process.pid) as memory:
+                while (now := time.monotonic() - start) < (3 if settings.quick else settings.minutes * 60):
+                    soak.round()
+        finally:  # it would go on for ever
+            watched.send(signal.SIGTERM)
         status, words = watched.wait()
         if status != 143:
             soak.complain(words)
