@@ -21,12 +21,23 @@ MARKED_FOLDERS = {"benchmarks": "slow", "faults": "faults", "speed/cpu": "slow"}
 """Markers of all tests in a folder."""
 
 
+LONG_FOLDERS = ("faults", "docs", "benchmarks")
+"""Folders whose tests take longest."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of some folders."""
+    """Mark the tests of some folders, and let each of two processes begin with half of the long ones.
+
+    Otherwise one of them is left alone with the last of these.
+    """
     for item in items:
         folder = item.path.parent.relative_to(Path(__file__).parent).as_posix()
         if folder in MARKED_FOLDERS:
             item.add_marker(MARKED_FOLDERS[folder])
+    long = [item for item in items if item.path.parent.name in LONG_FOLDERS]
+    short = [item for item in items if item.path.parent.name not in LONG_FOLDERS]
+    half = len(short) // 2
+    items[:] = [*long[::2], *short[:half], *long[1::2], *short[half:]]
 
 
 def pytest_collection_finish() -> None:
