@@ -18,6 +18,8 @@ from sdmodule.training.trainable import TrainableModule
 from tests.fitting import fit
 from tests.reported.drawing import numbered
 
+pytestmark = pytest.mark.slow
+
 LR = 1e-5
 
 

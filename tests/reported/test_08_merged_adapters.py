@@ -12,6 +12,8 @@ from sdmodule.components.checkpoint import load_components
 from sdmodule.module import StableDiffusionModule
 from tests.reported.test_07_adapter_layouts import CONV, LYCORIS, OUT, SQUARE, WIDE, Drawn, lycoris
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("lora", "dora", "loha", "lokr", "dora by inputs")
 
 

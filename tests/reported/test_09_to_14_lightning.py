@@ -14,6 +14,8 @@ from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
 from sdmodule.training.autoencoder import AutoencoderModule
 
+pytestmark = pytest.mark.slow
+
 CAPTIONS = ["a red circle", "a blue star", "a green square", "a yellow heart"]
 TUNINGS = {
     "full": {"kind": "full"},

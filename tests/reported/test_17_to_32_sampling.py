@@ -25,6 +25,8 @@ from sdmodule.speed.steps import plan_steps
 from sdmodule.training.resume import find_checkpoint
 from tests.reported.drawing import ramp, strokes
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "a red circle"
 FAST = {"num_inference_steps": 3, "show_progress": False, "return_type": "numpy"}
 

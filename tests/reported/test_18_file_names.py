@@ -9,6 +9,8 @@ import pytest
 from sdmodule.cli.main import train_main
 from tests.reported.drawing import captioned, ramp, shard
 
+pytestmark = pytest.mark.slow
+
 LATIN = os.fsdecode("caf\xe9".encode("latin-1"))
 
 
