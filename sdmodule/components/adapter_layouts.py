@@ -215,37 +215,26 @@ _ORIGINAL_ENDS = {
 
 
 def original_names(layer: str, unet: Any) -> Iterator[str]:
-    """The name of a UNet's layer in the original implementation of Stable Diffusion."""
+    """The name of a UNet's layer in the original implementation of Stable Diffusion; none for what it does not have."""
+    size = unet.config.layers_per_block
     if layer in _ORIGINAL_ENDS:
         yield _ORIGINAL_ENDS[layer]
+    elif found := re.fullmatch(r"mid_block\.(attentions|resnets)\.(\d+)\.(.+)", layer):
+        sort, index, inner = found.groups()
+        yield _joined(f"middle_block.{1 if sort == 'attentions' else 2 * int(index)}", sort, inner)
+    elif not isinstance(size, int):  # another number in each block
         return
-    layers = unet.config.layers_per_block
-    if not isinstance(layers, int):
-        return
-    kind, number, sort, index, *rest = [*layer.split("."), "", "", "", ""] if layer.count(".") >= 3 else [""] * 5
-    if layer.startswith("mid_block."):
-        _, sort, index, *rest = layer.split(".")
-        block, place = "middle_block", str(1 if sort == "attentions" else 2 * int(index))
-        yield _joined(f"{block}.{place}", sort, rest)
-        return
-    if kind not in ("down_blocks", "up_blocks"):
-        return
-    rest = layer.split(".")[4:]
-    size = layers + 1
-    if kind == "down_blocks":
-        if sort == "downsamplers":
-            yield f"input_blocks.{(int(number) + 1) * size}.0.op"
-            return
-        place = f"input_blocks.{1 + int(number) * size + int(index)}"
-    else:
-        if sort == "upsamplers":
-            attends = hasattr(unet.up_blocks[int(number)], "attentions")
-            yield f"output_blocks.{(int(number) + 1) * size - 1}.{2 if attends else 1}.conv"
-            return
-        place = f"output_blocks.{int(number) * size + int(index)}"
-    yield _joined(f"{place}.{1 if sort == 'attentions' else 0}", sort, rest)
+    elif found := re.fullmatch(r"(down|up)_blocks\.(\d+)\.(attentions|resnets)\.(\d+)\.(.+)", layer):
+        side, block, sort, index, inner = found.groups()
+        first = f"input_blocks.{1 + int(block) * (size + 1) + int(index)}"
+        place = first if side == "down" else f"output_blocks.{int(block) * (size + 1) + int(index)}"
+        yield _joined(f"{place}.{1 if sort == 'attentions' else 0}", sort, inner)
+    elif found := re.fullmatch(r"down_blocks\.(\d+)\.downsamplers\.0\.conv", layer):
+        yield f"input_blocks.{(int(found[1]) + 1) * (size + 1)}.0.op"
+    elif found := re.fullmatch(r"up_blocks\.(\d+)\.upsamplers\.0\.conv", layer):
+        attends = hasattr(unet.up_blocks[int(found[1])], "attentions")
+        yield f"output_blocks.{(int(found[1]) + 1) * (size + 1) - 1}.{2 if attends else 1}.conv"
 
 
-def _joined(place: str, sort: str, rest: list[str]) -> str:
-    inner = ".".join(rest)
+def _joined(place: str, sort: str, inner: str) -> str:
     return f"{place}.{_ORIGINAL_RESNET.get(inner, inner) if sort == 'resnets' else inner}"

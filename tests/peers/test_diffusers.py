@@ -21,6 +21,7 @@ from sdmodule.components.controlnet import controlnet_from_unet
 from sdmodule.components.save import save_model
 from sdmodule.components.schedulers import SHORT_NAMES, make_scheduler
 from sdmodule.module import StableDiffusionModule
+from tests.pipelines import diffusers_pipeline
 from tests.reported.drawing import ramp, strokes
 
 pytestmark = pytest.mark.slow
@@ -48,23 +49,6 @@ def scheduler_of(name: str, spacing: str | None, base: Any) -> Any:
     settings = {"name": name, "timestep_spacing": spacing} if spacing else name
     accepted = make_scheduler(name, base)._get_init_keys(type(make_scheduler(name, base)))
     return settings if spacing is None or "timestep_spacing" in accepted else name
-
-
-def pipeline(module: StableDiffusionModule, kind: Any, scheduler: Any, **more: Any) -> Any:
-    parts = module.parts
-    made = kind(
-        vae=parts.vae,
-        text_encoder=parts.text_encoder,
-        tokenizer=parts.tokenizer,
-        unet=parts.unet,
-        scheduler=make_scheduler(scheduler, parts.scheduler.config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-        **more,
-    )
-    made.set_progress_bar_config(disable=True)
-    return made
 
 
 def generators(kind: str) -> Any:
@@ -101,7 +85,7 @@ def test_text_to_image(models, scheduler, steps, size, spacing, guidance, genera
     ours = module.infer(
         PROMPTS, generator=generators(generator), scheduler=chosen, return_type="numpy", show_progress=False, **common
     )["samples"]
-    made = pipeline(module, StableDiffusionPipeline, chosen)
+    made = diffusers_pipeline(module.parts, StableDiffusionPipeline, chosen)
     theirs = made(PROMPTS, generator=generators(generator), output_type="np", **common).images
     assert np.array_equal(ours, theirs)
 
@@ -123,7 +107,7 @@ def test_the_masked_area(models, scheduler, strength, steps, guidance):
         show_progress=False,
         **common,
     )["samples"][0]
-    made = pipeline(module, StableDiffusionInpaintPipeline, scheduler)
+    made = diffusers_pipeline(module.parts, StableDiffusionInpaintPipeline, scheduler)
     theirs = made(
         PROMPTS[0],
         image=photo,
@@ -155,7 +139,9 @@ def test_a_controlnet(models, scheduler, scale, size, guidance):
         show_progress=False,
         **common,
     )["samples"]
-    made = pipeline(module, StableDiffusionControlNetPipeline, scheduler, controlnet=module.parts.controlnet)
+    made = diffusers_pipeline(
+        module.parts, StableDiffusionControlNetPipeline, scheduler, controlnet=module.parts.controlnet
+    )
     theirs = made(
         PROMPTS[0],
         image=control,

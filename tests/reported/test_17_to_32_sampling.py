@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import tomesd
 import torch
-from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionInpaintPipeline, UNet2DConditionModel
 from PIL import ImageFont
 from safetensors.torch import save_file
 
 from sdmodule.components.checkpoint import load_components
 from sdmodule.components.learned_words import add_word
 from sdmodule.components.save import save_components
-from sdmodule.components.schedulers import make_scheduler
 from sdmodule.conditioning.text import encode_prompts, parse_weights
 from sdmodule.errors import SettingsError
 from sdmodule.io.images import wrap_text
@@ -23,27 +22,13 @@ from sdmodule.module import StableDiffusionModule
 from sdmodule.speed.speed_settings import SpeedSettings
 from sdmodule.speed.steps import plan_steps
 from sdmodule.training.resume import find_checkpoint
+from tests.pipelines import diffusers_pipeline
 from tests.reported.drawing import ramp, strokes
 
 pytestmark = pytest.mark.slow
 
 PROMPT = "a red circle"
 FAST = {"num_inference_steps": 3, "show_progress": False, "return_type": "numpy"}
-
-
-def diffusers_pipeline(parts, kind=StableDiffusionPipeline, scheduler=None):
-    pipeline = kind(
-        vae=parts.vae,
-        text_encoder=parts.text_encoder,
-        tokenizer=parts.tokenizer,
-        unet=parts.unet,
-        scheduler=make_scheduler(scheduler, parts.scheduler.config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 # ---------------------------------------------------------------------------------------------- row 17

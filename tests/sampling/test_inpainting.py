@@ -11,13 +11,13 @@ from diffusers import StableDiffusionInpaintPipeline
 from PIL import Image
 
 from sdmodule.components.inpaint_unet import convert_to_inpaint
-from sdmodule.components.schedulers import make_scheduler
 from sdmodule.conditioning.inpaint_crop import InpaintSettings
 from sdmodule.errors import SettingsError
 from sdmodule.io.transparency import on_white
 from sdmodule.module import StableDiffusionModule
 from sdmodule.sampling.pipeline import sample
 from sdmodule.sampling.requests import build_requests
+from tests.pipelines import diffusers_pipeline
 
 PROMPT = "a blue star on a white background"
 BOX = (8, 4, 24, 20)
@@ -53,17 +53,7 @@ def test_the_masked_area_equals_that_of_diffusers(sd, strength, scheduler):
     requests = build_requests(PROMPT, image=photo(), mask=box_mask(), task="inpaint")
     settings = sd.sampling.updated(scheduler=scheduler, steps=6, inpaint=InpaintSettings(strength=strength))
     ours = sample(parts, requests, settings, generators=[torch.Generator().manual_seed(5)]).decoded
-    pipeline = StableDiffusionInpaintPipeline(
-        vae=parts.vae,
-        text_encoder=parts.text_encoder,
-        tokenizer=parts.tokenizer,
-        unet=parts.unet,
-        scheduler=make_scheduler(scheduler, parts.scheduler.config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = diffusers_pipeline(parts, StableDiffusionInpaintPipeline, scheduler)
     theirs = pipeline(
         PROMPT,
         image=photo(),
