@@ -174,8 +174,7 @@ class StableDiffusionModule(TrainableModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         super().on_before_optimizer_step(optimizer)
         if not self.tuning.text_encoder_learns(self.global_step):
-            for weight in self.text_encoder.parameters():
-                weight.grad = None
+            self.text_encoder.zero_grad()
 
     def encode_captions(self, captions: Sequence[str]) -> Tensor:
         """Text embeddings of captions, ``[B, chunks * 77, D]``, cached or computed; parentheses have no meaning."""
@@ -211,6 +210,10 @@ class StableDiffusionModule(TrainableModule):
         with self.frozen_weights.full_precision():
             return infer(self.parts, self.sampling, self.task, prompt, image, mask, **options)
 
+    def set_adapters(self, scales: Sequence[float]) -> None:
+        """Sample with the ``adapters`` at other scales, in their order; 0 turns one off."""
+        self.adapters = self.adapters.rescaled(self.parts, scales)
+
     @override
     def on_predict_start(self) -> None:
         self.switched.enter_context(apply_speed(self.parts, self.sampling.speed))
@@ -231,10 +234,7 @@ class StableDiffusionModule(TrainableModule):
 
     def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
         """Write what is trained, as ``dtype``: a folder that diffusers' pipeline loads, or an adapter."""
-        if self.adapters.files and not self.adapters.merge:
-            raise SettingsError(
-                "adapters: are not part of the weights; set merge_adapters=true to write them together."
-            )
+        self.adapters.check_saved()
         with self.frozen_weights.full_precision():
             self.tuning.export(self.parts, folder, dtype)
 

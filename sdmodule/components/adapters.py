@@ -14,7 +14,15 @@ from sdmodule.components.adapter_layouts import is_adapter, to_adapter
 from sdmodule.components.adapter_weights import add_adapters
 from sdmodule.components.checkpoint import Components
 from sdmodule.components.learned_words import EMBEDDING_FILE, add_word
-from sdmodule.components.lora_layers import DORA, Adapter, attach_adapter, is_attachable, set_active_adapters
+from sdmodule.components.lora_layers import (
+    DORA,
+    Adapter,
+    attach_adapter,
+    find_layers,
+    is_attachable,
+    is_dora,
+    set_active_adapters,
+)
 from sdmodule.errors import SettingsError, build_settings, check_bool, check_number, choices
 from sdmodule.io.redact import shorten_home
 
@@ -89,19 +97,24 @@ def use_adapters(parts: Components, chosen: Sequence[AdapterChoice], merged: boo
     Raises:
         SettingsError: if a file cannot be read or does not fit this model, which is then half-adapted: discard it.
     """
-    adapters: list[tuple[Adapter, float]] = []
-    for one in chosen:
+    adapters: dict[str, tuple[Adapter, float]] = {}
+    for number, one in enumerate(chosen):
         tensors, header = read_tensors(one.file)
         if is_adapter(tensors):
-            adapters.append((to_adapter(tensors, header, one.file, parts), one.scale))
+            adapters[adapter_name(number)] = (to_adapter(tensors, header, one.file, parts), one.scale)
         else:
             _add_word(parts, one, tensors)
-    if merged or not _can_be_attached(adapters, parts):
-        add_adapters(parts, adapters)
+    if merged or not _can_be_attached(list(adapters.values()), parts):
+        add_adapters(parts, list(adapters.values()))
         return
-    for number, (adapter, scale) in enumerate(adapters):
-        attach_adapter(parts, adapter, scale, f"adapter_{number}")
-    set_active_adapters(parts, [f"adapter_{number}" for number in range(len(adapters))])
+    for name, (adapter, scale) in adapters.items():
+        attach_adapter(parts, adapter, scale, name)
+    set_active_adapters(parts, list(adapters))
+
+
+def adapter_name(number: int) -> str:
+    """The name that peft has for the adapter that is the file of this number."""
+    return f"adapter_{number}"
 
 
 def _can_be_attached(adapters: Sequence[tuple[Adapter, float]], parts: Components) -> bool:
@@ -163,6 +176,53 @@ class AdapterSettings:
         given = adapters if isinstance(adapters, Mapping) else {"files": adapters}
         own = build_settings(cls, "adapters", given)
         return replace(own, files=tuple(parse_adapters(own.files)))  # type: ignore[arg-type]
+
+    def rescaled(self, parts: Components, scales: Sequence[float]) -> AdapterSettings:
+        """These adapters at other scales, to which a model's layers are set, in place.
+
+        Args:
+            parts: the model, on which they are.
+            scales: one for each file, in order; an adapter at 0 is turned off.
+
+        Raises:
+            SettingsError: for another number of scales, or if the scale of a file cannot be changed; nothing is then.
+        """
+        if isinstance(scales, str) or not isinstance(scales, Sequence) or len(scales) != len(self.files):
+            raise SettingsError(
+                f"set_adapters({scales!r}): {len(self.files)} adapters are loaded; give a list of one scale for each."
+            )
+        files = [replace(one, scale=scale) for one, scale in zip(self.files, scales, strict=True)]
+        attached = {name: find_layers(parts, name) for name in map(adapter_name, range(len(files)))}
+        active = [name for name, one in zip(attached, files, strict=True) if one.scale and attached[name]]
+        for one, before, layers in zip(files, self.files, attached.values(), strict=True):
+            if one.scale != before.scale and not layers:
+                raise SettingsError(
+                    f"set_adapters: {one.path} is a learned word or part of the weights, so its scale stays "
+                    f"{before.scale}; load the model anew for another."
+                )
+            if is_dora(layers) and one.scale and (one.scale != 1 or len(active) > 1):
+                raise SettingsError(
+                    f"set_adapters: {one.path} is a DoRA, which can be switched between 0 and 1, with no other adapter "
+                    f"beside it; for scale={one.scale}, load the model anew."
+                )
+        for (name, layers), one in zip(attached.items(), files, strict=True):
+            for layer in layers:
+                layer.set_scale(name, one.scale)
+        set_active_adapters(parts, active)
+        own = replace(self, files=tuple(files))
+        parts.origin |= {"adapters": own.plain()["files"]}
+        return own
+
+    def check_saved(self) -> None:
+        """Check that what is written of the model holds them.
+
+        Raises:
+            SettingsError: if they are layers beside the weights.
+        """
+        if self.files and not self.merge:
+            raise SettingsError(
+                "adapters: are not part of the weights; set merge_adapters=true to write them together."
+            )
 
     def plain(self) -> dict[str, Any]:
         """In plain types, with ``~`` for the home folder; `parse` reads it."""

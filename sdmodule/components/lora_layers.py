@@ -241,6 +241,16 @@ def _check_factors(adapter: Adapter, part: str, expected: dict[str, Tensor]) -> 
             )
 
 
+def find_layers(parts: Components, name: str) -> list[Any]:
+    """Layers of peft that hold the adapter called ``name``, in the UNet and the text encoder."""
+    return [layer for part in (parts.unet, parts.text_encoder) for _, layer in _adapted(part, name)]
+
+
+def is_dora(layers: Iterable[Any]) -> bool:
+    """Whether any of peft's layers learned the lengths of its weights."""
+    return any(any(getattr(layer, "use_dora", {}).values()) for layer in layers)
+
+
 def set_active_adapters(parts: Components, names: list[str]) -> None:
     """Activate these adapters, and no others, in every layer that has them."""
     for part in (parts.unet, parts.text_encoder):
