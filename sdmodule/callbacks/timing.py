@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,25 @@ WINDOW = 200
 """Number of recent training steps that logged figures describe."""
 
 
+@dataclass
+class StepTime:
+    """Seconds of a training step, those of them that were spent waiting for data, and its images."""
+
+    seconds: float = 0.0
+    waiting: float = 0.0
+    images: int = 0
+
+
 class TimingLogger(Callback):
     """Write ``timings.json`` and log its figures.
 
     Sampling: seconds of each stage (text, denoise, decode, save) and of each denoising step, and images per second.
     Training: samples per second, seconds per step, and the share of time spent waiting for data. Both: peak memory and,
     if the device's peak FLOPS are known, model FLOPs utilization (MFU, Chowdhery et al. 2022, appendix B).
+
+    A step is one of the optimizer, with all batches that are accumulated for it. With several devices, images and
+    images per second are those of all together, and peak memory is that of the device with the most; the seconds of
+    the stages of sampling are the first device's.
 
     Warm-up, which includes compilation, is reported separately: the first batch of sampling, unless it is the only
     one, and the first steps of training.
@@ -63,71 +77,94 @@ class TimingLogger(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.steps: list[float] = []
-        self.waits: list[float] = []
-        self.samples: list[int] = []
-        self._batch_start = self._step_end = time.perf_counter()
+        self.steps: list[StepTime] = []
+        self._step = StepTime()
+        self._steps_done = trainer.global_step
+        self._batch_start = self._batch_end = time.perf_counter()
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._batch_start = time.perf_counter()
-        if len(self.steps) == 1 and self._peak(trainer, pl_module) and not is_compiled(pl_module):
+        if self._counts_flops(trainer, pl_module) and not self._step.images:
             self._counter = self._counting.enter_context(FlopCounterMode(display=False))
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if len(self.steps) == 1 and self._peak(trainer, pl_module) and not is_compiled(pl_module):
-            self._counting.close()
-            self.flops = self._counter.get_total_flops()
         if self.synchronize and pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
         now = time.perf_counter()
-        self.steps.append(now - self._step_end)
-        self.waits.append(self._batch_start - self._step_end)
-        self.samples.append(batch_length(batch))
-        self._step_end = now
+        self._step.seconds += now - self._batch_end
+        self._step.waiting += self._batch_start - self._batch_end
+        self._step.images += batch_length(batch)
+        self._batch_end = now
+        if trainer.global_step == self._steps_done:  # gradients are accumulated
+            return
+        self._steps_done = trainer.global_step
+        if self._counts_flops(trainer, pl_module):
+            self._counting.close()
+            self.flops = self._counter.get_total_flops()
+        self.steps.append(self._step)
+        self._step = StepTime()
         if trainer.global_step % trainer.log_every_n_steps == 0 and len(self.steps) > self.warmup_steps:  # type: ignore[attr-defined]
             # not with self.log, whose bookkeeping takes a millisecond per figure
             figures = dict(flatten(self.training_figures(trainer, pl_module, WINDOW)))
             for logger in trainer.loggers if trainer.is_global_zero else ():
                 logger.log_metrics({f"train/{name}": value for name, value in figures.items()}, trainer.global_step)
-            self._step_end = time.perf_counter()  # logging is not part of the step
+            self._batch_end = time.perf_counter()  # logging is not part of the step
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step_end = time.perf_counter()  # validation is not waiting for data
+        self._batch_end = time.perf_counter()  # validation is not waiting for data
+
+    def _counts_flops(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Whether this step's operations are counted: those of the second step are."""
+        return len(self.steps) == 1 and bool(self._peak(trainer, pl_module)) and not is_compiled(pl_module)
 
     def training_figures(self, trainer: Trainer, pl_module: LightningModule, last: int | None = None) -> dict[str, Any]:
-        """Figures of the steps after warm-up, or of the ``last`` ones among them."""
+        """Figures of the steps after warm-up, or of the ``last`` ones among them; all devices must ask for them.
+
+        Devices wait for each other at every step, so times and memory are those of the one that has the most.
+        """
         skip = self.warmup_steps if len(self.steps) > self.warmup_steps else 0
-        first = max(skip, len(self.steps) - last) if last else skip
-        steps, waits = self.steps[first:], self.waits[first:]
-        figures = {
-            "samples_per_second": sum(self.samples[first:]) * trainer.world_size / sum(steps),
-            "step_seconds": median_and_p95(steps),
-            "data_wait": sum(waits) / sum(steps),
-            "peak_memory_gib": peak_memory(pl_module.device) / 2**30,
+        steps = self.steps[max(skip, len(self.steps) - last) if last else skip :]
+        seconds = sum(step.seconds for step in steps)
+        own = {
+            "images": sum(step.images for step in steps),
+            "seconds": seconds,
+            "step_seconds": median_and_p95([step.seconds for step in steps]),
+            "data_wait": sum(step.waiting for step in steps) / seconds,
+            "peak_memory": peak_memory(pl_module.device),
+        }
+        devices = on_all_devices(own, trainer)
+        figures: dict[str, Any] = {
+            "samples_per_second": sum(one["images"] for one in devices) / max(one["seconds"] for one in devices),
+            "step_seconds": max((one["step_seconds"] for one in devices), key=lambda times: times["median"]),
+            "data_wait": max(one["data_wait"] for one in devices),
+            "peak_memory_gib": max(one["peak_memory"] for one in devices) / 2**30,
         }
         peak = self._peak(trainer, pl_module)
         if peak and self.flops:
-            figures["mfu"] = self.flops * len(steps) / sum(steps) / peak
+            figures["mfu"] = self.flops * len(steps) / seconds / peak
         return figures
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero or not self.steps:
+        if not self.steps:
             return
+        figures = self.training_figures(trainer, pl_module)
         warmup = self.steps[: self.warmup_steps] if len(self.steps) > self.warmup_steps else []
         timings = {
             "steps": len(self.steps),
-            **self.training_figures(trainer, pl_module),
-            "warmup": {"steps": len(warmup), "seconds": sum(warmup)} if warmup else None,
-            "peak_memory_bytes": peak_memory(pl_module.device),
+            **figures,
+            "warmup": {"steps": len(warmup), "seconds": sum(step.seconds for step in warmup)} if warmup else None,
+            "peak_memory_bytes": round(figures["peak_memory_gib"] * 2**30),
             "device": str(pl_module.device),
+            "devices": trainer.world_size,
         }
-        self._write(timings)
+        if trainer.is_global_zero:
+            self._write(timings)
 
     # ---------------------------------------------------------------------------------------------- sampling
 
@@ -165,25 +202,36 @@ class TimingLogger(Callback):
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         total = time.perf_counter() - self._predict_start
+        skip = 1 if len(self.batches) > 1 else 0
+        stages = (
+            {name: sum(batch[name] for batch in self.batches[skip:]) for name in self.batches[0]}
+            if self.batches
+            else {}
+        )
+        saved = [c.seconds for c in trainer.callbacks if isinstance(c, PredictionWriter)]  # type: ignore[attr-defined]
+        own = {
+            "images": sum(self.images),
+            "rate": sum(self.images[skip:]) / sum(stages.values()) if stages else 0.0,
+            "peak_memory": peak_memory(pl_module.device),
+        }
+        devices = on_all_devices(own, trainer)
         if not trainer.is_global_zero or not self.batches:
             return
-        skip = 1 if len(self.batches) > 1 else 0
-        stages = {name: sum(batch[name] for batch in self.batches[skip:]) for name in self.batches[0]}
-        rate = sum(self.images[skip:]) / sum(stages.values())
-        saved = [c.seconds for c in trainer.callbacks if isinstance(c, PredictionWriter)]  # type: ignore[attr-defined]
+        rate = sum(one["rate"] for one in devices)
         timings: dict[str, Any] = {
-            "images": sum(self.images),
+            "images": sum(one["images"] for one in devices),
             "seconds": {**stages, "save": sum(saved)},
             "seconds_total": total,
             "step_seconds": median_and_p95([step for steps in self.denoising[skip:] for step in steps]),
             "images_per_second": rate,
             "warmup": {"images": self.images[0], "seconds": self.batches[0]} if skip else None,
-            "peak_memory_bytes": peak_memory(pl_module.device),
+            "peak_memory_bytes": max(one["peak_memory"] for one in devices),
             "device": str(pl_module.device),
+            "devices": trainer.world_size,
         }
         peak = self._peak(trainer, pl_module)
         if peak and self.flops:
-            timings |= {"flops_per_image": self.flops, "mfu": self.flops * rate / peak}
+            timings |= {"flops_per_image": self.flops, "mfu": self.flops * rate / peak / trainer.world_size}
         self._write(timings)
         names = ("seconds", "step_seconds", "images_per_second", "mfu")
         logged = {name: timings[name] for name in names if name in timings}
@@ -208,6 +256,15 @@ class TimingLogger(Callback):
     def _write(self, timings: Mapping[str, Any]) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(self.file, json.dumps(timings, indent=2) + "\n")
+
+
+def on_all_devices(own: Any, trainer: Trainer) -> list[Any]:
+    """A value of this device and of all others, in the order of ranks; every device must ask for it."""
+    if trainer.world_size == 1:
+        return [own]
+    values: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(values, own)
+    return values
 
 
 def median_and_p95(seconds: Sequence[float]) -> dict[str, float]:

@@ -50,12 +50,13 @@ def test_flops_grow_linearly_with_the_steps(checkpoint, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [2, 6])
-def test_trainings_shorter_and_longer_than_the_warmup_are_timed(checkpoint, tmp_path, steps):
+@pytest.mark.parametrize(("steps", "accumulate"), [(2, 1), (6, 1), (6, 3)])
+def test_trainings_shorter_and_longer_than_the_warmup_are_timed(checkpoint, tmp_path, steps, accumulate):
     module = StableDiffusionModule(str(checkpoint))
     timing = TimingLogger(tmp_path, warmup_steps=3, peak_flops=1e12)
     data = ShapesDataModule(batch_size=2, train_length=4, val_length=2, size=32)
-    trainer(timing, max_steps=steps, limit_val_batches=1, num_sanity_val_steps=0).fit(module, data)
+    settings = {"max_steps": steps, "accumulate_grad_batches": accumulate}
+    trainer(timing, limit_val_batches=1, num_sanity_val_steps=0, **settings).fit(module, data)
     timings = json.loads((tmp_path / "timings.json").read_text())
     assert timings["steps"] == steps and (timings["warmup"] or {"steps": 0})["steps"] == (3 if steps == 6 else 0)
     assert timings["samples_per_second"] > 0 and 0 <= timings["data_wait"] <= 1 and timings["mfu"] > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import signal
 import time
 from functools import partial
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 def common(checkpoint, folder, out) -> list[str]:
     settings = [f"pretrained={checkpoint}", f"data.root={folder}", "resolution=32", f"output_dir={out}"]
-    return [*settings, "validate_first=false", "trainer.log_every_n_steps=1", "callbacks=[checkpoint]"]
+    return [*settings, "validate_first=false", "trainer.log_every_n_steps=1", "callbacks=[checkpoint,timing]"]
 
 
 def logged(out, name: str) -> list[float]:
@@ -37,6 +38,24 @@ def test_row_36_losses_do_not_depend_on_the_number_of_devices(checkpoint, tmp_pa
     run_ranks("train", *common(checkpoint, folder, two), *settings, f"data.batch_size={batch}", log=tmp_path / "log")
     for name in ("val/loss", "train/loss"):
         assert logged(two, name) == pytest.approx(logged(one, name), rel=1e-5), name
+
+
+def timings(out) -> dict:
+    return json.loads((out / "timings.json").read_text())
+
+
+def test_row_36_timings_are_those_of_all_devices(checkpoint, tmp_path):
+    """Two ranks with three and two of five images, and a training of which each step accumulates two batches."""
+    predict = [f"pretrained={checkpoint}", 'prompt=["a","b","c","d","e"]', "steps=2", "batch_size=1"]
+    run_ranks("predict", *predict, f"output_dir={tmp_path / 'images'}", log=tmp_path / "log")
+    sampled = timings(tmp_path / "images")
+    assert (sampled["images"], sampled["devices"]) == (5, 2)
+
+    settings = ["data.val_fraction=0", "data.batch_size=1", "trainer.accumulate_grad_batches=2", "trainer.max_steps=5"]
+    folder = numbered(tmp_path / "photos", 8)
+    run_ranks("train", *common(checkpoint, folder, tmp_path / "out"), *settings, log=tmp_path / "log")
+    trained = timings(tmp_path / "out")
+    assert (trained["steps"], trained["warmup"]["steps"], trained["devices"]) == (5, 3, 2)
 
 
 def fail_on_rank_1(step: int) -> None:
