@@ -19,6 +19,23 @@ def echo(text: str) -> None:
         print(text, flush=True)
 
 
+def echo_device(trainer: Trainer, **in_effect: str) -> None:
+    """Print what a run computes on and how, the first line that every run prints.
+
+    Args:
+        trainer: of the run.
+        in_effect: further settings as they take effect on the device, such as the attention backend.
+    """
+    import torch
+
+    device = trainer.strategy.root_device
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    name = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else name
+    count = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
+    settings = {"precision": str(trainer.precision), **in_effect}
+    echo(f"On {count}{device.type}{name}: {', '.join(f'{key} {value}' for key, value in settings.items())}")
+
+
 def is_rank_zero() -> bool:
     """Whether this is the process that prints and writes for all devices."""
     from lightning.pytorch.utilities import rank_zero_only

@@ -17,7 +17,7 @@ from sdmodule.errors import check_path, unwritable
 from sdmodule.io.atomic import atomic_write_text, remove_leftovers
 from sdmodule.io.folder_lock import folder_locked
 from sdmodule.io.redact import redact
-from sdmodule.io.run_folder import next_free
+from sdmodule.io.run_folder import CONFIG, METRICS, next_free
 
 
 def prepare_output_dir(cfg: DictConfig) -> Path:
@@ -89,9 +89,9 @@ def write_config(cfg: DictConfig, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for place in (folder, *folder.glob("*/")):
             remove_leftovers(place)
-        if (metrics := folder / "metrics.csv").exists():
+        if (metrics := folder / METRICS).exists():
             metrics.rename(folder / f"metrics-{next_free(folder, 'metrics-{}.csv')}.csv")
-        _write_redacted(cfg, folder / "config.yaml")
+        _write_redacted(cfg, folder / CONFIG)
         if (sweep := folder.parent / "multirun.yaml").is_file() and HydraConfig.get().mode == RunMode.MULTIRUN:
             _write_redacted(OmegaConf.load(sweep), sweep)
     except OSError as error:

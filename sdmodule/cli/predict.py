@@ -7,11 +7,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from sdmodule.cli.console import configured_loggers, echo, is_rank_zero, report_interrupts
+from sdmodule.cli.console import configured_loggers, echo, echo_device, is_rank_zero, report_interrupts
 from sdmodule.cli.instantiate import build_trainer, instantiate
 from sdmodule.cli.output_dir import output_dir_locked, prepare_output_dir, write_config
 from sdmodule.errors import check_bool
 from sdmodule.io.redact import redact
+from sdmodule.io.run_folder import set_aside_images
 
 
 def predict(cfg: DictConfig) -> None:
@@ -25,9 +26,12 @@ def predict(cfg: DictConfig) -> None:
     model = instantiate(cfg.model)
     if cfg.resume:
         data.done = find_finished(output_dir, data.requests, model.describe() | {"precision": str(trainer.precision)})
+    speed = model.sampling.speed
+    echo_device(trainer, attention=speed.attention, compile=speed.compile_on(trainer.strategy.root_device.type))
+    if cfg.resume:
         echo(f"Resuming: {len(data.done)} of {len(data.requests)} images are there")
-    if effect := model.sampling.speed.effect:
-        echo(effect)
+    if speed.effect:
+        echo(speed.effect)
 
     with output_dir_locked(output_dir):
         sample(cfg, trainer, model, data, output_dir)
@@ -37,10 +41,8 @@ def predict(cfg: DictConfig) -> None:
 
 def sample(cfg: DictConfig, trainer: Any, model: Any, data: Any, output_dir: Path) -> None:
     """Sample, once nothing is left that could be wrong with the settings; from here on files are written."""
-    from sdmodule.io.run_folder import set_aside
-
     write_config(cfg, output_dir)
-    if not cfg.resume and is_rank_zero() and (earlier := set_aside(output_dir)):
+    if not cfg.resume and is_rank_zero() and (earlier := set_aside_images(output_dir)):
         echo(f"Moved the images of an earlier run to {earlier}")
     config = redact(OmegaConf.to_container(cfg, resolve=True))
     with report_interrupts(trainer, output_dir), configured_loggers(trainer, config, output_dir):

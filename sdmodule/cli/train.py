@@ -9,11 +9,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sdmodule.cli.config_keys import side_effects
-from sdmodule.cli.console import configured_loggers, echo, report_interrupts
+from sdmodule.cli.console import configured_loggers, echo, echo_device, is_rank_zero, report_interrupts
 from sdmodule.cli.instantiate import build_trainer, instantiate
 from sdmodule.cli.output_dir import output_dir_locked, prepare_output_dir, write_config
 from sdmodule.errors import check_bool, check_seed
 from sdmodule.io.redact import redact
+from sdmodule.io.run_folder import set_aside_training
 
 
 def train(cfg: DictConfig) -> None:
@@ -54,7 +55,14 @@ def train(cfg: DictConfig) -> None:
 
 def fit(cfg: DictConfig, trainer: Any, model: Any, data: Any, output_dir: Path) -> None:
     """Train, once nothing is left that could be wrong with the settings; from here on files are written."""
+    from sdmodule.speed.apply import training_attention
+
+    if is_rank_zero() and (earlier := set_aside_training(output_dir, cfg.ckpt_path)):
+        echo(f"Moved what an earlier training left here to {', '.join(path.name for path in earlier)}")
     write_config(cfg, output_dir)
+    attention = training_attention(trainer.strategy.root_device.type, str(trainer.precision))
+    compiled = {"compile": cfg.training.compile} if "training" in cfg.model else {}
+    echo_device(trainer, attention=attention, **compiled)
     config = redact(OmegaConf.to_container(cfg, resolve=True))
     if effects := side_effects(cfg, "tuning"):
         echo(effects)

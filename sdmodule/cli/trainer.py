@@ -26,7 +26,7 @@ BF16_MIXED: Final = "bf16-mixed"
 
 
 def make_trainer(
-    accelerator: str = "cpu",
+    accelerator: str = "auto",
     max_steps: int = 1000,
     val_check_interval: int = 250,
     accumulate_grad_batches: int = 1,
@@ -39,7 +39,7 @@ def make_trainer(
     """A Lightning trainer, its settings checked against each other and against the machine.
 
     Args:
-        accelerator: ``cpu`` or ``gpu``.
+        accelerator: ``gpu``, ``cpu``, or ``auto``: the GPU where there is one.
         max_steps: optimizer steps of the training.
         val_check_interval: optimizer steps between validations, counted across epochs; a shorter training validates
             once, at its end.
@@ -54,8 +54,11 @@ def make_trainer(
     Raises:
         SettingsError: if there is no GPU to use, or Lightning refuses the settings.
     """
-    if accelerator == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
-        raise SettingsError("trainer=gpu: torch finds no GPU on this machine; use trainer=cpu.")
+    has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    if accelerator == "auto":
+        accelerator = "gpu" if has_gpu else "cpu"
+    if accelerator == "gpu" and not has_gpu:
+        raise SettingsError("trainer=gpu: torch finds no GPU on this machine; use trainer=cpu or trainer=auto.")
     check_int("trainer.max_steps", max_steps)
     check_int("trainer.val_check_interval", val_check_interval)
     check_int("trainer.accumulate_grad_batches", accumulate_grad_batches)

@@ -1,4 +1,4 @@
-"""The folder of a predict run: its layout, its records, and how an earlier run's images are moved aside."""
+"""The folder of a run: its layout, its records, and how what an earlier run left there is moved aside."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from sdmodule.errors import unwritable
 from sdmodule.io.atomic import atomic_write, atomic_write_text
 
 IMAGES, INPUTS, RECORDS, TIMINGS = "images", "inputs", "predictions.jsonl", "timings.json"
+CONFIG, METRICS = "config.yaml", "metrics.csv"
+TRAINED = ("checkpoints", "samples", "export", METRICS)
 
 
-def set_aside(folder: Path) -> Path | None:
-    """Rename the images and records of an earlier run, with the next free number.
+def set_aside_images(folder: Path) -> Path | None:
+    """Rename the images and records of an earlier predict run, with the next free number.
 
     Returns:
         The images' new folder; None if there are none.
@@ -24,19 +26,50 @@ def set_aside(folder: Path) -> Path | None:
     Raises:
         SettingsError: if the folder cannot be written.
     """
-    images = folder / IMAGES
-    if not any(images.glob("*.png")):
+    if not any((folder / IMAGES).glob("*.png")):
         return None
-    records = folder / RECORDS
-    forms = f"{IMAGES}-{{}}", f"{records.stem}-{{}}{records.suffix}"
-    targets = [folder / form.format(next_free(folder, *forms)) for form in forms]
-    try:
-        images.rename(targets[0])
-        if records.exists():
-            records.rename(targets[1])
-        return targets[0]
-    except OSError as error:
-        raise unwritable(folder, error.strerror) from error
+    return _set_aside(folder, (IMAGES, RECORDS))[0]
+
+
+def set_aside_training(folder: Path, ckpt_path: str | None) -> list[Path]:
+    """Rename what an earlier training left in a folder, with the next free number, unless that is what goes on.
+
+    Args:
+        folder: of the run.
+        ckpt_path: the checkpoint that the training resumes from.
+
+    Returns:
+        The new paths; empty if there was no training.
+
+    Raises:
+        SettingsError: if the folder cannot be written.
+    """
+    if ckpt_path is not None and _is_of_this_run(Path(ckpt_path).resolve(), folder.resolve()):
+        return []
+    if not any((folder / name).exists() for name in TRAINED):
+        return []
+    return _set_aside(folder, (*TRAINED, TIMINGS, CONFIG))
+
+
+def _is_of_this_run(checkpoint: Path, folder: Path) -> bool:
+    """Whether a checkpoint lies in the folder, and not among those that were moved aside there."""
+    return checkpoint.is_relative_to(folder) and not checkpoint.relative_to(folder).parts[0].startswith("checkpoints-")
+
+
+def _set_aside(folder: Path, names: Sequence[str]) -> list[Path]:
+    """Rename those of the files and folders that exist, all with the smallest number that is free for each."""
+    forms = {name: f"{Path(name).stem}-{{}}{Path(name).suffix}" for name in names}
+    number = next_free(folder, *forms.values())
+    moved = []
+    for name, form in forms.items():
+        if (folder / name).exists():
+            target = folder / form.format(number)
+            try:
+                (folder / name).rename(target)
+            except OSError as error:
+                raise unwritable(folder, error.strerror) from error
+            moved.append(target)
+    return moved
 
 
 def next_free(folder: Path, *forms: str) -> int:

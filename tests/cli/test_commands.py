@@ -200,6 +200,28 @@ def test_the_default_output_folder_is_named_by_date_and_time(call, checkpoint, t
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
 
 
+@pytest.mark.slow
+def test_a_second_training_moves_what_the_first_left(call, checkpoint, photos, tmp_path):
+    out = tmp_path / "out"
+    common = [f"data.root={photos}", f"pretrained={checkpoint}", "resolution=32", "+steps=1", f"output_dir={out}"]
+    status, printed, _ = call(train_main, *common, "trainer.max_steps=2")
+    assert status == 0 and printed.startswith("On cpu") and "precision 32-true" in printed.splitlines()[0]
+    first = (out / "checkpoints" / "last.ckpt").read_bytes()
+    status, printed, _ = call(train_main, *common, "trainer.max_steps=1")
+    assert status == 0 and "checkpoints-1" in printed
+    assert (out / "checkpoints-1" / "last.ckpt").read_bytes() == first
+    assert sorted(file.name for file in out.glob("checkpoints/*")) == ["last.ckpt"]
+    assert torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 1
+    names = {file.name for file in out.iterdir()}
+    assert {f"{name}-1{end}" for name, end in (("export", ""), ("samples", ""), ("metrics", ".csv"))} < names
+    # what is resumed stays where it is
+    status, printed, _ = call(train_main, *common, "trainer.max_steps=3", "ckpt_path=last")
+    assert status == 0 and "Moved" not in printed and not (out / "checkpoints-2").exists()
+    older = f"ckpt_path={out / 'checkpoints-1' / 'last.ckpt'}"
+    status, printed, _ = call(train_main, *common, "trainer.max_steps=3", older)
+    assert status == 0 and "Moved" in printed
+
+
 # ---------------------------------------------------------------------------------------------- real processes
 
 
