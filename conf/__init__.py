@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from sdmodule.errors import SettingsError
 
@@ -32,18 +32,24 @@ def asset(name: str) -> str:
     return str(Path(package.origin).parent / "components" / "assets" / name)
 
 
-def merging(tome: Mapping[str, Any], tomesd_cfg: Mapping[str, Any] | None) -> Mapping[str, Any]:
+def given(key: str, *, _root_: DictConfig) -> Any:
+    """A key's value, null where there is no such key: ``${given:prompt}``. Unlike `oc.select`, it lets ``???`` pass."""
+    return _root_.get(key)
+
+
+def merging(tome: Mapping[str, Any] | None, tomesd_cfg: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     """Settings of token merging under either name: ``${merging:${tome},${tomesd_cfg}}``.
 
     Raises:
         SettingsError: if both are given.
     """
-    if tomesd_cfg and tome["ratio"]:
+    if tomesd_cfg and tome and tome["ratio"]:
         raise SettingsError(f"tomesd_cfg={tomesd_cfg}: tome.ratio={tome['ratio']} is given too; give one of them.")
     return tomesd_cfg or tome
 
 
 OmegaConf.register_new_resolver("asset", asset, replace=True)
+OmegaConf.register_new_resolver("given", given, replace=True)
 OmegaConf.register_new_resolver("merging", merging, replace=True)
 for _name in SAMPLERS:
     _node = {"defaults": ["checkpoint", "_self_"], "scheduler": _name}

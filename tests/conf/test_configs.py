@@ -189,12 +189,33 @@ def test_every_short_name_of_a_scheduler_is_a_sampler():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_trainers(command, name):
     cfg = configuration(command, f"trainer={name}", "logger=none")
-    if name == "cpu" or HAS_GPU:
+    if name in ("auto", "cpu") or HAS_GPU:
         pytest.importorskip("deepspeed") if name == "deepspeed" else None
         assert isinstance(build_trainer(cfg), Trainer)
     else:
         with pytest.raises(SettingsError, match="trainer=cpu"):
             build_trainer(cfg)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_gpu_is_used_where_there_is_one(command):
+    trainer = build_trainer(configuration(command))
+    assert trainer.strategy.root_device.type == ("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.mark.parametrize(
+    "group", sorted({folder.name for folder in CONF.glob("*/")} - {"experiment", "hydra", "shared", "speed"})
+)
+def test_a_group_composes_alone(group, tmp_path):
+    """As in the application of someone else, which has nothing but this group; presets of speed set other groups."""
+    for name in options(group):
+        app = tmp_path / f"{name}.yaml"
+        app.write_text(f"defaults:\n  - {group}@mine: {name}\nhydra:\n  searchpath: [pkg://sdmodule.conf]\n")
+        with initialize_config_dir(str(tmp_path), version_base="1.3"):
+            mine = compose(name)
+        for key in OmegaConf.missing_keys(mine):  # what must be given, such as a folder of images
+            OmegaConf.update(mine, key, "given")
+        assert "mine" in OmegaConf.to_container(mine, resolve=True)
 
 
 @pytest.mark.parametrize("name", options("logger"))
