@@ -57,10 +57,13 @@ class Soak:
     Args:
         folder: folder to work in.
         rng: source of all draws.
+        quick: train for two steps only, and disturb no training.
     """
 
-    def __init__(self, folder: Path, rng: random.Random) -> None:
+    def __init__(self, folder: Path, rng: random.Random, quick: bool) -> None:
         self.folder = folder
+        self.train = [*TRAIN, *(["trainer.max_steps=2"] if quick else KILLED)]
+        self.quick = quick
         self.rng = rng
         self.counts: Counter[str] = Counter()
         self.complaints: list[str] = []
@@ -69,7 +72,7 @@ class Soak:
 
     def _run_undisturbed(self, kind: str) -> dict[str, Any]:
         out = self.folder / f"undisturbed-{kind}"
-        settings = [*TRAIN, *KILLED] if kind == "train" else PREDICT
+        settings = self.train if kind == "train" else PREDICT
         status, words = Command(kind, *settings, f"output_dir={out}", log=self.folder / "log").wait()
         if status:
             raise RuntimeError(words)
@@ -78,7 +81,7 @@ class Soak:
     def round(self) -> None:
         """One disturbance, drawn at random."""
         kinds = ["train", "predict", "file", "file"] + (["train disk", "predict disk"] if self.can_mount else [])
-        kind = self.rng.choice(kinds)
+        kind = self.rng.choice(["predict"] if self.quick else kinds)
         if kind == "file":
             self.try_damaged_file()
             return
@@ -95,7 +98,7 @@ class Soak:
         """A run that is killed and damaged, on a disk that may be full at first, compared with the undisturbed one."""
         for attempt in range(40):
             resume = ["ckpt_path=last"] if kind == "train" and list(out.glob("checkpoints/*.ckpt")) else []
-            settings = [*TRAIN, *KILLED, *resume] if kind == "train" else PREDICT
+            settings = [*self.train, *resume] if kind == "train" else PREDICT
             command = Command(kind, *settings, f"output_dir={out}", log=self.folder / "log")
             self.counts["resumes"] += attempt > 0
             number = self.rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
@@ -275,7 +278,7 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
     settings = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        soak = Soak(folder, random.Random(settings.seed))
+        soak = Soak(folder, random.Random(settings.seed), settings.quick)
         steady = [*TRAIN, "trainer.max_steps=1000000000", "trainer.val_check_interval=50"]
         steady += ["callbacks=[checkpoint,ema,samples,timing]", f"output_dir={folder / 'steady'}"]
         watched = Command("train", *steady, log=folder / "steady-log")

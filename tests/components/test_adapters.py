@@ -36,7 +36,7 @@ def adapted(checkpoint: Path, method: str = "lora", seed: int = 0, **settings) -
 
 
 def image(module: StableDiffusionModule, **settings) -> np.ndarray:
-    settings = {"num_inference_steps": 4, "return_type": "numpy", "seed": 3, **settings}
+    settings = {"num_inference_steps": 2, "return_type": "numpy", "seed": 3, **settings}
     return module.infer(PROMPT, **settings)["samples"]
 
 
@@ -97,7 +97,7 @@ def test_diffusers_loads_an_export_and_gives_equal_images(checkpoint, plain, tmp
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(tmp_path, weight_name=file)
     theirs = pipeline(
-        PROMPT, num_inference_steps=4, guidance_scale=7.5, generator=torch.Generator().manual_seed(3), output_type="np"
+        PROMPT, num_inference_steps=2, guidance_scale=7.5, generator=torch.Generator().manual_seed(3), output_type="np"
     ).images
     ours = with_adapters(checkpoint, {"path": str(tmp_path / file)})
     assert np.array_equal(ours, theirs) and not np.array_equal(ours, plain)

@@ -25,8 +25,8 @@ PAGES = [
 """Every page that people read, but for those that are generated."""
 
 SHORT_TRAINING = (
-    "trainer.max_steps=2",
-    "trainer.val_check_interval=2",
+    "trainer.max_steps=1",
+    "trainer.val_check_interval=1",
     "trainer.accumulate_grad_batches=1",
     "validate_first=false",
     "++steps=2",
@@ -138,7 +138,7 @@ def run_ours(command: str, arguments: list[str], workplace: Path, remark: str) -
     elif command == "train":
         arguments = [*arguments, *SHORT_TRAINING]
         if any(word.startswith("ckpt_path=") for word in arguments):
-            arguments.append("trainer.max_steps=4")
+            arguments.append("trainer.max_steps=2")
         if any("dreambooth" in word for word in arguments):
             arguments.append("data.class_images=2")
     elif "--from" not in arguments or any(word.startswith("steps=") for word in arguments):
