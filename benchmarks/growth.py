@@ -36,7 +36,7 @@ import json, sys
 import torch
 from benchmarks.sampling_peers import Work, presets
 from benchmarks.sampling_speed import models
-from sdmodule.callbacks.timing import peak_memory
+from sdmodule.callbacks.timing_figures import peak_memory
 size, batch = map(int, sys.argv[1:])
 plain, best = models(None)
 loaded = peak_memory(best.unet.device)

@@ -10,6 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from sdmodule.conditioning.text import escape_prompt
+from sdmodule.errors import check_int
 from sdmodule.io.png_metadata import save_png
 from sdmodule.io.progress import progress
 
@@ -21,9 +22,13 @@ class ClassImages(Callback):
 
     Args:
         batch_size: images sampled at once.
+
+    Raises:
+        SettingsError: if it is not a whole number above 0.
     """
 
     def __init__(self, batch_size: int = 4) -> None:
+        check_int("callbacks.prior.batch_size", batch_size)
         self.batch_size = batch_size
 
     @override

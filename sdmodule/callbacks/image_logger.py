@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from sdmodule.callbacks.log_images import log_images, log_table
 from sdmodule.callbacks.prediction_writer import PredictionWriter
+from sdmodule.errors import check_int
 from sdmodule.sampling.result import Samples
 
 
@@ -21,9 +22,13 @@ class ImageLogger(Callback):
 
     Args:
         most: largest number of images that are logged per batch.
+
+    Raises:
+        SettingsError: if it is not a whole number above 0.
     """
 
     def __init__(self, most: int = 16) -> None:
+        check_int("callbacks.images.most", most)
         self.most = most
         self.sampled = 0
 

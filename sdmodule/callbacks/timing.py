@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import resource
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.utilities.throughput import get_available_flops
@@ -20,6 +17,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
 from sdmodule.callbacks.prediction_writer import PredictionWriter
+from sdmodule.callbacks.timing_figures import (
+    batch_length,
+    flatten,
+    is_compiled,
+    median_and_p95,
+    on_all_devices,
+    peak_memory,
+)
+from sdmodule.errors import check_bool, check_int, check_number
 from sdmodule.io.atomic import atomic_write_text
 from sdmodule.io.run_folder import TIMINGS
 from sdmodule.sampling.result import Samples
@@ -57,6 +63,9 @@ class TimingLogger(Callback):
         synchronize: wait for the device after every training step, so that the time of each step is exact, at the cost
             of some idle time; without it times are right on average.
         peak_flops: floating-point operations per second of the device; known for many GPUs if None.
+
+    Raises:
+        SettingsError: for a value out of range.
     """
 
     def __init__(
@@ -67,6 +76,10 @@ class TimingLogger(Callback):
         peak_flops: float | None = None,
     ) -> None:
         self.file = Path(output_dir) / TIMINGS
+        check_int("callbacks.timing.warmup_steps", warmup_steps, minimum=0)
+        check_bool("callbacks.timing.synchronize", synchronize)
+        if peak_flops is not None:
+            check_number("callbacks.timing.peak_flops", peak_flops, above=0)
         self.warmup_steps = warmup_steps
         self.synchronize = synchronize
         self.peak_flops = peak_flops
@@ -256,47 +269,3 @@ class TimingLogger(Callback):
     def _write(self, timings: Mapping[str, Any]) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(self.file, json.dumps(timings, indent=2) + "\n")
-
-
-def on_all_devices(own: Any, trainer: Trainer) -> list[Any]:
-    """A value of this device and of all others, in the order of ranks; every device must ask for it."""
-    if trainer.world_size == 1:
-        return [own]
-    values: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(values, own)
-    return values
-
-
-def median_and_p95(seconds: Sequence[float]) -> dict[str, float]:
-    """Median and 95th percentile."""
-    if not seconds:
-        return {}
-    return {"median": float(np.median(seconds)), "p95": float(np.percentile(seconds, 95))}
-
-
-def flatten(figures: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Name and value of each figure; the names of nested ones are joined by underscores."""
-    for name, value in figures.items():
-        if isinstance(value, Mapping):
-            yield from ((f"{name}_{inner}", number) for inner, number in flatten(value))
-        else:
-            yield name, value
-
-
-def batch_length(batch: Any) -> int:
-    """Number of examples in a batch: the length of its first entry."""
-    first = next(iter(batch.values())) if isinstance(batch, Mapping) and batch else batch
-    return len(first)
-
-
-def is_compiled(module: LightningModule) -> bool:
-    """Whether any part is compiled; operations inside compiled code cannot be counted."""
-    return any(getattr(part, "_compiled_call_impl", None) is not None for part in module.modules())
-
-
-def peak_memory(device: torch.device) -> int:
-    """Peak memory so far in bytes: allocated on the GPU, or resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

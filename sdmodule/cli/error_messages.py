@@ -144,7 +144,8 @@ def memory_advice(cfg: DictConfig) -> list[str]:
     advice = []
     for key, lowest, text in TRAIN_MEMORY if "ckpt_path" in cfg else PREDICT_MEMORY:
         value = OmegaConf.select(cfg, key)
-        if (value == lowest and lowest is not None) or (key == "cache" and value):
+        reduced = key.endswith("precision") and "16" in str(value)
+        if (value == lowest and lowest is not None) or (key == "cache" and value) or reduced:
             continue
         advice.append(text.format(value))
     return advice

@@ -20,6 +20,7 @@ from sdmodule.cli.overrides import quote_overrides, with_png_settings
 from sdmodule.cli.predict import predict, summarize_sweep
 from sdmodule.cli.startup import composed_once, config_store_uncopied, filter_library_messages, gc_paused, gc_resume
 from sdmodule.cli.train import train
+from sdmodule.cli.unused_keys import check_used
 
 FinishedJobs = list[tuple[Path, list[str]]]
 """Output folder and overrides of each finished job of a sweep."""
@@ -63,6 +64,7 @@ def run(
         filter_library_messages()
         gc_resume()
         with report_user_errors(config_name), report_resource_errors(cfg), exit_on_sigterm():
+            check_used(cfg, HydraConfig.get().overrides.task)
             job(cfg)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             finished_jobs.append((Path(cfg.output_dir), list(HydraConfig.get().overrides.task)))

@@ -58,6 +58,7 @@ WRONG_PREDICT = {
     "strength for text": (["strength=0.5"], ["strength=0.5", "model=inpaint"]),
     "no image": (["model=inpaint"], ["model=inpaint", "image="]),
     "image not there": (["model=inpaint", "image=a.png", "mask=[0,0,8,8]"], ["image=a.png", "not found"]),
+    "no images to log": (["callbacks.images.most=0"], ["callbacks.images.most=0", "at least 1"]),
     "precision": (["precision=5"], ["trainer", "precision", "5"]),
     "resume is no boolean": (["resume=no"], ["resume=no", "true or false"]),
     "merge_adapters is no boolean": (["merge_adapters=no"], ["merge_adapters=no", "true or false"]),
@@ -126,10 +127,30 @@ WRONG_TRAIN = {
     "no steps": (["data.root=PHOTOS", "trainer.max_steps=0"], ["trainer.max_steps=0", "at least 1"]),
     "no checkpoint": (["data.root=PHOTOS", "ckpt_path=nothing.ckpt"], ["ckpt_path=nothing.ckpt"]),
     "broken checkpoint": (["data.root=PHOTOS", "ckpt_path=PHOTOS/0.png"], ["ckpt_path=", "0.png"]),
+    "a size of drawn scenes": (["data=shapes", "resolution=32"], ["resolution=32", "nothing in this run", "leave it"]),
+    "an objective of autoencoders": (
+        ["data.root=PHOTOS", "model=autoencoder", "callbacks=[export]", "objective.noise_offset=0.1"],
+        ["objective.noise_offset=0.1", "AutoencoderModule"],
+    ),
+    "a revision of autoencoders": (
+        ["data.root=PHOTOS", "model=autoencoder", "callbacks=[export]", "revision=main"],
+        ["revision=main", "leave it out"],
+    ),
+    "a compiled autoencoder": (
+        ["data.root=PHOTOS", "model=autoencoder", "callbacks=[export]", "training.compile=blocks"],
+        ["training.compile=blocks", "leave it out"],
+    ),
     "unknown setting": (["data.root=PHOTOS", "+data.foo=1"], ["data.foo: ", "has no such setting", "~data.foo"]),
     "a word for data with captions": (
         ["experiment=textual_inversion", "data=huggingface", "data.name=photos"],
         ["data.prompt: ", "has no such setting", "~data.prompt"],
+    ),
+    "no drawn scenes": (["data=shapes", "data.train_length=0"], ["data.train_length=0", "at least 1"]),
+    "half a warm-up": (["data.root=PHOTOS", "callbacks.timing.warmup_steps=0.5"], ["timing.warmup_steps=0.5", "whole"]),
+    "no FLOPS": (["data.root=PHOTOS", "callbacks.timing.peak_flops=0"], ["timing.peak_flops=0", "greater than 0"]),
+    "no batch of class images": (
+        ["data.root=PHOTOS", "callbacks=[prior]", "callbacks.prior.batch_size=0"],
+        ["prior.batch_size=0", "at least 1"],
     ),
     "unknown setting of a callback": (
         ["data.root=PHOTOS", "+callbacks.ema.foo=1"],

@@ -15,6 +15,7 @@ from sdmodule.data.base import TrainingData
 from sdmodule.data.example import CaptionedImage, View
 from sdmodule.data.sampler import training_loader
 from sdmodule.data.toy.scenes import Scene, caption, render, render_collage, sample_scene
+from sdmodule.errors import check_int, check_number, check_seed
 from sdmodule.io.images import image_to_tensor
 
 
@@ -87,6 +88,9 @@ class ShapesDataModule(TrainingData):
         collages: share of training images without a caption, for autoencoders.
         seed: seed of the scenes.
         num_workers: worker processes that render; 0 renders in the training process.
+
+    Raises:
+        SettingsError: for a value out of range.
     """
 
     def __init__(
@@ -101,6 +105,12 @@ class ShapesDataModule(TrainingData):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
+        for name, value in {"batch_size": batch_size, "train_length": train_length, "val_length": val_length}.items():
+            check_int(f"data.{name}", value)
+        for name, share in {"two_objects": two_objects, "collages": collages}.items():
+            check_number(f"data.{name}", share, minimum=0, maximum=1)
+        check_int("data.num_workers", num_workers, minimum=0)
+        check_seed("data.seed", seed)
         self.batch_size = batch_size
         self.seed = seed
         self.num_workers = num_workers

@@ -1,0 +1,74 @@
+"""Keys that were given and that nothing in the run reads, such as ``resolution`` with ``data=shapes``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from sdmodule.errors import SettingsError
+
+BUILT = ("model", "data", "cache", "trainer", "callbacks", "logger")
+"""Groups that a command builds objects of."""
+
+READ = ("seed", "output_dir", "ckpt_path", "validate_first", "resume", "from", "experiment", "hydra", "progress")
+"""Keys that a command reads itself, or that change others."""
+
+REFERENCE = re.compile(r"\$\{(?:oc\.select:|given:)?([\w.]+)")
+"""A key in an interpolation; names of resolvers are found too, and are no keys."""
+
+
+def check_used(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Check that every key that was given has something that reads it.
+
+    Args:
+        cfg: composed configuration of a command, not resolved.
+        overrides: as Hydra reads them.
+
+    Raises:
+        SettingsError: for a key without effect.
+    """
+    raw: Any = OmegaConf.to_container(cfg, resolve=False)
+    used = _reachable(raw)
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+").partition("@")[0]
+        if override.startswith("~") or key.partition(".")[0] not in raw:  # a deleted key, or a group of global keys
+            continue
+        if not any(_is_part(key, one) or _is_part(one, key) for one in used):
+            chosen = ", ".join(f"{group}={_kind(raw[group])}" for group in ("model", "data"))
+            raise SettingsError(f"{override}: nothing in this run uses {key} (it has {chosen}); leave it out.")
+
+
+def _reachable(raw: dict[str, Any]) -> set[str]:
+    """Keys that what is built holds or refers to, through other keys too."""
+    used: set[str] = set(READ)
+    left = [key for key in BUILT if key in raw]
+    while left:
+        key = left.pop()
+        if key in used:
+            continue
+        used.add(key)
+        value = raw
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None  # type: ignore[assignment]
+        left += _references(value)
+    return used
+
+
+def _references(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield from REFERENCE.findall(value)
+    elif isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _references(inner)
+
+
+def _is_part(key: str, of: str) -> bool:
+    return key == of or key.startswith(f"{of}.")
+
+
+def _kind(settings: Any) -> str:
+    """Name of the class that a group builds."""
+    return str(settings.get("_target_", settings)).rpartition(".")[2] if isinstance(settings, dict) else str(settings)
