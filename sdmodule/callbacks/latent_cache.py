@@ -31,6 +31,8 @@ LATENTS, ALL = CHOICES = ("latents", "all")
 PIXELS_PER_BATCH = 8 * 512 * 512
 IMAGES_PER_BATCH = 64
 CAPTIONS_PER_BATCH = 64
+ANNOUNCED = 2.0
+"""Seconds from which on looking for cached images shows its progress."""
 
 KeyedView = tuple[str, int, View]
 """The key of an image's moments, the image's index, and how it is transformed."""
@@ -124,7 +126,7 @@ class LatentCache(Callback):
         def keys_of(index: int) -> list[str]:
             return moments_keys(images.content(index), images.size_of(index), images.random_flip)
 
-        keys = _map_on_all_devices(trainer, range(len(images)), keys_of)
+        keys = _map_on_all_devices(trainer, range(len(images)), keys_of, "Looking for images in the cache")
         missing: dict[str, KeyedView] = {}
         for index, own in enumerate(keys):
             for flipped, key in enumerate(own):
@@ -215,10 +217,15 @@ def _batches_of_one_size(sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]
         yield from (positions[start : start + count] for start in range(0, len(positions), count))
 
 
-def _map_on_all_devices(trainer: Trainer, indices: Sequence[int], work: Callable[[int], Any]) -> list[Any]:
+def _map_on_all_devices(trainer: Trainer, indices: Sequence[int], work: Callable[[int], Any], what: str) -> list[Any]:
     """Results of ``work`` for all indices, in order and on every device, each of which does a share."""
     devices = trainer.world_size
-    own = [work(index) for index in indices[trainer.global_rank :: devices]]
+    share = indices[trainer.global_rank :: devices]
+    own = []
+    with progress(len(share), what, delay=ANNOUNCED) as on_done:
+        for index in share:
+            own.append(work(index))
+            on_done(1)
     if devices == 1:
         return own
     parts: list[list[Any]] = [[] for _ in range(devices)]

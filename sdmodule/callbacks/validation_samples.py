@@ -107,7 +107,7 @@ class ValidationSamples(Callback):
             images, columns = self._control(trainer, pl_module, prompts), 2
         else:
             images, columns = pl_module.infer(prompts, seed=self.seed, show_progress=False)["samples"], 1  # type: ignore[operator]
-        captions = [f"{text} · {self.seed + k}" for k, text in enumerate(texts)]
+        captions = [f"{text} · seed {self.seed + k}" for k, text in enumerate(texts)]
         self.output_dir.mkdir(parents=True, exist_ok=True)
         file = self.output_dir / f"{trainer.global_step:06d}.png"
         save_png(captioned_sheet(images, captions, columns * TILE), file, {})

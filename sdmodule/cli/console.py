@@ -19,6 +19,11 @@ def echo(text: str) -> None:
         print(text, flush=True)
 
 
+def count_of(number: int, noun: str) -> str:
+    """A number with its noun: ``1 step``, ``2,000 steps``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def is_rank_zero() -> bool:
     """Whether this is the process that prints and writes for all devices."""
     from lightning.pytorch.utilities import rank_zero_only

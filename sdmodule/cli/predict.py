@@ -17,6 +17,8 @@ from sdmodule.io.redact import redact
 def predict(cfg: DictConfig) -> None:
     """Sample images. Whatever cannot work is reported before anything is written."""
     from sdmodule.cli.resume_predict import find_finished
+    from sdmodule.cli.summary import sampling_summary
+    from sdmodule.cli.unknown_words import unknown_words
 
     check_bool("resume", cfg.resume)
     output_dir = prepare_output_dir(cfg)
@@ -28,11 +30,13 @@ def predict(cfg: DictConfig) -> None:
         echo(f"Resuming: {len(data.done)} of {len(data.requests)} images are there")
     if effect := model.sampling.speed.effect:
         echo(effect)
+    if unknown := unknown_words(model, data.requests):
+        echo(unknown)
 
     with output_dir_locked(output_dir):
         sample(cfg, trainer, model, data, output_dir)
-    grid = output_dir / "grid.png"
-    echo(f"Wrote {grid if grid.is_file() else output_dir}")
+    for line in sampling_summary(trainer, data, output_dir):
+        echo(line)
 
 
 def sample(cfg: DictConfig, trainer: Any, model: Any, data: Any, output_dir: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from sdmodule.cli.config_keys import side_effects
-from sdmodule.cli.console import configured_loggers, echo, report_interrupts
+from sdmodule.cli.console import configured_loggers, count_of, echo, report_interrupts
 from sdmodule.cli.instantiate import build_trainer, instantiate
 from sdmodule.cli.output_dir import output_dir_locked, prepare_output_dir, write_config
 from sdmodule.errors import check_bool, check_seed
@@ -49,22 +49,27 @@ def train(cfg: DictConfig) -> None:
 
     with output_dir_locked(output_dir):
         fit(cfg, trainer, model, data, output_dir)
-    echo(f"Wrote {output_dir}")
 
 
 def fit(cfg: DictConfig, trainer: Any, model: Any, data: Any, output_dir: Path) -> None:
     """Train, once nothing is left that could be wrong with the settings; from here on files are written."""
+    from sdmodule.cli.summary import TrainingRecord, training_summary
+
     write_config(cfg, output_dir)
     config = redact(OmegaConf.to_container(cfg, resolve=True))
     if effects := side_effects(cfg, "tuning"):
         echo(effects)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    echo(f"Training {trained:,} of {total:,} parameters for {trainer.max_steps:,} steps; writing to {output_dir}")
+    steps = count_of(trainer.max_steps, "step")
+    echo(f"Training {trained:,} of {total:,} parameters for {steps}; writing to {output_dir}")
+    trainer.callbacks.append(record := TrainingRecord())
     with report_interrupts(trainer, output_dir), configured_loggers(trainer, config, output_dir):
         if cfg.validate_first and cfg.ckpt_path is None:
             trainer.validate(model, datamodule=data, verbose=False)
         trainer.fit(model, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+    for line in training_summary(cfg, trainer, model, data, record):
+        echo(line)
 
 
 def steps_of_epochs(trainer: Any, data: Any) -> int | None:

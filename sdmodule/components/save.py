@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sdmodule.components.checkpoint import MODELS, PARTS, SAMPLING, Components
+from sdmodule.components.checkpoint import PARTS, SAMPLING, Components
 from sdmodule.components.inpaint_unet import is_inpaint_unet
 from sdmodule.components.source import INDEX
 
@@ -33,10 +33,11 @@ def save_components(parts: Components, folder: str | Path, dtype: str = "float32
 def save_part(name: str, part: Any, folder: str | Path, dtype: str = "float32") -> None:
     """Write one part to ``folder/name``."""
     subfolder = Path(folder) / name
-    if name not in MODELS:
+    if name == "scheduler":
+        save_scheduler(part, subfolder)
+    elif name == "tokenizer":
         part.save_pretrained(subfolder)
-        if name == "tokenizer":
-            part.backend_tokenizer.model.save(str(subfolder))  # vocab.json and merges.txt, which older readers need
+        part.backend_tokenizer.model.save(str(subfolder))  # vocab.json and merges.txt, which older readers need
     elif name == "text_encoder":
         part.config.save_pretrained(subfolder)
         # transformers 5 leaves out the prefix that every other reader of these files expects
@@ -47,6 +48,18 @@ def save_part(name: str, part: Any, folder: str | Path, dtype: str = "float32") 
         save_file(weights, subfolder / "model.safetensors", metadata={"format": "pt"})
     else:
         save_model(part, subfolder, dtype)
+
+
+def save_scheduler(scheduler: Any, folder: str | Path) -> None:
+    """Write a scheduler's configuration.
+
+    diffusers' pipelines take any ``steps_offset`` but 1 for outdated: they warn, and sample with 1. It counts for
+    ``leading`` timesteps alone, so with others it is written as 1, which changes no image.
+    """
+    config = {**scheduler.config}
+    if config.get("steps_offset", 1) != 1 and config.get("timestep_spacing", "leading") != "leading":
+        scheduler = type(scheduler).from_config(config, steps_offset=1)
+    scheduler.save_pretrained(folder)
 
 
 def save_model(model: Any, folder: str | Path, dtype: str = "float32") -> None:

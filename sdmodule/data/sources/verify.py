@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image, UnidentifiedImageError
 
 from sdmodule.data.example import Example, Examples
@@ -15,10 +15,11 @@ from sdmodule.data.sources.folder import some
 from sdmodule.data.sources.verified_files import VerifiedFiles
 from sdmodule.errors import SettingsError, choices
 from sdmodule.io.image_files import FORMATS, SUFFIXES, ImageFile, open_image, open_upright
+from sdmodule.io.progress import progress
 from sdmodule.io.transparency import on_white
 
-MANY = 1000
-"""Images from which on a check takes long enough to be announced."""
+ANNOUNCED = 2.0
+"""Seconds from which on a check shows its progress."""
 
 
 class ImageSource(Protocol):
@@ -56,10 +57,15 @@ def verify_images(examples: Examples, source: ImageSource, skip_bad: bool) -> li
         SettingsError: if an image is unreadable and ``skip_bad`` is false, or if none is readable.
     """
     verified = VerifiedFiles(str(source))
-    if (count := len(examples)) > MANY:
-        rank_zero_info(f"{source.key}: checking {count} images; those found good are not checked again.")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(pool.map(lambda index: _problems(examples[index], source, verified), range(count)))
+    count = len(examples)
+    with (
+        progress(count, f"{source.key}: checking images, once", delay=ANNOUNCED) as on_done,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        found = []
+        for problems in pool.map(lambda index: _problems(examples[index], source, verified), range(count)):
+            found.append(problems)
+            on_done(1)
     verified.save()
     good = [index for index, problems in enumerate(found) if not problems]
     problems = {name: problem for one in found for name, problem in one.items()}
