@@ -120,8 +120,8 @@ class ProgressBar(callbacks.ProgressBar):
 
         def on_step(step: int, latents: Tensor) -> None:
             share = step / (steps + 1) * self._batch_images  # the rest is decoding
-            stage = {"step": f"{step}/{steps}"} | ({"decoding": "…"} if step == steps else {})
-            bar.update(self._batches_done + share, lambda: stage)
+            stage = f"{step}/{steps}, decoding" if step == steps else f"{step}/{steps}"
+            bar.update(self._batches_done + share, lambda: {"step": stage})
 
         self._batches_done, self._batch_images = done, 0
         self._step_reports.enter_context(pl_module.step_reports(on_step))  # type: ignore[operator]

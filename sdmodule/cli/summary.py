@@ -67,8 +67,8 @@ class TrainingRecord(Callback):
         steps = trainer.global_step - self.start_step
         told = [f"Trained {count_of(steps, 'step')} in {clock(time.perf_counter() - self.start)}"]
         if steps and (timings := read_timings(trainer)):
-            told.append(f"{timings['samples_per_second']:.3g} images per second")
-            told.append(f"peak memory {timings['peak_memory_bytes'] / 2**30:.2g} GiB")
+            told.append(f"{short(timings['samples_per_second'])} images per second")
+            told.append(f"peak memory {short(timings['peak_memory_bytes'] / 2**30)} GiB")
         yield ", ".join(told)
         for name, (step, value) in self.last.items():
             begun, before = self.first[name]
@@ -94,7 +94,7 @@ def sampling_summary(trainer: Trainer, data: Any, output_dir: Path) -> Iterator[
     left = sum(request.kept for request in data.requests) - len(data.done)
     told = [f"Sampled {count_of(left, 'image')}"]
     if left and (timings := read_timings(trainer)):
-        told.append(f"{1 / timings['images_per_second']:.2g} seconds per image")
+        told.append(f"{short(1 / timings['images_per_second'])} seconds per image")
     yield ", ".join(told)
     written = [str(file) for name in ("grid.png", "index.html") if (file := output_dir / name).is_file()]
     yield f"Wrote {' and '.join(written) or output_dir}"
@@ -104,6 +104,11 @@ def read_timings(trainer: Trainer) -> dict[str, Any]:
     """What the run has written to ``timings.json``; empty without that callback."""
     timing = next((c for c in trainer.callbacks if isinstance(c, TimingLogger)), None)  # type: ignore[attr-defined]
     return json.loads(timing.file.read_text()) if timing is not None and timing.file.is_file() else {}
+
+
+def short(number: float) -> str:
+    """A number in two digits, or in all that it has before the point."""
+    return f"{number:.2g}" if number < 99.5 else f"{number:,.0f}"
 
 
 def clock(seconds: float) -> str:

@@ -11,16 +11,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sdmodule.components.checkpoint import PARTS, SAMPLING, Components
+from sdmodule.components.checkpoint import MODELS, PARTS, SAMPLING, Components
 from sdmodule.components.inpaint_unet import is_inpaint_unet
 from sdmodule.components.source import INDEX
+from sdmodule.io.progress import LONG_TASK, progress
 
 
 def save_components(parts: Components, folder: str | Path, dtype: str = "float32") -> None:
     """Write a folder that diffusers' Stable Diffusion pipelines load, with weights of ``dtype``."""
     folder = Path(folder)
-    for name in PARTS:
-        save_part(name, getattr(parts, name), folder, dtype)
+    sizes = {name: megabytes(getattr(parts, name), dtype) for name in MODELS}
+    with progress(sum(sizes.values()), "writing weights, in MB", delay=LONG_TASK) as on_done:
+        for name in PARTS:
+            save_part(name, getattr(parts, name), folder, dtype)
+            on_done(sizes.get(name, 0))
     pipeline = "StableDiffusionInpaintPipeline" if is_inpaint_unet(parts.unet) else "StableDiffusionPipeline"
     index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__}
     index["requires_safety_checker"] = False
@@ -28,6 +32,12 @@ def save_components(parts: Components, folder: str | Path, dtype: str = "float32
     index |= {name: [None, None] for name in ("safety_checker", "feature_extractor", "image_encoder")}
     (folder / SAMPLING).write_text(json.dumps({"guidance_scale": parts.guidance_scale}) + "\n")
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def megabytes(model: nn.Module, dtype: str) -> int:
+    """Size of a model's weights as ``dtype``, at least 1."""
+    bytes_each = getattr(torch, dtype).itemsize
+    return max(1, round(sum(weight.numel() for weight in model.parameters()) * bytes_each / 1e6))
 
 
 def save_part(name: str, part: Any, folder: str | Path, dtype: str = "float32") -> None:
