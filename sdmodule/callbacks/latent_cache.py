@@ -23,7 +23,7 @@ from sdmodule.data.cache.tensor_store import TensorStore
 from sdmodule.data.example import View
 from sdmodule.errors import SettingsError, check_choice
 from sdmodule.io.fingerprint import fingerprint, model_fingerprint
-from sdmodule.io.progress import progress
+from sdmodule.io.progress import LONG_TASK, progress
 from sdmodule.sampling.requests import INPAINT
 from sdmodule.training.loss import encode_moments
 
@@ -31,8 +31,6 @@ LATENTS, ALL = CHOICES = ("latents", "all")
 PIXELS_PER_BATCH = 8 * 512 * 512
 IMAGES_PER_BATCH = 64
 CAPTIONS_PER_BATCH = 64
-ANNOUNCED = 2.0
-"""Seconds from which on looking for cached images shows its progress."""
 
 KeyedView = tuple[str, int, View]
 """The key of an image's moments, the image's index, and how it is transformed."""
@@ -222,7 +220,7 @@ def _map_on_all_devices(trainer: Trainer, indices: Sequence[int], work: Callable
     devices = trainer.world_size
     share = indices[trainer.global_rank :: devices]
     own = []
-    with progress(len(share), what, delay=ANNOUNCED) as on_done:
+    with progress(len(share), what, delay=LONG_TASK) as on_done:
         for index in share:
             own.append(work(index))
             on_done(1)

@@ -15,11 +15,8 @@ from sdmodule.data.sources.folder import some
 from sdmodule.data.sources.verified_files import VerifiedFiles
 from sdmodule.errors import SettingsError, choices
 from sdmodule.io.image_files import FORMATS, SUFFIXES, ImageFile, open_image, open_upright
-from sdmodule.io.progress import progress
+from sdmodule.io.progress import LONG_TASK, progress
 from sdmodule.io.transparency import on_white
-
-ANNOUNCED = 2.0
-"""Seconds from which on a check shows its progress."""
 
 
 class ImageSource(Protocol):
@@ -59,7 +56,7 @@ def verify_images(examples: Examples, source: ImageSource, skip_bad: bool) -> li
     verified = VerifiedFiles(str(source))
     count = len(examples)
     with (
-        progress(count, f"{source.key}: checking images, once", delay=ANNOUNCED) as on_done,
+        progress(count, f"{source.key}: checking images, once", delay=LONG_TASK) as on_done,
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
         found = []
