@@ -1,6 +1,8 @@
 """``make demo``: its sheet, its last lines, and the commands that it prints."""
 
+import runpy
 import shlex
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -8,9 +10,21 @@ from PIL import Image
 import demo
 from benchmarks.forked import run
 
-pytestmark = pytest.mark.slow
+FOX = demo.FOX.resolve()
 
 
+def test_the_images_of_the_fox_are_those_that_the_example_makes(tmp_path):
+    runpy.run_path(str(Path(demo.__file__).parent / "examples" / "make_fox.py"))["main"](tmp_path)
+    made = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.*"))
+    assert len(made) == 10
+    for name in made:
+        if name.suffix == ".png":
+            assert Image.open(tmp_path / name).tobytes() == Image.open(FOX / name).tobytes()
+        else:
+            assert (tmp_path / name).read_text() == (FOX / name).read_text()
+
+
+@pytest.mark.slow
 def test_the_demo_makes_a_sheet_and_prints_commands_that_work(monkeypatch, capsys, tmp_path):
     def forked(script, *arguments):
         *settings, name = arguments

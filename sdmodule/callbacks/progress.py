@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from contextlib import ExitStack
 from typing import Any
 
@@ -166,10 +166,15 @@ def epoch_of(trainer: Trainer) -> str:
 
 
 def images_of(trainer: Trainer) -> tuple[int, int]:
-    """How many images of a sampling are done before it starts, and how many there are; on this device."""
-    images = getattr(trainer.predict_dataloaders, "dataset", None)
-    wanted = [request for batch in getattr(images, "batches", []) for request in batch if request.kept]
-    left = sum(request.index not in getattr(images, "done", ()) for request in wanted)
+    """How many images of a sampling are done before it starts, and how many there are; on this device.
+
+    0 of 0 if the data does not say.
+    """
+    images: Any = getattr(trainer.predict_dataloaders, "dataset", None)
+    if not hasattr(images, "batches"):  # plain prompts
+        return 0, len(images) if isinstance(images, Sized) else 0
+    wanted = [request for batch in images.batches for request in batch if request.kept]
+    left = sum(request.index not in images.done for request in wanted)
     data = trainer.datamodule  # type: ignore[attr-defined]
     done = len(getattr(data, "done", ())) if trainer.world_size == 1 else len(wanted) - left
     return done, done + left

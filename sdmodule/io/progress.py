@@ -36,7 +36,7 @@ class Progress:
 
     Args:
         what: the task.
-        total: number of its items.
+        total: number of its items; 0 if it is unknown.
         unit: name of its items, for lines.
         done: number of items that are done at the start.
         show: False shows nothing.
@@ -109,7 +109,7 @@ class Progress:
     def _draw(self, figures: Mapping[str, str]) -> None:
         if self._bar is None:
             self._bar = tqdm(
-                total=self.total,
+                total=self.total or None,
                 initial=int(self.done),
                 desc=self.what,
                 leave=self.leave,
@@ -126,11 +126,9 @@ class Progress:
     def _print(self, figures: Mapping[str, str]) -> None:
         self.shown = True
         listed = "".join(f", {name} {value}" for name, value in figures.items())
+        total = f" of {self.total:,}" if self.total else ""
         unit = f" {self.unit}" if self.unit else ""
-        print(
-            f"{self.what}: {int(self.done):,} of {self.total:,}{unit}{listed}, {self.time_left()} left",
-            flush=True,
-        )
+        print(f"{self.what}: {int(self.done):,}{total}{unit}{listed}, {self.time_left()} left", flush=True)
 
 
 @contextmanager

@@ -12,7 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from lightning import Trainer
+from torch.utils.data import DataLoader
+
 from benchmarks.forked import Command
+from sdmodule.callbacks.progress import ProgressBar
 from sdmodule.cli.main import predict_main, train_main
 
 
@@ -103,6 +107,14 @@ def test_a_resumed_sampling_counts_the_images_that_are_there(call, checkpoint, t
     (tmp_path / "out" / "images" / "00002-2.png").unlink()
     printed = call(predict_main, *settings, "resume=true")[1]
     assert re.findall(r"sampling: (\d) of (\d) images", printed) == [("3", "4"), ("4", "4")]
+
+
+def test_plain_prompts_of_any_trainer_are_counted(module, capsys):
+    trainer = Trainer(logger=False, accelerator="cpu", callbacks=[ProgressBar(every=0)])
+    module.sampling = module.sampling.updated(steps=1)
+    trainer.predict(module, DataLoader(["a red circle", "a blue star"], batch_size=1), return_predictions=False)
+    told = re.findall(r"sampling: (\d) of 2 images", capsys.readouterr().out)
+    assert told == ["0", "1", "1", "2"]
 
 
 def test_an_epoch_is_told_with_their_number(call, checkpoint, photos, tmp_path):
