@@ -75,7 +75,7 @@ def test_train_shows_one_bar(checkpoint, photos, tmp_path):
     assert one.wait()[0] == 0, drawn
     figures = r"training: 4/4 .*00:00 left, epoch=4/4, loss=[\d.]+, samples/s=[\d.]+, data wait=\d+%"
     assert re.search(figures, drawn), drawn
-    assert "validating: 1/1" in drawn
+    assert "validating: 1/1" in drawn and "denoising: 1/1" in drawn
     assert_one_line_and_honest_times(drawn)
 
 
