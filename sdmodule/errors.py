@@ -28,6 +28,11 @@ def unwritable(folder: str | Path, reason: str | None) -> SettingsError:
     return SettingsError(f"output_dir={folder}: cannot be written ({reason}); choose a folder that can.")
 
 
+def count_of(number: int, noun: str) -> str:
+    """A number with its noun: ``1 step``, ``2,000 steps``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def choices(names: Iterable[str]) -> str:
     """Names in alphabetical order, for the part of a message that lists what is allowed."""
     return ", ".join(sorted(names))

@@ -55,7 +55,7 @@ class ImageLogger(Callback):
         kept = [(request, image) for request, image in pairs if request.kept]
         self.sampled += len(kept)
         images = [image for _, image in kept[: self.most]]
-        captions = [f"{request.prompt} · {request.seed}" for request, _ in kept[: self.most]]
+        captions = [f"{request.prompt} · seed {request.seed}" for request, _ in kept[: self.most]]
         log_images(trainer.loggers, "predict/samples", images, captions, self.sampled, axis="predict/images")
 
     @override

@@ -23,7 +23,7 @@ from sdmodule.data.cache.tensor_store import TensorStore
 from sdmodule.data.example import View
 from sdmodule.errors import SettingsError, check_choice
 from sdmodule.io.fingerprint import fingerprint, model_fingerprint
-from sdmodule.io.progress import progress
+from sdmodule.io.progress import LONG_TASK, progress
 from sdmodule.sampling.requests import INPAINT
 from sdmodule.training.loss import encode_moments
 
@@ -124,7 +124,7 @@ class LatentCache(Callback):
         def keys_of(index: int) -> list[str]:
             return moments_keys(images.content(index), images.size_of(index), images.random_flip)
 
-        keys = _map_on_all_devices(trainer, range(len(images)), keys_of)
+        keys = _map_on_all_devices(trainer, range(len(images)), keys_of, "Looking for images in the cache")
         missing: dict[str, KeyedView] = {}
         for index, own in enumerate(keys):
             for flipped, key in enumerate(own):
@@ -215,10 +215,15 @@ def _batches_of_one_size(sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]
         yield from (positions[start : start + count] for start in range(0, len(positions), count))
 
 
-def _map_on_all_devices(trainer: Trainer, indices: Sequence[int], work: Callable[[int], Any]) -> list[Any]:
+def _map_on_all_devices(trainer: Trainer, indices: Sequence[int], work: Callable[[int], Any], what: str) -> list[Any]:
     """Results of ``work`` for all indices, in order and on every device, each of which does a share."""
     devices = trainer.world_size
-    own = [work(index) for index in indices[trainer.global_rank :: devices]]
+    share = indices[trainer.global_rank :: devices]
+    own = []
+    with progress(len(share), what, delay=LONG_TASK) as on_done:
+        for index in share:
+            own.append(work(index))
+            on_done(1)
     if devices == 1:
         return own
     parts: list[list[Any]] = [[] for _ in range(devices)]

@@ -96,7 +96,7 @@ def _row(record: Mapping[str, Any], folder: Path, inpainted: bool) -> list[Any]:
         "guidance_scale": float(record["guidance_scale"]),
         "tome_ratio": float(merging["ratio"]),
         "tome_engine": merging["engine"],
-        "image": wandb.Image(str(folder / record["file"]), caption=f"{record['prompt']} · {record['seed']}"),
+        "image": wandb.Image(str(folder / record["file"]), caption=f"{record['prompt']} · seed {record['seed']}"),
     }
     row = [values[name] for name in COLUMNS]
     return [*row, *(wandb.Image(str(folder / record[name])) for name in ("image", "mask"))] if inpainted else row

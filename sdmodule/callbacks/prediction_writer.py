@@ -157,7 +157,7 @@ class PredictionWriter(BasePredictionWriter):
 
     def _write_sheet(self, records: Sequence[dict[str, Any]]) -> None:
         images = [Image.open(self.output_dir / record["file"]) for record in records]
-        captions = [f"{record['prompt']} · {record['seed']}" for record in records]
+        captions = [f"{record['prompt']} · seed {record['seed']}" for record in records]
         if images:
             save_png(captioned_sheet(images, captions), self.output_dir / "grid.png", {})
 

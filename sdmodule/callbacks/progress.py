@@ -2,43 +2,40 @@
 
 from __future__ import annotations
 
-import sys
-import time
+import math
+from collections.abc import Mapping, Sized
 from contextlib import ExitStack
 from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch import callbacks
 from torch import Tensor
-from tqdm import tqdm
 from typing_extensions import override
 
 from sdmodule.callbacks.timing import TimingLogger
+from sdmodule.io.progress import LINE_SECONDS, Progress
 from sdmodule.sampling.result import Samples
-
-REFRESH_SECONDS = 0.5
-"""Seconds between updates of a bar's figures; reading a loss waits for the GPU."""
 
 
 class ProgressBar(callbacks.ProgressBar):
-    """One bar for training (loss, samples per second, data wait, time left), one for sampling (images, steps).
+    """One bar for training (epoch, loss, samples per second, data wait), validation and sampling, with the time left.
 
     Lightning's own bars count the batches of an epoch; this one counts optimizer steps of the whole training, and
-    images.
+    images. A terminal shows one at a time: validation takes the line of the training until it ends.
 
     Args:
         show: False shows nothing.
         every: seconds between lines if the output is not a terminal.
     """
 
-    def __init__(self, show: bool = True, every: float = 30.0) -> None:
+    def __init__(self, show: bool = True, every: float = LINE_SECONDS) -> None:
         super().__init__()
         self.show = show
         self.every = every
-        self.terminal = sys.stderr.isatty()
-        self.bar: tqdm[Any] | None = None
-        self._last_update = 0.0
+        self.bar: Progress | None = None
+        self.validation: Progress | None = None
         self._step_reports = ExitStack()
+        self._batches_done, self._batch_images = 0, 0
 
     @override
     def disable(self) -> None:
@@ -48,64 +45,32 @@ class ProgressBar(callbacks.ProgressBar):
     def enable(self) -> None:
         self.show = True
 
-    def _begin(self, description: str, unit: str, total: int, done: int) -> None:
-        self._start = self._last_update = time.perf_counter()
-        self.bar = tqdm(
-            total=total,
-            initial=done,
-            desc=description,
-            unit=unit,
-            disable=not self.show or not self.terminal,
-            dynamic_ncols=True,
-            bar_format="{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}, {remaining} left{postfix}",
-        )
-        self._description, self._unit, self._total = description, unit, total
-        self._initial = self._done = done
-
-    def _advance(self, done: int, figures: dict[str, str]) -> None:
-        """Show how much is done, in the bar or on a line of its own."""
-        self._done = done
-        self._last_update = time.perf_counter()
-        if self.bar is None or not self.show:
-            return
-        if self.terminal:
-            self.bar.set_postfix(figures, refresh=False)
-            self.bar.update(done - self.bar.n)
-            return
-        seconds_each = (self._last_update - self._start) / max(done - self._initial, 1)
-        left = tqdm.format_interval(seconds_each * (self._total - done)) if done > self._initial else "?"
-        listed = "".join(f", {name} {value}" for name, value in figures.items())
-        print(f"{self._description}: {done} of {self._total} {self._unit}s{listed}, {left} left", flush=True)
-
-    def _is_due(self) -> bool:
-        interval = REFRESH_SECONDS if self.terminal else self.every
-        return self.show and time.perf_counter() - self._last_update >= interval
-
     def _end(self) -> None:
         self._step_reports.close()
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        for bar in (self.validation, self.bar):
+            if bar is not None:
+                bar.close()
+        self.bar = self.validation = None
 
     # ---------------------------------------------------------------------------------------------- training
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin("training", "step", trainer.max_steps, trainer.global_step)
+        steps = trainer.max_steps
+        self.bar = Progress("training", steps, "steps", trainer.global_step, self.show, self.every)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        last = self.terminal and trainer.global_step == trainer.max_steps
-        if trainer.global_step > self._done and (last or self._is_due()):
-            self._advance(trainer.global_step, self._training_figures(trainer, pl_module))
+        if self.bar is not None and trainer.global_step > self.bar.done:
+            self.bar.update(trainer.global_step, lambda: self._training_figures(trainer, pl_module))
 
     @staticmethod
     def _training_figures(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
-        figures = {}
+        figures = {"epoch": epoch_of(trainer)} if trainer.num_training_batches > 1 else {}
         if (loss := trainer.callback_metrics.get("train/loss")) is not None:
-            figures["loss"] = f"{loss:.4f}"
+            figures["loss"] = f"{loss:.4f}"  # waits for the GPU
         timing = next((c for c in trainer.callbacks if isinstance(c, TimingLogger)), None)  # type: ignore[attr-defined]
         if timing is not None and timing.steps:
             recent = timing.training_figures(trainer, pl_module, 50)
@@ -113,32 +78,60 @@ class ProgressBar(callbacks.ProgressBar):
         return figures
 
     @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end()
+
+    # ---------------------------------------------------------------------------------------------- validation
+
+    @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.bar is not None:
-            self.bar.set_description_str("validating")
+        counts = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        batches = int(sum(count for count in counts if math.isfinite(count)))
+        self.validation = Progress("validating", batches, "batches", show=self.show, every=self.every, leave=False)
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self.validation is not None:
+            self.validation.update(self.validation.done + 1)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.validation is not None:
+            self.validation.close()
+            self.validation = None
         if self.bar is not None:
-            self.bar.set_description_str("training")
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end()
+            self.bar.redraw()
 
     # ---------------------------------------------------------------------------------------------- sampling
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        batches = getattr(getattr(trainer.predict_dataloaders, "dataset", None), "batches", [])
-        self._begin("sampling", "image", sum(request.kept for batch in batches for request in batch), 0)
-        steps = pl_module.sampling.steps_taken  # type: ignore[union-attr]
+        done, total = images_of(trainer)
+        bar = self.bar = Progress("sampling", total, "images", done, self.show, self.every)
+        steps: int = pl_module.sampling.steps_taken  # type: ignore[union-attr, assignment]
 
-        def on_step(done: int, latents: Tensor) -> None:
-            if self._is_due():
-                self._advance(self._done, {"step": f"{done}/{steps}"})
+        def on_step(step: int, latents: Tensor) -> None:
+            share = step / (steps + 1) * self._batch_images  # the rest is decoding
+            stage = f"{step}/{steps}, decoding" if step == steps else f"{step}/{steps}"
+            bar.update(self._batches_done + share, lambda: {"step": stage})
 
+        self._batches_done, self._batch_images = done, 0
         self._step_reports.enter_context(pl_module.step_reports(on_step))  # type: ignore[operator]
+
+    @override
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        requests = batch.get("caption", ()) if isinstance(batch, Mapping) else batch
+        self._batch_images = sum(getattr(request, "kept", True) for request in requests)
 
     @override
     def on_predict_batch_end(
@@ -150,10 +143,9 @@ class ProgressBar(callbacks.ProgressBar):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        done = self._done + sum(request.kept for request in outputs.requests)
-        if self.terminal or self._is_due():
-            self._advance(done, {})
-        self._done = done
+        self._batches_done += sum(request.kept for request in outputs.requests)
+        if self.bar is not None:
+            self.bar.update(self._batches_done)
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -162,3 +154,27 @@ class ProgressBar(callbacks.ProgressBar):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._end()
+
+
+def epoch_of(trainer: Trainer) -> str:
+    """The current epoch, from 1 on, and how many the training has, where that is known: ``3/10``."""
+    epoch, batches = trainer.current_epoch + 1, trainer.num_training_batches
+    if not batches or not math.isfinite(batches):
+        return str(epoch)
+    steps = math.ceil(batches / trainer.accumulate_grad_batches)
+    return f"{epoch}/{max(epoch, math.ceil(trainer.max_steps / steps))}"
+
+
+def images_of(trainer: Trainer) -> tuple[int, int]:
+    """How many images of a sampling are done before it starts, and how many there are; on this device.
+
+    0 of 0 if the data does not say.
+    """
+    images: Any = getattr(trainer.predict_dataloaders, "dataset", None)
+    if not hasattr(images, "batches"):  # plain prompts
+        return 0, len(images) if isinstance(images, Sized) else 0
+    wanted = [request for batch in images.batches for request in batch if request.kept]
+    left = sum(request.index not in images.done for request in wanted)
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    done = len(getattr(data, "done", ())) if trainer.world_size == 1 else len(wanted) - left
+    return done, done + left

@@ -106,8 +106,9 @@ class ValidationSamples(Callback):
         elif pl_module.controlnet is not None:
             images, columns = self._control(trainer, pl_module, prompts), 2
         else:
-            images, columns = pl_module.infer(prompts, seed=self.seed, show_progress=False)["samples"], 1  # type: ignore[operator]
-        captions = [f"{text} · {self.seed + k}" for k, text in enumerate(texts)]
+            out = pl_module.infer(prompts, seed=self.seed, show_progress=shows_progress(trainer))  # type: ignore[operator]
+            images, columns = out["samples"], 1
+        captions = [f"{text} · seed {self.seed + k}" for k, text in enumerate(texts)]
         self.output_dir.mkdir(parents=True, exist_ok=True)
         file = self.output_dir / f"{trainer.global_step:06d}.png"
         save_png(captioned_sheet(images, captions, columns * TILE), file, {})
@@ -125,14 +126,16 @@ class ValidationSamples(Callback):
             originals += to_images(image / 2 + 0.5)
             masked += to_images(mask_out(image, mask) / 2 + 0.5)
             masks += mask
-        samples = pl_module.infer(prompts, originals, masks, seed=self.seed, show_progress=False)["samples"]
+        shown = shows_progress(trainer)
+        samples = pl_module.infer(prompts, originals, masks, seed=self.seed, show_progress=shown)["samples"]
         return [contact_sheet(list(row), columns=3) for row in zip(originals, masked, samples, strict=True)]
 
     def _control(self, trainer: Trainer, pl_module: Any, prompts: Sequence[str]) -> list[Image.Image]:
         """For each prompt, side by side: a control image of the data, and the image that follows it."""
         examples = self._examples(trainer, len(prompts))
         controls = [to_images(example["conditioning"][None])[0] for example in examples]
-        samples = pl_module.infer(prompts, control=controls, seed=self.seed, show_progress=False)["samples"]
+        shown = shows_progress(trainer)
+        samples = pl_module.infer(prompts, control=controls, seed=self.seed, show_progress=shown)["samples"]
         controls = [control.resize(image.size) for control, image in zip(controls, samples, strict=True)]
         return [contact_sheet(list(row), columns=2) for row in zip(controls, samples, strict=True)]
 
@@ -156,6 +159,11 @@ class ValidationSamples(Callback):
             if len(captions) >= self.num_prompts:
                 break
         return captions[: self.num_prompts]
+
+
+def shows_progress(trainer: Trainer) -> bool:
+    """Whether the trainer's progress bar is one of ours, whose line the bar of the denoising steps takes meanwhile."""
+    return bool(getattr(trainer.progress_bar_callback, "show", False))
 
 
 def _preview_set(trainer: Trainer) -> Any:

@@ -18,6 +18,8 @@ from sdmodule.io.run_folder import set_aside_images
 def predict(cfg: DictConfig) -> None:
     """Sample images. Whatever cannot work is reported before anything is written."""
     from sdmodule.cli.resume_predict import find_finished
+    from sdmodule.cli.summary import sampling_summary
+    from sdmodule.cli.unknown_words import unknown_words
 
     check_bool("resume", cfg.resume)
     output_dir = prepare_output_dir(cfg)
@@ -32,11 +34,13 @@ def predict(cfg: DictConfig) -> None:
         echo(f"Resuming: {len(data.done)} of {len(data.requests)} images are there")
     if speed.effect:
         echo(speed.effect)
+    if unknown := unknown_words(model, data.requests):
+        echo(unknown)
 
     with output_dir_locked(output_dir):
         sample(cfg, trainer, model, data, output_dir)
-    grid = output_dir / "grid.png"
-    echo(f"Wrote {grid if grid.is_file() else output_dir}")
+    for line in sampling_summary(trainer, data, output_dir):
+        echo(line)
 
 
 def sample(cfg: DictConfig, trainer: Any, model: Any, data: Any, output_dir: Path) -> None:

@@ -12,7 +12,7 @@ from sdmodule.cli.config_keys import side_effects
 from sdmodule.cli.console import configured_loggers, echo, echo_device, is_rank_zero, report_interrupts
 from sdmodule.cli.instantiate import build_trainer, instantiate
 from sdmodule.cli.output_dir import output_dir_locked, prepare_output_dir, write_config
-from sdmodule.errors import check_bool, check_seed
+from sdmodule.errors import check_bool, check_seed, count_of
 from sdmodule.io.redact import redact
 from sdmodule.io.run_folder import set_aside_training
 
@@ -50,29 +50,39 @@ def train(cfg: DictConfig) -> None:
 
     with output_dir_locked(output_dir):
         fit(cfg, trainer, model, data, output_dir)
-    echo(f"Wrote {output_dir}")
 
 
 def fit(cfg: DictConfig, trainer: Any, model: Any, data: Any, output_dir: Path) -> None:
     """Train, once nothing is left that could be wrong with the settings; from here on files are written."""
-    from sdmodule.speed.apply import training_attention
+    from sdmodule.cli.summary import TrainingRecord, training_summary
 
     if is_rank_zero() and (earlier := set_aside_training(output_dir, cfg.ckpt_path)):
         echo(f"Moved what an earlier training left here to {', '.join(path.name for path in earlier)}")
     write_config(cfg, output_dir)
-    attention = training_attention(trainer.strategy.root_device.type, str(trainer.precision))
-    compiled = {"compile": cfg.training.compile} if "training" in cfg.model else {}
-    echo_device(trainer, attention=attention, **compiled)
+    announce(cfg, trainer, model, output_dir)
+    trainer.callbacks.append(record := TrainingRecord())
     config = redact(OmegaConf.to_container(cfg, resolve=True))
-    if effects := side_effects(cfg, "tuning"):
-        echo(effects)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    echo(f"Training {trained:,} of {total:,} parameters for {trainer.max_steps:,} steps; writing to {output_dir}")
     with report_interrupts(trainer, output_dir), configured_loggers(trainer, config, output_dir):
         if cfg.validate_first and cfg.ckpt_path is None:
             trainer.validate(model, datamodule=data, verbose=False)
         trainer.fit(model, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+    for line in training_summary(cfg, trainer, model, data, record):
+        echo(line)
+
+
+def announce(cfg: DictConfig, trainer: Any, model: Any, output_dir: Path) -> None:
+    """Say what the training computes on, what its settings set elsewhere, and how much it trains."""
+    from sdmodule.speed.apply import training_attention
+
+    attention = training_attention(trainer.strategy.root_device.type, str(trainer.precision))
+    compiled = {"compile": cfg.training.compile} if "training" in cfg.model else {}
+    echo_device(trainer, attention=attention, **compiled)
+    if effects := side_effects(cfg, "tuning"):
+        echo(effects)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    steps = count_of(trainer.max_steps, "step")
+    echo(f"Training {trained:,} of {total:,} parameters for {steps}; writing to {output_dir}")
 
 
 def steps_of_epochs(trainer: Any, data: Any) -> int | None:

@@ -6,11 +6,14 @@ import logging
 import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from huggingface_hub import try_to_load_from_cache
 from transformers import CLIPTextModel, PretrainedConfig
+from transformers.utils import logging as logging_of_transformers
 
 HARMLESS = re.compile(
     r"(^|\.)position_ids$"  # constants that transformers stored before 4.31
@@ -46,7 +49,7 @@ def load_network(kind: Any, location: Any, **options: Any) -> Any:
         Exception: of many kinds, from the library that reads the files.
     """
     _check_kind(kind, location, {name: value for name, value in options.items() if name != "variant"})
-    with _quiet("diffusers", "transformers"):
+    with _quiet("diffusers", "transformers"), _without_bar_if_on_disk(location, options):
         network, found = kind.from_pretrained(
             location,
             use_safetensors=True,
@@ -91,6 +94,25 @@ def _check_kind(kind: Any, location: Any, options: dict[str, Any]) -> None:
         found = kind.load_config(location, **options).get("_class_name")
     if found is not None and found not in CONFIG_KINDS[kind]:
         raise UnfitWeights(f"it is {found}, not {kind.__name__}")
+
+
+@contextmanager
+def _without_bar_if_on_disk(location: Any, options: dict[str, Any]) -> Iterator[None]:
+    """Keep transformers from drawing a bar while it reads a file that is here already; downloads keep theirs."""
+    weights = "/".join(filter(None, [options.get("subfolder"), "model.safetensors"]))
+    if (variant := options.get("variant")) is not None:
+        weights = weights.replace(".safetensors", f".{variant}.safetensors")
+    on_disk = Path(location).is_dir() or isinstance(
+        try_to_load_from_cache(str(location), weights, revision=options.get("revision")), str
+    )
+    if not on_disk or not logging_of_transformers.is_progress_bar_enabled():
+        yield
+        return
+    logging_of_transformers.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging_of_transformers.enable_progress_bar()
 
 
 @contextmanager

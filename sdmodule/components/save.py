@@ -14,13 +14,17 @@ from torch import Tensor, nn
 from sdmodule.components.checkpoint import MODELS, PARTS, SAMPLING, Components
 from sdmodule.components.inpaint_unet import is_inpaint_unet
 from sdmodule.components.source import INDEX
+from sdmodule.io.progress import LONG_TASK, progress
 
 
 def save_components(parts: Components, folder: str | Path, dtype: str = "float32") -> None:
     """Write a folder that diffusers' Stable Diffusion pipelines load, with weights of ``dtype``."""
     folder = Path(folder)
-    for name in PARTS:
-        save_part(name, getattr(parts, name), folder, dtype)
+    sizes = {name: megabytes(getattr(parts, name), dtype) for name in MODELS}
+    with progress(sum(sizes.values()), "writing weights, in MB", delay=LONG_TASK) as on_done:
+        for name in PARTS:
+            save_part(name, getattr(parts, name), folder, dtype)
+            on_done(sizes.get(name, 0))
     pipeline = "StableDiffusionInpaintPipeline" if is_inpaint_unet(parts.unet) else "StableDiffusionPipeline"
     index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__}
     index["requires_safety_checker"] = False
@@ -30,13 +34,20 @@ def save_components(parts: Components, folder: str | Path, dtype: str = "float32
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def megabytes(model: nn.Module, dtype: str) -> int:
+    """Size of a model's weights as ``dtype``, at least 1."""
+    bytes_each = getattr(torch, dtype).itemsize
+    return max(1, round(sum(weight.numel() for weight in model.parameters()) * bytes_each / 1e6))
+
+
 def save_part(name: str, part: Any, folder: str | Path, dtype: str = "float32") -> None:
     """Write one part to ``folder/name``."""
     subfolder = Path(folder) / name
-    if name not in MODELS:
+    if name == "scheduler":
+        save_scheduler(part, subfolder)
+    elif name == "tokenizer":
         part.save_pretrained(subfolder)
-        if name == "tokenizer":
-            part.backend_tokenizer.model.save(str(subfolder))  # vocab.json and merges.txt, which older readers need
+        part.backend_tokenizer.model.save(str(subfolder))  # vocab.json and merges.txt, which older readers need
     elif name == "text_encoder":
         part.config.save_pretrained(subfolder)
         # transformers 5 leaves out the prefix that every other reader of these files expects
@@ -47,6 +58,18 @@ def save_part(name: str, part: Any, folder: str | Path, dtype: str = "float32") 
         save_file(weights, subfolder / "model.safetensors", metadata={"format": "pt"})
     else:
         save_model(part, subfolder, dtype)
+
+
+def save_scheduler(scheduler: Any, folder: str | Path) -> None:
+    """Write a scheduler's configuration.
+
+    diffusers' pipelines take any ``steps_offset`` but 1 for outdated: they warn, and sample with 1. It counts for
+    ``leading`` timesteps alone, so with others it is written as 1, which changes no image.
+    """
+    config = {**scheduler.config}
+    if config.get("steps_offset", 1) != 1 and config.get("timestep_spacing", "leading") != "leading":
+        scheduler = type(scheduler).from_config(config, steps_offset=1)
+    scheduler.save_pretrained(folder)
 
 
 def save_model(model: Any, folder: str | Path, dtype: str = "float32") -> None:

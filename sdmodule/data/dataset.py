@@ -19,6 +19,7 @@ from sdmodule.data.sources.verify import load_beside, load_rgb
 from sdmodule.io.fingerprint import file_fingerprint
 from sdmodule.io.image_files import upright_size
 from sdmodule.io.images import image_to_tensor
+from sdmodule.io.progress import LONG_TASK, progress
 from sdmodule.io.transparency import mask_levels, on_white
 
 LARGEST_COVERING = 2**26
@@ -65,8 +66,11 @@ class ImageFolderDataset(Dataset[CaptionedImage]):
         self.sizes: list[Size] | None = None
         if buckets:
             allowed = bucket_sizes(size)
-            shapes = (upright_size(examples[index].path) for index in range(len(examples)))
-            self.sizes = [nearest_bucket(*shape, allowed) for shape in shapes]
+            self.sizes = []
+            with progress(len(examples), "reading sizes of images for buckets", delay=LONG_TASK) as on_done:
+                for index in range(len(examples)):
+                    self.sizes.append(nearest_bucket(*upright_size(examples[index].path), allowed))
+                    on_done(1)
         # in shared memory, so that persistent workers see a new epoch
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 

@@ -88,7 +88,7 @@ def sheet(folder: Path, jobs: Sequence[Job], tile: int = 160, margin: int = 180)
         draw.multiline_text((margin + column * (tile + 8), 4), "\n".join(lines), fill="black", font=font, spacing=0)
     for number, ((prompt, seed), files) in enumerate(list(rows.items())[:SHEET_ROWS]):
         y = head + number * (tile + 8)
-        lines = [*wrap_text(prompt, font, margin - 16, max_lines=(tile - line) // line), str(seed)]
+        lines = [*wrap_text(prompt, font, margin - 16, max_lines=(tile - line) // line), f"seed {seed}"]
         draw.multiline_text((8, y), "\n".join(lines), fill="black", font=font, spacing=0)
         for column, job in enumerate(jobs):
             if job.folder in files:

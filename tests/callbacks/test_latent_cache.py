@@ -238,4 +238,4 @@ def test_an_interrupted_making_goes_on_where_it_stopped(checkpoint, tmp_path):
     after = cached_keys(cache)
     assert len(after) == 700 and before.items() <= after.items()
     assert not [file for file in cache.rglob("*") if file.is_file() and file.suffix != ".safetensors"]
-    assert output.splitlines()[-1].startswith("Wrote ")
+    assert output.splitlines()[-1].startswith("Sample with it: ")

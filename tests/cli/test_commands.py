@@ -116,7 +116,7 @@ def test_train_writes_checkpoints_samples_metrics_and_a_pipeline(call, checkpoin
         train_main, *[f"+{s}" if s == "steps=2" else s for s in settings], "trainer.max_steps=4"
     )
     assert (status, complaint) == (0, "")
-    assert "Training" in printed and str(out) in printed and len(printed.splitlines()) == 2
+    assert "Training" in printed and str(out) in printed and len(printed.splitlines()) == 6
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["last.ckpt"]
     assert (out / "samples" / "000004.png").is_file()
     metrics = list(csv.DictReader((out / "metrics.csv").open()))

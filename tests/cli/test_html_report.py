@@ -57,7 +57,7 @@ def test_the_page_of_a_sweep_in_a_browser(browser, sweep):
         "tome.ratio=0.75",
     ]
     heads = browser.run("[...document.querySelectorAll('tbody th')].map((head) => head.textContent)")
-    assert heads[0] == "a red circle · 0" and heads[2].startswith("a <b>star</b> </script>") and len(heads) == 4
+    assert heads[0] == "a red circle · seed 0" and heads[2].startswith("a <b>star</b> </script>") and len(heads) == 4
     bars = "document.querySelectorAll('.bar').length"
     assert browser.run(bars) == 3 and "images/s" in browser.run("document.querySelector('.bars').textContent")
 
@@ -93,6 +93,27 @@ def test_the_page_of_a_sweep_in_a_browser(browser, sweep):
     assert browser.run("document.querySelectorAll('figure').length") == 12
     assert "0.75" in browser.run("[...document.querySelectorAll('figure')].at(-1).querySelector('dl').textContent")
     assert browser.messages == []
+
+
+def test_a_narrow_page_cuts_nothing_and_enlarges_an_image(browser, sweep):
+    browser.call("Emulation.setDeviceMetricsOverride", width=500, height=900, deviceScaleFactor=1, mobile=False)
+    browser.open((sweep / "index.html").as_uri())
+    edges = browser.run("[...document.querySelectorAll('td img')].map((image) => image.getBoundingClientRect().right)")
+    assert len(edges) == 12 and max(edges) <= 500
+    assert browser.run("document.documentElement.scrollWidth") <= 500
+    assert browser.run("document.querySelector('.scroll').scrollWidth <= document.querySelector('.scroll').clientWidth")
+    names = "[...document.querySelectorAll('td')].map((cell) => getComputedStyle(cell, '::before').content)"
+    assert browser.run(names)[1:4] == ['"tome.ratio=0"', '"tome.ratio=0.5"', '"tome.ratio=0.75"']
+
+    small = browser.run("document.querySelector('td img').getBoundingClientRect().width")
+    browser.run("document.querySelector('td a').focus()")
+    browser.press("Enter")
+    assert len(loaded(browser)) == 14 and browser.run("document.querySelector('dialog').open")
+    large = browser.run("document.querySelector('dialog img').getBoundingClientRect().width")
+    assert small < 200 and 400 < large <= 500
+    assert "seed 0" in browser.run("document.querySelector('dialog p').textContent")
+    browser.run("document.querySelector('dialog').click()")
+    assert not browser.run("document.querySelector('dialog').open") and browser.messages == []
 
 
 def test_the_page_of_an_inpaint_run_shows_before_and_after(browser, call, checkpoint, tmp_path):

@@ -40,7 +40,7 @@ def test_predict_logs_images_table_timings_and_configuration(call, checkpoint, t
     status, printed, complaint = call(predict_main, *settings, f"pretrained={checkpoint}", f"output_dir={out}")
     assert (status, complaint) == (0, "") and "W&B is offline; upload the run with: wandb sync " in printed
 
-    run, captions = read_run(out), ["a red circle · 7", "a star · 8"]
+    run, captions = read_run(out), ["a red circle · seed 7", "a star · seed 8"]
     assert [value["captions"] for value in run.logged("predict/samples")] == [[caption] for caption in captions]
     assert run.logged("predict/images")[:2] == [1, 2] and run.axes["predict/*"] == "predict/images"
     names = [record["file"] for record in records(out)]

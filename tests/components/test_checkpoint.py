@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import PNDMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from sdmodule.components.checkpoint import PARTS, Components, load_components, load_part
-from sdmodule.components.save import save_components
+from sdmodule.components.save import save_components, save_part
 from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
 
@@ -183,6 +185,42 @@ def test_a_saved_checkpoint_loads_with_equal_weights(parts, tmp_path):
 
 def test_text_encoder_keys_have_the_prefix_that_other_tools_expect(checkpoint):
     assert all(name.startswith("text_model.") for name in load_file(checkpoint / "text_encoder" / "model.safetensors"))
+
+
+def test_diffusers_loads_an_export_of_the_embedded_model_without_a_word_and_nothing_changes(tmp_path, caplog):
+    module = StableDiffusionModule.from_pretrained("tiny")
+    module.save_pretrained(tmp_path)
+    again = StableDiffusionModule.from_pretrained(str(tmp_path))
+    changed = {"steps_offset", "_use_default_values", "_diffusers_version"}
+    before, after = module.parts.scheduler.config, again.parts.scheduler.config
+    assert {k: v for k, v in after.items() if k not in changed} == {k: v for k, v in before.items() if k not in changed}
+    for scheduler in (None, "euler", "dpmpp_2m", "pndm"):
+        one, other = (
+            sd.infer(
+                "a red circle on a blue background", num_inference_steps=3, scheduler=scheduler, return_type="tensor"
+            )
+            for sd in (module, again)
+        )
+        assert torch.equal(one["samples"], other["samples"]), scheduler
+
+    logging.getLogger("diffusers").addHandler(caplog.handler)
+    try:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            pipeline = StableDiffusionPipeline.from_pretrained(tmp_path)
+    finally:
+        logging.getLogger("diffusers").removeHandler(caplog.handler)
+    assert not [w for w in warned if "outdated" in str(w.message)] and "outdated" not in caplog.text
+    pipeline.set_progress_bar_config(disable=True)
+    prompt, settings = "a red circle on a blue background", {"num_inference_steps": 3, "guidance_scale": 2.0}
+    image = pipeline(prompt, generator=torch.Generator().manual_seed(0), output_type="np", **settings).images
+    assert np.array_equal(image, again.infer(prompt, return_type="numpy", guidance_rescale=0.0, **settings)["samples"])
+
+
+def test_a_scheduler_whose_timesteps_would_change_is_saved_as_it_is(checkpoint, tmp_path):
+    scheduler = DDIMScheduler(steps_offset=0, timestep_spacing="leading")
+    save_part("scheduler", scheduler, tmp_path)
+    assert json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())["steps_offset"] == 0
 
 
 def test_diffusers_loads_the_folder_and_makes_equal_images(module, tmp_path):

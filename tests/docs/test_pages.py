@@ -1,11 +1,13 @@
 """Every command and every Python block of the documentation does what its page says."""
 
+import json
 import os
 import re
 from itertools import zip_longest
 
 import pytest
 
+from sdmodule.cli.unknown_words import KNOWN
 from tests.docs.blocks import PAGES, ROOT, Block, commands, find_blocks, run_block
 
 pytestmark = pytest.mark.docs
@@ -39,6 +41,29 @@ def check_message(quoted: Block, printed: str) -> None:
         quoted.page.write_text(text.replace(f"```text\n{quoted.code}```", f"```text\n{said}```"), encoding="utf-8")
     else:
         assert said == quoted.code, f"the message is now {said!r}; UPDATE_DOCS=1 writes it into the page"
+
+
+def test_the_embedded_model_is_asked_for_what_it_draws():
+    """Prompts in the pages that name no other model end in a background and have words that it knows."""
+    others = ("pretrained=", "adapters=", "controlnet=", "experiment=", "--from")
+    asked = []
+    for page in PAGES:
+        for block in find_blocks(page):
+            if block.language != "bash" or block.remark.startswith(("fails", "not run")):
+                continue
+            for words in commands(block.code):
+                given = [word.partition("=")[2] for word in words if word.startswith("prompt=")]
+                if "predict.py" in words and not any(word.startswith(others) for word in words):
+                    asked += [(block.place, prompt) for text in given for prompt in as_list(text)]
+    assert len(asked) > 15
+    for place, prompt in asked:
+        unknown = set(re.findall(r"[a-z]+", prompt.lower())) - KNOWN
+        assert not unknown and prompt.endswith(" background"), f"{place}: {prompt}"
+
+
+def as_list(text):
+    """The prompts in the value of ``prompt=``."""
+    return json.loads(text) if text.startswith('["') else [text.strip('"')]
 
 
 def test_every_page_with_commands_is_read():

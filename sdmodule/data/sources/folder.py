@@ -14,7 +14,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 
 from sdmodule.data.example import Example, Examples
-from sdmodule.errors import SettingsError, check_path, choices
+from sdmodule.errors import SettingsError, check_path, choices, count_of
 from sdmodule.io.image_files import SUFFIXES, UNREAD_SUFFIXES, ImageFile
 
 EXTRA_COLUMNS = {"mask_file_name": "mask", "conditioning_image_file_name": "control"}
@@ -251,5 +251,5 @@ def _check_fields(row: Mapping[Any, Any], reader: csv.DictReader, where: str) ->
     given = len(names) + len(row.get(None, ())) - sum(row[name] is None for name in names)
     if given != len(names):
         raise SettingsError(
-            f"{where} has {given} fields, and the header has {len(names)}; put a caption with a comma in double quotes."
+            f"{where} has {count_of(given, 'field')}, and the header has {len(names)}; put a caption with a comma in double quotes."
         )

@@ -12,7 +12,7 @@ import json
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +23,7 @@ from sdmodule.data.example import Example, Examples
 from sdmodule.data.sources.folder import some
 from sdmodule.errors import SettingsError, check_path, choices
 from sdmodule.io.image_files import SUFFIXES, ImageFile
+from sdmodule.io.progress import LONG_TASK, progress
 
 
 class Member(NamedTuple):
@@ -89,18 +90,17 @@ class Shards:
         pairs: list[tuple[Member, Member]] = []
         bare: list[Member] = []
         others: Counter[str] = Counter()
-        for shard in self.files():
-            for files in _samples(shard, str(self)):
-                images = [files.pop(kind) for kind in sorted(SUFFIXES & files.keys())]
-                caption = files.pop(".txt", None) or files.pop(".json", None)
-                if len(images) > 1:
-                    raise SettingsError(f"{self}: {images[0]} and {images[1]} have the same name; keep one of them.")
-                if images and caption:
-                    pairs.append((images[0], caption))
-                    files.pop(".json", None)
-                else:
-                    bare += images
-                others.update(files.keys())
+        for files in self._indexed():
+            images = [files.pop(kind) for kind in sorted(SUFFIXES & files.keys())]
+            caption = files.pop(".txt", None) or files.pop(".json", None)
+            if len(images) > 1:
+                raise SettingsError(f"{self}: {images[0]} and {images[1]} have the same name; keep one of them.")
+            if images and caption:
+                pairs.append((images[0], caption))
+                files.pop(".json", None)
+            else:
+                bare += images
+            others.update(files.keys())
         if bare:
             raise SettingsError(
                 f"{self}: images without a caption: {some([*map(str, bare)])}; put a .txt or a .json of the "
@@ -112,6 +112,14 @@ class Shards:
             kinds = choices(f"{count} {kind or 'without a suffix'}" for kind, count in others.items())
             rank_zero_warn(f"{self}: left out files that are neither image nor caption: {kinds}.")
         return _MemberExamples(pairs, self)
+
+    def _indexed(self) -> Iterator[dict[str, Member]]:
+        """The samples of all shards, each a dictionary of its files; see `_samples`."""
+        shards = self.files()
+        with progress(len(shards), f"{self.key}: indexing shards", delay=LONG_TASK) as on_done:
+            for shard in shards:
+                yield from _samples(shard, str(self))
+                on_done(1)
 
     def files(self) -> list[Path]:
         """Paths of the shards.

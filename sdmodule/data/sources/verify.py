@@ -7,18 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image, UnidentifiedImageError
 
 from sdmodule.data.example import Example, Examples
 from sdmodule.data.sources.folder import some
 from sdmodule.data.sources.verified_files import VerifiedFiles
-from sdmodule.errors import SettingsError, choices
+from sdmodule.errors import SettingsError, choices, count_of
 from sdmodule.io.image_files import FORMATS, SUFFIXES, ImageFile, open_image, open_upright
+from sdmodule.io.progress import LONG_TASK, progress
 from sdmodule.io.transparency import on_white
-
-MANY = 1000
-"""Images from which on a check takes long enough to be announced."""
 
 
 class ImageSource(Protocol):
@@ -56,10 +54,15 @@ def verify_images(examples: Examples, source: ImageSource, skip_bad: bool) -> li
         SettingsError: if an image is unreadable and ``skip_bad`` is false, or if none is readable.
     """
     verified = VerifiedFiles(str(source))
-    if (count := len(examples)) > MANY:
-        rank_zero_info(f"{source.key}: checking {count} images; those found good are not checked again.")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(pool.map(lambda index: _problems(examples[index], source, verified), range(count)))
+    count = len(examples)
+    with (
+        progress(count, f"{source.key}: checking images, once", delay=LONG_TASK) as on_done,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        found = []
+        for problems in pool.map(lambda index: _problems(examples[index], source, verified), range(count)):
+            found.append(problems)
+            on_done(1)
     verified.save()
     good = [index for index, problems in enumerate(found) if not problems]
     problems = {name: problem for one in found for name, problem in one.items()}
@@ -68,14 +71,14 @@ def verify_images(examples: Examples, source: ImageSource, skip_bad: bool) -> li
     told = [f"{name} ({problem})" for name, problem in problems.items()]
     if not skip_bad:
         raise SettingsError(
-            f"{source}: {len(problems)} unreadable images: {some(told)}; replace them, or set data.skip_bad=true to "
+            f"{source}: {count_of(len(problems), 'unreadable image')}: {some(told)}; replace them, or set data.skip_bad=true to "
             "leave them out."
         )
     if not good:
         raise SettingsError(
             f"{source}: no readable image is left after skipping {some(told)}; give a source with some."
         )
-    rank_zero_warn(f"{source.key}: skipped {len(problems)} unreadable images: {some(told, limit=20)}.")
+    rank_zero_warn(f"{source.key}: skipped {count_of(len(problems), 'unreadable image')}: {some(told, limit=20)}.")
     return good
 
 

@@ -1,0 +1,154 @@
+"""What a training and a sampling say when they end, and whether the command that they print works."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from sdmodule.cli.main import predict_main, train_main
+from sdmodule.cli.next_command import command_line
+from tests.cli.test_commands import records
+
+ROOT = Path(__file__).parents[2]
+FIGURES = re.compile(
+    r"Trained 2 steps in (\d+ seconds?|\d+:\d\d minutes), [\d.]+ images per second, peak memory [\d.]+ GiB"
+)
+
+
+def last_lines(result):
+    """The summary of a training that worked, from "Trained" on."""
+    status, printed, complaint = result
+    assert (status, complaint) == (0, ""), complaint
+    lines = printed.splitlines()
+    return lines[next(k for k, line in enumerate(lines) if line.startswith("Trained")) :]
+
+
+def sampled_with(call, line, out, *settings):
+    """Run the command that a training has printed; returns the records of its images."""
+    command, *arguments = shlex.split(line.removeprefix("Sample with it: "))
+    assert command == "sdmodule-predict"
+    status, printed, complaint = call(predict_main, *arguments, f"output_dir={out}", "steps=2", *settings)
+    assert (status, complaint) == (0, "")
+    assert printed.startswith("Sampled 1 image, ") and printed.endswith(f"Wrote {out}/grid.png and {out}/index.html\n")
+    return records(out)
+
+
+KINDS = {
+    "full": ([], r"pretrained=\S+/export height=40 width=40 .prompt=.*"),
+    "lora": (["experiment=lora", "validate_first=false"], r"'adapters=\[\{path: \S+/export\}\]' .*"),
+    "textual inversion": (
+        ["experiment=textual_inversion", "tuning.placeholder=<it>", "data.template='a photo of {}'"],
+        r"'adapters=\[\{path: \S+/export\}\]' .*'prompt=a photo of <it>'",
+    ),
+    "controlnet": (["experiment=controlnet"], r"controlnet=\S+/export .*control=\S+\.png control_edges=true .*"),
+    "inpaint": (
+        ["model=inpaint", "training.inpaint.convert=true"],
+        r"pretrained=\S+/export model=inpaint image=\S+\.png 'mask=\[10,12,30,36\]' .*",
+    ),
+    "autoencoder": (["model=autoencoder"], r"components\.vae=\S+/export/vae .*"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_training_ends_with_figures_and_the_command_that_samples(call, checkpoint, photos, tmp_path, kind):
+    settings, expected = KINDS[kind]
+    out = tmp_path / "my_run"
+    common = [f"data.root={photos}", f"pretrained={checkpoint}", f"output_dir={out}", "resolution=40", "cache=none"]
+    common += ["trainer.max_steps=2", "trainer.accumulate_grad_batches=1", "data.batch_size=2", "progress=false"]
+    lines = last_lines(call(train_main, *settings, *common))
+    assert FIGURES.fullmatch(lines[0]), lines[0]
+    assert lines[-2] == f"Wrote {out}; the export is {out}/export"
+    assert re.search(expected, lines[-1]), lines[-1]
+    metric = "val/psnr" if kind == "autoencoder" else "val/loss"
+    if kind == "textual inversion":
+        assert len(lines) == 3
+    else:
+        assert re.fullmatch(rf"{metric}: [\d.]+ after", lines[1]), lines
+    [record] = sampled_with(call, lines[-1], tmp_path / "sampled", "batch_size=1")
+    assert record["prompt"].startswith("image ") or "<it>" in record["prompt"]
+
+
+@pytest.mark.slow
+def test_validation_losses_are_told_from_where_they_were_measured(call, checkpoint, photos, tmp_path):
+    out = tmp_path / "out"
+    common = [f"data.root={photos}", f"pretrained={checkpoint}", f"output_dir={out}", "resolution=32", "progress=false"]
+    lines = last_lines(call(train_main, *common, "trainer.max_steps=2", "validate_first=true"))
+    assert re.fullmatch(r"val/loss: [\d.]+ before, [\d.]+ after", lines[1])
+    common += ["trainer.val_check_interval=2", "ckpt_path=last"]
+    lines = last_lines(call(train_main, *common, "trainer.max_steps=7", "callbacks=[checkpoint]"))
+    assert re.fullmatch(r"Trained 5 steps in [\w: ]+", lines[0]), "without timings, none are told"
+    assert re.fullmatch(r"val/loss: [\d.]+ at step 2, [\d.]+ at step 6", lines[1])
+    assert lines[2:] == [f"Wrote {out}"], "and without an export there is nothing to sample with"
+
+
+def test_captions_reach_the_printed_command_letter_for_letter(call, checkpoint, photos, tmp_path):
+    caption = 'it\'s a [clock] (12:30), "$HOME" ${x} & more'
+    rows = [{"file_name": f"{k}.png", "text": caption} for k in range(6)]
+    (photos / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = [f"data.root={photos}", f"pretrained={checkpoint}", f"output_dir={tmp_path / 'out'}", "resolution=32"]
+    lines = last_lines(call(train_main, *settings, "trainer.max_steps=1", "callbacks=[export]"))
+    assert lines[0].startswith("Trained 1 step in ")
+    [record] = sampled_with(call, lines[-1], tmp_path / "sampled")
+    assert record["prompt"] == caption.replace("(", r"\(").replace(")", r"\)")
+
+
+def test_a_training_of_one_step_is_announced_in_the_singular(call, checkpoint, photos, tmp_path):
+    settings = [f"data.root={photos}", f"pretrained={checkpoint}", f"output_dir={tmp_path / 'out'}", "resolution=32"]
+    status, printed, _ = call(train_main, *settings, "trainer.max_steps=1", "callbacks=[]")
+    assert status == 0 and "parameters for 1 step; writing to" in printed
+
+
+def test_commands_are_printed_in_the_words_that_started_the_process(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "orig_argv", [".venv/bin/python", "train.py", "x=1"])
+    monkeypatch.setattr(sys, "argv", ["train.py", "x=1"])
+    assert command_line("predict", "prompt=a b") == ".venv/bin/python predict.py 'prompt=a b'"
+    monkeypatch.setattr(sys, "argv", ["../my clone/train.py"])
+    assert command_line("predict") == ".venv/bin/python '../my clone/predict.py'"
+
+    for name in ("sdmodule-train", "sdmodule-predict"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "sdmodule-train")])
+    monkeypatch.setenv("PATH", "/usr/bin")
+    assert command_line("predict") == f"{tmp_path}/sdmodule-predict"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert command_line("predict") == "sdmodule-predict"
+
+
+@pytest.mark.slow
+def test_the_printed_command_runs_in_a_shell(checkpoint, photos, tmp_path):
+    settings = [f"data.root={photos}", f"pretrained={checkpoint}", "output_dir=my run", "resolution=32"]
+    line = [sys.executable, str(ROOT / "train.py"), *settings, "trainer.max_steps=1", "callbacks=[export]"]
+    done = subprocess.run(line, cwd=tmp_path, check=True, capture_output=True, text=True)
+    command = done.stdout.splitlines()[-1].removeprefix("Sample with it: ")
+    assert command.startswith(f"{sys.executable} {ROOT}/predict.py 'pretrained=my run/export' 'prompt=image ")
+    subprocess.run(f"{command} steps=1 output_dir=sampled", shell=True, cwd=tmp_path, check=True, capture_output=True)
+    assert Image.open(tmp_path / "sampled" / "grid.png")
+
+
+def test_a_resumed_sampling_counts_what_it_has_sampled(call, checkpoint, tmp_path):
+    out = tmp_path / "out"
+    settings = ['prompt=["a","b","c"]', "batch_size=1", "steps=1", f"pretrained={checkpoint}", f"output_dir={out}"]
+    assert call(predict_main, *settings)[1].startswith("Sampled 3 images, ")
+    (out / "images" / "00001-1.png").unlink()
+    lines = call(predict_main, *settings, "resume=true")[1].splitlines()
+    assert lines[0] == "Resuming: 2 of 3 images are there" and lines[1].startswith("Sampled 1 image, ")
+    assert call(predict_main, *settings, "resume=true")[1].splitlines()[1] == "Sampled 0 images"
+
+
+def test_words_that_the_embedded_model_never_saw_are_named_once(call, checkpoint, tmp_path):
+    common = ["steps=1", "progress=false", f"output_dir={tmp_path / 'out'}", "num_images_per_prompt=2"]
+    printed = call(predict_main, "prompt=a (red:1.2) cat on a sofa, at night", *common)[1]
+    assert printed.splitlines()[1] == (
+        'pretrained=tiny never saw "cat", "sofa", "night"; it draws circles, diamonds, hearts, squares, stars, '
+        'triangles, such as "a red circle on a blue background".'
+    )
+    known = "prompt=a small (red:1.2) star at the top on an orange background"
+    assert "never saw" not in call(predict_main, known, *common)[1]
+    assert "never saw" not in call(predict_main, "prompt=a cat", f"pretrained={checkpoint}", *common)[1]
