@@ -91,7 +91,7 @@ def test_cut_members_of_a_shard_and_rows_of_a_data_set_are_left_out(tmp_path, na
         ShardsDataModule(str(tmp_path / "0.tar"), skip_bad=True, **SETTINGS),
         HuggingFaceDataModule(str(tmp_path / "rows"), skip_bad=True, **SETTINGS),
     ):
-        with pytest.warns(UserWarning, match="skipped 1 unreadable images"):
+        with pytest.warns(UserWarning, match="skipped 1 unreadable image"):
             ready(data)
         assert [batch["caption"] for batch in data.train_dataloader()] == [["good"]]
 
@@ -104,7 +104,7 @@ def test_a_cut_mask_leaves_its_image_out(tmp_path):
     (tmp_path / "cut.bmp").write_bytes(content[: len(content) // 2])
     masks = ["mask.bmp", "cut.bmp", "mask.bmp"]
     metadata(tmp_path, [{"file_name": f"p{k}.png", "text": f"p{k}", "mask_file_name": masks[k]} for k in range(3)])
-    with pytest.warns(UserWarning, match=r"skipped 1 unreadable images: cut\.bmp \("):
+    with pytest.warns(UserWarning, match=r"skipped 1 unreadable image: cut\.bmp \("):
         data = ready(ImageFolderDataModule(str(tmp_path), skip_bad=True, **SETTINGS))
     assert len(data.train_set) == 2
 

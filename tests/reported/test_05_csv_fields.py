@@ -27,7 +27,7 @@ def test_a_caption_with_a_comma_and_no_quotes_is_refused(folder):
 
 
 def test_a_row_with_too_few_fields_is_refused(folder):
-    with pytest.raises(SettingsError, match=r"line 2 has 1 fields, and the header has 2"):
+    with pytest.raises(SettingsError, match=r"line 2 has 1 field, and the header has 2"):
         captions(folder, "p0.png", "p1.png,a cat")
 
 
