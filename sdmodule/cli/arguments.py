@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 
+from sdmodule.cli import overrides
 from sdmodule.cli.config_keys import key_tags
 from sdmodule.cli.key_hints import nearest_keys, nearest_names
 from sdmodule.cli.typed_line import OVERRIDE, TypedLine, one_of
@@ -23,18 +24,11 @@ SHORT |= {"-cp": "--config-path", "-cn": "--config-name", "-cd": "--config-dir",
 TASKS = ("--run", "--cfg", "--multirun", "--info", "--shell-completion")
 """Options of which a command line has one at most."""
 
-WITH_A_VALUE = (
-    "--cfg",
-    "--package",
-    "--config-path",
-    "--config-name",
-    "--config-dir",
-    "--experimental-rerun",
-    "--from",
-)
-OPTIONS = ("--help", "--hydra-help", "--version", "--resolve", *TASKS, *WITH_A_VALUE[1:])
+WITH_A_VALUE = (*(name for name in overrides.WITH_A_VALUE if name.startswith("--")), "--from")
+OPTIONS = tuple(dict.fromkeys(("--help", "--hydra-help", "--version", "--resolve", *TASKS, *WITH_A_VALUE)))
 
 OPTION = re.compile(r"-{1,2}[A-Za-z]")
+"""How a word begins that is an option; a negative number is none."""
 
 
 def check_words(typed: TypedLine) -> list[str]:
@@ -182,7 +176,7 @@ def _advice(typed: TypedLine, run: list[str]) -> str:
         if tree.has(text):
             return f"write {text}=VALUE, and see --help {text}"
         if groups := groups_with(text, typed):
-            return f"did you mean {one_of([f'{group}={text}' for group in groups])}?".removesuffix("?")
+            return f"write {one_of([f'{group}={text}' for group in groups])}"
     if typed.command == "train":
         return f"write {assignment('data.root', text if Path(text).is_dir() else 'FOLDER')}, and see --help"
     return f"write {assignment('prompts' if text.endswith(('.txt', '.jsonl')) else 'prompt', text)}"

@@ -64,7 +64,12 @@ def report_user_errors(typed: TypedLine, always: bool = False) -> Iterator[None]
 
 def sentence_of(error: Exception, typed: TypedLine) -> str:
     """An error's message in one line: our own as it is, one of Hydra's in our words."""
-    known = None if isinstance(error, SettingsError) else explain(error, typed)
+    if isinstance(error, SettingsError):
+        return one_line(error)
+    try:
+        known = explain(error, typed)
+    except Exception:  # such as files of the user's that do not compose: a hint must not hide what went wrong
+        known = None
     return printable(known) if known else one_line(error).partition(" Config search path:")[0]
 
 

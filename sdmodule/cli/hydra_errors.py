@@ -86,7 +86,8 @@ def _wrong_type(found: Found, typed: TypedLine) -> str:
 
 def _sweep_without_m(found: Found, typed: TypedLine) -> str:
     key, _, value = found[1].partition("=")
-    as_list = "" if "(" in value else f", or write {key}=[{value}] for a list"
+    one_only = key in typed.tree.own_groups and key not in ("callbacks", "logger")
+    as_list = "" if "(" in value or one_only else f", or write {key}=[{value}] for a list"
     return f"{found[1]}: several values are a sweep; add -m (--multirun) to run one after the other{as_list}."
 
 
@@ -136,6 +137,14 @@ def _entry_of_list(found: Found, typed: TypedLine) -> str:
     told = typed.find(rf"\.{re.escape(found[1])}(\.|=)")
     parent = told.partition(f".{found[1]}")[0].lstrip("+~")
     return f"{told}: {parent} is a list and has no keys; write '{parent}=[…]'."
+
+
+def _refers_to_itself(found: Found, typed: TypedLine) -> str:
+    return f"{typed.find(r'[$][{]') or found[1]}: refers to itself; give a value."
+
+
+def _no_list_of_folders(found: Found, typed: TypedLine) -> str:
+    return f"{typed.argument('hydra.searchpath')}: must be a list of folders, such as [file:///my/configuration]."
 
 
 def _unknown_resolver(found: Found, typed: TypedLine) -> str:
@@ -197,6 +206,8 @@ SENTENCES: dict[str, Callable[[Found, TypedLine], str]] = {
     r"does not support sweep type : ([A-Z]+)_": _no_sweep,
     r"override_grammar/basic": _unreadable,
     r"Interpolation key '([^']+)' not found(?: full_key: (\S+))?": _unknown_reference,
+    r"^(?:Recursive interpolation|Interpolation to parent node) detected full_key: (\S+)": _refers_to_itself,
+    r"^hydra\.searchpath must be a list": _no_list_of_folders,
     r"Unsupported interpolation type (\S+)": _unknown_resolver,
     r"Environment variable '([^']+)' not found": _unset_variable,
     r"Missing mandatory value: (\S+)": _missing_value,

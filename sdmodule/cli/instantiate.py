@@ -70,7 +70,7 @@ def instantiate(node: DictConfig, **extra: Any) -> Any:
         settings = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
         return hydra.utils.instantiate(verbatim(settings), **extra, _convert_="all")
     except MissingMandatoryValue as error:
-        raise SettingsError(f"{error.full_key} is missing; add {error.full_key}=… to the command.") from error
+        raise SettingsError(f"{error.full_key}: missing; add {error.full_key}=… to the command.") from error
     except OmegaConfBaseException as error:
         raise (error_of_resolver(error) or error) from error  # the others are explained by `hydra_errors`
     except InstantiationException as error:

@@ -23,6 +23,7 @@ from sdmodule.cli.predict import predict, summarize_sweep
 from sdmodule.cli.startup import composed_once, config_store_uncopied, filter_library_messages, gc_paused, gc_resume
 from sdmodule.cli.train import train
 from sdmodule.cli.typed_line import TypedLine
+from sdmodule.errors import SettingsError
 
 FinishedJobs = list[tuple[Path, list[str]]]
 """Output folder and overrides of each finished job of a sweep."""
@@ -91,6 +92,8 @@ def run(
                 report_composition_errors(typed, lambda: not composed),
             ):
                 hydra.main(config_path="pkg://sdmodule.conf", config_name=config_name, version_base="1.3")(run_job)()
+            if not composed and "--multirun" in map(full_name, arguments):
+                raise SettingsError("-m: the sweep has no run; give values such as steps=10,20,50.")
             sys.stdout.flush()  # while an error of it can still be handled
     finally:
         if finished_jobs and after_sweep is not None:

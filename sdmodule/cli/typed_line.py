@@ -5,6 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
 
 from sdmodule.cli.command_tree import CommandTree
 
@@ -28,11 +33,23 @@ class TypedLine:
     @cached_property
     def tree(self) -> CommandTree:
         """All that the command takes."""
-        return CommandTree(self.command, self.arguments)
+        search_path = create_config_search_path("pkg://sdmodule.conf")
+        if folder := self.config_dir:
+            search_path.prepend("command-line", f"file://{folder.absolute()}", SearchPathQuery(provider="schema"))
+        return CommandTree(self.command, self.arguments, loader=ConfigLoaderImpl(search_path))
+
+    @property
+    def config_dir(self) -> Path | None:
+        """The folder of further configuration files that ``--config-dir`` names."""
+        for word, following in zip(self.arguments, [*self.arguments[1:], ""], strict=True):
+            if word.startswith("--config-dir=") or word in ("--config-dir", "-cd"):
+                return Path(word.partition("=")[2] or following)
+        return None
 
     def argument(self, key: str) -> str:
-        """What was typed for a key, or the key alone where a file sets it."""
-        return self.find(rf"^[+~]*{re.escape(key)}(?==|$)") or key
+        """What was typed for a key, cut if it is long, or the key alone where a file sets it."""
+        text = self.find(rf"^[+~]*{re.escape(key)}(?==|$)") or key
+        return text if len(text) <= 100 else f"{text[:99]}…"
 
     def find(self, pattern: str) -> str:
         """The last argument that a pattern is found in, or an empty text."""

@@ -74,6 +74,8 @@ def not_a_checkpoint(folder: Path, name: str, key: str) -> SettingsError:
         name: how it was given.
         key: the setting that named it, such as ``pretrained``.
     """
+    if folder.name == "checkpoints":
+        folder, name = folder.parent, str(Path(name).parent)
     export, given = folder / EXPORT, f"{key}={name}"
     if use := how_to_use(folder, name, key):
         return SettingsError(f"{given}: {use}.")
@@ -84,6 +86,8 @@ def not_a_checkpoint(folder: Path, name: str, key: str) -> SettingsError:
             f"{given}: is the folder of a training without an {EXPORT}/, which is written at its end; resume it with "
             f"output_dir={name} ckpt_path=last."
         )
+    if (folder.absolute().parent / INDEX).is_file():
+        return SettingsError(f"{given}: is one part of a checkpoint; give {key}={Path(name).parent}.")
     return SettingsError(f"{given}: the folder has no {INDEX}; give the folder of a whole diffusers checkpoint.")
 
 

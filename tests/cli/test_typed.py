@@ -79,12 +79,18 @@ ADDED_AND_REMOVED = {
 }
 
 VALUES = {
-    "train": "data.root is missing; add data.root=…",
+    "train": "data.root: missing; add data.root=…",
     "predict steps=1,2": "several values are a sweep; add -m (--multirun)",
+    "predict sampler=ddim,euler": "add -m (--multirun) to run one after the other.",
+    "predict logger=csv,wandb": "or write logger=[csv,wandb] for a list",
+    "predict prompt=a seed=???": "seed: missing; add seed=…",
+    "predict prompt=a 'steps=${steps}'": "steps=${steps}: refers to itself",
+    "predict prompt=a hydra.searchpath=3": "hydra.searchpath=3: must be a list of folders",
     "predict steps=range(1,3)": "several values are a sweep; add -m (--multirun)",
     "predict -m steps=range(1,a)": "cannot be read as a sweep",
     "predict -m steps=choice(": "cannot be read as a sweep",
     "predict -m steps=interval(1,3)": "cannot be run as a sweep",
+    "predict -m sampler=glob(zzz*)": "-m: the sweep has no run",
     "predict -m hydra.job.name=a,b": "settings of Hydra cannot be swept",
     "predict steps=[1": "steps=[1: brackets or quotes do not match",
     "predict steps=={3}": "has characters that mean something to Hydra",
@@ -121,9 +127,9 @@ WORDS = {
     "predict prompt=a red circle": 'put it in quotes: prompt="a red circle"',
     "predict a red circle": 'settings are written as key=value; write prompt="a red circle"',
     "predict steps": "write steps=VALUE",
-    "predict euler": "did you mean sampler=euler",
+    "predict euler": "write sampler=euler",
     "predict many.txt": "write prompts=many.txt",
-    "train lora": "did you mean tuning=lora",
+    "train lora": "write tuning=lora",
     "train photos": "write data.root=FOLDER",
     "predict help": "write --help",
     "predict --cfg": "needs a value; choose one of all, hydra, job",
@@ -212,3 +218,16 @@ def test_epochs_are_announced_in_steps(call, checkpoint, photos, tmp_path):
     settings += ["data.batch_size=2", "data.val_fraction=0", "resolution=32"]
     status, printed, _ = call(train_main, *settings, "trainer.max_epochs=1")
     assert status == 0 and "for 3 steps" in printed
+
+
+def test_configurations_of_ones_own_are_among_the_hints(call, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "sampler").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nsteps: 3\n")
+    (tmp_path / "experiment" / "broken.yaml").write_text("steps: [3\n")
+    (tmp_path / "sampler" / "special.yaml").write_text("defaults: [checkpoint]\nmyown: 3\n")
+    own = f"--config-dir={tmp_path}"
+    told(call(predict_main, own, "experiment=mien"), "did you mean experiment=mine?", "mine, sd15")
+    told(call(predict_main, own, "sampler=special", "sampler.myow=4"), "did you mean sampler.myown?")
+    told(call(predict_main, own, "experiment=broken", "prompt=a"), "broken.yaml", "line 1")
+    assert "  special  " in call(predict_main, own, "--help", "sampler=special")[1].replace("\n", "  \n")

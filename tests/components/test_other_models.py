@@ -40,6 +40,17 @@ def test_a_folder_of_another_pipeline_is_named_before_any_weight_is_read(call, t
     assert not (tmp_path / "out").exists()
 
 
+def test_a_cached_hub_id_of_another_pipeline_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--owner--xl"
+    (repository / "snapshots" / "0").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0")
+    (repository / "snapshots" / "0" / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    with pytest.raises(SettingsError, match="pretrained=owner/xl: is a checkpoint of StableDiffusionXLPipeline"):
+        load_components("owner/xl")
+
+
 def test_a_folder_whose_widths_happen_to_fit_is_refused_too(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "model")
     index = json.loads((folder / "model_index.json").read_text())
@@ -141,6 +152,7 @@ def test_the_folder_of_a_training_names_its_export(call, tmp_path, name):
     run = run_folder(tmp_path / "my_run", **files)
     told(call(predict_main, "prompt=a", f"pretrained={run}"), f"pretrained={run}: is the folder of a training; ")
     told(call(predict_main, "prompt=a", f"pretrained={run}"), sentence.format(run))
+    told(call(predict_main, "prompt=a", f"pretrained={run}/checkpoints"), sentence.format(run))
     if name != "model":
         told(call(predict_main, "prompt=a", f"pretrained={run}/export"), sentence.format(run))
     if name in ("model", "control", "vae"):
