@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,7 @@ class TypedLine:
 
     def __init__(self, command: str, arguments: Sequence[str]) -> None:
         self.command = command
-        self.script = f"{command}.py"
+        self.script = program(command)
         self.arguments = list(arguments)
 
     @cached_property
@@ -54,6 +55,11 @@ class TypedLine:
     def find(self, pattern: str) -> str:
         """The last argument that a pattern is found in, or an empty text."""
         return next((text for text in reversed(self.arguments) if re.search(pattern, text)), "")
+
+
+def program(command: str) -> str:
+    """The program of a command, by the name that this one was called by: ``predict.py`` or ``sdmodule-predict``."""
+    return f"sdmodule-{command}" if Path(sys.argv[0]).name.startswith("sdmodule-") else f"{command}.py"
 
 
 def one_of(names: Sequence[str]) -> str:

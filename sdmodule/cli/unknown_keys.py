@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from sdmodule.cli.command_tree import COMMANDS, CommandTree
 from sdmodule.cli.config_keys import conf_dir
 from sdmodule.cli.key_hints import nearest_keys, nearest_names
-from sdmodule.cli.typed_line import TypedLine, one_of
+from sdmodule.cli.typed_line import TypedLine, one_of, program
 from sdmodule.errors import SettingsError, choices
 
 GROUPS_OF_BOTH = ("data", "model")
@@ -69,7 +69,7 @@ def other_command(key: str, typed: TypedLine, groups_only: bool = False) -> str:
     for other in COMMANDS:
         tree = CommandTree(other)
         if other != typed.command and (key in tree.own_groups or (not groups_only and tree.has(key))):
-            return f"{other}.py"
+            return program(other)
     return ""
 
 
