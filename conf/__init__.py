@@ -41,8 +41,10 @@ def merging(tome: Mapping[str, Any] | None, tomesd_cfg: Mapping[str, Any] | None
     """Settings of token merging under either name: ``${merging:${tome},${tomesd_cfg}}``.
 
     Raises:
-        SettingsError: if both are given.
+        SettingsError: if both are given, or the other name is given something else.
     """
+    if tomesd_cfg and not isinstance(tomesd_cfg, Mapping):
+        raise SettingsError(f"tomesd_cfg={tomesd_cfg}: must be settings, in quotes: 'tomesd_cfg={{ratio: 0.5}}'.")
     if tomesd_cfg and tome and tome["ratio"]:
         raise SettingsError(f"tomesd_cfg={tomesd_cfg}: tome.ratio={tome['ratio']} is given too; give one of them.")
     return tomesd_cfg or tome

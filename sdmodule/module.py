@@ -56,7 +56,7 @@ class StableDiffusionModule(TrainableModule):
         sampling: how images are sampled (steps, guidance and the rest); see ``SamplingSettings``.
         tome: token merging in sampling; see ``TokenMerging``.
         speed: what is done to sample faster; see ``SpeedSettings``.
-        adapters: what to sample with beside the checkpoint, ``[{"path": file, "scale": 0.8}]``; see
+        adapters: what to sample with beside the checkpoint: a path, or ``[{"path": file, "scale": 0.8}, …]``; see
             ``AdapterSettings``.
         tuning: what is trained, by its ``kind``: ``full``, ``lora``, ``textual_inversion`` or ``controlnet``.
         objective: what is predicted and how its error counts; see ``Objective``.
@@ -79,7 +79,7 @@ class StableDiffusionModule(TrainableModule):
         sampling: Mapping[str, Any] | None = None,
         tome: Mapping[str, Any] | None = None,
         speed: Mapping[str, Any] | None = None,
-        adapters: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        adapters: Mapping[str, Any] | Sequence[Any] | Path | None = None,
         tuning: Mapping[str, Any] | None = None,
         objective: Mapping[str, Any] | None = None,
         training: Mapping[str, Any] | None = None,

@@ -67,6 +67,9 @@ def test_the_wheel_holds_configurations_and_assets(wheel):
 def test_the_commands_run_from_another_folder(installed, checkpoint, tmp_path):
     place = run(installed / "python", "-c", "import sdmodule; print(sdmodule.__file__)", cwd=tmp_path).strip()
     assert Path(place).is_relative_to(installed.parent)
+    about = run(installed / "sdmodule", cwd=tmp_path)
+    assert "tiny, tiny-inpaint" in about and "sdmodule-predict prompt=" in about
+    assert "sampler=ddim" in run(installed / "sdmodule-predict", "--help", cwd=tmp_path)
     assert "prompt: null" in run(installed / "sdmodule-predict", "--cfg", "job", cwd=tmp_path)
     assert "ImageFolderDataModule" in run(installed / "sdmodule-train", "--cfg", "job", "data.root=x", cwd=tmp_path)
     run(installed / "sdmodule-predict", "prompt=a red circle", f"pretrained={checkpoint}", "steps=2", cwd=tmp_path)

@@ -4,6 +4,7 @@ A comment that begins with a tag tells the command line how to read a value, for
 
 - ``# prompt:`` is what people write, kept letter for letter, brackets too; a list is what has all its texts in quotes.
 - ``# text:`` is kept letter for letter too, but anything in brackets is a list, such as one of paths.
+- ``# paths:`` is one path, or a list in brackets of paths and of settings in braces.
 - ``# path:`` and ``# name:`` are read by Hydra where it can, so that a sweep may run over several; they stay text even
   if they look like numbers.
 """
@@ -20,9 +21,10 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from sdmodule.cli.config_files import GLOBAL
+
 KEY = re.compile(r"( *)(\w+): *([^\s#])?")
-TAG = re.compile(r"\s# (prompt|text|path|name): ")
-GLOBAL = "# @package _global_"
+TAG = re.compile(r"\s# (prompt|text|paths|path|name): ")
 
 
 @cache
@@ -63,18 +65,6 @@ def _tagged_keys(text: str, prefix: str) -> Iterator[tuple[str, str]]:
         parents.append((indent, key, tag))
         if tag and found[3]:  # a key with keys below it has no value of its own
             yield key, tag
-
-
-def top_level_keys(config_name: str) -> list[str]:
-    """Keys and groups that a command takes, for ``did you mean``."""
-    settings: dict[str, Any] = _load(conf_dir() / f"{config_name}.yaml")
-    keys: list[str] = []
-    for default in settings.pop("defaults", []):
-        if isinstance(default, dict):
-            keys += default
-        elif default != "_self_":
-            keys += top_level_keys(default.partition("@")[0])
-    return [*settings, *keys]
 
 
 def side_effects(cfg: DictConfig, group: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import os
 import re
@@ -14,11 +13,16 @@ from pathlib import Path
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from sdmodule.cli.config_keys import top_level_keys
+from sdmodule.cli.hydra_errors import explain
+from sdmodule.cli.typed_line import TypedLine
 from sdmodule.errors import SettingsError, unwritable
 
 OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|ALLOC_FAILED")
+UNTYPED = (OSError, ValueError, TypeError, AttributeError, KeyError, AssertionError, RecursionError, YAMLError)
+"""Errors that Hydra lets pass, or raises itself, while it composes a configuration."""
+
 WORKER_DIED = re.compile(r"DataLoader worker \(pid")
 
 PREDICT_MEMORY = (
@@ -36,11 +40,11 @@ TRAIN_MEMORY = (
 
 
 @contextmanager
-def report_user_errors(config_name: str, always: bool = False) -> Iterator[None]:
+def report_user_errors(typed: TypedLine, always: bool = False) -> Iterator[None]:
     """End the process with one sentence for bad input, exit status 1, and with 130 for Ctrl-C.
 
     Args:
-        config_name: primary configuration of the command.
+        typed: what was typed.
         always: hide the traceback even if ``HYDRA_FULL_ERROR=1`` asks for it.
     """
     try:
@@ -48,7 +52,7 @@ def report_user_errors(config_name: str, always: bool = False) -> Iterator[None]
     except (SettingsError, HydraException, OmegaConfBaseException) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1" and not always:
             raise
-        print(f"error: {explain(error, config_name)}", file=sys.stderr)
+        print(f"error: {sentence_of(error, typed)}", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:  # whoever read the output has stopped, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -58,14 +62,15 @@ def report_user_errors(config_name: str, always: bool = False) -> Iterator[None]
         sys.exit(130)
 
 
-def explain(error: Exception, config_name: str) -> str:
-    """An error's message in one line; for an unknown key, with the key that was probably meant."""
-    unknown = re.search(r"Could not override '([^']+)'", str(error))
-    if unknown is None:
-        return one_line(error).partition(" Config search path:")[0].removeprefix(f"In '{config_name}': ")
-    close = difflib.get_close_matches(unknown[1], top_level_keys(config_name), n=1, cutoff=0.5)
-    meant = f"did you mean {close[0]}? " if close else ""
-    return f"there is no key {unknown[1]}; {meant}--cfg job shows all keys."
+def sentence_of(error: Exception, typed: TypedLine) -> str:
+    """An error's message in one line: our own as it is, one of Hydra's in our words."""
+    if isinstance(error, SettingsError):
+        return one_line(error)
+    try:
+        known = explain(error, typed)
+    except Exception:  # such as files of the user's that do not compose: a hint must not hide what went wrong
+        known = None
+    return printable(known) if known else one_line(error).partition(" Config search path:")[0]
 
 
 def one_line(error: BaseException) -> str:
@@ -73,15 +78,20 @@ def one_line(error: BaseException) -> str:
 
     The message may quote a file, so characters that a terminal would act on are replaced.
     """
-    line = " ".join(str(error).rpartition("SettingsError: ")[2].split())
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line)
+    return printable(" ".join(str(error).rpartition("SettingsError: ")[2].split()))
+
+
+def printable(text: str) -> str:
+    """A text without characters that a terminal would act on."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 @contextmanager
-def report_composition_errors(is_composing: Callable[[], bool]) -> Iterator[None]:
+def report_composition_errors(typed: TypedLine, is_composing: Callable[[], bool]) -> Iterator[None]:
     """Turn what goes wrong while Hydra composes the configuration into a sentence.
 
     Args:
+        typed: what was typed.
         is_composing: whether Hydra is still composing.
 
     Raises:
@@ -93,12 +103,11 @@ def report_composition_errors(is_composing: Callable[[], bool]) -> Iterator[None
         raise
     except (FileExistsError, NotADirectoryError, PermissionError) as error:  # Hydra makes a sweep's folder itself
         raise unwritable(Path(str(error.filename)), error.strerror) from error
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+    except UNTYPED as error:
         if not is_composing() or isinstance(error, (SettingsError, HydraException, OmegaConfBaseException)):
             raise
-        raise SettingsError(
-            f"these settings cannot be composed: {one_line(error)}; --cfg job shows all settings."
-        ) from error
+        other = f"these settings cannot be composed: {one_line(error)}; --help shows all keys."
+        raise SettingsError(explain(error, typed) or other) from error
 
 
 @contextmanager

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from sdmodule.cli.error_messages import one_line
+from sdmodule.cli.hydra_errors import error_of_resolver
 from sdmodule.cli.overrides import verbatim
 from sdmodule.errors import SettingsError
 
@@ -69,7 +70,9 @@ def instantiate(node: DictConfig, **extra: Any) -> Any:
         settings = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
         return hydra.utils.instantiate(verbatim(settings), **extra, _convert_="all")
     except MissingMandatoryValue as error:
-        raise SettingsError(f"{error.full_key} is missing; add {error.full_key}=… to the command.") from error
+        raise SettingsError(f"{error.full_key}: missing; add {error.full_key}=… to the command.") from error
+    except OmegaConfBaseException as error:
+        raise (error_of_resolver(error) or error) from error  # the others are explained by `hydra_errors`
     except InstantiationException as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, SettingsError):

@@ -14,13 +14,17 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from sdmodule.cli.about import version_line
+from sdmodule.cli.arguments import check_words, full_name, without_topics
 from sdmodule.cli.console import exit_on_sigterm
 from sdmodule.cli.error_messages import report_composition_errors, report_resource_errors, report_user_errors
+from sdmodule.cli.help_page import our_help
 from sdmodule.cli.overrides import quote_overrides, with_png_settings
 from sdmodule.cli.predict import predict, summarize_sweep
 from sdmodule.cli.startup import composed_once, config_store_uncopied, filter_library_messages, gc_paused, gc_resume
 from sdmodule.cli.train import train
+from sdmodule.cli.typed_line import TypedLine
 from sdmodule.cli.unused_keys import check_used
+from sdmodule.errors import SettingsError
 
 FinishedJobs = list[tuple[Path, list[str]]]
 """Output folder and overrides of each finished job of a sweep."""
@@ -51,8 +55,10 @@ def run(
         after_sweep: called with the jobs of a sweep that finished.
     """
     arguments, full_error = sys.argv[1:], os.environ.get("HYDRA_FULL_ERROR", "")
-    if "--version" in arguments:
-        print(version_line())
+    typed = TypedLine(config_name, arguments)
+    if "--version" in map(full_name, arguments):
+        with report_user_errors(typed):
+            print(version_line(), flush=True)
         return
     finished_jobs: FinishedJobs = []
     composed = False
@@ -63,7 +69,7 @@ def run(
         restore()  # Lightning starts the processes of other devices with sys.argv
         filter_library_messages()
         gc_resume()
-        with report_user_errors(config_name), report_resource_errors(cfg), exit_on_sigterm():
+        with report_user_errors(typed), report_resource_errors(cfg), exit_on_sigterm():
             check_used(cfg, HydraConfig.get().overrides.task)
             job(cfg)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -77,15 +83,20 @@ def run(
     os.environ.setdefault("SDMODULE_STARTED", time.strftime("%Y-%m-%d/%H-%M-%S"))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints its errors itself
     try:
-        with report_user_errors(config_name, always=full_error != "1"):
-            sys.argv[1:] = read_arguments(arguments)
+        with report_user_errors(typed, always=full_error != "1"):
+            topics = check_words(typed)
+            sys.argv[1:] = read_arguments(without_topics(arguments, topics))
             with (
                 gc_paused(),
+                our_help(topics),
                 config_store_uncopied(),
                 composed_once(arguments),
-                report_composition_errors(lambda: not composed),
+                report_composition_errors(typed, lambda: not composed),
             ):
                 hydra.main(config_path="pkg://sdmodule.conf", config_name=config_name, version_base="1.3")(run_job)()
+            if not composed and "--multirun" in map(full_name, arguments):
+                raise SettingsError("-m: the sweep has no run; give values such as steps=10,20,50.")
+            sys.stdout.flush()  # while an error of it can still be handled
     finally:
         if finished_jobs and after_sweep is not None:
             after_sweep(finished_jobs)

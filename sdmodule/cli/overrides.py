@@ -60,14 +60,27 @@ def _quote_override(argument: str) -> str:
         return f"{key}={_quote_verbatim(value)}"
     if tag == "text" and value != "null" and not _is_list(value):
         return f"{key}={_quote_verbatim(value)}"
+    if tag == "paths" and value != "null":
+        return f"{key}={_quote_paths(value)}"
     if tag in ("path", "name") and not _reads_as_text(argument):
         return f"{key}={_quote(value)}"
-    if equals and value.startswith(("[", "{")) and not _is_readable(argument):
+    if equals and value.startswith(("[", "{")) and not reads(argument):
         return f"{key}={INNER_PATH.sub(lambda found: found[1] + _quote(found[2]), value)}"
     return argument
 
 
-def _is_readable(argument: str) -> bool:
+def _quote_paths(value: str) -> str:
+    """One path, or a list of paths and settings, each quoted where Hydra cannot read it or would read a number."""
+    if not value.startswith(("[", "{")):
+        return value if _reads_as_text(f"x={value}") else _quote(value)
+    if reads(f"x={value}"):
+        return value
+    if _is_list(value) and "{" not in value:
+        return "[" + ",".join(_quote_paths(path.strip()) for path in value[1:-1].split(",")) + "]"
+    return INNER_PATH.sub(lambda found: found[1] + _quote(found[2]), value)
+
+
+def reads(argument: str) -> bool:
     """Whether Hydra's grammar reads an override at all."""
     try:
         OverridesParser.create().parse_override(argument)

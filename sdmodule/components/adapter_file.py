@@ -14,11 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sdmodule.components.adapter_layouts import KOHYA_NAMES, METADATA, PREFIXES
+from sdmodule.components.folder_kinds import DIFFUSERS_FILE, KOHYA_FILE
 from sdmodule.components.lora_layers import MAGNITUDES, Adapter
 from sdmodule.errors import SettingsError
-
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
-KOHYA_FILE = "kohya.safetensors"
 
 
 def write_diffusers(adapter: Adapter, folder: Path, dtype: str) -> None:

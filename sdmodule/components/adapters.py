@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from sdmodule.components.adapter_file import DIFFUSERS_FILE, KOHYA_FILE, read_tensors
+from sdmodule.components.adapter_file import read_tensors
 from sdmodule.components.adapter_layouts import is_adapter, to_adapter
 from sdmodule.components.adapter_weights import add_adapters
 from sdmodule.components.checkpoint import Components
-from sdmodule.components.learned_words import EMBEDDING_FILE, add_word
+from sdmodule.components.folder_kinds import ADAPTER_FILES, EXPORT, how_to_use
+from sdmodule.components.learned_words import add_word
 from sdmodule.components.lora_layers import (
     DORA,
     Adapter,
@@ -60,25 +61,32 @@ class AdapterChoice:
         path = Path(self.path).expanduser()
         if not path.is_dir():
             return path
-        names = (DIFFUSERS_FILE, KOHYA_FILE, EMBEDDING_FILE)
-        for name in names:
+        for name in ADAPTER_FILES:
             if (path / name).is_file():
                 return path / name
+        if use := how_to_use(path, self.path):
+            raise SettingsError(f"adapters={self.path}: {use}.")
+        if use := how_to_use(path / EXPORT, f"{self.path.rstrip('/')}/{EXPORT}"):
+            raise SettingsError(f"adapters={self.path}: is the folder of a training; its {EXPORT}/ {use}.")
         raise SettingsError(
-            f"adapters={self.path}: the folder holds none of {choices(names)}; give the path of a file."
+            f"adapters={self.path}: the folder holds none of {choices(ADAPTER_FILES)}; give the path of a file."
         )
 
 
-def parse_adapters(adapters: Sequence[Mapping[str, Any]] | None) -> list[AdapterChoice]:
-    """Parse the setting ``adapters``.
+def parse_adapters(adapters: Any) -> list[AdapterChoice]:
+    """Parse the setting ``adapters``: one adapter or a list of them, each a path or ``{path: FILE, scale: 0.8}``.
 
     Raises:
-        SettingsError: if it is not a list of mappings with ``path`` and, optionally, ``scale``.
+        SettingsError: for anything else.
     """
-    if isinstance(adapters, str):
-        raise SettingsError(f"adapters={adapters}: must be a list, such as adapters=[{{path: {adapters}}}].")
+    listed = [adapters] if isinstance(adapters, (str, Path, Mapping)) and adapters else adapters
+    if listed and (not isinstance(listed, Sequence) or isinstance(listed, str)):
+        raise SettingsError(f"adapters={adapters}: must be a path, or a list such as [{{path: FILE, scale: 0.8}}].")
     chosen = []
-    for one in adapters or []:
+    for one in listed or []:
+        if isinstance(one, (str, Path)):
+            chosen.append(AdapterChoice(str(one)))
+            continue
         if not isinstance(one, Mapping) or "path" not in one or one.keys() - {"path", "scale"}:
             raise SettingsError(f"adapters={one!r}: each entry must have the form {{path: FILE, scale: 0.8}}.")
         chosen.append(AdapterChoice(**dict(one)))
@@ -167,13 +175,15 @@ class AdapterSettings:
         check_bool("merge_adapters", self.merge)
 
     @classmethod
-    def parse(cls, adapters: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> AdapterSettings:
-        """Adapters as a configuration names them: ``{"files": [{"path": …, "scale": …}], "merge": …}``, or the list.
+    def parse(cls, adapters: Any) -> AdapterSettings:
+        """Adapters as a configuration names them: ``{"files": [{"path": …, "scale": …}], "merge": …}``, or the files.
+
+        Each file may be given as a path alone, and one file without a list.
 
         Raises:
             SettingsError: for anything else.
         """
-        given = adapters if isinstance(adapters, Mapping) else {"files": adapters}
+        given = adapters if isinstance(adapters, Mapping) and "path" not in adapters else {"files": adapters}
         own = build_settings(cls, "adapters", given)
         return replace(own, files=tuple(parse_adapters(own.files)))  # type: ignore[arg-type]
 

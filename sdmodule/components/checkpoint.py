@@ -14,10 +14,11 @@ from huggingface_hub import hf_hub_download
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 
+from sdmodule.components.folder_kinds import INDEX
 from sdmodule.components.load_network import load_network
 from sdmodule.components.schedulers import make_scheduler
 from sdmodule.components.single_file import load_single_file, load_single_part
-from sdmodule.components.source import INDEX, Source, find_source, folder_with_part, is_single_file, local_folder
+from sdmodule.components.source import Source, find_source, folder_with_part, is_single_file, local_folder
 from sdmodule.errors import SettingsError, check_choice, choices
 
 MODELS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}

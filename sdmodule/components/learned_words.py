@@ -11,10 +11,6 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from sdmodule.errors import SettingsError
 
-EMBEDDING_FILE = "learned_embeds.safetensors"
-"""File that diffusers looks for in a folder."""
-
-
 SEPARATOR = "\ue000"
 """Stands between a word and the number of its vector; private to this package, so that words stay apart."""
 

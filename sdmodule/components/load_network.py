@@ -30,6 +30,10 @@ CONFIG_KINDS = {
 """What the configuration of each kind of network calls itself."""
 
 
+OTHER_INPUTS = ("addition_embed_type", "class_embed_type", "num_class_embeds")
+"""Settings of a UNet or a ControlNet that is called with more than latents, a timestep and text."""
+
+
 class UnfitWeights(ValueError):
     """Weights that are not those of the network they were given for."""
 
@@ -91,7 +95,10 @@ def _check_kind(kind: Any, location: Any, options: dict[str, Any]) -> None:
     if kind is CLIPTextModel:
         found = PretrainedConfig.get_config_dict(location, **options)[0].get("model_type")
     else:
-        found = kind.load_config(location, **options).get("_class_name")
+        config = kind.load_config(location, **options)
+        found = config.get("_class_name")
+        if other := [f"{name}={config[name]}" for name in OTHER_INPUTS if config.get(name)]:
+            raise UnfitWeights(f"it takes more than text ({', '.join(other)}), as that of Stable Diffusion XL does")
     if found is not None and found not in CONFIG_KINDS[kind]:
         raise UnfitWeights(f"it is {found}, not {kind.__name__}")
 

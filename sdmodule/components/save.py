@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sdmodule.components.checkpoint import MODELS, PARTS, SAMPLING, Components
+from sdmodule.components.folder_kinds import INDEX
 from sdmodule.components.inpaint_unet import is_inpaint_unet
-from sdmodule.components.source import INDEX
 from sdmodule.io.progress import LONG_TASK, progress
 
 

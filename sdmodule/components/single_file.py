@@ -32,14 +32,19 @@ CONFIG_BY_SHAPE = {(4, 768): "sd1", (9, 768): "sd1_inpaint", (4, 1024): "sd2", (
 FOREIGN = {
     "lora": "a LoRA",
     "hada_w": "a LyCORIS adapter",
+    "lokr_w": "a LyCORIS adapter",
     "unet.down_blocks.": "a training checkpoint (sample from the export/ of the run instead)",
     "control_model.": "a ControlNet",
     "conditioner.embedders.": "a Stable Diffusion XL checkpoint",
+    "label_emb.": "a checkpoint of Stable Diffusion XL, or of another model whose UNet takes more than text",
     "double_blocks.": "a Flux checkpoint",
     "joint_blocks.": "a Stable Diffusion 3 checkpoint",
     "down_blocks.": "one component in the diffusers layout, which is read from its folder",
 }
 """Parts of keys that only other kinds of files have; the error reports the first that matches."""
+
+OTHER_MODELS = ("conditioner.embedders.", "label_emb.", "double_blocks.", "joint_blocks.")
+"""Those of whole checkpoints, which are refused even if their shapes happen to fit."""
 
 # at every cast diffusers 0.42 warns about an empty list of modules kept in float32
 logging.getLogger("diffusers.models.modeling_utils").addFilter(
@@ -105,6 +110,8 @@ def load_single_part(path: Path, name: str, config: Path | None = None) -> Any:
     if name not in PREFIXES:
         return load_single_file(path, config=config, without=("unet", "vae", "text_encoder"))[name]
     weights = with_prefix(name, read_weights(path))
+    if name == "unet":
+        _refuse_other_models(path, weights)
     if not any(key.startswith(PREFIXES[name]) for key in weights):
         raise SettingsError(f"{path}: is {_kind_of(weights)}; give one that holds the part {name}.")
     folder = Path(config) if config else _config_of_part(path, name, weights)
@@ -150,13 +157,36 @@ def predicts_noise(unet: Callable[..., Any], in_channels: int, cross_attention_d
 
 def _check_parts(path: Path, weights: Weights, without: Collection[str]) -> None:
     """Check that a file has the keys of a UNet, an autoencoder and a text encoder, but for those of ``without``."""
+    _refuse_other_models(path, weights)
     missing = [name for name in _missing_parts(weights) if name not in without]
     if not missing and CONV_IN in weights:
         return
+    if adapter := _adapter_kind(weights):
+        raise SettingsError(
+            f"{path}: is {adapter}, no whole checkpoint; give adapters={path} beside the checkpoint it was trained on."
+        )
     raise SettingsError(
         f"{path}: is {_kind_of(weights)}; give a full Stable Diffusion 1.x or 2.x checkpoint in the original layout"
         + (f", or set {' and '.join(f'components.{name}' for name in missing)}." if CONV_IN in weights else ".")
     )
+
+
+def _refuse_other_models(path: Path, weights: Weights) -> None:
+    """Refuse a whole checkpoint of another model."""
+    mark = next((mark for mark in OTHER_MODELS if any(mark in key for key in weights)), None)
+    if mark is not None and not _adapter_kind(weights):
+        raise SettingsError(
+            f"{path}: is {FOREIGN[mark]}; give a Stable Diffusion 1.x or 2.x checkpoint in the original layout."
+        )
+
+
+def _adapter_kind(weights: Weights) -> str:
+    """What kind of adapter a file holds, if it is one."""
+    for mark in ("lora", "hada_w", "lokr_w"):
+        if any(mark in key for key in weights):
+            return FOREIGN[mark]
+    word = next(iter(weights), ".")
+    return "a learned word" if len(weights) == 1 and "." not in word and weights[word].ndim <= 2 else ""
 
 
 def _missing_parts(weights: Iterable[str]) -> list[str]:

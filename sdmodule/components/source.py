@@ -6,17 +6,15 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
+from sdmodule.components.folder_kinds import INDEX, check_pipeline, not_a_checkpoint, read_index
 from sdmodule.components.weights_file import SUFFIXES
-from sdmodule.errors import SettingsError, choices
+from sdmodule.errors import SettingsError, check_path, choices
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = {"tiny": "tiny", "tiny-inpaint": "tiny"}
 """Checkpoints shipped with the package, and for each the one that has the parts missing from its folder."""
-
-INDEX = "model_index.json"
-"""File that marks a folder as a diffusers checkpoint."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -73,17 +71,18 @@ def find_source(
     Raises:
         SettingsError: if it is none of them, or the hub cannot be reached.
     """
-    folder = local_folder(pretrained)
+    check_path(key, pretrained)
+    folder, setting = local_folder(pretrained), f"{key}={pretrained}"
     if folder.is_dir():
         if revision:
             raise SettingsError(
                 f"revision={revision}: {key}={pretrained} is a folder, without revisions; leave it out."
             )
         if whole and not (folder / INDEX).is_file():
-            raise SettingsError(
-                f"{key}={pretrained}: the folder has no {INDEX}; give the folder of a whole diffusers checkpoint."
-            )
-        return Source(str(folder), f"{key}={pretrained}", None, variant)
+            raise not_a_checkpoint(folder, pretrained, key)
+        if whole:
+            check_pipeline(read_index(folder / INDEX, setting), setting)
+        return Source(str(folder), setting, None, variant)
     if folder.is_file():
         raise SettingsError(
             f"{key}={pretrained}: is a file of another kind; give {choices(SUFFIXES)}, or a diffusers folder."
@@ -93,9 +92,12 @@ def find_source(
             f"{key}={pretrained}: not found; give {choices(EMBEDDED)}, a diffusers folder, a hub id such as "
             "owner/name, or a .safetensors or .ckpt file."
         )
-    if not isinstance(try_to_load_from_cache(pretrained, INDEX, revision=revision), str):
-        _check_hub(pretrained, revision, key)
-    return Source(pretrained, f"{key}={pretrained}", revision, variant)
+    index = try_to_load_from_cache(pretrained, INDEX, revision=revision)
+    if not isinstance(index, str):
+        index = _index_from_hub(pretrained, revision, key)
+    if whole:
+        check_pipeline(read_index(Path(index), setting), setting)
+    return Source(pretrained, setting, revision, variant)
 
 
 def folder_with_part(source: Source, part: str) -> str:
@@ -106,10 +108,11 @@ def folder_with_part(source: Source, part: str) -> str:
     return str(ASSETS / EMBEDDED[folder.name])
 
 
-def _check_hub(pretrained: str, revision: str | None, key: str) -> None:
-    """Ask the hub once for a checkpoint's index: without a network, a download would retry for half a minute."""
+def _index_from_hub(pretrained: str, revision: str | None, key: str) -> str:
+    """A checkpoint's index from the hub, asked for once first: without a network, a download retries half a minute."""
     try:
         get_hf_file_metadata(hf_hub_url(pretrained, INDEX, revision=revision))
+        return hf_hub_download(pretrained, INDEX, revision=revision)
     except Exception as error:  # of the hub, the system, or whatever HTTP client huggingface_hub uses today
         raise SettingsError(
             f"{key}={pretrained}: neither a local folder nor available on the hub ({type(error).__name__}); "

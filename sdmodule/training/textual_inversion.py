@@ -11,7 +11,8 @@ from lightning import Trainer
 from safetensors.torch import save_file
 
 from sdmodule.components.checkpoint import Components
-from sdmodule.components.learned_words import EMBEDDING_FILE, add_word, initial_vectors
+from sdmodule.components.folder_kinds import EMBEDDING_FILE
+from sdmodule.components.learned_words import add_word, initial_vectors
 from sdmodule.errors import SettingsError, check_int
 
 

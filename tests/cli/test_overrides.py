@@ -128,6 +128,25 @@ def test_a_path_that_hydra_reads_is_left_to_it():
     assert quote_overrides(arguments) == arguments
 
 
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [
+        ("my_lora/export", "my_lora/export"),
+        ("runs/lr=1e-4, rank=4.safetensors", "runs/lr=1e-4, rank=4.safetensors"),
+        ("2024", "2024"),
+        ("[a.safetensors,b.safetensors]", ["a.safetensors", "b.safetensors"]),
+        ("[runs/lr=1e-4/a.safetensors, b]", ["runs/lr=1e-4/a.safetensors", "b"]),
+        ("[{path: a, scale: 0.5}, b]", [{"path": "a", "scale": 0.5}, "b"]),
+        ("[{path: lr=1e-4/a, scale: 0.5}]", [{"path": "lr=1e-4/a", "scale": 0.5}]),
+        ("[]", []),
+        ("null", None),
+    ],
+)
+def test_adapters_are_a_path_or_a_list(typed, value):
+    [override] = OverridesParser.create().parse_overrides(quote_overrides([f"adapters={typed}"]))
+    assert OmegaConf.to_container(OmegaConf.create({"adapters": override.value()}))["adapters"] == value
+
+
 PROMPTS = {"prompt", "negative_prompt", "data.prompt", "data.class_prompt", "tuning.placeholder", "tuning.initializer"}
 TEXT = {"image", "mask", "control", "from", "data.shards", "data.val_shards"}
 PATHS = {"pretrained", "controlnet", "prompts", "ckpt_path", "output_dir", "cache.folder", "callbacks.export.folder"}
@@ -141,6 +160,7 @@ def test_the_configuration_tags_its_text_keys():
     assert {key for key, tag in tags.items() if tag == "prompt"} == PROMPTS
     assert {key for key, tag in tags.items() if tag == "text"} == TEXT
     assert {key for key, tag in tags.items() if tag in ("path", "name")} == PATHS
+    assert {key for key, tag in tags.items() if tag == "paths"} == {"adapters"}
 
 
 def test_a_comment_protects_a_new_key(tmp_path):

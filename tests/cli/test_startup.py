@@ -9,7 +9,6 @@ import weakref
 
 import pytest
 
-from sdmodule.cli.about import about
 from sdmodule.cli.main import predict_main, train_main
 from sdmodule.cli.startup import gc_paused, gc_resume
 
@@ -43,7 +42,8 @@ WITHOUT_A_MODEL = """
 import sys
 from contextlib import suppress
 from sdmodule.cli.main import predict_main
-for arguments in (["--version"], ["--help"], ["--cfg", "job"], ["stepz=3"], ["sampler=foo"], ["prompts=a(b", "x"]):
+shown = (["--version"], ["--help"], ["--help", "sampler"], ["--cfg", "job"])
+for arguments in (*shown, ["stepz=3"], ["sampler=foo"], ["prompts=a(b", "x"]):
     sys.argv[1:] = arguments
     with suppress(SystemExit):
         predict_main()
@@ -54,7 +54,7 @@ print(sorted({"torch", "lightning", "diffusers", "transformers", "wandb", "numpy
 def test_help_settings_and_typos_import_nothing_slow():
     done = subprocess.run([sys.executable, "-c", WITHOUT_A_MODEL], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
-    assert "sampler: checkpoint, ddim, " in done.stdout and "did you mean steps?" in done.stderr
+    assert "sampler=ddim  " in done.stdout and "did you mean steps?" in done.stderr
 
 
 @pytest.mark.parametrize("mode", ["-m", "hydra.mode=MULTIRUN"])
@@ -69,9 +69,3 @@ def test_version_names_what_the_package_is_built_on(call, main):
     status, printed, complaint = call(main, "--version")
     names = [entry.split()[0] for entry in printed.split(", ")]
     assert (status, complaint, names) == (0, "", ["sdmodule", "torch", "lightning", "diffusers"])
-
-
-def test_about_says_what_there_is():
-    lines = about().splitlines()
-    assert len(lines) < 25 and any("tiny, tiny-inpaint" in line for line in lines)
-    assert any(line.startswith("  cpu (") for line in lines) and any("sdmodule-train" in line for line in lines)

@@ -123,6 +123,18 @@ def test_a_larger_scale_changes_the_image_more(checkpoint, plain, export):
     assert not np.array_equal(inverted, with_adapters(checkpoint, {"path": str(export)}))
 
 
+def test_a_path_alone_means_the_file_at_full_scale(checkpoint, export, tmp_path):
+    word = tmp_path / "word.safetensors"
+    save_file({"<word>": torch.ones(32)}, word)
+    named = [{"path": str(export), "scale": 1.0}, {"path": str(word), "scale": 1.0}]
+    for given in (str(export), export, {"path": str(export)}, [str(export)], [export]):
+        module = StableDiffusionModule.from_pretrained(str(checkpoint), adapters=given)
+        assert module.adapters.plain() == {"files": named[:1], "merge": False}
+    both = StableDiffusionModule.from_pretrained(str(checkpoint), adapters=[str(export), named[1]])
+    assert both.adapters.metadata() == {"adapters": named, "merge_adapters": False}
+    assert np.array_equal(image(both), with_adapters(checkpoint, *named))
+
+
 def test_two_half_scaled_copies_equal_one_adapter(checkpoint, export):
     whole = with_adapters(checkpoint, {"path": str(export)})
     halves = [{"path": str(export / name), "scale": 0.5} for name in (DIFFUSERS, KOHYA)]
@@ -212,7 +224,10 @@ def test_a_file_that_does_not_fit_is_refused(checkpoint, export, file, change, m
         ([{"path": "."}], "holds none of"),
         ([{"path": "broken.safetensors", "scale": "much"}], "scale=much"),
         ([{"path": "broken.safetensors", "weight": 1}], "weight"),
-        (["broken.safetensors"], "each entry must"),
+        (["broken.safetensors"], "adapters=broken.safetensors: cannot be read"),
+        ("broken.safetensors", "adapters=broken.safetensors: cannot be read"),
+        ([3], "each entry must"),
+        (3, "must be a path, or a list"),
     ],
 )
 def test_a_wrong_adapter_setting_is_refused(checkpoint, tmp_path, monkeypatch, adapters, message):

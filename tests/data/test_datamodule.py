@@ -92,7 +92,7 @@ def test_hidden_files_are_ignored(folder: Path) -> None:
         ("metadata.jsonl", '{"file_name": "/etc/0.png", "text": "a"}', "outside the folder"),
         ("metadata.jsonl", "\n", "lists no images"),
         ("metadata.csv", "file_name;text\n0.png;a\n", "line 2 has no file_name, text"),
-        ("metadata.csv", "file_name,text\n0.png\n", "line 2 has 1 fields, and the header has 2"),
+        ("metadata.csv", "file_name,text\n0.png\n", "line 2 has 1 field, and the header has 2"),
         ("metadata.csv", 'file_name,text\n0.png,"a\n', "is not CSV"),
     ],
 )
@@ -159,7 +159,7 @@ def test_unreadable_files_are_errors_or_skipped(folder: Path, spoil: Callable[[P
     spoil(folder / "2.png")
     with pytest.raises(SettingsError, match=r"unreadable images: 2\.png .*data\.skip_bad=true"):
         ready(folder)
-    with pytest.warns(UserWarning, match=r"skipped 1 unreadable images: 2\.png"):
+    with pytest.warns(UserWarning, match=r"skipped 1 unreadable image: 2\.png"):
         data = ready(folder, skip_bad=True)
     train, val = captions(data)
     assert sorted(train + val) == ["grey 0", "grey 1", "grey 3", "grey 4", "grey 5"]

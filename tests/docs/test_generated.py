@@ -16,7 +16,9 @@ sys.path.insert(0, str(ROOT / "docs"))  # as Sphinx finds them
 
 from _ext.api import PAGES, api_pages  # noqa: E402
 from _ext.benchmarks import benchmark_pages, readme_table, stale_because  # noqa: E402
-from _ext.configuration import configuration_pages, read_config  # noqa: E402
+from _ext.configuration import configuration_pages  # noqa: E402
+
+from sdmodule.cli.config_files import read_config  # noqa: E402
 
 pytestmark = pytest.mark.docs
 
@@ -32,7 +34,7 @@ def leaves(value, prefix=""):
 def test_the_configuration_reference_has_every_key_of_a_file(path):
     content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     content.pop("defaults", None)
-    rows = {row["key"].strip("`") for row in read_config(path).keys}
+    rows = {row.name for row in read_config(path).keys}
     wanted = {key for key in leaves(content) if key}
     flow = {key for key in wanted if any(key.startswith(f"{row}.") for row in rows)}  # {a: 1} on one line is one row
     assert wanted - flow <= rows

@@ -1,6 +1,6 @@
 """``python -m sdmodule``: what is installed and how to use it."""
 
-from sdmodule.cli.about import about
+from sdmodule.cli.about import main
 
 if __name__ == "__main__":
-    print(about())
+    main()

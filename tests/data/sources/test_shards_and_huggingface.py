@@ -262,7 +262,7 @@ def test_ignored_files_in_shards_are_reported(tmp_path):
         data = ready(ShardsDataModule(given, skip_bad=True, **COMMON))
     assert len(data.train_set) == 1 and data.train_set[0]["caption"] == "a"
     told = " ".join(str(warning.message) for warning in warned)
-    assert "neither image nor caption: 1 .cls." in told and "skipped 1 unreadable images: a.tar/b.png" in told
+    assert "neither image nor caption: 1 .cls." in told and "skipped 1 unreadable image: a.tar/b.png" in told
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,113 @@
+"""What a folder holds by the files in it: a whole checkpoint, an adapter, a ControlNet, or the run of a training."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sdmodule.errors import SettingsError
+
+INDEX = "model_index.json"
+"""File that marks a folder as a diffusers checkpoint."""
+
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE = "kohya.safetensors"
+EMBEDDING_FILE = "learned_embeds.safetensors"
+ADAPTER_FILES = (DIFFUSERS_FILE, KOHYA_FILE, EMBEDDING_FILE)
+"""Files of a folder with an adapter or a learned word, in the order in which they are looked for."""
+
+EXPORT = "export"
+"""Folder of what a training exported, in the folder of its run."""
+
+PARTS_OF_SD = re.compile(
+    r"(Flax|Onnx|Semantic)?StableDiffusion"
+    r"(?!XL|3|Upscale|LatentUpscale|Depth2Img|ImageVariation|InstructPix2Pix|LDM3D)"
+    r"|Latent(Diffusion|ConsistencyModel)"
+)
+"""Pipelines of diffusers with the parts of Stable Diffusion 1.x and 2.x; the others named take other inputs."""
+
+
+def read_index(file: Path, setting: str) -> dict[str, Any]:
+    """What the index of a checkpoint says.
+
+    Args:
+        file: its ``model_index.json``.
+        setting: what named the checkpoint, such as ``pretrained=tiny``.
+
+    Raises:
+        SettingsError: if it cannot be read.
+    """
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{setting}: its {INDEX} cannot be read ({error}); restore it.") from error
+    return index if isinstance(index, dict) else {}
+
+
+def check_pipeline(index: Mapping[str, Any], setting: str) -> None:
+    """Check that a checkpoint is of Stable Diffusion 1.x or 2.x, before any weight is read.
+
+    Args:
+        index: what its ``model_index.json`` says; one that names no class is taken for such a checkpoint.
+        setting: what named the checkpoint, such as ``pretrained=tiny``.
+
+    Raises:
+        SettingsError: if its pipeline is another.
+    """
+    name = index.get("_class_name")
+    if not isinstance(name, str) or PARTS_OF_SD.match(name):
+        return
+    raise SettingsError(
+        f"{setting}: is a checkpoint of {name}; only Stable Diffusion 1.x and 2.x are supported "
+        "(StableDiffusionPipeline and its inpainting, img2img and ControlNet variants); give one of these."
+    )
+
+
+def not_a_checkpoint(folder: Path, name: str, key: str) -> SettingsError:
+    """The error for a folder without an index that was given as a checkpoint: what it is, and what it is good for.
+
+    Args:
+        folder: the folder.
+        name: how it was given.
+        key: the setting that named it, such as ``pretrained``.
+    """
+    if folder.name == "checkpoints":
+        folder, name = folder.parent, str(Path(name).parent)
+    export, given = folder / EXPORT, f"{key}={name}"
+    if use := how_to_use(folder, name, key):
+        return SettingsError(f"{given}: {use}.")
+    if use := how_to_use(export, f"{name.rstrip('/')}/{EXPORT}", key):
+        return SettingsError(f"{given}: is the folder of a training; its {EXPORT}/ {use}.")
+    if (folder / "checkpoints").is_dir():
+        return SettingsError(
+            f"{given}: is the folder of a training without an {EXPORT}/, which is written at its end; resume it with "
+            f"output_dir={name} ckpt_path=last."
+        )
+    if (folder.absolute().parent / INDEX).is_file():
+        return SettingsError(f"{given}: is one part of a checkpoint; give {key}={Path(name).parent}.")
+    return SettingsError(f"{given}: the folder has no {INDEX}; give the folder of a whole diffusers checkpoint.")
+
+
+def how_to_use(folder: Path, name: str, key: str = "pretrained") -> str:
+    """What a folder holds and which setting takes it, or an empty text if it holds nothing that is known.
+
+    Args:
+        folder: the folder.
+        name: how to write it.
+        key: the setting that takes a whole checkpoint.
+    """
+    if (folder / INDEX).is_file():
+        return f"is a whole checkpoint; give {key}={name}"
+    if (folder / EMBEDDING_FILE).is_file():
+        return f"is a learned word; give adapters={name} beside the checkpoint that it was learned on"
+    if any((folder / file).is_file() for file in ADAPTER_FILES):
+        return f"is an adapter; give adapters={name} beside the checkpoint that it was trained on"
+    config = folder / "config.json"
+    if config.is_file() and read_index(config, f"{key}={name}").get("_class_name") == "ControlNetModel":
+        return f"is a ControlNet; give controlnet={name} beside the checkpoint that it was trained on"
+    if (folder / "vae" / "config.json").is_file() and not (folder / "unet").is_dir():
+        return f"is an autoencoder; give components.vae={name} beside a whole checkpoint"
+    return ""
