@@ -185,7 +185,7 @@ class _Page:
 
 def handed_on(value: Any) -> str:
     """``as steps`` for ``${steps}`` and ``${oc.select:steps,50}``; an empty text for all other values."""
-    whole = isinstance(value, str) and re.fullmatch(r"\$\{([\w.]+|oc\.select:.*)\}", value)
+    whole = isinstance(value, str) and re.fullmatch(r"\$\{([\w.]+|oc\.select:.*|given:.*)\}", value)
     return f"as {references(value)[0]}" if whole and references(value) else ""
 
 

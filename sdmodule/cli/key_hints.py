@@ -49,9 +49,11 @@ def references(value: Any) -> list[str]:
     """The keys that a value refers to: ``sampler`` of ``${sampler}``, ``steps`` of ``${oc.select:steps,50}``."""
     if isinstance(value, dict):
         return [name for inner in value.values() for name in references(inner)]
+    if isinstance(value, list):
+        return [name for inner in value for name in references(inner)]
     if not isinstance(value, str):
         return []
-    return re.findall(r"\$\{(?:oc\.select:)?(\w[\w.]*)(?=[,}])", value)
+    return re.findall(r"\$\{(?:oc\.select:|given:)?(\w[\w.]*)(?=[,}])", value)
 
 
 def likeness(typed: str, key: str) -> float:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from sdmodule.cli.key_hints import references
 from sdmodule.errors import SettingsError
 
 BUILT = ("model", "data", "cache", "trainer", "callbacks", "logger")
@@ -15,9 +15,6 @@ BUILT = ("model", "data", "cache", "trainer", "callbacks", "logger")
 
 READ = ("seed", "output_dir", "ckpt_path", "validate_first", "resume", "from", "experiment", "hydra", "progress")
 """Keys that a command reads itself, or that change others."""
-
-REFERENCE = re.compile(r"\$\{(?:oc\.select:|given:)?([\w.]+)")
-"""A key in an interpolation; names of resolvers are found too, and are no keys."""
 
 
 def check_used(cfg: DictConfig, overrides: Sequence[str]) -> None:
@@ -34,7 +31,7 @@ def check_used(cfg: DictConfig, overrides: Sequence[str]) -> None:
     used = _reachable(raw)
     for override in overrides:
         key = override.partition("=")[0].lstrip("+").partition("@")[0]
-        if override.startswith("~") or key.partition(".")[0] not in raw:  # a deleted key, or a group of global keys
+        if override.startswith(("~", "+")) or key.partition(".")[0] not in raw:  # deleted, added, or of global keys
             continue
         if not any(_is_part(key, one) or _is_part(one, key) for one in used):
             chosen = ", ".join(f"{group}={_kind(raw[group])}" for group in ("model", "data"))
@@ -53,16 +50,8 @@ def _reachable(raw: dict[str, Any]) -> set[str]:
         value = raw
         for name in key.split("."):
             value = value.get(name) if isinstance(value, dict) else None  # type: ignore[assignment]
-        left += _references(value)
+        left += references(value)
     return used
-
-
-def _references(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield from REFERENCE.findall(value)
-    elif isinstance(value, (dict, list)):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _references(inner)
 
 
 def _is_part(key: str, of: str) -> bool:

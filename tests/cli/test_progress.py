@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-
 from lightning import Trainer
 from torch.utils.data import DataLoader
 

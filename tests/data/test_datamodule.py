@@ -157,7 +157,7 @@ def spoil_floats(path: Path) -> None:
 @pytest.mark.parametrize("spoil", [spoil_text, spoil_checksum, spoil_floats])
 def test_unreadable_files_are_errors_or_skipped(folder: Path, spoil: Callable[[Path], None]) -> None:
     spoil(folder / "2.png")
-    with pytest.raises(SettingsError, match=r"unreadable images: 2\.png .*data\.skip_bad=true"):
+    with pytest.raises(SettingsError, match=r"unreadable image: 2\.png .*data\.skip_bad=true"):
         ready(folder)
     with pytest.warns(UserWarning, match=r"skipped 1 unreadable image: 2\.png"):
         data = ready(folder, skip_bad=True)

@@ -251,5 +251,6 @@ def _check_fields(row: Mapping[Any, Any], reader: csv.DictReader, where: str) ->
     given = len(names) + len(row.get(None, ())) - sum(row[name] is None for name in names)
     if given != len(names):
         raise SettingsError(
-            f"{where} has {count_of(given, 'field')}, and the header has {len(names)}; put a caption with a comma in double quotes."
+            f"{where} has {count_of(given, 'field')}, and the header has {len(names)}; put a caption with a comma in "
+            "double quotes."
         )

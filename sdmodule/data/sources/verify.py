@@ -71,8 +71,8 @@ def verify_images(examples: Examples, source: ImageSource, skip_bad: bool) -> li
     told = [f"{name} ({problem})" for name, problem in problems.items()]
     if not skip_bad:
         raise SettingsError(
-            f"{source}: {count_of(len(problems), 'unreadable image')}: {some(told)}; replace them, or set data.skip_bad=true to "
-            "leave them out."
+            f"{source}: {count_of(len(problems), 'unreadable image')}: {some(told)}; replace them, or set "
+            "data.skip_bad=true to leave them out."
         )
     if not good:
         raise SettingsError(

@@ -226,7 +226,7 @@ def png() -> bytes:
         ({"a_png": png(), "a_txt": b"\xff\xfe"}, r"the caption a\.tar/a\.txt cannot be read"),
         (
             {"a_png": b"<html>", "a_txt": b"a"},
-            r"unreadable images: a\.tar/a\.png \(not one of AVIF.*skip_bad",
+            r"unreadable image: a\.tar/a\.png \(not one of AVIF.*skip_bad",
         ),
     ],
 )
