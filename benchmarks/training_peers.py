@@ -144,7 +144,7 @@ def ours(module: StableDiffusionModule, task: Task, steps: int) -> list[float]:
         default_root_dir=task.work,
     )
     trainer.fit(module, make_data(task))
-    return timing.steps
+    return [step.seconds for step in timing.steps]
 
 
 def make_module(parts: Components, compile: str = "none") -> StableDiffusionModule:

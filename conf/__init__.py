@@ -7,6 +7,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 
 from sdmodule.errors import SettingsError
 
@@ -32,9 +33,21 @@ def asset(name: str) -> str:
     return str(Path(package.origin).parent / "components" / "assets" / name)
 
 
-def given(key: str, *, _root_: DictConfig) -> Any:
-    """A key's value, null where there is no such key: ``${given:prompt}``. Unlike `oc.select`, it lets ``???`` pass."""
-    return _root_.get(key)
+def given(key: str, default: Any = None, *, _root_: DictConfig) -> Any:
+    """A key's value, or a default where there is no such key: ``${given:steps,50}``.
+
+    Unlike ``oc.select`` it does not take the default for a key that must be given (``???``), nor for that text.
+
+    Raises:
+        MissingMandatoryValue: if the key must be given.
+    """
+    parent, _, name = key.rpartition(".")
+    holder = OmegaConf.select(_root_, parent) if parent else _root_
+    if not isinstance(holder, DictConfig) or name not in holder.keys():  # "in" is False for ???
+        return default
+    if OmegaConf.is_missing(holder, name):
+        raise MissingMandatoryValue(f"Missing mandatory value: {key}")
+    return holder.get(name)
 
 
 def merging(tome: Mapping[str, Any] | None, tomesd_cfg: Mapping[str, Any] | None) -> Mapping[str, Any] | None:

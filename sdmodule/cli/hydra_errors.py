@@ -140,7 +140,7 @@ def _entry_of_list(found: Found, typed: TypedLine) -> str:
 
 
 def _refers_to_itself(found: Found, typed: TypedLine) -> str:
-    return f"{typed.find(r'[$][{]') or found[1]}: refers to itself; give a value."
+    return f"{typed.find(r'[$][{]') or found[1] or 'a key'}: refers to itself; give a value."
 
 
 def _no_list_of_folders(found: Found, typed: TypedLine) -> str:
@@ -206,7 +206,7 @@ SENTENCES: dict[str, Callable[[Found, TypedLine], str]] = {
     r"does not support sweep type : ([A-Z]+)_": _no_sweep,
     r"override_grammar/basic": _unreadable,
     r"Interpolation key '([^']+)' not found(?: full_key: (\S+))?": _unknown_reference,
-    r"^(?:Recursive interpolation|Interpolation to parent node) detected full_key: (\S+)": _refers_to_itself,
+    r"^(?:Recursive interpolation|Interpolation to parent node) detected(?: full_key: (\S+))?": _refers_to_itself,
     r"^hydra\.searchpath must be a list": _no_list_of_folders,
     r"Unsupported interpolation type (\S+)": _unknown_resolver,
     r"Environment variable '([^']+)' not found": _unset_variable,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from sdmodule.cli.command_tree import COMMANDS, CommandTree
+from sdmodule.cli.config_files import file_chain
 from sdmodule.cli.config_keys import conf_dir
 from sdmodule.cli.key_hints import nearest_keys, nearest_names
 from sdmodule.cli.typed_line import TypedLine, one_of, program
@@ -117,9 +118,23 @@ def check_options(typed: TypedLine) -> None:
     """
     for told in typed.arguments:
         group, _, option = told.lstrip("+").partition("=")
-        if group not in GROUPS_OF_BOTH or not (conf_dir() / group / f"{option}.yaml").is_file():
-            continue
-        offered = CommandTree(typed.command).offered(group)
-        if option not in offered:
-            taken = one_of([f"{group}={name}" for name in offered])
+        if group == "experiment":
+            _check_experiment(told, option, typed)
+        if group in GROUPS_OF_BOTH and _is_foreign(group, option, typed):
+            taken = one_of([f"{group}={name}" for name in CommandTree(typed.command).offered(group)])
             raise SettingsError(f"{told}: {typed.script} does not take it; choose {taken}.")
+
+
+def _check_experiment(told: str, name: str, typed: TypedLine) -> None:
+    for file in file_chain(conf_dir(), "experiment", name):
+        for chosen in file.groups:
+            if chosen.name in GROUPS_OF_BOTH and _is_foreign(chosen.name, chosen.value, typed):
+                other = next(program(command) for command in COMMANDS if command != typed.command)
+                raise SettingsError(
+                    f"{told}: is for {other}, because it chooses {chosen.name}={chosen.value}; leave it out."
+                )
+
+
+def _is_foreign(group: str, option: str, typed: TypedLine) -> bool:
+    """Whether an option of ours is not one that the command takes."""
+    return (conf_dir() / group / f"{option}.yaml").is_file() and option not in CommandTree(typed.command).offered(group)

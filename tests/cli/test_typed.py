@@ -46,8 +46,8 @@ UNKNOWN_KEYS = {
     "predict data.root=photos": "is for train.py",
     "predict tuning=lora": "is for train.py",
     "train speed=fast": "is for predict.py",
-    "predict experiment=lora": "is for train.py, because it chooses an option of tuning",
-    "predict experiment=tiny_autoencoder": "is for train.py, because it needs tuning",
+    "predict experiment=lora": "is for train.py, because it chooses data=emoji",
+    "predict experiment=tiny_autoencoder": "is for train.py, because it chooses model=autoencoder",
     "predict data=emoji": "predict.py does not take it; choose data=prompts",
     "predict model@other=inpaint": "write model=inpaint",
 }
@@ -74,7 +74,6 @@ ADDED_AND_REMOVED = {
     "predict ~step": "there is no key step to remove; did you mean ~steps",
     "predict ~sampler=euler": "sampler=ddim is chosen; write ~sampler",
     "predict ~steps=3": "steps is 50; write ~steps",
-    "predict prompt=a ~sampler": "sampler: is missing, and model.sampling needs it; leave out ~sampler",
     "predict prompt=a ~trainer": "trainer: is missing; leave out ~trainer",
 }
 

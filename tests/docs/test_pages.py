@@ -12,7 +12,7 @@ from tests.docs.blocks import PAGES, ROOT, Block, commands, find_blocks, run_blo
 
 pytestmark = pytest.mark.docs
 
-REMARKS = re.compile(r"|fails|not run: [\w' ]+|table: \S+")
+REMARKS = re.compile(r"|fails|not run: [\w'/ ]+|table: \S+")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
