@@ -111,7 +111,7 @@ class Command:
     def wait_until(self, condition: Callable[[], bool]) -> None:
         """Wait for a condition, or for the end of the command."""
         while self.process.is_alive() and not condition():
-            time.sleep(0.002)
+            time.sleep(0.005)
 
     def send(self, number: int) -> None:
         """Send it a signal."""

@@ -55,11 +55,11 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(autouse=True, scope="session")
-def composition() -> Iterator[None]:
-    """Hydra composes faster than in a process of its own."""
-    from tests.isolation import fast_composition
+def done_once() -> Iterator[None]:
+    """Files are composed and networks are read once in this process; processes of commands do it as ever."""
+    from tests.isolation import fast_composition, networks_read_once
 
-    with fast_composition():
+    with fast_composition(), networks_read_once():
         yield
 
 

@@ -1,4 +1,4 @@
-"""Restore what the commands change for their whole process, and let Hydra compose faster than in a real one."""
+"""Restore what the commands change for their whole process, and do not compose or read the same again and again."""
 
 from __future__ import annotations
 
@@ -7,16 +7,27 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import copy
-from typing import IO
+from copy import copy, deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any
 from unittest import mock
 
 import diffusers
 import transformers
 import yaml
+from hydra._internal import config_loader_impl
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import IConfigRepository
+from hydra._internal.defaults_list import DefaultsList, Overrides, create_defaults_list
+from hydra.core.default_element import ResultDefault
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf._utils import get_yaml_loader
+
+from sdmodule.components import checkpoint
+from sdmodule.components.load_network import load_network
 
 LOGGING = ("level", "disabled", "propagate", "filters", "handlers")
 
@@ -58,10 +69,69 @@ class ParsedOnce:
         return OmegaConf.create(self.parsed[text] or {})
 
 
+class ComposedOnce:
+    """What Hydra has composed before from the same files: the list of defaults, and the files merged in its order."""
+
+    def __init__(self) -> None:
+        self.lists: dict[object, DefaultsList] = {}
+        self.merged: dict[object, DictConfig] = {}
+
+    def create_defaults_list(
+        self, repo: IConfigRepository, config_name: str | None, overrides_list: list[Override], **settings: bool
+    ) -> DefaultsList:
+        chosen = [one.input_line for one in overrides_list if repo.group_exists(one.key_or_group)]
+        key = (config_name, *chosen, *settings.values(), *map(str, repo.get_sources()))
+        if key not in self.lists:
+            self.lists[key] = create_defaults_list(repo, config_name, overrides_list, **settings)
+        return replace(self.lists[key], config_overrides=Overrides(repo, overrides_list).config_overrides)
+
+    def merge(self, loader: ConfigLoaderImpl, defaults: list[ResultDefault], repo: IConfigRepository) -> DictConfig:
+        key = (repr(defaults), *map(str, repo.get_sources()))
+        if key not in self.merged:
+            self.merged[key] = MERGE(loader, defaults, repo)
+        return deepcopy(self.merged[key])
+
+
+MERGE = ConfigLoaderImpl._compose_config_from_defaults_list
+
+
 @contextmanager
 def fast_composition() -> Iterator[None]:
-    """Parse each file of the configuration once."""
+    """Parse each file of the configuration once, and merge the same files once."""
     Plugins.instance()  # imports its modules anew
     reader = sys.modules["hydra._internal.core_plugins.importlib_resources_config_source"]
-    with mock.patch.object(reader, "OmegaConf", ParsedOnce()):
+    once = ComposedOnce()
+
+    def merge(loader: ConfigLoaderImpl, defaults: list[ResultDefault], repo: IConfigRepository) -> DictConfig:
+        return once.merge(loader, defaults, repo)
+
+    with (
+        mock.patch.object(reader, "OmegaConf", ParsedOnce()),
+        mock.patch.object(config_loader_impl, "create_defaults_list", once.create_defaults_list),
+        mock.patch.object(ConfigLoaderImpl, "_compose_config_from_defaults_list", merge),
+    ):
+        yield
+
+
+class ReadOnce:
+    """`load_network`, which remembers what it has read from the same files and gives a copy of it."""
+
+    def __init__(self) -> None:
+        self.networks: dict[object, Any] = {}
+
+    def load(self, kind: Any, location: Any, **options: Any) -> Any:
+        folder = Path(location, options.get("subfolder") or "")
+        files = [(file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(folder.glob("*"))]
+        if not files:
+            return load_network(kind, location, **options)
+        key = (kind, str(folder), *map(str, options.values()), *files)
+        if key not in self.networks:
+            self.networks[key] = load_network(kind, location, **options)
+        return deepcopy(self.networks[key])
+
+
+@contextmanager
+def networks_read_once() -> Iterator[None]:
+    """Read the networks of each checkpoint once: most tests load the same one, and a copy takes a third of the time."""
+    with mock.patch.object(checkpoint, "load_network", ReadOnce().load):
         yield
