@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from hydra._internal.hydra import Hydra
 from hydra.core.config_store import ConfigStore
 
-
 _frozen = False
 """Whether what was imported is exempt from garbage collection."""
 
