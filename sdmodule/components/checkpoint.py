@@ -73,6 +73,11 @@ class Components:
         return [(getattr(self, name), getattr(self, encoder)) for name, encoder in self.family.text_encoders.items()]
 
     @property
+    def adaptable(self) -> list[Any]:
+        """The networks that low-rank adapters change."""
+        return [getattr(self, name) for name in self.family.adapter_prefixes]
+
+    @property
     def num_timesteps(self) -> int:
         """Timesteps of the noise schedule."""
         return len(self.scheduler.alphas_cumprod)

@@ -11,7 +11,7 @@ from sdmodule.components.base_model import BaseModel
 from sdmodule.components.checkpoint import Components, family_of, load_components
 from sdmodule.components.controlnet import load_controlnet
 from sdmodule.errors import SettingsError
-from sdmodule.families.family import ADAPTERS, CONTROLNET
+from sdmodule.families.family import CONTROLNET
 from sdmodule.io.redact import shorten_home
 
 
@@ -58,8 +58,6 @@ def load_model(
     places = {name: place for name, place in components.items() if name != "controlnet"}
     family = family_of(pretrained, revision)
     family.check_supports(task, f"model={task}", pretrained)
-    if adapters.files:
-        family.check_supports(ADAPTERS, f"adapters={adapters.files[0].path}", pretrained)
     if "controlnet" in components:
         family.check_supports(CONTROLNET, f"controlnet={components['controlnet']}", pretrained)
     parts = load_components(pretrained, revision=revision, variant=variant, components=places, scratch=scratch)

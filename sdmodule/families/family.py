@@ -12,8 +12,8 @@ from torch import Tensor
 from sdmodule.errors import SettingsError
 from sdmodule.families.conditioning import Conditioning
 
-TRAINING, INPAINT, CONTROLNET, ADAPTERS = "training", "inpaint", "controlnet", "adapters"
-"""What a family may not do yet; every family samples from text alone."""
+TRAINING, INPAINT, CONTROLNET, LEARNED_WORDS = "training", "inpaint", "controlnet", "learned words"
+"""What a family may not do yet; every family samples from text, with low-rank adapters."""
 
 
 class Family(ABC):
@@ -27,6 +27,8 @@ class Family(ABC):
         text_encoders: part that encodes what each tokenizer gives.
         optional_parts: parts that its pipelines may have and that are not read.
         other_inputs: what the configuration of a network says of inputs beside latents, timestep and text.
+        adapter_prefixes: for each part that low-rank adapters change, the prefixes of its layers in kohya's layout.
+        text_widths: name of the models whose denoiser attends to text of a width.
         guidance_scale: its usual guidance scale.
         upcasts_vae: whether a VAE whose configuration says ``force_upcast`` decodes in float32 instead of float16.
         unsupported: what it cannot do yet.
@@ -39,6 +41,8 @@ class Family(ABC):
     text_encoders: ClassVar[Mapping[str, str]]
     optional_parts: ClassVar[tuple[str, ...]]
     other_inputs: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    adapter_prefixes: ClassVar[Mapping[str, tuple[str, ...]]]
+    text_widths: ClassVar[Mapping[int, str]]
     guidance_scale: ClassVar[float]
     upcasts_vae: ClassVar[bool] = False
     unsupported: ClassVar[frozenset[str]] = frozenset()
@@ -82,5 +86,5 @@ class Family(ABC):
         if task in self.unsupported:
             raise SettingsError(
                 f"{given}: does not work with {self.title} yet, of which pretrained={pretrained} is; it samples "
-                "from text alone; give a checkpoint of Stable Diffusion 1.x or 2.x."
+                "from text and low-rank adapters; give a checkpoint of Stable Diffusion 1.x or 2.x."
             )

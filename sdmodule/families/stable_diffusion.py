@@ -25,6 +25,8 @@ class StableDiffusion(Family):
     models: ClassVar = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
     text_encoders: ClassVar = {"tokenizer": "text_encoder"}
     optional_parts = ("safety_checker", "feature_extractor", "image_encoder")
+    adapter_prefixes: ClassVar = {"unet": ("lora_unet",), "text_encoder": ("lora_te", "lora_te1")}
+    text_widths: ClassVar = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}
     guidance_scale = 7.5
 
     def pipeline(self, inpainting: bool, zero_empty_prompts: bool) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sdmodule.families.conditioning import Conditioning
-from sdmodule.families.family import ADAPTERS, CONTROLNET, INPAINT, TRAINING, Family
+from sdmodule.families.family import CONTROLNET, INPAINT, LEARNED_WORDS, TRAINING, Family
 
 
 class StableDiffusionXL(Family):
@@ -31,9 +31,15 @@ class StableDiffusionXL(Family):
     text_encoders: ClassVar = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}
     optional_parts = ("feature_extractor", "image_encoder")
     other_inputs: ClassVar = {"unet": {"addition_embed_type": "text_time"}}
+    adapter_prefixes: ClassVar = {
+        "unet": ("lora_unet",),
+        "text_encoder": ("lora_te1",),
+        "text_encoder_2": ("lora_te2",),
+    }
+    text_widths: ClassVar = {2048: "Stable Diffusion XL"}
     guidance_scale = 5.0
     upcasts_vae = True
-    unsupported = frozenset({TRAINING, INPAINT, CONTROLNET, ADAPTERS})
+    unsupported = frozenset({TRAINING, INPAINT, CONTROLNET, LEARNED_WORDS})
 
     def zeroes_empty_prompts(self, index: Mapping[str, Any]) -> bool:
         """What ``force_zeros_for_empty_prompt`` says; true if left out, as in diffusers."""

@@ -158,7 +158,6 @@ def test_the_vae_decodes_in_float32_where_it_would_overflow(xl_checkpoint):
     ("options", "words"),
     [
         ({"task": "inpaint"}, "model=inpaint: does not work with Stable Diffusion XL yet"),
-        ({"adapters": "my_lora.safetensors"}, "adapters=my_lora.safetensors: does not work with Stable Diffusion XL"),
         ({"components": {"controlnet": "net"}}, "controlnet=net: does not work with Stable Diffusion XL yet"),
     ],
 )
