@@ -33,7 +33,7 @@ from benchmarks.report import Parser, check_counts, main, print_table, report, w
 from benchmarks.sampling_peers import Contender, Run, Work, peers, presets, single_settings
 from benchmarks.tome_runs import load, psnr
 from sdmodule.cli.trainer import supports_bfloat16
-from sdmodule.components.checkpoint import MODELS, Components
+from sdmodule.components.checkpoint import Components
 from sdmodule.sampling.metadata import describe
 from sdmodule.sampling.settings import SamplingSettings
 
@@ -78,14 +78,14 @@ def models(pretrained: str | None, precision: str | None = None) -> tuple[Compon
     """The model in float32, and in ``precision`` or the device's fastest one; the same object if that is float32."""
     plain = load(pretrained, "float32")
     device = plain.unet.device.type
-    for name in MODELS:  # as after ``from_pretrained``
-        getattr(plain, name).to(memory_format=torch.contiguous_format)
+    for network in plain.networks.values():  # as after ``from_pretrained``
+        network.to(memory_format=torch.contiguous_format)
     fastest = "bfloat16" if supports_bfloat16("gpu" if device == "cuda" else "cpu") else "float32"
     if (precision or fastest) == "float32":
         return plain, plain
     best = copy.deepcopy(plain)
-    for name in MODELS:
-        getattr(best, name).to(torch.bfloat16)
+    for network in best.networks.values():
+        network.to(torch.bfloat16)
     return plain, best
 
 

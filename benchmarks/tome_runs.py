@@ -13,10 +13,11 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
 
-from sdmodule.components.checkpoint import MODELS, Components, load_components, load_part
+from sdmodule.components.checkpoint import Components, load_components, load_part
 from sdmodule.components.schedulers import make_scheduler
 from sdmodule.components.source import ASSETS
 from sdmodule.data.toy.scenes import caption, sample_single
+from sdmodule.families.recognize import STABLE_DIFFUSION
 from sdmodule.sampling.pipeline import sample_requests
 from sdmodule.sampling.requests import TEXT2IMAGE, build_requests
 from sdmodule.sampling.schedule import check_settings
@@ -70,7 +71,7 @@ def load(pretrained: str | None, precision: str) -> Components:
     else:
         torch.manual_seed(0)
         folder = ASSETS / "configs" / "sd1"
-        made = {name: load_part(name, str(folder), scratch=True) for name in MODELS}
+        made = {name: load_part(name, str(folder), scratch=True) for name in STABLE_DIFFUSION.models}
         parts = Components(
             **made,
             tokenizer=load_components("tiny").tokenizer,
@@ -78,8 +79,8 @@ def load(pretrained: str | None, precision: str) -> Components:
             source="Stable Diffusion 1.5, random weights",
         )
     device, dtype = ("cuda" if torch.cuda.is_available() else "cpu"), getattr(torch, precision)
-    for name in MODELS:
-        getattr(parts, name).eval().requires_grad_(False).to(device, dtype, memory_format=torch.channels_last)
+    for network in parts.networks.values():
+        network.eval().requires_grad_(False).to(device, dtype, memory_format=torch.channels_last)
     return parts
 
 

@@ -33,7 +33,7 @@ from benchmarks.report import Parser, check_counts, main, print_table, report, w
 from benchmarks.tome_runs import load
 from benchmarks.training_peers import Task, make_module, ours, prepare_unet, script, write_images
 from sdmodule.cli.trainer import supports_bfloat16
-from sdmodule.components.checkpoint import MODELS, Components
+from sdmodule.components.checkpoint import Components
 from sdmodule.speed.compile import COMPILE
 from sdmodule.training.activation_checkpointing import CHECKPOINTING, checkpoint_blocks
 
@@ -102,8 +102,8 @@ def variants(settings: argparse.Namespace, work: Path, precision: str) -> list[V
 
 def prepare(parts: Components, task: Task) -> Components:
     """Make parts trainable, and write images to train on."""
-    for name in MODELS:
-        getattr(parts, name).to(memory_format=torch.contiguous_format)
+    for network in parts.networks.values():
+        network.to(memory_format=torch.contiguous_format)
     prepare_unet(parts.unet, task.lora)
     write_images(task.folder, 8 * task.batch, task.size, CAPTIONS)
     return parts

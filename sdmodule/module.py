@@ -20,7 +20,7 @@ from sdmodule.components.adapters import AdapterSettings
 from sdmodule.components.load_model import load_model, place_names
 from sdmodule.conditioning.inpaint_crop import check_inpaint_settings
 from sdmodule.conditioning.text import encode_prompts, escape_prompt
-from sdmodule.errors import SettingsError, build_settings, check_choice
+from sdmodule.errors import build_settings, check_choice
 from sdmodule.io.redact import shorten_home
 from sdmodule.sampling.infer import InferOptions, infer
 from sdmodule.sampling.metadata import describe
@@ -40,7 +40,7 @@ from sdmodule.training.optimizers import Optimization, parameter_groups
 from sdmodule.training.rng import generator_for, per_example_generators, seeded, validation_generators
 from sdmodule.training.settings import TrainingSettings
 from sdmodule.training.trainable import TrainableModule, replaced
-from sdmodule.training.tuning import check_scratch, choose_tuning
+from sdmodule.training.tuning import check_scratch, check_stage, choose_tuning
 from sdmodule.training.validation import validation_losses
 
 
@@ -103,14 +103,15 @@ class StableDiffusionModule(TrainableModule):
         adapters, training = self.adapters.plain(), self.training_settings.lasting()
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         scratch = self.training_settings.scratch
-        parts, self.base_model = load_model(pretrained, revision, variant, components, scratch, self.adapters)
+        parts, self.base_model = load_model(pretrained, revision, variant, components, scratch, self.adapters, task)
         parts.scheduler = self.objective.scheduler(parts.scheduler)
         check_settings(parts, self.sampling, task)
         self.tuning.prepare(parts, self.training_settings.seed)
         self.parts = parts
-        self.unet, self.text_encoder, self.controlnet = parts.unet, parts.text_encoder, parts.controlnet
+        self.unet, self.controlnet = parts.unet, parts.controlnet
+        self.text_encoder, self.text_encoder_2 = parts.text_encoder, parts.text_encoder_2
         self.vae = parts.vae.eval().requires_grad_(False)
-        self.frozen_weights = FrozenWeights([self.unet, self.controlnet, self.vae, self.text_encoder])
+        self.frozen_weights = FrozenWeights([*parts.networks.values(), self.controlnet])
         self._cached_embeddings: Any = None
         self._on_step: OnStep | None = None
         checkpoint_blocks((self.unet, self.controlnet), self.training_settings.checkpointing)
@@ -123,10 +124,9 @@ class StableDiffusionModule(TrainableModule):
 
     @override
     def setup(self, stage: str) -> None:
+        check_stage(self.parts, stage)
         if stage != "fit":
             return
-        if self.parts.origin.keys() & {"adapters", "controlnet"}:
-            raise SettingsError("adapters and controlnet: are for sampling; train on the checkpoint alone.")
         self.check_fit()
         self.tuning.check_trainer(self._trainer)
         self.base_model.identify()

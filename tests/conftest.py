@@ -126,6 +126,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def xl_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of random weights with the architecture of Stable Diffusion XL, for 32 x 32 pixels."""
+    import torch
+
+    from sdmodule.components.save import save_components
+    from tests.xl_parts import tiny_xl_parts
+
+    folder = tmp_path_factory.mktemp("xl_checkpoint")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        save_components(tiny_xl_parts(tmp_path_factory.mktemp("xl_words")), folder)
+    return folder
+
+
 @pytest.fixture
 def module(checkpoint: Path):
     """The checkpoint, ready to sample."""

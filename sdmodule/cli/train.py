@@ -26,6 +26,7 @@ def train(cfg: DictConfig) -> None:
     check_seed("seed", cfg.seed)
     check_bool("validate_first", cfg.validate_first)
     output_dir = prepare_output_dir(cfg)
+    check_family(cfg)
     model = None
     if cfg.resolution is None and cfg.data.get("resolution", 0) is None:
         model = build_model(cfg)
@@ -95,6 +96,16 @@ def steps_of_epochs(trainer: Any, data: Any) -> int | None:
         batches = len(data.train_dataloader())
     steps = trainer.max_epochs * -(-batches // trainer.accumulate_grad_batches)
     return steps if steps < trainer.max_steps else None
+
+
+def check_family(cfg: DictConfig) -> None:
+    """Check that a checkpoint of this family can be trained, before anything is read of it but its index."""
+    from sdmodule.components.checkpoint import family_of
+    from sdmodule.families.family import TRAINING
+
+    if "components" in cfg.model:  # an autoencoder is of no family
+        pretrained = str(cfg.model.pretrained)
+        family_of(pretrained, cfg.model.get("revision")).check_supports(TRAINING, "training", pretrained)
 
 
 def build_model(cfg: DictConfig) -> Any:

@@ -13,10 +13,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sdmodule.components.adapter_layouts import KOHYA_NAMES, METADATA, PREFIXES
+from sdmodule.components.adapter_layouts import KOHYA_NAMES, METADATA
 from sdmodule.components.folder_kinds import DIFFUSERS_FILE, KOHYA_FILE
 from sdmodule.components.lora_layers import MAGNITUDES, Adapter
 from sdmodule.errors import SettingsError
+from sdmodule.families.recognize import STABLE_DIFFUSION
 
 
 def write_diffusers(adapter: Adapter, folder: Path, dtype: str) -> None:
@@ -39,7 +40,7 @@ def write_kohya(adapter: Adapter, folder: Path, dtype: str) -> None:
     """Write the layout of kohya's scripts and of LyCORIS, with weights of ``dtype``."""
     weights = {}
     for part in adapter.weights:
-        prefix = f"{PREFIXES[part]}_text_model" if part == "text_encoder" else PREFIXES[part]
+        prefix = STABLE_DIFFUSION.adapter_prefixes[part][0] + ("_text_model" if part == "text_encoder" else "")
         for layer, factors in adapter.layers(part).items():
             flat = f"{prefix}_{layer.replace('.', '_')}"
             for factor, value in factors.items():

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,12 @@ from torch import Tensor, nn
 from sdmodule.components.checkpoint import Components
 from sdmodule.components.lora_layers import LORA, MAGNITUDES, Adapter, find_method, split_key
 from sdmodule.errors import SettingsError
+from sdmodule.families.recognize import FAMILIES
 
 METADATA = "lora_adapter_metadata"
 """Header entry in which diffusers keeps the settings of peft."""
 
-PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te"}
-KOHYA_PREFIXES = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder"}
+KOHYA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 
 KOHYA_NAMES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", MAGNITUDES: "dora_scale"}
 PEFT_NAMES = {kohya: peft for peft, kohya in KOHYA_NAMES.items()}
@@ -39,6 +40,9 @@ PEFT_NAMES = {kohya: peft for peft, kohya in KOHYA_NAMES.items()}
 _BARE_UNET = re.compile(r"(down_blocks|mid_block|up_blocks)\.")
 _OLD_FACTOR = re.compile(r"(?:\.processor\.(\w+)_lora|\.lora_linear_layer|\.lora)\.(down|up)\.weight$")
 """The factors in diffusers before it used peft: the layer's name may stand in the processor's."""
+
+_TEXT_FACTOR = re.compile(r"attn2[._](processor\.)?to_[kv](_lora)?\.(lora_A|lora_down|lora\.down|down)\.weight$")
+"""The factor that takes the text embeddings, in any layout."""
 
 _EXPRESSION = re.compile(r"[\w.\\^$|()\[\]*+?-]{1,200}")
 """What an expression of a header may consist of."""
@@ -49,7 +53,7 @@ _NESTED = re.compile(r"\([^()]*[*+?|][^()]*\)[*+{]")
 
 def is_adapter(keys: Iterable[str]) -> bool:
     """Whether a file's keys are those of a low-rank adapter, in any layout."""
-    known = (*KOHYA_PREFIXES, "unet.", "text_encoder.", "lora_te2_")
+    known = (*KOHYA_PREFIXES, "unet.", "text_encoder.", "text_encoder_2.")
     return any(key.startswith(known) or _BARE_UNET.match(key) for key in keys)
 
 
@@ -66,14 +70,33 @@ def to_adapter(tensors: dict[str, Tensor], header: dict[str, str], path: str | P
         SettingsError: if the file holds an unknown key or a layer that the model does not have.
     """
     adapter = Adapter(LORA, {}, {}, str(path))
-    if any(key.startswith(tuple(KOHYA_PREFIXES)) for key in tensors):
+    _check_architecture(tensors, adapter, parts)
+    if any(key.startswith(KOHYA_PREFIXES) for key in tensors):
         _read_kohya(tensors, adapter, parts)
     else:
-        _read_diffusers(tensors, header, adapter)
+        _read_diffusers(tensors, header, adapter, parts)
     adapter.method = find_method(adapter)
     for part, weights in adapter.weights.items():
         adapter.weights[part] = {key: value.float() for key, value in weights.items()}
     return adapter
+
+
+def _check_architecture(tensors: Mapping[str, Tensor], adapter: Adapter, parts: Components) -> None:
+    """Check that a file which is for a known family by the width of its text is for that of the model.
+
+    Raises:
+        SettingsError: if it is for another one; it names both.
+    """
+    known = {width: title for family in FAMILIES for width, title in family.text_widths.items()}
+    own = parts.unet.config.cross_attention_dim
+    factors = (factor for key, factor in tensors.items() if _TEXT_FACTOR.search(key) and factor.ndim > 1)
+    found = next((factor.shape[1] for factor in factors), own)
+    if found in known and found != own:
+        raise SettingsError(
+            f"adapters={adapter.source}: is for {known[found]}, whose text embeddings are {found} wide, and those of "
+            f"pretrained={parts.source} are {own} wide ({known.get(own, 'another architecture')}); give an adapter "
+            "that was trained on a model of this architecture."
+        )
 
 
 def _unknown_key(adapter: Adapter, key: str) -> SettingsError:
@@ -85,11 +108,11 @@ def _unknown_key(adapter: Adapter, key: str) -> SettingsError:
 # ---------------------------------------------------------------------------------------------- diffusers
 
 
-def _read_diffusers(tensors: dict[str, Tensor], header: dict[str, str], adapter: Adapter) -> None:
+def _read_diffusers(tensors: dict[str, Tensor], header: dict[str, str], adapter: Adapter, parts: Components) -> None:
     for key, value in tensors.items():
         part, _, rest = f"unet.{key}".partition(".") if _BARE_UNET.match(key) else key.partition(".")
         rest = _modern_name(rest.removeprefix("text_model.") if part == "text_encoder" else rest)
-        if part not in PREFIXES or not split_key(rest)[1]:
+        if part not in parts.family.adapter_prefixes or not split_key(rest)[1]:
             raise _unknown_key(adapter, key)
         if rest.endswith(MAGNITUDES):
             value = value.flatten() if value.ndim < 3 else value.reshape(1, -1, *[1] * (value.ndim - 2))
@@ -188,15 +211,15 @@ def _magnitudes(scale: Tensor) -> Tensor:
 def _kohya_layers(parts: Components) -> dict[str, tuple[str, str]]:
     """The layers that can be adapted, as part and name, by each name that kohya's layout may give them."""
     found = {}
-    for prefix, part in KOHYA_PREFIXES.items():
+    for part, prefixes in parts.family.adapter_prefixes.items():
         model = getattr(parts, part)
         for layer, module in model.named_modules():
             if not isinstance(module, (nn.Linear, nn.Conv2d)) and not hasattr(module, "base_layer"):
                 continue
             short = layer.removeprefix("text_model.")
-            names = [f"text_model.{short}"] if part == "text_encoder" else [layer, *original_names(layer, model)]
-            for name in names:
-                found[prefix + name.replace(".", "_")] = part, layer
+            names = [layer, *original_names(layer, model)] if part == "unet" else [f"text_model.{short}"]
+            for prefix, name in product(prefixes, names):
+                found[f"{prefix}_{name.replace('.', '_')}"] = part, layer
     return found
 
 
@@ -211,6 +234,8 @@ _ORIGINAL_ENDS = {
     "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
 }
 
 

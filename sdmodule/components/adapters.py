@@ -25,6 +25,7 @@ from sdmodule.components.lora_layers import (
     set_active_adapters,
 )
 from sdmodule.errors import SettingsError, build_settings, check_bool, check_number, choices
+from sdmodule.families.family import LEARNED_WORDS
 from sdmodule.io.redact import shorten_home
 
 UNNAMED_WORD = "emb_params"
@@ -137,6 +138,7 @@ def _can_be_attached(adapters: Sequence[tuple[Adapter, float]], parts: Component
 
 
 def _add_word(parts: Components, one: AdapterChoice, tensors: Mapping[str, Tensor]) -> None:
+    parts.family.check_supports(LEARNED_WORDS, f"adapters={one.path}: a learned word", parts.source)
     width = parts.text_encoder.config.hidden_size
     name, vectors = next(iter(tensors.items())) if len(tensors) == 1 else ("", None)
     if vectors is None or vectors.ndim not in (1, 2):

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sdmodule.components.checkpoint import MODELS, Components
+from sdmodule.components.checkpoint import Components
 from sdmodule.errors import SettingsError, choices
 
 
@@ -27,7 +27,7 @@ class BaseModel:
 
     def __init__(self, parts: Components, scratch: Iterable[str] = ()) -> None:
         self.name = parts.source
-        models: dict[str, nn.Module] = {name: getattr(parts, name) for name in MODELS if name not in set(scratch)}
+        models = {name: model for name, model in parts.networks.items() if name not in set(scratch)}
         # the parameters themselves: modules that training wraps around them do not change them
         self._weights = {name: dict(model.named_parameters()) for name, model in models.items()}
         self._fingerprints: dict[str, str] = {}

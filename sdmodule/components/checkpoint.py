@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from huggingface_hub import hf_hub_download
+from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 
@@ -20,11 +21,8 @@ from sdmodule.components.schedulers import make_scheduler
 from sdmodule.components.single_file import load_single_file, load_single_part
 from sdmodule.components.source import Source, find_source, folder_with_part, is_single_file, local_folder
 from sdmodule.errors import SettingsError, check_choice, choices
-
-MODELS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-PARTS = (*MODELS, "tokenizer", "scheduler")
-GUIDANCE_SCALE = 7.5
-"""Stable Diffusion's usual guidance scale."""
+from sdmodule.families.family import Family
+from sdmodule.families.recognize import STABLE_DIFFUSION
 
 SAMPLING = "sampling.json"
 """File in a checkpoint's folder with its recommended guidance scale; diffusers ignores it."""
@@ -44,6 +42,10 @@ class Components:
         guidance_scale: default guidance scale; a checkpoint's folder sets it in ``sampling.json``.
         controlnet: a ControlNet beside the UNet, or None; not part of the checkpoint.
         origin: how the model was named beside its source (revision, adapters and so on), in plain types.
+        family: what it has that checkpoints of other families have not.
+        text_encoder_2: the second text encoder of a family that has two.
+        tokenizer_2: its tokenizer.
+        zero_empty_prompts: whether an empty negative prompt has embeddings of zeros.
     """
 
     unet: UNet2DConditionModel
@@ -52,9 +54,28 @@ class Components:
     tokenizer: CLIPTokenizer
     scheduler: Any
     source: str
-    guidance_scale: float = GUIDANCE_SCALE
+    guidance_scale: float = STABLE_DIFFUSION.guidance_scale
     controlnet: Any = None
     origin: dict[str, Any] = field(default_factory=dict)
+    family: Family = STABLE_DIFFUSION
+    text_encoder_2: Any = None
+    tokenizer_2: CLIPTokenizer | None = None
+    zero_empty_prompts: bool = False
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks of the checkpoint, by the names of their parts."""
+        return {name: getattr(self, name) for name in self.family.models}
+
+    @property
+    def text_encoders(self) -> list[tuple[CLIPTokenizer, Any]]:
+        """Each tokenizer with the text encoder that reads its tokens."""
+        return [(getattr(self, name), getattr(self, encoder)) for name, encoder in self.family.text_encoders.items()]
+
+    @property
+    def adaptable(self) -> list[Any]:
+        """The networks that low-rank adapters change."""
+        return [getattr(self, name) for name in self.family.adapter_prefixes]
 
     @property
     def num_timesteps(self) -> int:
@@ -93,46 +114,82 @@ def load_components(
         SettingsError: if any part cannot be read.
     """
     replaced = {name: path for name, path in (components or {}).items() if path}
+    source = None if is_single_file(pretrained) else find_source(pretrained, revision, variant)
+    family = STABLE_DIFFUSION if source is None else source.family
     for name in replaced:
-        check_choice("components", name, PARTS)
+        check_choice("components", name, family.parts)
     for name in scratch:
-        check_choice("scratch", name, PARTS)
-    if is_single_file(pretrained):
+        check_choice("scratch", name, family.parts)
+    if source is None:
         check_whole_file(pretrained, scratch, revision, variant)
         parts = load_single_file(_existing(pretrained), without=[name for name in replaced if name != "unet"])
     else:
-        source = find_source(pretrained, revision, variant)
-        parts = {name: _load(name, source, name in scratch) for name in PARTS if name not in replaced}
+        parts = {name: _load(name, source, name in scratch) for name in family.parts if name not in replaced}
     for name, path in replaced.items():
-        parts[name] = load_part(name, path, name in scratch, f"components.{name}")
-    wanted_width, width = parts["unet"].config.cross_attention_dim, parts["text_encoder"].config.hidden_size
-    if wanted_width != width:
-        raise SettingsError(
-            f"pretrained={pretrained}: the text encoder's hidden states are {width} wide and the UNet attends to "
-            f"{wanted_width}; give components.text_encoder and components.unet that belong together."
-        )
-    return Components(**parts, source=pretrained, guidance_scale=_default_guidance(pretrained))
+        parts[name] = load_part(name, path, name in scratch, f"components.{name}", family)
+    _check_widths(parts, family, pretrained)
+    return Components(
+        **parts,
+        source=pretrained,
+        guidance_scale=_default_guidance(pretrained, family),
+        family=family,
+        zero_empty_prompts=source is not None and family.zeroes_empty_prompts(source.index),
+    )
 
 
-def load_part(name: str, pretrained: str, scratch: bool = False, key: str = "pretrained") -> Any:
+def family_of(pretrained: str, revision: str | None = None) -> Family:
+    """The family of a checkpoint, before any weight is read.
+
+    Raises:
+        SettingsError: if it is of none, or cannot be found.
+    """
+    return STABLE_DIFFUSION if is_single_file(pretrained) else find_source(pretrained, revision).family
+
+
+def _check_widths(parts: Mapping[str, Any], family: Family, pretrained: str) -> None:
+    """Check that the UNet attends to what the text encoders say."""
+    widths = [parts[name].config.hidden_size for name in family.text_encoders.values()]
+    wanted_width, width = parts["unet"].config.cross_attention_dim, sum(widths)
+    if wanted_width == width:
+        return
+    whose = "text encoder's" if len(widths) == 1 else "text encoders' joined"
+    raise SettingsError(
+        f"pretrained={pretrained}: the {whose} hidden states are {width} wide and the UNet attends to "
+        f"{wanted_width}; give components.text_encoder and components.unet that belong together."
+    )
+
+
+def load_part(
+    name: str,
+    pretrained: str,
+    scratch: bool = False,
+    key: str = "pretrained",
+    family: Family = STABLE_DIFFUSION,
+) -> Any:
     """Load one part from its own folder or from a checkpoint.
 
     Args:
-        name: one of `PARTS`.
+        name: a part of the family.
         pretrained: the folder of the part, or anything `load_components` takes.
         scratch: keep the architecture and start from random weights.
         key: the setting that named the place, for messages.
+        family: whose part it is.
 
     Raises:
         SettingsError: if it cannot be read.
     """
     if is_single_file(pretrained):
         check_whole_file(pretrained, [name] if scratch else (), key=key)
+        if name not in STABLE_DIFFUSION.parts:
+            raise SettingsError(
+                f"{key}={pretrained}: the part {name} is not read from a single file; give its diffusers folder."
+            )
         return load_single_part(_existing(pretrained, key), name)
     folder = Path(pretrained).expanduser()
     if folder.is_dir() and not (folder / INDEX).is_file() and not (folder / name).is_dir():
-        return _load(name, Source(str(folder.parent), f"{key}={pretrained}"), scratch, subfolder=folder.name)
-    return _load(name, find_source(pretrained, whole=False, key=key), scratch)
+        source = Source(str(folder.parent), f"{key}={pretrained}", family=family)
+        return _load(name, source, scratch, subfolder=folder.name)
+    return _load(name, replace(find_source(pretrained, whole=False, key=key), family=family), scratch)
 
 
 def check_whole_file(
@@ -157,11 +214,11 @@ def check_whole_file(
             raise SettingsError(f"{name}={value}: {key}={path} is a single file and has no {name}; leave it out.")
 
 
-def _default_guidance(pretrained: str) -> float:
-    """Guidance scale of a local checkpoint's ``sampling.json``, or Stable Diffusion's."""
+def _default_guidance(pretrained: str, family: Family) -> float:
+    """Guidance scale of a local checkpoint's ``sampling.json``, or its family's."""
     file = local_folder(pretrained) / SAMPLING
     if not file.is_file():
-        return GUIDANCE_SCALE
+        return family.guidance_scale
     try:
         return float(json.loads(file.read_text())["guidance_scale"])
     except (ValueError, KeyError, TypeError) as error:
@@ -187,11 +244,12 @@ def _load(name: str, source: Source, scratch: bool = False, subfolder: str | Non
             if not folder.is_dir():
                 config = Path(hf_hub_download(location, "scheduler/scheduler_config.json", revision=source.revision))
             return make_scheduler(None, json.loads(config.read_text()))
-        if name == "tokenizer":
+        if name in source.family.text_encoders:
             return CLIPTokenizer.from_pretrained(location, **options)
         if scratch:
-            return _from_scratch(name, location, options)
-        return load_network(MODELS[name], location, variant=source.variant, **options)
+            return _from_scratch(source.family.models[name], location, options)
+        other_inputs = source.family.other_inputs.get(name)
+        return load_network(source.family.models[name], location, other_inputs, variant=source.variant, **options)
     except SettingsError:
         raise
     except Exception as error:  # a broken file ends in any of them; tokenizers raises Exception itself
@@ -201,9 +259,8 @@ def _load(name: str, source: Source, scratch: bool = False, subfolder: str | Non
         ) from error
 
 
-def _from_scratch(name: str, location: str, options: dict[str, Any]) -> Any:
-    model = MODELS[name]
-    if name == "text_encoder":
+def _from_scratch(model: Any, location: str, options: dict[str, Any]) -> Any:
+    if issubclass(model, CLIPTextModel):
         encoder = model(model.config_class.from_pretrained(location, **options))
         _spread_embeddings(encoder)
         return encoder

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +20,6 @@ ADAPTER_FILES = (DIFFUSERS_FILE, KOHYA_FILE, EMBEDDING_FILE)
 EXPORT = "export"
 """Folder of what a training exported, in the folder of its run."""
 
-PARTS_OF_SD = re.compile(
-    r"(Flax|Onnx|Semantic)?StableDiffusion"
-    r"(?!XL|3|Upscale|LatentUpscale|Depth2Img|ImageVariation|InstructPix2Pix|LDM3D)"
-    r"|Latent(Diffusion|ConsistencyModel)"
-)
-"""Pipelines of diffusers with the parts of Stable Diffusion 1.x and 2.x; the others named take other inputs."""
-
 
 def read_index(file: Path, setting: str) -> dict[str, Any]:
     """What the index of a checkpoint says.
@@ -45,25 +36,6 @@ def read_index(file: Path, setting: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise SettingsError(f"{setting}: its {INDEX} cannot be read ({error}); restore it.") from error
     return index if isinstance(index, dict) else {}
-
-
-def check_pipeline(index: Mapping[str, Any], setting: str) -> None:
-    """Check that a checkpoint is of Stable Diffusion 1.x or 2.x, before any weight is read.
-
-    Args:
-        index: what its ``model_index.json`` says; one that names no class is taken for such a checkpoint.
-        setting: what named the checkpoint, such as ``pretrained=tiny``.
-
-    Raises:
-        SettingsError: if its pipeline is another.
-    """
-    name = index.get("_class_name")
-    if not isinstance(name, str) or PARTS_OF_SD.match(name):
-        return
-    raise SettingsError(
-        f"{setting}: is a checkpoint of {name}; only Stable Diffusion 1.x and 2.x are supported "
-        "(StableDiffusionPipeline and its inpainting, img2img and ControlNet variants); give one of these."
-    )
 
 
 def not_a_checkpoint(folder: Path, name: str, key: str) -> SettingsError:

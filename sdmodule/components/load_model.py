@@ -8,9 +8,10 @@ from typing import Any
 
 from sdmodule.components.adapters import AdapterSettings, use_adapters
 from sdmodule.components.base_model import BaseModel
-from sdmodule.components.checkpoint import Components, load_components
+from sdmodule.components.checkpoint import Components, family_of, load_components
 from sdmodule.components.controlnet import load_controlnet
 from sdmodule.errors import SettingsError
+from sdmodule.families.family import CONTROLNET
 from sdmodule.io.redact import shorten_home
 
 
@@ -38,6 +39,7 @@ def load_model(
     components: Mapping[str, str],
     scratch: Iterable[str],
     adapters: AdapterSettings,
+    task: str = "text2image",
 ) -> tuple[Components, BaseModel]:
     """A model ready to sample with, and the identity of the checkpoint it is made of.
 
@@ -48,11 +50,16 @@ def load_model(
         components: another place for a part, by its name; ``controlnet`` names a ControlNet.
         scratch: parts that start from random weights.
         adapters: what is put on the model.
+        task: ``text2image`` or ``inpaint``.
 
     Raises:
         SettingsError: when anything cannot be read or does not fit.
     """
     places = {name: place for name, place in components.items() if name != "controlnet"}
+    family = family_of(pretrained, revision)
+    family.check_supports(task, f"model={task}", pretrained)
+    if "controlnet" in components:
+        family.check_supports(CONTROLNET, f"controlnet={components['controlnet']}", pretrained)
     parts = load_components(pretrained, revision=revision, variant=variant, components=places, scratch=scratch)
     base_model = BaseModel(parts, scratch)
     use_adapters(parts, adapters.files, adapters.merge)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from huggingface_hub import try_to_load_from_cache
-from transformers import CLIPTextModel, PretrainedConfig
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, PretrainedConfig
 from transformers.utils import logging as logging_of_transformers
 
 HARMLESS = re.compile(
@@ -26,6 +26,7 @@ CONFIG_KINDS = {
     AutoencoderKL: ("AutoencoderKL",),
     ControlNetModel: ("ControlNetModel",),
     CLIPTextModel: ("clip_text_model", "clip"),  # a text encoder alone, or the CLIP that it is part of
+    CLIPTextModelWithProjection: ("clip_text_model", "clip"),
 }
 """What the configuration of each kind of network calls itself."""
 
@@ -38,7 +39,7 @@ class UnfitWeights(ValueError):
     """Weights that are not those of the network they were given for."""
 
 
-def load_network(kind: Any, location: Any, **options: Any) -> Any:
+def load_network(kind: Any, location: Any, other_inputs: Mapping[str, Any] | None = None, **options: Any) -> Any:
     """Load a network in float32 and evaluation mode, and check that the file held exactly its weights.
 
     diffusers and transformers draw what is missing at random and drop what is left over, with a warning at most.
@@ -46,13 +47,15 @@ def load_network(kind: Any, location: Any, **options: Any) -> Any:
     Args:
         kind: class of the network, a key of `CONFIG_KINDS`.
         location: a folder or a hub id.
+        other_inputs: what its configuration says of `OTHER_INPUTS`; what it leaves out takes none.
         options: ``subfolder``, ``revision`` and ``variant``.
 
     Raises:
         UnfitWeights: for weights that are missing, unexpected or misshapen, and for a network of another kind.
         Exception: of many kinds, from the library that reads the files.
     """
-    _check_kind(kind, location, {name: value for name, value in options.items() if name != "variant"})
+    of_config = {name: value for name, value in options.items() if name != "variant"}
+    _check_kind(kind, location, other_inputs or {}, of_config)
     with _quiet("diffusers", "transformers"), _without_bar_if_on_disk(location, options):
         network, found = kind.from_pretrained(
             location,
@@ -90,15 +93,18 @@ def first_names(keys: Collection[str], limit: int = 3) -> str:
     return first if len(keys) <= limit else f"{first} and {len(keys) - limit} more"
 
 
-def _check_kind(kind: Any, location: Any, options: dict[str, Any]) -> None:
+def _check_kind(kind: Any, location: Any, other_inputs: Mapping[str, Any], options: dict[str, Any]) -> None:
     """Check that a configuration is of this kind of network, as far as it says."""
-    if kind is CLIPTextModel:
+    if issubclass(kind, (CLIPTextModel, CLIPTextModelWithProjection)):
         found = PretrainedConfig.get_config_dict(location, **options)[0].get("model_type")
     else:
         config = kind.load_config(location, **options)
         found = config.get("_class_name")
-        if other := [f"{name}={config[name]}" for name in OTHER_INPUTS if config.get(name)]:
-            raise UnfitWeights(f"it takes more than text ({', '.join(other)}), as that of Stable Diffusion XL does")
+        other = {name: config[name] for name in OTHER_INPUTS if config.get(name)}
+        if missing := [f"{name}={value}" for name, value in other_inputs.items() if other.get(name) != value]:
+            raise UnfitWeights(f"its configuration must say {', '.join(missing)}")
+        if more := [f"{name}={value}" for name, value in other.items() if name not in other_inputs]:
+            raise UnfitWeights(f"it takes more than text ({', '.join(more)}), as that of Stable Diffusion XL does")
     if found is not None and found not in CONFIG_KINDS[kind]:
         raise UnfitWeights(f"it is {found}, not {kind.__name__}")
 

@@ -41,11 +41,11 @@ FactorNames = Iterable[str]
 
 @dataclass
 class Adapter:
-    """A low-rank adapter of the UNet, the text encoder, or both.
+    """A low-rank adapter of the UNet, the text encoders, or all of them.
 
     Attributes:
         method: one of `METHODS`, or `MIXED`.
-        weights: for ``unet`` and ``text_encoder``, factors by key, such as ``mid_block….to_q.lora_A.weight``.
+        weights: for ``unet``, ``text_encoder`` and so on, factors by key, such as ``mid_block….to_q.lora_A.weight``.
         alphas: for each part, alpha by layer; the update is scaled by ``alpha / rank``, or by 1 for a layer without.
         source: where it came from, for messages.
     """
@@ -242,8 +242,8 @@ def _check_factors(adapter: Adapter, part: str, expected: dict[str, Tensor]) -> 
 
 
 def find_layers(parts: Components, name: str) -> list[Any]:
-    """Layers of peft that hold the adapter called ``name``, in the UNet and the text encoder."""
-    return [layer for part in (parts.unet, parts.text_encoder) for _, layer in _adapted(part, name)]
+    """Layers of peft that hold the adapter called ``name``, in the networks that have one."""
+    return [layer for part in parts.adaptable for _, layer in _adapted(part, name)]
 
 
 def is_dora(layers: Iterable[Any]) -> bool:
@@ -253,7 +253,7 @@ def is_dora(layers: Iterable[Any]) -> bool:
 
 def set_active_adapters(parts: Components, names: list[str]) -> None:
     """Activate these adapters, and no others, in every layer that has them."""
-    for part in (parts.unet, parts.text_encoder):
+    for part in parts.adaptable:
         for module in part.modules():
             if isinstance(module, BaseTunerLayer):
                 module.set_adapter([name for name in names if name in module.r])  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sdmodule.components.checkpoint import MODELS, PARTS, SAMPLING, Components
+from sdmodule.components.checkpoint import SAMPLING, Components
 from sdmodule.components.folder_kinds import INDEX
 from sdmodule.components.inpaint_unet import is_inpaint_unet
 from sdmodule.io.progress import LONG_TASK, progress
@@ -20,16 +20,15 @@ from sdmodule.io.progress import LONG_TASK, progress
 def save_components(parts: Components, folder: str | Path, dtype: str = "float32") -> None:
     """Write a folder that diffusers' Stable Diffusion pipelines load, with weights of ``dtype``."""
     folder = Path(folder)
-    sizes = {name: megabytes(getattr(parts, name), dtype) for name in MODELS}
+    sizes = {name: megabytes(model, dtype) for name, model in parts.networks.items()}
     with progress(sum(sizes.values()), "writing weights, in MB", delay=LONG_TASK) as on_done:
-        for name in PARTS:
+        for name in parts.family.parts:
             save_part(name, getattr(parts, name), folder, dtype)
             on_done(sizes.get(name, 0))
-    pipeline = "StableDiffusionInpaintPipeline" if is_inpaint_unet(parts.unet) else "StableDiffusionPipeline"
-    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__}
-    index["requires_safety_checker"] = False
-    index |= {name: _library_and_class(getattr(parts, name)) for name in PARTS}
-    index |= {name: [None, None] for name in ("safety_checker", "feature_extractor", "image_encoder")}
+    pipeline = parts.family.pipeline(is_inpaint_unet(parts.unet), parts.zero_empty_prompts)
+    index: dict[str, Any] = {"_class_name": pipeline.pop("_class_name"), "_diffusers_version": diffusers.__version__}
+    index |= pipeline | {name: _library_and_class(getattr(parts, name)) for name in parts.family.parts}
+    index |= {name: [None, None] for name in parts.family.optional_parts}
     (folder / SAMPLING).write_text(json.dumps({"guidance_scale": parts.guidance_scale}) + "\n")
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
@@ -45,14 +44,14 @@ def save_part(name: str, part: Any, folder: str | Path, dtype: str = "float32") 
     subfolder = Path(folder) / name
     if name == "scheduler":
         save_scheduler(part, subfolder)
-    elif name == "tokenizer":
+    elif name.startswith("tokenizer"):
         part.save_pretrained(subfolder)
         part.backend_tokenizer.model.save(str(subfolder))  # vocab.json and merges.txt, which older readers need
-    elif name == "text_encoder":
+    elif name.startswith("text_encoder"):
         part.config.save_pretrained(subfolder)
         # transformers 5 leaves out the prefix that every other reader of these files expects
         weights = {
-            key if key.startswith("text_model.") else f"text_model.{key}": value
+            key if key.startswith(("text_model.", "text_projection.")) else f"text_model.{key}": value
             for key, value in _weights_as(part, dtype).items()
         }
         save_file(weights, subfolder / "model.safetensors", metadata={"format": "pt"})

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
-from sdmodule.components.folder_kinds import INDEX, check_pipeline, not_a_checkpoint, read_index
+from sdmodule.components.folder_kinds import INDEX, not_a_checkpoint, read_index
 from sdmodule.components.weights_file import SUFFIXES
 from sdmodule.errors import SettingsError, check_path, choices
+from sdmodule.families.family import Family
+from sdmodule.families.recognize import STABLE_DIFFUSION, recognize_family
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = {"tiny": "tiny", "tiny-inpaint": "tiny"}
@@ -28,12 +32,16 @@ class Source:
         setting: how the user named it, such as ``pretrained=tiny``, for messages.
         revision: branch, tag or commit of a hub id.
         variant: which weights, such as ``fp16``.
+        index: what the index of a whole checkpoint says.
+        family: the family of a whole checkpoint.
     """
 
     location: str
     setting: str
     revision: str | None = None
     variant: str | None = None
+    index: Mapping[str, Any] = field(default_factory=dict)
+    family: Family = STABLE_DIFFUSION
 
 
 def is_single_file(pretrained: str) -> bool:
@@ -80,9 +88,7 @@ def find_source(
             )
         if whole and not (folder / INDEX).is_file():
             raise not_a_checkpoint(folder, pretrained, key)
-        if whole:
-            check_pipeline(read_index(folder / INDEX, setting), setting)
-        return Source(str(folder), setting, None, variant)
+        return _with_family(Source(str(folder), setting, None, variant), folder / INDEX, whole)
     if folder.is_file():
         raise SettingsError(
             f"{key}={pretrained}: is a file of another kind; give {choices(SUFFIXES)}, or a diffusers folder."
@@ -95,9 +101,15 @@ def find_source(
     index = try_to_load_from_cache(pretrained, INDEX, revision=revision)
     if not isinstance(index, str):
         index = _index_from_hub(pretrained, revision, key)
-    if whole:
-        check_pipeline(read_index(Path(index), setting), setting)
-    return Source(pretrained, setting, revision, variant)
+    return _with_family(Source(pretrained, setting, revision, variant), Path(index), whole)
+
+
+def _with_family(source: Source, index: Path, whole: bool) -> Source:
+    """The source of a whole checkpoint with what its index says; that of a part may lack an index."""
+    if not whole:
+        return source
+    said = read_index(index, source.setting)
+    return replace(source, index=said, family=recognize_family(said, source.setting))
 
 
 def folder_with_part(source: Source, part: str) -> str:

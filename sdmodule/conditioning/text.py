@@ -7,18 +7,22 @@ For a prompt without weights and of at most 75 tokens, the embeddings equal thos
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from textwrap import shorten
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from sdmodule.components.checkpoint import Components
 from sdmodule.components.learned_words import multi_vector_tokens
 from sdmodule.errors import SettingsError
+from sdmodule.families.conditioning import Conditioning
+from sdmodule.families.recognize import STABLE_DIFFUSION
 
 MAX_WEIGHT = 10.0
 """Largest weight of a word."""
@@ -202,6 +206,38 @@ def encode_prompts(
         SettingsError: if a prompt needs more than ``chunks`` or has a weight out of range, or if the tokenizer's length
             exceeds the text encoder's.
     """
+    return _encode(prompts, tokenizer, text_encoder, STABLE_DIFFUSION.encode, chunks)[0]
+
+
+def encode_texts(prompts: Sequence[str], parts: Components, chunks: int) -> Conditioning:
+    """Embeddings of prompts by all text encoders of a model, side by side.
+
+    Args:
+        prompts: B prompts.
+        parts: the model.
+        chunks: number of chunks of every prompt; see `chunks_of`.
+
+    Raises:
+        SettingsError: as `encode_prompts` does.
+    """
+    encoded = [_encode(prompts, *pair, parts.family.encode, chunks) for pair in parts.text_encoders]
+    pooled = [embedding for _, embedding in encoded if embedding is not None]
+    return Conditioning(torch.cat([hidden for hidden, _ in encoded], dim=-1), pooled[-1] if pooled else None)
+
+
+def chunks_of(prompts: Sequence[str], parts: Components) -> int:
+    """Chunks of text that the longest of some prompts needs in any of a model's tokenizers."""
+    return max(count_chunks(prompt, tokenizer) for prompt in prompts for tokenizer, _ in parts.text_encoders)
+
+
+def _encode(
+    prompts: Sequence[str],
+    tokenizer: CLIPTokenizer,
+    text_encoder: Any,
+    encode: Callable[[Any, Tensor, Tensor | None], tuple[Tensor, Tensor | None]],
+    chunks: int | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Hidden states ``[B, chunks * L, D]`` by one text encoder, and the pooled embedding of each first chunk."""
     length, positions = tokenizer.model_max_length, text_encoder.config.max_position_embeddings
     if length > positions:
         raise SettingsError(
@@ -214,11 +250,12 @@ def encode_prompts(
         text_encoder.config, "use_attention_mask", False
     )  # Stable Diffusion's encoders attend to padding
     mask = tokens.attention_mask.flatten(0, 1).to(device) if use_mask else None
-    hidden: Tensor = text_encoder(tokens.input_ids.flatten(0, 1).to(device), attention_mask=mask)[0]
+    hidden, pooled = encode(text_encoder, tokens.input_ids.flatten(0, 1).to(device), mask)
     weights = tokens.weights.flatten(0, 1)
     if (weights != 1).any():
         hidden = apply_prompt_weights(hidden, weights.to(device))
-    return hidden.to(text_encoder.dtype).reshape(len(prompts), -1, hidden.shape[-1])
+    hidden = hidden.to(text_encoder.dtype).reshape(len(prompts), -1, hidden.shape[-1])
+    return hidden, None if pooled is None else pooled.unflatten(0, (len(prompts), -1))[:, 0]
 
 
 def apply_prompt_weights(hidden: Tensor, weights: Tensor) -> Tensor:

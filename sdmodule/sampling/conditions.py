@@ -12,9 +12,10 @@ from sdmodule.components.checkpoint import Components
 from sdmodule.conditioning.control import ControlGuide, prepare_control
 from sdmodule.conditioning.inpaint_crop import InpaintCrop, crop_for_inpainting
 from sdmodule.conditioning.inpaint_latents import InpaintLatents, prepare_inpaint_latents
-from sdmodule.conditioning.text import count_chunks, encode_prompts
+from sdmodule.conditioning.text import chunks_of, encode_texts
 from sdmodule.diffusion.guidance import embed_guidance_scale
 from sdmodule.diffusion.sampler import Generators, draw_latents, seed_generators
+from sdmodule.families.conditioning import Conditioning
 from sdmodule.sampling.metadata import guidance
 from sdmodule.sampling.requests import SampleRequest
 from sdmodule.sampling.schedule import image_size, latent_shape, sampling_scheduler, skipped_timesteps
@@ -29,7 +30,7 @@ class BatchConditions:
     """Everything that the denoising of B images depends on.
 
     Attributes:
-        text: embeddings of the prompts, behind those of the negative prompts if guided, ``[B or 2B, L, D]``.
+        text: embeddings of the prompts, behind those of the negative prompts if guided, B or 2B of them.
         guidance_embedding: of the guidance scale, ``[B, D]``, for a UNet distilled from guided samples; else None.
         latents: where the denoising starts, ``[B, 4, h, w]``.
         generators: one per image, or one for all, for schedulers that add noise.
@@ -45,7 +46,7 @@ class BatchConditions:
         crops: the part of each masked image that is inpainted.
     """
 
-    text: Tensor
+    text: Conditioning
     guidance_embedding: Tensor | None
     latents: Tensor
     generators: Generators
@@ -111,6 +112,7 @@ def prepare_conditions(
     control = prepare_control(parts, controls, shape[1:], settings.control_scale)
     with watch.stage("text"):
         text = encode_requests(parts, requests, guided).to(parts.unet.dtype)
+        text = parts.family.with_size(text, image_size(parts, settings))
 
     generators = seed_generators(seeds) if generators is None else generators
     crops = crop_all(parts, requests, settings)
@@ -121,11 +123,12 @@ def prepare_conditions(
             inpaint = prepare_inpaint_latents(parts, crops, noise, shape, generators, from_noise)
         latents = inpaint.start(scheduler, timesteps, from_noise)
     else:
-        noise = draw_latents((len(requests), *shape), generators, like=text) if noise is None else noise.to(text)
+        like = text.hidden_states
+        noise = draw_latents((len(requests), *shape), generators, like) if noise is None else noise.to(like)
         latents = noise * scheduler.init_noise_sigma
     guidance_embedding = None
     if embedded is not None:
-        guidance_embedding = embed_guidance_scale(scale, embedded).to(text).expand(len(requests), -1)
+        guidance_embedding = embed_guidance_scale(scale, embedded).to(text.hidden_states).expand(len(requests), -1)
     return BatchConditions(
         text=text,
         guidance_embedding=guidance_embedding,
@@ -146,20 +149,29 @@ def prepare_conditions(
 
 def chunks_needed(parts: Components, request: SampleRequest) -> int:
     """Chunks of text that a request's prompt and negative prompt need; both are encoded at one length."""
-    return max(count_chunks(text, parts.tokenizer) for text in (request.prompt, request.negative_prompt))
+    return chunks_of((request.prompt, request.negative_prompt), parts)
 
 
-def encode_requests(parts: Components, requests: Sequence[SampleRequest], guided: bool) -> Tensor:
-    """Text embeddings of a batch, the negative prompts first if guided: ``[B or 2B, chunks * 77, D]``.
+def encode_requests(parts: Components, requests: Sequence[SampleRequest], guided: bool) -> Conditioning:
+    """Text embeddings of a batch, the negative prompts first if guided: B or 2B of them.
 
-    A text that occurs several times is encoded once.
+    Prompts and negative prompts are encoded apart, as in diffusers, whose rounding this keeps. A text that occurs
+    several times is encoded once.
     """
-    texts = [request.negative_prompt for request in requests] if guided else []
-    texts += [request.prompt for request in requests]
-    unique = list(dict.fromkeys(texts))
     chunks = max(chunks_needed(parts, request) for request in requests)
-    embeddings = encode_prompts(unique, parts.tokenizer, parts.text_encoder, chunks=chunks)
-    return embeddings[[unique.index(text) for text in texts]]
+
+    def encode(texts: list[str]) -> Conditioning:
+        unique = list(dict.fromkeys(texts))
+        return encode_texts(unique, parts, chunks)[[unique.index(text) for text in texts]]
+
+    prompts = encode([request.prompt for request in requests])
+    if not guided:
+        return prompts
+    texts = [request.negative_prompt for request in requests]
+    negatives = encode(texts)
+    if parts.zero_empty_prompts:
+        negatives = negatives.zeroed([row for row, text in enumerate(texts) if not text])
+    return negatives.followed_by(prompts)
 
 
 def crop_all(parts: Components, requests: Sequence[SampleRequest], settings: SamplingSettings) -> list[InpaintCrop]:

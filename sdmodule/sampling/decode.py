@@ -18,7 +18,7 @@ def decode(parts: Components, latents: Tensor) -> Tensor:
     """Images ``[B, 3, H, W]`` in [0, 1], float32, from latents ``[B, 4, h, w]``.
 
     Activations of Stable Diffusion's VAE sometimes overflow half precision, which gives black images; such a batch is
-    decoded again in float32.
+    decoded again in float32. That of a family with ``upcasts_vae`` is decoded in float32 at once if it asks for it.
 
     Raises:
         SettingsError: if the latents, or the images even in float32, have NaNs or infs.
@@ -26,7 +26,11 @@ def decode(parts: Components, latents: Tensor) -> Tensor:
     if not torch.isfinite(latents).all():
         raise SettingsError("the UNet produced NaNs or infs; use precision=32-true or bf16-mixed.")
     scaled = latents / parts.vae.config.scaling_factor
-    images = parts.vae.decode(scaled.to(parts.vae.dtype)).sample
+    if parts.family.upcasts_vae and parts.vae.config.force_upcast and _computes_in(parts.vae) == torch.float16:
+        with _in_float32(parts.vae):
+            images = parts.vae.decode(scaled.float()).sample
+    else:
+        images = parts.vae.decode(scaled.to(parts.vae.dtype)).sample
     if not torch.isfinite(images).all():
         rank_zero_warn("The VAE overflows in half precision; such images are decoded again in float32.")
         with _in_float32(parts.vae):
@@ -37,6 +41,12 @@ def decode(parts: Components, latents: Tensor) -> Tensor:
             "not help."
         )
     return (images.float() / 2 + 0.5).clamp(0, 1)
+
+
+def _computes_in(vae: Any) -> torch.dtype:
+    """What the VAE computes in: the dtype of its weights, or that of autocast."""
+    device = vae.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else vae.dtype
 
 
 @contextmanager

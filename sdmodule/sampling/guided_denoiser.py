@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdmodule.components.checkpoint import Components
 from sdmodule.diffusion.guidance import classifier_free_guidance, rescale_guidance
 from sdmodule.sampling.conditions import BatchConditions
 
@@ -19,13 +20,13 @@ class GuidedDenoiser:
     """A denoiser with the conditions of a batch of B images: takes latents and a timestep, as the denoising loop does.
 
     Attributes:
-        unet: the denoiser.
+        parts: the model.
         conditions: of the batch.
         start_merging: called with the number of each step before it.
         start_caching: called before each step with whether all layers run.
     """
 
-    unet: Any
+    parts: Components
     conditions: BatchConditions
     start_merging: Callable[[int], None]
     start_caching: Callable[[bool], None]
@@ -47,7 +48,8 @@ class GuidedDenoiser:
     def _predict(self, latents: Tensor, timestep: Tensor) -> Tensor:
         text, seen = self.conditions.text[-len(latents) :], self.conditions.denoiser_input(latents)
         control = self.conditions.control
-        residuals = {} if control is None else control.residuals(seen, timestep, text)
+        residuals = {} if control is None else control.residuals(seen, timestep, text.hidden_states)
         embedding = self.conditions.guidance_embedding
         told = {} if embedding is None else {"timestep_cond": embedding}
-        return self.unet(seen, timestep, encoder_hidden_states=text, **residuals, **told).sample
+        told |= self.parts.family.denoiser_arguments(text)
+        return self.parts.unet(seen, timestep, **residuals, **told).sample

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdmodule.components.checkpoint import Components
 from sdmodule.conditioning.inpaint_crop import InpaintSettings, check_inpaint_settings
@@ -175,7 +175,7 @@ def _updated_inpainting(own: InpaintSettings, given: Any) -> InpaintSettings:
 @contextmanager
 def evaluating(parts: Components) -> Iterator[None]:
     """Evaluation mode for all networks inside the block; afterwards each layer is in its own mode again."""
-    networks: list[nn.Module] = [parts.unet, parts.vae, parts.text_encoder]
+    networks = list(parts.networks.values())
     if parts.controlnet is not None:
         networks.append(parts.controlnet)
     modes = {layer: layer.training for network in networks for layer in network.modules()}

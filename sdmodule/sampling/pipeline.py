@@ -86,11 +86,11 @@ def denoise_batch(
     with (
         merging as start_merging,
         cached or nullcontext(run_all_layers) as start_caching,
-        text_kv_cache(parts.unet, conditions.text),
+        text_kv_cache(parts.unet, conditions.text.hidden_states),
     ):
         watch.mark()
         return denoise(
-            GuidedDenoiser(parts.unet, conditions, start_merging, start_caching),
+            GuidedDenoiser(parts, conditions, start_merging, start_caching),
             conditions.latents,
             conditions.scheduler,
             conditions.generators,

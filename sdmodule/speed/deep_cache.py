@@ -125,15 +125,19 @@ class CachingUNet(UNet2DConditionModel):
         encoder_hidden_states: Tensor,
         down_block_additional_residuals: Sequence[Tensor] = (),
         mid_block_additional_residual: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
     ) -> UNet2DConditionOutput:
         """Prediction for noisy latents ``[B, C, h, w]``.
 
         Fewer rows than in the last whole run are its last ones: the prompts' half, once guidance has ended. The
-        residuals are those of a ControlNet.
+        residuals are those of a ControlNet, and ``added_cond_kwargs`` what else the UNet takes beside text.
         """
         deep = self.deep
         time = self.get_time_embed(sample=sample, timestep=timestep)
-        context = self.time_embedding(time, None), encoder_hidden_states
+        embedding = self.time_embedding(time, None)
+        more = self.get_aug_embed(embedding, encoder_hidden_states, added_cond_kwargs or {})
+        embedding = embedding if more is None else embedding + more
+        context = embedding, encoder_hidden_states
         down, up = layers_down(self), layers_up(self)
 
         hidden = self.conv_in(sample)

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
+from sdmodule.components.checkpoint import Components
 from sdmodule.errors import SettingsError, check_choice, choices
+from sdmodule.families.family import TRAINING
 from sdmodule.training.controlnet import ControlNetTuning
 from sdmodule.training.full import FullTuning
 from sdmodule.training.lora import LoraTuning
@@ -49,3 +51,19 @@ def check_scratch(tuning: Tuning, scratch: Iterable[str]) -> None:
             f"scratch={choices(untrained)}: would stay random, since tuning={tuning.kind} does not train all of it; "
             "leave it out, or use tuning=full, with tuning.text_encoder=true for the text encoder."
         )
+
+
+def check_stage(parts: Components, stage: str) -> None:
+    """Check that a model can be used in a stage of Lightning's: it may be for sampling alone.
+
+    Args:
+        parts: the model.
+        stage: ``fit``, ``validate``, ``test`` or ``predict``.
+
+    Raises:
+        SettingsError: if it cannot.
+    """
+    if stage != "predict":
+        parts.family.check_supports(TRAINING, "training", parts.source)
+    if stage == "fit" and parts.origin.keys() & {"adapters", "controlnet"}:
+        raise SettingsError("adapters and controlnet: are for sampling; train on the checkpoint alone.")

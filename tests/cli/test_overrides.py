@@ -150,7 +150,8 @@ def test_adapters_are_a_path_or_a_list(typed, value):
 PROMPTS = {"prompt", "negative_prompt", "data.prompt", "data.class_prompt", "tuning.placeholder", "tuning.initializer"}
 TEXT = {"image", "mask", "control", "from", "data.shards", "data.val_shards"}
 PATHS = {"pretrained", "controlnet", "prompts", "ckpt_path", "output_dir", "cache.folder", "callbacks.export.folder"}
-PATHS |= {f"components.{part}" for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "controlnet")}
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler", "controlnet")
+PATHS |= {f"components.{part}" for part in PARTS}
 PATHS |= {"data.root", "data.val_root", "data.class_root", "data.made_in", "data.name", "data.split", "data.val_split"}
 PATHS |= {"data.subset", "data.image_column", "data.caption_column", "data.caption_key", "data.revision", "revision"}
 

@@ -14,9 +14,10 @@ import torch
 from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from sdmodule.components.checkpoint import PARTS, Components, load_components, load_part
+from sdmodule.components.checkpoint import Components, load_components, load_part
 from sdmodule.components.save import save_components, save_part
 from sdmodule.errors import SettingsError
+from sdmodule.families.recognize import STABLE_DIFFUSION
 from sdmodule.module import StableDiffusionModule
 
 MODELS = ("unet", "vae", "text_encoder")
@@ -73,7 +74,7 @@ def test_a_folder_without_an_index_is_refused(copy):
     assert str(copy) in text and "model_index.json" in text
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", STABLE_DIFFUSION.parts)
 def test_a_missing_part_is_named(copy, part):
     shutil.rmtree(copy / part)
     text = message(str(copy))
@@ -108,7 +109,7 @@ def test_without_a_network_a_hub_id_suggests_a_folder():
 @pytest.mark.parametrize("settings", [{"components": {"encoder": "tiny"}}, {"scratch": ["encoder"]}])
 def test_an_unknown_part_lists_the_parts(checkpoint, settings):
     text = message(str(checkpoint), **settings)
-    assert f"{next(iter(settings))}=encoder: unknown" in text and all(part in text for part in PARTS)
+    assert f"{next(iter(settings))}=encoder: unknown" in text and all(part in text for part in STABLE_DIFFUSION.parts)
 
 
 # ------------------------------------------------------------------------------------------ replaced parts

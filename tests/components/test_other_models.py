@@ -1,4 +1,4 @@
-"""Folders and files that are no Stable Diffusion 1.x or 2.x checkpoint are refused by name, before a weight is read."""
+"""Folders and files of no family that is supported are refused by name, before a weight is read."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 
 from sdmodule.cli.main import predict_main
 from sdmodule.components.checkpoint import load_components, load_part
-from sdmodule.components.folder_kinds import check_pipeline
 from sdmodule.errors import SettingsError
+from sdmodule.families.recognize import STABLE_DIFFUSION, recognize_family
 from tests.cli.test_commands import told
 
 PARTS = {
-    "StableDiffusionXLPipeline": ["unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"],
+    "StableDiffusionXLImg2ImgPipeline": ["unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"],
     "StableDiffusion3Pipeline": ["transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"],
     "FluxPipeline": ["transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"],
     "PixArtSigmaPipeline": ["transformer", "vae", "text_encoder", "tokenizer"],
@@ -36,7 +36,7 @@ def test_a_folder_of_another_pipeline_is_named_before_any_weight_is_read(call, t
     index = {"_class_name": name, **{part: ["diffusers", "Part"] for part in PARTS[name]}}
     (tmp_path / "model" / "model_index.json").write_text(json.dumps(index))
     result = call(predict_main, "prompt=a", f"pretrained={tmp_path / 'model'}", f"output_dir={tmp_path / 'out'}")
-    told(result, f"is a checkpoint of {name}; only Stable Diffusion 1.x and 2.x are supported")
+    told(result, f"is a checkpoint of {name}; only Stable Diffusion 1.x and 2.x ")
     assert not (tmp_path / "out").exists()
 
 
@@ -46,16 +46,18 @@ def test_a_cached_hub_id_of_another_pipeline_is_named(tmp_path, monkeypatch):
     (repository / "snapshots" / "0").mkdir(parents=True)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0")
-    (repository / "snapshots" / "0" / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
-    with pytest.raises(SettingsError, match="pretrained=owner/xl: is a checkpoint of StableDiffusionXLPipeline"):
+    (repository / "snapshots" / "0" / "model_index.json").write_text(
+        '{"_class_name": "StableDiffusionXLImg2ImgPipeline"}'
+    )
+    with pytest.raises(SettingsError, match="pretrained=owner/xl: is a checkpoint of StableDiffusionXLImg2ImgPipeline"):
         load_components("owner/xl")
 
 
 def test_a_folder_whose_widths_happen_to_fit_is_refused_too(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "model")
     index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionXLPipeline"}))
-    with pytest.raises(SettingsError, match="StableDiffusionXLPipeline"):
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionXLImg2ImgPipeline"}))
+    with pytest.raises(SettingsError, match="StableDiffusionXLImg2ImgPipeline"):
         load_components(str(folder))
 
 
@@ -69,7 +71,8 @@ def test_a_folder_whose_widths_happen_to_fit_is_refused_too(checkpoint, tmp_path
     ],
 )
 def test_pipelines_with_the_parts_of_stable_diffusion_are_read(name):
-    check_pipeline({} if name is None else {"_class_name": name}, "pretrained=x")
+    index = {} if name is None else {"_class_name": name}
+    assert recognize_family(index, "pretrained=x") is STABLE_DIFFUSION
 
 
 def test_a_folder_that_names_no_pipeline_is_read(checkpoint, tmp_path):

@@ -1,0 +1,1 @@
+"""What differs between families of checkpoints: one file each, and how a checkpoint's family is recognised."""

@@ -1,0 +1,49 @@
+"""What a denoiser is conditioned on, as one value that every family fills as far as it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the denoiser of B images is conditioned on beside the timestep.
+
+    Attributes:
+        hidden_states: of the text, ``[B, L, D]``.
+        pooled: embedding of each whole prompt, ``[B, P]``; None where the denoiser takes none.
+        time_ids: original size, crop and target size of each image in pixels, ``[B, 6]`` in float32; None likewise.
+    """
+
+    hidden_states: Tensor
+    pooled: Tensor | None = None
+    time_ids: Tensor | None = None
+
+    def __getitem__(self, rows: slice | Sequence[int]) -> Conditioning:
+        """These rows, in this order."""
+        pooled = None if self.pooled is None else self.pooled[rows]
+        return Conditioning(self.hidden_states[rows], pooled, None if self.time_ids is None else self.time_ids[rows])
+
+    def followed_by(self, other: Conditioning) -> Conditioning:
+        """The rows of both; neither has sizes yet."""
+        pooled = None if self.pooled is None or other.pooled is None else torch.cat([self.pooled, other.pooled])
+        return Conditioning(torch.cat([self.hidden_states, other.hidden_states]), pooled)
+
+    def to(self, dtype: torch.dtype) -> Conditioning:
+        """The text as ``dtype``; sizes stay in float32, since 16 bits would round them."""
+        return self._with_text(lambda text: text.to(dtype))
+
+    def zeroed(self, rows: Sequence[int]) -> Conditioning:
+        """The text of these rows replaced by zeros."""
+        if not rows:
+            return self
+        index = torch.tensor(rows, device=self.hidden_states.device)
+        return self._with_text(lambda text: text.index_fill(0, index, 0.0))
+
+    def _with_text(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        pooled = None if self.pooled is None else change(self.pooled)
+        return replace(self, hidden_states=change(self.hidden_states), pooled=pooled)

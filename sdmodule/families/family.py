@@ -1,0 +1,90 @@
+"""`Family`: what one family of checkpoints has that no other file may know."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from sdmodule.errors import SettingsError
+from sdmodule.families.conditioning import Conditioning
+
+TRAINING, INPAINT, CONTROLNET, LEARNED_WORDS = "training", "inpaint", "controlnet", "learned words"
+"""What a family may not do yet; every family samples from text, with low-rank adapters."""
+
+
+class Family(ABC):
+    """What a family of checkpoints consists of, and how its denoiser is called.
+
+    Attributes:
+        title: its name in messages.
+        pipelines: the pipelines of diffusers with its parts, as ``model_index.json`` names them.
+        pipelines_in_words: the same, for messages.
+        models: class of each network, by the name of its part.
+        text_encoders: part that encodes what each tokenizer gives.
+        optional_parts: parts that its pipelines may have and that are not read.
+        other_inputs: what the configuration of a network says of inputs beside latents, timestep and text.
+        adapter_prefixes: for each part that low-rank adapters change, the prefixes of its layers in kohya's layout.
+        text_widths: name of the models whose denoiser attends to text of a width.
+        guidance_scale: its usual guidance scale.
+        upcasts_vae: whether a VAE whose configuration says ``force_upcast`` decodes in float32 instead of float16.
+        unsupported: what it cannot do yet.
+    """
+
+    title: ClassVar[str]
+    pipelines: ClassVar[re.Pattern[str]]
+    pipelines_in_words: ClassVar[str]
+    models: ClassVar[Mapping[str, Any]]
+    text_encoders: ClassVar[Mapping[str, str]]
+    optional_parts: ClassVar[tuple[str, ...]]
+    other_inputs: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    adapter_prefixes: ClassVar[Mapping[str, tuple[str, ...]]]
+    text_widths: ClassVar[Mapping[int, str]]
+    guidance_scale: ClassVar[float]
+    upcasts_vae: ClassVar[bool] = False
+    unsupported: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the parts of a checkpoint."""
+        return (*self.models, *self.text_encoders, "scheduler")
+
+    def zeroes_empty_prompts(self, index: Mapping[str, Any]) -> bool:
+        """Whether an empty negative prompt has embeddings of zeros, as the index of a checkpoint says."""
+        return False
+
+    @abstractmethod
+    def pipeline(self, inpainting: bool, zero_empty_prompts: bool) -> dict[str, Any]:
+        """The pipeline of diffusers with its settings, as ``model_index.json`` has them."""
+
+    @abstractmethod
+    def encode(self, text_encoder: Any, tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Hidden states ``[B, L, D]`` of tokens ``[B, L]``, and their pooled embedding ``[B, P]`` if it is used."""
+
+    def with_size(self, conditioning: Conditioning, size: tuple[int, int]) -> Conditioning:
+        """The conditioning of uncropped images of a height and width in pixels."""
+        return conditioning
+
+    def denoiser_arguments(self, conditioning: Conditioning) -> dict[str, Any]:
+        """Keyword arguments of the denoiser beside latents and timestep."""
+        return {"encoder_hidden_states": conditioning.hidden_states}
+
+    def check_supports(self, task: str, given: str, pretrained: str) -> None:
+        """Check that it can do what is asked for.
+
+        Args:
+            task: such as ``TRAINING``.
+            given: the setting that asks for it, such as ``model=inpaint``.
+            pretrained: the checkpoint.
+
+        Raises:
+            SettingsError: if it cannot yet.
+        """
+        if task in self.unsupported:
+            raise SettingsError(
+                f"{given}: does not work with {self.title} yet, of which pretrained={pretrained} is; it samples "
+                "from text and low-rank adapters; give a checkpoint of Stable Diffusion 1.x or 2.x."
+            )

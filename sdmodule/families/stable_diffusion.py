@@ -1,0 +1,39 @@
+"""Stable Diffusion 1.x and 2.x, for text-to-image and for inpainting (Rombach et al. 2022)."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar
+
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel
+
+from sdmodule.families.family import Family
+
+
+class StableDiffusion(Family):
+    """One text encoder, whose last hidden states the UNet attends to."""
+
+    title = "Stable Diffusion 1.x and 2.x"
+    pipelines = re.compile(
+        r"(Flax|Onnx|Semantic)?StableDiffusion"
+        r"(?!XL|3|Upscale|LatentUpscale|Depth2Img|ImageVariation|InstructPix2Pix|LDM3D)"  # take other inputs
+        r"|Latent(Diffusion|ConsistencyModel)"
+    )
+    pipelines_in_words = "StableDiffusionPipeline and its inpainting, img2img and ControlNet variants"
+    models: ClassVar = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+    text_encoders: ClassVar = {"tokenizer": "text_encoder"}
+    optional_parts = ("safety_checker", "feature_extractor", "image_encoder")
+    adapter_prefixes: ClassVar = {"unet": ("lora_unet",), "text_encoder": ("lora_te", "lora_te1")}
+    text_widths: ClassVar = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}
+    guidance_scale = 7.5
+
+    def pipeline(self, inpainting: bool, zero_empty_prompts: bool) -> dict[str, Any]:
+        """The pipeline for text-to-image, or for inpainting."""
+        name = "StableDiffusionInpaintPipeline" if inpainting else "StableDiffusionPipeline"
+        return {"_class_name": name, "requires_safety_checker": False}
+
+    def encode(self, text_encoder: Any, tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, None]:
+        """Last hidden states; nothing is pooled."""
+        return text_encoder(tokens, attention_mask=attention_mask)[0], None
