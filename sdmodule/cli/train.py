@@ -103,8 +103,8 @@ def check_family(cfg: DictConfig) -> None:
     from sdmodule.components.checkpoint import family_of
     from sdmodule.families.family import TRAINING
 
-    if "components" in cfg.model:  # an autoencoder is of no family
-        pretrained = str(cfg.model.pretrained)
+    pretrained = cfg.model.get("pretrained")
+    if "components" in cfg.model and isinstance(pretrained, str):  # an autoencoder is of no family
         family_of(pretrained, cfg.model.get("revision")).check_supports(TRAINING, "training", pretrained)
 
 

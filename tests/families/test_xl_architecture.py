@@ -1,0 +1,59 @@
+"""The real architecture of Stable Diffusion XL on the meta device, without memory: names of layers, blocks, sizes."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from sdmodule.components.adapter_layouts import original_names
+from sdmodule.errors import SettingsError
+from sdmodule.speed.deep_cache import check_cache
+from sdmodule.tome.blocks import blocks_to_merge, transformer_blocks
+
+# https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/blob/main/unet/config.json
+CONFIG = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 2,
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+# the places of the attentions, and of the layers that resize, in files of kohya's scripts
+ATTENTIONS = {f"input_blocks.{k}.1" for k in (4, 5, 7, 8)} | {f"output_blocks.{k}.1" for k in range(6)}
+RESIZING = {"input_blocks.3.0.op", "input_blocks.6.0.op", "output_blocks.2.2.conv", "output_blocks.5.2.conv"}
+
+
+@pytest.fixture(scope="module")
+def unet():
+    with torch.device("meta"):
+        return UNet2DConditionModel(**CONFIG)
+
+
+def test_original_names_of_layers(unet):
+    layers = [name for name, layer in unet.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
+    names = {layer: next(original_names(layer, unet)) for layer in layers}
+    assert len(set(names.values())) == len(layers)
+    attended = {re.match(r"[a-z]+_blocks?\.\d+(\.\d+)?", name)[0] for name in names.values() if ".attn1." in name}
+    assert attended == ATTENTIONS | {"middle_block.1"}
+    assert {name for layer, name in names.items() if "samplers" in layer} == RESIZING
+    assert names["add_embedding.linear_1"] == "label_emb.0.0" and names["conv_out"] == "out.2"
+
+
+def test_token_merging_and_feature_caching_find_their_blocks(unet):
+    assert len(transformer_blocks(unet)) == 70
+    assert len(blocks_to_merge(unet, 2)) == 2 * 2 + 3 * 2
+    with pytest.raises(SettingsError, match=r"set tome\.max_downsample=2"):
+        blocks_to_merge(unet, 1)
+    check_cache(unet, 3)
