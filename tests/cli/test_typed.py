@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from sdmodule.cli.main import predict_main, train_main
 from tests.cli.test_commands import told
 
+ROOT = Path(__file__).parents[2]
 MAINS = {"predict": predict_main, "train": train_main}
 
 UNKNOWN_KEYS = {
@@ -230,3 +236,14 @@ def test_configurations_of_ones_own_are_among_the_hints(call, tmp_path):
     told(call(predict_main, own, "sampler=special", "sampler.myow=4"), "did you mean sampler.myown?")
     told(call(predict_main, own, "experiment=broken", "prompt=a"), "broken.yaml", "line 1")
     assert "  special  " in call(predict_main, own, "--help", "sampler=special")[1].replace("\n", "  \n")
+
+
+@pytest.mark.parametrize("script", ["predict.py", "train.py"])
+def test_a_python_without_the_packages_is_told_of_the_right_one(script):
+    """As ``python predict.py`` is outside of the virtual environment."""
+    without = [sys.executable, "-S", str(ROOT / script), "--help"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(without, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and f"use .venv/bin/python {script}" in done.stderr
+    assert done.stderr.count("\n") == 1
