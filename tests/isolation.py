@@ -119,14 +119,14 @@ class ReadOnce:
     def __init__(self) -> None:
         self.networks: dict[object, Any] = {}
 
-    def load(self, kind: Any, location: Any, **options: Any) -> Any:
+    def load(self, kind: Any, location: Any, *inputs: Any, **options: Any) -> Any:
         folder = Path(location, options.get("subfolder") or "")
         files = [(file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(folder.glob("*"))]
         if not files:
-            return load_network(kind, location, **options)
-        key = (kind, str(folder), *map(str, options.values()), *files)
+            return load_network(kind, location, *inputs, **options)
+        key = (kind, str(folder), *map(str, inputs), *map(str, options.values()), *files)
         if key not in self.networks:
-            self.networks[key] = load_network(kind, location, **options)
+            self.networks[key] = load_network(kind, location, *inputs, **options)
         return deepcopy(self.networks[key])
 
 
