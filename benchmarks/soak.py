@@ -88,7 +88,7 @@ class Soak:
         out = self.folder / "out"
         if not kind.endswith("disk"):
             self.run_disturbed(kind, out)
-            shutil.rmtree(out)
+            shutil.rmtree(out, ignore_errors=True)  # none if it was killed before it wrote anything
             return
         with self.small_disk() as enlarged:
             if enlarged is not None:
@@ -102,7 +102,7 @@ class Soak:
             command = Command(kind, *settings, f"output_dir={out}", log=self.folder / "log")
             self.counts["resumes"] += attempt > 0
             number = self.rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-            command.process.join(self.rng.uniform(0.5, 6) if attempt < 6 and enlarged is None else 120)
+            command.process.join(self.rng.uniform(1, 6) if attempt < 6 and enlarged is None else 120)
             if command.process.is_alive():
                 command.send(number)
                 self.counts["kills"] += 1

@@ -99,6 +99,7 @@ def filter_library_messages() -> None:
         "dirpath has changed",
         "infer the batch indices",
         "across ranks is zero",
+        "was called before the ``update`` method",  # of metrics, where a signal ends a validation
         "Already found a `peft_config`",  # when a second adapter is added beside the first
     ):
         warnings.filterwarnings("ignore", message=f".*{part}.*")
