@@ -10,6 +10,21 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class ImageSizes:
+    """What a denoiser is told of the size of one image (Podell et al. 2023, section 2.2), in pixels.
+
+    Attributes:
+        original: height and width before it was scaled and cropped.
+        crop: rows and columns that the crop left off at the top and on the left.
+        target: height and width of the image that the denoiser sees.
+    """
+
+    original: tuple[int, int]
+    crop: tuple[int, int]
+    target: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Conditioning:
     """What the denoiser of B images is conditioned on beside the timestep.
 
@@ -22,6 +37,10 @@ class Conditioning:
     hidden_states: Tensor
     pooled: Tensor | None = None
     time_ids: Tensor | None = None
+
+    def __len__(self) -> int:
+        """B."""
+        return len(self.hidden_states)
 
     def __getitem__(self, rows: slice | Sequence[int]) -> Conditioning:
         """These rows, in this order."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from sdmodule.errors import SettingsError
-from sdmodule.families.conditioning import Conditioning
+from sdmodule.families.conditioning import Conditioning, ImageSizes
 
 TRAINING, INPAINT, CONTROLNET, LEARNED_WORDS = "training", "inpaint", "controlnet", "learned words"
 """What a family may not do yet; every family samples from text, with low-rank adapters."""
@@ -64,8 +64,8 @@ class Family(ABC):
     def encode(self, text_encoder: Any, tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Hidden states ``[B, L, D]`` of tokens ``[B, L]``, and their pooled embedding ``[B, P]`` if it is used."""
 
-    def with_size(self, conditioning: Conditioning, size: tuple[int, int]) -> Conditioning:
-        """The conditioning of uncropped images of a height and width in pixels."""
+    def with_sizes(self, conditioning: Conditioning, sizes: Sequence[ImageSizes]) -> Conditioning:
+        """The conditioning of B images with the sizes of each, or as it is where the denoiser takes none."""
         return conditioning
 
     def denoiser_arguments(self, conditioning: Conditioning) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from sdmodule.families.conditioning import Conditioning
+from sdmodule.families.conditioning import Conditioning, ImageSizes
 from sdmodule.families.family import CONTROLNET, INPAINT, LEARNED_WORDS, TRAINING, Family
 
 
@@ -54,11 +54,11 @@ class StableDiffusionXL(Family):
         output = text_encoder(tokens, attention_mask=attention_mask, output_hidden_states=True)
         return output.hidden_states[-2], getattr(output, "text_embeds", None)
 
-    def with_size(self, conditioning: Conditioning, size: tuple[int, int]) -> Conditioning:
-        """Original size, crop and target size, by default those of an image that was neither scaled nor cropped."""
-        text = conditioning.hidden_states
-        time_ids = torch.tensor([*size, 0, 0, *size], dtype=torch.float32, device=text.device)
-        return replace(conditioning, time_ids=time_ids.repeat(len(text), 1))
+    def with_sizes(self, conditioning: Conditioning, sizes: Sequence[ImageSizes]) -> Conditioning:
+        """Original size, crop and target size of each image (section 2.2)."""
+        rows = [[*one.original, *one.crop, *one.target] for one in sizes]
+        device = conditioning.hidden_states.device
+        return replace(conditioning, time_ids=torch.tensor(rows, dtype=torch.float32, device=device))
 
     def denoiser_arguments(self, conditioning: Conditioning) -> dict[str, Any]:
         """The text, and beside it the pooled prompt and the sizes."""

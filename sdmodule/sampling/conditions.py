@@ -15,7 +15,7 @@ from sdmodule.conditioning.inpaint_latents import InpaintLatents, prepare_inpain
 from sdmodule.conditioning.text import chunks_of, encode_texts
 from sdmodule.diffusion.guidance import embed_guidance_scale
 from sdmodule.diffusion.sampler import Generators, draw_latents, seed_generators
-from sdmodule.families.conditioning import Conditioning
+from sdmodule.families.conditioning import Conditioning, ImageSizes
 from sdmodule.sampling.metadata import guidance
 from sdmodule.sampling.requests import SampleRequest
 from sdmodule.sampling.schedule import image_size, latent_shape, sampling_scheduler, skipped_timesteps
@@ -112,7 +112,8 @@ def prepare_conditions(
     control = prepare_control(parts, controls, shape[1:], settings.control_scale)
     with watch.stage("text"):
         text = encode_requests(parts, requests, guided).to(parts.unet.dtype)
-        text = parts.family.with_size(text, image_size(parts, settings))
+        size = image_size(parts, settings)
+        text = parts.family.with_sizes(text, [ImageSizes(size, (0, 0), size)] * len(text))
 
     generators = seed_generators(seeds) if generators is None else generators
     crops = crop_all(parts, requests, settings)
