@@ -130,7 +130,13 @@ def check_seed(key: str, value: Any) -> None:
     check_int(key, value, minimum=0, maximum=MAX_SEED)
 
 
-def build_settings(kind: type[T], group: str, settings: Mapping[str, Any] | None, exclude: Iterable[str] = ()) -> T:
+def build_settings(
+    kind: type[T],
+    group: str,
+    settings: Mapping[str, Any] | None,
+    exclude: Iterable[str] = (),
+    beside: Iterable[str] = (),
+) -> T:
     """A settings data class from a mapping; what is left out keeps its default.
 
     Args:
@@ -138,6 +144,7 @@ def build_settings(kind: type[T], group: str, settings: Mapping[str, Any] | None
         group: name of the group of settings, for messages.
         settings: values by name; None for all defaults.
         exclude: fields that are not settings of this group.
+        beside: settings of this group that are no fields, for messages.
 
     Raises:
         SettingsError: for anything but a mapping, an unknown name, or a value that the class refuses.
@@ -146,5 +153,5 @@ def build_settings(kind: type[T], group: str, settings: Mapping[str, Any] | None
         raise SettingsError(f"{group}={settings!r}: must be settings such as {group}={{name: value}}.")
     known = {field.name for field in fields(kind)} - set(exclude)  # type: ignore[arg-type]
     if unknown := set(settings or {}) - known:
-        raise SettingsError(f"{group}.{choices(unknown)}: unknown; {group} has {choices(known)}.")
+        raise SettingsError(f"{group}.{choices(unknown)}: unknown; {group} has {choices({*known, *beside})}.")
     return kind(**(settings or {}))

@@ -14,6 +14,7 @@ from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor
+from torch.nn import ModuleDict
 from typing_extensions import override
 
 from sdmodule.components.adapters import AdapterSettings
@@ -22,7 +23,7 @@ from sdmodule.conditioning.inpaint_crop import check_inpaint_settings
 from sdmodule.conditioning.text import encode_prompts, escape_prompt
 from sdmodule.errors import build_settings, check_choice
 from sdmodule.io.redact import shorten_home
-from sdmodule.sampling.infer import InferOptions, infer
+from sdmodule.sampling.infer import InferOptions, Prompts, infer
 from sdmodule.sampling.metadata import describe
 from sdmodule.sampling.pipeline import OnStep, sample_requests
 from sdmodule.sampling.requests import INPAINT, TASKS, TEXT2IMAGE, SampleRequest, as_requests
@@ -51,8 +52,8 @@ class StableDiffusionModule(TrainableModule):
         pretrained: ``tiny``, a diffusers folder, a hub id, or a ``.safetensors``/``.ckpt`` file of the original layout.
         revision: branch, tag or commit of a hub id.
         variant: which weights of a folder or hub id, such as ``fp16``.
-        components: another place for a part, by its name; ``controlnet`` names a ControlNet to sample with.
-        task: ``text2image`` or ``inpaint``.
+        components: other places of parts; ``controlnet``, ``refiner`` and ``ip_adapter`` name models to sample with.
+        task: ``text2image``, ``inpaint`` or ``image2image``.
         sampling: how images are sampled (steps, guidance and the rest); see ``SamplingSettings``.
         tome: token merging in sampling; see ``TokenMerging``.
         speed: what is done to sample faster; see ``SpeedSettings``.
@@ -89,7 +90,7 @@ class StableDiffusionModule(TrainableModule):
         super().__init__()
         check_choice("model", task, TASKS)
         self.task = task
-        self.sampling = SamplingSettings.from_groups(sampling, tome, speed)
+        self.sampling = SamplingSettings.from_groups(sampling, tome, speed, task)
         self.adapters = AdapterSettings.parse(adapters)
         self.tuning = choose_tuning(tuning)
         self.objective = build_settings(Objective, "objective", objective)
@@ -103,17 +104,16 @@ class StableDiffusionModule(TrainableModule):
         adapters, training = self.adapters.plain(), self.training_settings.lasting()
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         scratch = self.training_settings.scratch
-        parts, self.base_model = load_model(pretrained, revision, variant, components, scratch, self.adapters, task)
+        parts, self.base_model = load_model(pretrained, revision, variant, components, scratch, self.adapters)
         parts.scheduler = self.objective.scheduler(parts.scheduler)
         check_settings(parts, self.sampling, task)
         self.tuning.prepare(parts, self.training_settings.seed)
         self.parts = parts
         self.unet, self.controlnet = parts.unet, parts.controlnet
         self.text_encoder, self.text_encoder_2 = parts.text_encoder, parts.text_encoder_2
-        self.vae = parts.vae.eval().requires_grad_(False)
+        self.vae, self.beside = parts.vae.eval().requires_grad_(False), ModuleDict(parts.beside)
         self.frozen_weights = FrozenWeights([*parts.networks.values(), self.controlnet])
-        self._cached_embeddings: Any = None
-        self._on_step: OnStep | None = None
+        self._cached_embeddings, self._on_step = None, None
         checkpoint_blocks((self.unet, self.controlnet), self.training_settings.checkpointing)
         compile_unet(self.unet, self.training_settings.compile)
 
@@ -124,7 +124,7 @@ class StableDiffusionModule(TrainableModule):
 
     @override
     def setup(self, stage: str) -> None:
-        check_stage(self.parts, stage)
+        check_stage(self.parts, stage, self.task)
         if stage != "fit":
             return
         self.check_fit()
@@ -204,7 +204,7 @@ class StableDiffusionModule(TrainableModule):
         return self.parts.resolution
 
     def infer(
-        self, prompt: str | Sequence[str], image: Any = None, mask: Any = None, **options: Unpack[InferOptions]
+        self, prompt: Prompts = None, image: Any = None, mask: Any = None, **options: Unpack[InferOptions]
     ) -> dict[str, Any]:
         """Sample images: ``infer("a star", height=512)["samples"][0]``; see `sampling.infer.infer` for all options."""
         with self.frozen_weights.full_precision():
@@ -230,7 +230,7 @@ class StableDiffusionModule(TrainableModule):
 
     def describe(self) -> dict[str, Any]:
         """The metadata of the images that ``predict_step`` makes, in plain types."""
-        return describe(self.parts, self.sampling, self.task == INPAINT)
+        return describe(self.parts, self.sampling, self.task)
 
     def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
         """Write what is trained, as ``dtype``: a folder that diffusers' pipeline loads, or an adapter."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from sdmodule.components.checkpoint import Components
 from sdmodule.components.schedulers import make_scheduler
 from sdmodule.data.toy.tokenizer import scene_captions, write_tokenizer
 from sdmodule.families.stable_diffusion_xl import StableDiffusionXL
+from sdmodule.families.stable_diffusion_xl_refiner import StableDiffusionXLRefiner
 
 POOLED, SIZE = 24, 8
 """Widths of the pooled prompt, and of the embedding of each of the six sizes."""
@@ -69,6 +71,22 @@ def tiny_xl_parts(folder: Path) -> Components:
     )
 
 
+def tiny_refiner_parts(base: Components) -> Components:
+    """A refiner for `tiny_xl_parts`: the second text encoder alone, and five numbers beside it."""
+    config = dict(base.unet.config) | {
+        "cross_attention_dim": 48,
+        "projection_class_embeddings_input_dim": POOLED + 5 * SIZE,
+    }
+    return replace(
+        base,
+        unet=UNet2DConditionModel.from_config(config),
+        text_encoder=None,
+        tokenizer=None,
+        family=StableDiffusionXLRefiner(),
+        zero_empty_prompts=False,
+    )
+
+
 def _text_config(tokenizer: CLIPTokenizer, width: int, **more: Any) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -83,11 +101,11 @@ def _text_config(tokenizer: CLIPTokenizer, width: int, **more: Any) -> CLIPTextC
     )
 
 
-def xl_pipeline(folder: Path, scheduler: Any = None, **changes: Any) -> StableDiffusionXLPipeline:
+def xl_pipeline(
+    folder: Path | str, scheduler: Any = None, kind: Any = StableDiffusionXLPipeline, **changes: Any
+) -> Any:
     """The pipeline that diffusers makes of a checkpoint's folder, with the scheduler that ``infer`` would take."""
-    pipeline = StableDiffusionXLPipeline.from_pretrained(
-        folder, add_watermarker=False, torch_dtype=torch.float32, **changes
-    )
+    pipeline = kind.from_pretrained(folder, add_watermarker=False, torch_dtype=torch.float32, **changes)
     pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

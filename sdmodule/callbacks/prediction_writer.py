@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ from sdmodule.io.run_folder import (
     to_line,
     write_records,
 )
-from sdmodule.sampling.requests import SampleRequest, image_name, request_metadata
+from sdmodule.sampling.requests import SampleRequest, image_name, input_name, request_metadata
 from sdmodule.sampling.result import Samples
 
 SHEET_LIMIT = 64
@@ -110,11 +110,12 @@ class PredictionWriter(BasePredictionWriter):
         """Write an image's files: inputs, image, record, in this order, so that a record's image always exists."""
         start = time.perf_counter()
         metadata = {**request_metadata(request), **metadata}
-        for key, input_image in request.inputs().items():
-            if not (self.output_dir / metadata[key]).is_file():
+        for input_image in chain(*request.inputs().values()):
+            place = self.output_dir / input_name(input_image)
+            if not place.is_file():
                 with self._lock:
                     (self.output_dir / INPUTS).mkdir(exist_ok=True)
-                    save_png(input_image, self.output_dir / metadata[key], {})
+                    save_png(input_image, place, {})
         name = image_name(request)
         save_png(image, self.output_dir / name, metadata)
         with self._lock:

@@ -153,8 +153,9 @@ def with_png_settings(arguments: Sequence[str]) -> list[str]:
         given.add("tome")
     if "speed" in given:
         given |= _keys_set_by_presets(arguments)
-    needed = {"image", "mask"} if settings.get("model") == "inpaint" else set()
+    needed = {"inpaint": {"image", "mask"}, "image2image": {"image"}}.get(settings.get("model", ""), set())
     needed |= {"control"} if "controlnet" in settings else set()
+    needed |= {"ip_adapter_image"} if "ip_adapter" in settings else set()
     if missing := needed - given - set(settings):
         raise SettingsError(
             f"from={path}: the images it was made from are not in inputs/ beside its folder; add "

@@ -20,12 +20,14 @@ def predict(cfg: DictConfig) -> None:
     from sdmodule.cli.resume_predict import find_finished
     from sdmodule.cli.summary import sampling_summary
     from sdmodule.cli.unknown_words import unknown_words
+    from sdmodule.sampling.text_conditions import check_texts
 
     check_bool("resume", cfg.resume)
     output_dir = prepare_output_dir(cfg)
     data = instantiate(cfg.data)
     trainer = build_trainer(cfg)
     model = instantiate(cfg.model)
+    check_texts(model.parts, data.requests)
     if cfg.resume:
         data.done = find_finished(output_dir, data.requests, model.describe() | {"precision": str(trainer.precision)})
     speed = model.sampling.speed

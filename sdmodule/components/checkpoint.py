@@ -40,7 +40,9 @@ class Components:
         scheduler: a scheduler of diffusers, with the checkpoint's noise schedule.
         source: the name the checkpoint was given by.
         guidance_scale: default guidance scale; a checkpoint's folder sets it in ``sampling.json``.
-        controlnet: a ControlNet beside the UNet, or None; not part of the checkpoint.
+        controlnet: a ControlNet beside the UNet, a ``ModuleList`` of several, or None; not part of the checkpoint.
+        refiner: the parts of a refiner that takes over at the end, or None; not part of the checkpoint.
+        image_prompts: what an IP-Adapter in the UNet needs beside it, or None; see `ip_adapter.ImagePrompts`.
         origin: how the model was named beside its source (revision, adapters and so on), in plain types.
         family: what it has that checkpoints of other families have not.
         text_encoder_2: the second text encoder of a family that has two.
@@ -56,6 +58,8 @@ class Components:
     source: str
     guidance_scale: float = STABLE_DIFFUSION.guidance_scale
     controlnet: Any = None
+    refiner: Components | None = None
+    image_prompts: Any = None
     origin: dict[str, Any] = field(default_factory=dict)
     family: Family = STABLE_DIFFUSION
     text_encoder_2: Any = None
@@ -66,6 +70,19 @@ class Components:
     def networks(self) -> dict[str, nn.Module]:
         """The networks of the checkpoint, by the names of their parts."""
         return {name: getattr(self, name) for name in self.family.models}
+
+    @property
+    def beside(self) -> dict[str, nn.Module]:
+        """Networks that sample beside the checkpoint's and its ControlNets."""
+        found = {} if self.refiner is None else dict(self.refiner.networks)
+        return found if self.image_prompts is None else {**found, "image_encoder": self.image_prompts.encoder}
+
+    @property
+    def controlnets(self) -> list[Any]:
+        """The ControlNets, if there are any."""
+        if self.controlnet is None:
+            return []
+        return list(self.controlnet) if isinstance(self.controlnet, nn.ModuleList) else [self.controlnet]
 
     @property
     def text_encoders(self) -> list[tuple[CLIPTokenizer, Any]]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, T2IAdapter
+from torch import nn
 
 from sdmodule.components.checkpoint import Components
 from sdmodule.components.load_network import load_network
@@ -23,8 +26,20 @@ def controlnet_from_unet(parts: Components) -> ControlNetModel:
     return ControlNetModel.from_unet(parts.unet, conditioning_embedding_out_channels=channels)
 
 
-def load_controlnet(path: str, parts: Components) -> ControlNetModel:
-    """Load a ControlNet from a folder or a hub id, frozen and in evaluation mode.
+def load_controlnets(paths: str | Sequence[str], parts: Components) -> nn.Module:
+    """Load a ControlNet, or a ``ModuleList`` of several.
+
+    Raises:
+        SettingsError: as `load_controlnet` does.
+    """
+    if isinstance(paths, str):
+        return load_controlnet(paths, parts)
+    nets = [load_controlnet(path, parts) for path in paths]
+    return nets[0] if len(nets) == 1 else nn.ModuleList(nets)
+
+
+def load_controlnet(path: str, parts: Components) -> ControlNetModel | T2IAdapter:
+    """Load a ControlNet or T2I-Adapter from a folder or a hub id, frozen and in evaluation mode.
 
     Raises:
         SettingsError: if it cannot be read, or was made for another architecture than the UNet's.
@@ -34,18 +49,35 @@ def load_controlnet(path: str, parts: Components) -> ControlNetModel:
         raise SettingsError(
             f"controlnet={path}: not found; give a folder of a ControlNet, or a hub id such as owner/name."
         )
+    location = folder if folder.is_dir() else path
     try:
-        controlnet = load_network(ControlNetModel, folder if folder.is_dir() else path)
+        if ControlNetModel.load_config(location).get("_class_name") == "T2IAdapter":
+            network: Any = load_network(T2IAdapter, location)
+        else:
+            network = load_network(ControlNetModel, location, parts.family.other_inputs.get("unet"))
     except Exception as error:  # a broken file raises many kinds
         reason = " ".join(str(error).split())[:300]
         raise SettingsError(
             f"controlnet={path}: cannot be read ({reason}); give a diffusers folder of a ControlNet, or a hub id."
         ) from error
-    for name in ("cross_attention_dim", "block_out_channels"):
-        expected, found = (list(np.atleast_1d(model.config[name])) for model in (parts.unet, controlnet))
-        if expected != found:
+    _check_architecture(network, path, parts)
+    return network.eval().requires_grad_(False)
+
+
+def _check_architecture(network: Any, path: str, parts: Components) -> None:
+    unet = {
+        name: list(np.atleast_1d(parts.unet.config[name])) for name in ("cross_attention_dim", "block_out_channels")
+    }
+    if isinstance(network, T2IAdapter):
+        width = len(unet["block_out_channels"])
+        found = {"block_out_channels": list(network.config.channels)[:width]}
+        if parts.family.takes_sizes != network.config.adapter_type.endswith("_xl"):
+            found["block_out_channels"] = [network.config.adapter_type]
+    else:
+        found = {name: list(np.atleast_1d(network.config[name])) for name in unet}
+    for name, value in found.items():
+        if value != unet[name]:
             raise SettingsError(
-                f"controlnet={path}: {name} is {found}, and {expected} in the UNet of pretrained={parts.source}; give "
-                "one that was trained on a model of this architecture."
+                f"controlnet={path}: {name} is {value}, and {unet[name]} in the UNet of pretrained={parts.source}; "
+                f"give one for {parts.family.title} of this architecture."
             )
-    return controlnet.eval().requires_grad_(False)

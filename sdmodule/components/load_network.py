@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, T2IAdapter, UNet2DConditionModel
 from huggingface_hub import try_to_load_from_cache
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PretrainedConfig
 from transformers.utils import logging as logging_of_transformers
@@ -25,6 +25,7 @@ CONFIG_KINDS = {
     UNet2DConditionModel: ("UNet2DConditionModel",),
     AutoencoderKL: ("AutoencoderKL",),
     ControlNetModel: ("ControlNetModel",),
+    T2IAdapter: ("T2IAdapter",),
     CLIPTextModel: ("clip_text_model", "clip"),  # a text encoder alone, or the CLIP that it is part of
     CLIPTextModelWithProjection: ("clip_text_model", "clip"),
 }

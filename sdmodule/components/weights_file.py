@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +47,43 @@ def read_weights(path: Path) -> Weights:
     raise SettingsError(f"{path}: unknown suffix {suffix}; give a .safetensors or .ckpt file.")
 
 
+def read_nested_weights(path: Path, sections: Sequence[str]) -> dict[str, Weights]:
+    """The tensors of a file in sections: dictionaries of a pickle, or keys of safetensors that begin with their names.
+
+    Raises:
+        SettingsError: as `read_weights` does.
+    """
+    if path.suffix.lower() not in PICKLES:
+        flat = read_weights(path)
+        starts = {name: f"{name}." for name in sections}
+        return {
+            name: {key.removeprefix(start): value for key, value in flat.items() if key.startswith(start)}
+            for name, start in starts.items()
+        }
+    saved = _load_pickle(path)
+    return {name: _tensors(saved.get(name, {}) if isinstance(saved, dict) else {}) for name in sections}
+
+
 def _read_pickle(path: Path) -> Weights:
+    saved = _load_pickle(path)
+    while isinstance(saved, dict) and "state_dict" in saved:
+        saved = saved["state_dict"]
+    if not isinstance(saved, dict):
+        raise SettingsError(f"{path}: holds a {type(saved).__name__} instead of named weights; give a full checkpoint.")
+    return _tensors(saved)
+
+
+def _tensors(saved: Any) -> Weights:
+    pairs = saved.items() if isinstance(saved, dict) else ()
+    return {key: value for key, value in pairs if isinstance(key, str) and isinstance(value, torch.Tensor)}
+
+
+def _load_pickle(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a corrupt or hostile pickle may raise anything
         raise SettingsError(
             f"{path}: cannot be loaded as weights only, since it is corrupt or wants to run code, which is refused; "
             "give a .safetensors version of it."
         ) from error
-    while isinstance(saved, dict) and "state_dict" in saved:
-        saved = saved["state_dict"]
-    if not isinstance(saved, dict):
-        raise SettingsError(f"{path}: holds a {type(saved).__name__} instead of named weights; give a full checkpoint.")
-    return {key: value for key, value in saved.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sdmodule.components.checkpoint import Components
 from sdmodule.components.inpaint_unet import is_inpaint_unet
+from sdmodule.conditioning.image_latents import encode_pixels
 from sdmodule.conditioning.inpaint import inpaint_channels, mask_out, masks_to_latents
 from sdmodule.conditioning.inpaint_crop import InpaintCrop
 from sdmodule.diffusion.sampler import Generators, draw_latents
@@ -88,14 +89,14 @@ def prepare_inpaint_latents(
     masks = torch.stack([crop.mask for crop in crops]).to(images)
     is_inpaint = is_inpaint_unet(unet)
     # the order of these draws is that of diffusers' pipeline
-    known = None if is_inpaint and whole else encode_images(parts, images, generators).contiguous()
+    known = None if is_inpaint and whole else encode_pixels(parts, images, generators).contiguous()
     whole_shape = (len(crops), *shape)
     noise = draw_latents(whole_shape, generators, like=images) if noise is None else noise.to(images)
     channels = None
     if not is_inpaint:  # diffusers encodes the masked image for this UNet too, and only then drops it
         draw_latents(whole_shape, generators, like=images)
     else:
-        channels = inpaint_channels(masks, encode_images(parts, mask_out(images, masks), generators))
+        channels = inpaint_channels(masks, encode_pixels(parts, mask_out(images, masks), generators))
     latent_masks = masks_to_latents(masks, noise.shape[-2:])
     if not latent_masks.flatten(1).any(dim=1).all():
         height, width = images.shape[-2:]
@@ -104,15 +105,3 @@ def prepare_inpaint_latents(
             "use only_masked=true, or paint a larger mask."
         )
     return InpaintLatents(latent_masks, noise, known, channels)
-
-
-def encode_images(parts: Components, images: Tensor, generators: Generators) -> Tensor:
-    """Scaled latents ``[B, 4, h, w]`` of images ``[B, 3, H, W]`` in [-1, 1], sampled with one generator per image."""
-    if isinstance(generators, torch.Generator):
-        latents = parts.vae.encode(images.to(parts.vae.dtype)).latent_dist.sample(generators)
-        return (latents * parts.vae.config.scaling_factor).to(images)
-    rows = [
-        parts.vae.encode(image.to(parts.vae.dtype)).latent_dist.sample(generator)
-        for image, generator in zip(images.split(1), generators, strict=True)
-    ]
-    return (torch.cat(rows) * parts.vae.config.scaling_factor).to(images)

@@ -14,8 +14,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image, ImageDraw
 
 from sdmodule.errors import SettingsError, choices, is_int, is_number
-from sdmodule.io.image_files import FORMATS, open_upright, upright
-from sdmodule.io.transparency import mask_levels
+from sdmodule.io.image_files import FORMATS, SUFFIXES, open_upright, upright
+from sdmodule.io.transparency import mask_levels, on_white
 
 ALPHA = "alpha"
 """Value of ``mask`` that stands for the transparent part of the image."""
@@ -40,7 +40,7 @@ def pair_images_and_masks(images: Any, masks: Any, count: int) -> list[MaskedIma
     Args:
         images: one image or a list: a path, a PIL image, an array ``[H, W, 3]`` or a tensor ``[3, H, W]``. Integers
             range from 0 to 255, floats from 0 to 1, or from -1 to 1 if some are negative. A batched tensor or array is
-            a list.
+            a list, and so are the images of a folder, sorted by name.
         masks: likewise with one channel, inpainted where it is above half of white; or a box ``[x0, y0, x1, y1]`` in
             pixels; or ``alpha``, for the transparent part of the image.
         count: number of prompts.
@@ -48,7 +48,7 @@ def pair_images_and_masks(images: Any, masks: Any, count: int) -> list[MaskedIma
     Raises:
         SettingsError: for an image or a mask that cannot be used, or lists of different lengths.
     """
-    image_list, mask_list = as_list(images), as_list(masks)
+    image_list, mask_list = as_list(images, "image"), as_list(masks, "mask")
     total = max(len(image_list), len(mask_list))
     for name, values in (("image", image_list), ("mask", mask_list)):
         if len(values) not in (1, total):
@@ -63,9 +63,43 @@ def pair_images_and_masks(images: Any, masks: Any, count: int) -> list[MaskedIma
     return pairs * (count // total)
 
 
+def read_images(images: Any, count: int) -> list[Image.Image | torch.Tensor]:
+    """Read images for ``count`` prompts, on white where they are transparent: one for all of them, or one for each.
+
+    Args:
+        images: see `pair_images_and_masks`; a tensor ``[4, h, w]``, or a batch of them, is taken for latents.
+        count: number of prompts.
+
+    Raises:
+        SettingsError: for an image that cannot be used, or another number of images.
+    """
+    given = as_list(images, "image")
+    if len(given) not in (1, count):
+        raise SettingsError(f"image: {len(given)} images for {count} prompts; give one image, or one per prompt.")
+    read = [
+        one if _is_latents(one) else on_white(read_image(one, f"image[{k}]" if len(given) > 1 else "image"))
+        for k, one in enumerate(given)
+    ]
+    return read * (count // len(read))
+
+
+def read_all(images: Any, name: str) -> list[Image.Image]:
+    """Read one image, several, or those of a folder, on white where they are transparent.
+
+    Raises:
+        SettingsError: for an image that cannot be read.
+    """
+    given = as_list(images, name)
+    return [on_white(read_image(one, f"{name}[{k}]" if len(given) > 1 else name)) for k, one in enumerate(given)]
+
+
+def _is_latents(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim == 3 and value.shape[0] == 4
+
+
 def count_images(images: Any, masks: Any) -> int:
-    """Number of masked images that `pair_images_and_masks` reads, before it repeats a single one for every prompt."""
-    return max(len(as_list(images)), len(as_list(masks)))
+    """Number of images that `pair_images_and_masks` reads, before it repeats a single one for every prompt."""
+    return max(len(as_list(images, "image")), len(as_list(masks, "mask")))
 
 
 def read_masked_image(image: Any, mask: Any, position: int | None = None) -> MaskedImage:
@@ -95,8 +129,21 @@ def read_masked_image(image: Any, mask: Any, position: int | None = None) -> Mas
     return MaskedImage(source.convert("RGBA" if source.has_transparency_data else "RGB"), area)
 
 
-def as_list(value: Any) -> list[Any]:
-    """The images or masks of a list, or of a batched array or tensor; one alone as a list of one."""
+def as_list(value: Any, name: str) -> list[Any]:
+    """The images or masks of a list, a folder, or a batched array or tensor; one alone as a list of one.
+
+    Args:
+        value: what was given.
+        name: the setting that it is from, for messages.
+
+    Raises:
+        SettingsError: for a folder without images.
+    """
+    if isinstance(value, (str, Path)) and os.path.isdir(folder := Path(value).expanduser()):
+        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+        if not files:
+            raise SettingsError(f"{name}={value}: contains no images; images end in {choices(SUFFIXES)}.")
+        return files
     if _is_box(value):
         return [value]
     if isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 4:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from textwrap import shorten
@@ -29,6 +30,12 @@ MAX_WEIGHT = 10.0
 
 COMMA_REACH = 20
 """A long prompt is split after a comma, if there is one among this many last tokens of a chunk."""
+
+_BREAK = re.compile(r"\s*(?<!\\)\bBREAK\b\s*")
+"""A word in capitals that ends a chunk of a prompt, as in AUTOMATIC1111's web UI."""
+
+LITERAL_BREAK = r"\BREAK"
+"""That word as text."""
 
 _SYNTAX = re.compile(
     r"""
@@ -81,13 +88,13 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
 
 
 def escape_prompt(text: str) -> str:
-    r"""Escape the parentheses of a text, so that it is a prompt without weights.
+    r"""Escape the parentheses and ``BREAK`` of a text, so that it is a prompt without weights in one piece.
 
     Example:
         >>> escape_prompt("a clock (12:30)")
         'a clock \\(12:30\\)'
     """
-    return re.sub(r"([()])", r"\\\1", text)
+    return re.sub(r"([()]|\bBREAK\b)", r"\\\1", text)
 
 
 def _parse_weight(number: str, prompt: str) -> float:
@@ -164,8 +171,18 @@ def tokenize(prompts: Sequence[str], tokenizer: CLIPTokenizer, chunks: int | Non
 
 
 def _split(prompt: str, tokenizer: CLIPTokenizer) -> list[list[tuple[int, float]]]:
-    """Tokens of a prompt with their weights, in chunks that end after a comma where possible."""
-    texts, weights = zip(*parse_weights(prompt), strict=True)
+    """Tokens of a prompt with their weights, in chunks that end at ``BREAK``, and after a comma where possible."""
+    sections: list[list[tuple[str, float]]] = [[]]
+    for text, weight in parse_weights(prompt):
+        first, *others = (part.replace(LITERAL_BREAK, "BREAK") for part in _BREAK.split(text))
+        sections[-1].append((first, weight))
+        sections += [[(part, weight)] for part in others]
+    return [chunk for section in sections for chunk in _split_section(section, tokenizer)]
+
+
+def _split_section(section: list[tuple[str, float]], tokenizer: CLIPTokenizer) -> list[list[tuple[int, float]]]:
+    """Tokens of weighted texts, which start a chunk of their own."""
+    texts, weights = zip(*section, strict=True)
     *pieces, comma = tokenizer([*texts, ","], add_special_tokens=False, verbose=False).input_ids
     words = multi_vector_tokens(tokenizer)
     tokens = [
@@ -209,18 +226,28 @@ def encode_prompts(
     return _encode(prompts, tokenizer, text_encoder, STABLE_DIFFUSION.encode, chunks)[0]
 
 
-def encode_texts(prompts: Sequence[str], parts: Components, chunks: int) -> Conditioning:
+def encode_texts(
+    prompts: Sequence[str],
+    parts: Components,
+    chunks: int,
+    second: Sequence[str] | None = None,
+    clip_skip: int = 0,
+) -> Conditioning:
     """Embeddings of prompts by all text encoders of a model, side by side.
 
     Args:
         prompts: B prompts.
         parts: the model.
         chunks: number of chunks of every prompt; see `chunks_of`.
+        second: what the second text encoder reads instead.
+        clip_skip: last layers of the text encoders that are skipped.
 
     Raises:
         SettingsError: as `encode_prompts` does.
     """
-    encoded = [_encode(prompts, *pair, parts.family.encode, chunks) for pair in parts.text_encoders]
+    encode = partial(parts.family.encode, clip_skip=clip_skip)
+    texts = [prompts, prompts if second is None else second]
+    encoded = [_encode(each, *pair, encode, chunks) for each, pair in zip(texts, parts.text_encoders, strict=False)]
     pooled = [embedding for _, embedding in encoded if embedding is not None]
     return Conditioning(torch.cat([hidden for hidden, _ in encoded], dim=-1), pooled[-1] if pooled else None)
 

@@ -45,15 +45,18 @@ class PromptDataModule(LightningDataModule):
         negative_prompt: what guidance steers away from.
         num_images_per_prompt: images per prompt.
         seed: seed of the first image.
-        image: for inpainting, the image, or one per prompt.
+        image: the image to inpaint or to start from, one per prompt, or a folder.
         mask: the mask of the image, or one per prompt.
-        task: ``text2image`` or ``inpaint``.
+        task: ``text2image``, ``inpaint`` or ``image2image``.
         control: the control image of a ControlNet, or one per prompt.
         control_edges: take the Canny edges of ``control``.
-        controlnet: the ControlNet that ``control`` is for.
+        controlnet: the ControlNet that ``control`` is for, or several.
         batch_size: images sampled at once; it changes an image by rounding at most.
         batch_row: put a single image into this row of a full batch, to reproduce to the bit an image that was sampled
             there.
+        ip_adapter_image: for an IP-Adapter, an image for all prompts, or several that count together.
+        prompt_2: what the second text encoder reads instead of ``prompt``.
+        negative_prompt_2: likewise, instead of ``negative_prompt``.
 
     Attributes:
         done: metadata of images that exist already, by index; they are not sampled again.
@@ -74,9 +77,12 @@ class PromptDataModule(LightningDataModule):
         task: str = TEXT2IMAGE,
         control: Any = None,
         control_edges: bool = False,
-        controlnet: str | None = None,
+        controlnet: str | Sequence[str] | None = None,
         batch_size: int = 1,
         batch_row: int | None = None,
+        ip_adapter_image: Any = None,
+        prompt_2: str | Sequence[str] | None = None,
+        negative_prompt_2: str | Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         check_int("batch_size", batch_size)
@@ -94,6 +100,10 @@ class PromptDataModule(LightningDataModule):
             task=task,
             control=control,
             control_edges=control_edges,
+            controlnets=1 if controlnet is None or isinstance(controlnet, str) else len(controlnet),
+            ip_adapter_image=ip_adapter_image,
+            prompt_2=prompt_2,
+            negative_prompt_2=negative_prompt_2,
         )
         self.batch_size = batch_size
         self.batch_row = batch_row

@@ -38,9 +38,9 @@ def denoise(
     generators: Generators,
     eta: float = 0.0,
     *,
-    skipped: int = 0,
+    timesteps: Tensor | None = None,
     keep: Callable[[Tensor, Tensor | None], Tensor] | None = None,
-    on_step: Callable[[int, Tensor], None] | None = None,
+    on_step: Callable[[int, Tensor], Tensor | None] | None = None,
 ) -> Tensor:
     """Denoise latents step by step (Ho et al. 2020, algorithm 2, with the scheduler's update).
 
@@ -50,9 +50,9 @@ def denoise(
         scheduler: a diffusers scheduler with its timesteps set.
         generators: one per image, or one for all, for schedulers that add noise at each step.
         eta: amount of noise in DDIM (Song et al. 2021, equation 16); other schedulers ignore it.
-        skipped: number of first, noisiest timesteps to skip.
+        timesteps: the timesteps to denoise at, a range of the scheduler's; all of them if None.
         keep: changes the latents after each step, given the next timestep, or None after the last.
-        on_step: called after each step with the number of steps done and the latents.
+        on_step: called after each step with the number of steps done and the latents; it may return others.
 
     Returns:
         Denoised latents ``[B, C, h, w]``.
@@ -60,12 +60,13 @@ def denoise(
     accepted = inspect.signature(scheduler.step).parameters
     source = generators if isinstance(generators, torch.Generator) else list(generators)
     extra = {k: v for k, v in {"eta": eta, "generator": source}.items() if k in accepted}
-    timesteps = scheduler.timesteps[skipped:]
+    timesteps = scheduler.timesteps if timesteps is None else timesteps
     for index, timestep in enumerate(timesteps):
         prediction = predict(scheduler.scale_model_input(latents, timestep), timestep)
         latents = scheduler.step(prediction, timestep, latents, **extra, return_dict=False)[0]
         if keep is not None:
             latents = keep(latents, timesteps[index + 1] if index + 1 < len(timesteps) else None)
         if on_step is not None:
-            on_step(index + 1, latents)
+            changed = on_step(index + 1, latents)
+            latents = latents if changed is None else changed
     return latents

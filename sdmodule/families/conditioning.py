@@ -17,11 +17,13 @@ class ImageSizes:
         original: height and width before it was scaled and cropped.
         crop: rows and columns that the crop left off at the top and on the left.
         target: height and width of the image that the denoiser sees.
+        negative: whether this is told with a negative prompt.
     """
 
     original: tuple[int, int]
     crop: tuple[int, int]
     target: tuple[int, int]
+    negative: bool = False
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,14 @@ class Conditioning:
     Attributes:
         hidden_states: of the text, ``[B, L, D]``.
         pooled: embedding of each whole prompt, ``[B, P]``; None where the denoiser takes none.
+        images: embeddings of images that an IP-Adapter attends to, ``[B, N, D]`` or ``[B, N, tokens, D]``; likewise.
         time_ids: original size, crop and target size of each image in pixels, ``[B, 6]`` in float32; None likewise.
     """
 
     hidden_states: Tensor
     pooled: Tensor | None = None
     time_ids: Tensor | None = None
+    images: Tensor | None = None
 
     def __len__(self) -> int:
         """B."""
@@ -44,13 +48,18 @@ class Conditioning:
 
     def __getitem__(self, rows: slice | Sequence[int]) -> Conditioning:
         """These rows, in this order."""
-        pooled = None if self.pooled is None else self.pooled[rows]
-        return Conditioning(self.hidden_states[rows], pooled, None if self.time_ids is None else self.time_ids[rows])
+        beside = {"pooled": self.pooled, "time_ids": self.time_ids, "images": self.images}
+        chosen = {name: None if value is None else value[rows] for name, value in beside.items()}
+        return Conditioning(self.hidden_states[rows], **chosen)
 
     def followed_by(self, other: Conditioning) -> Conditioning:
         """The rows of both; neither has sizes yet."""
         pooled = None if self.pooled is None or other.pooled is None else torch.cat([self.pooled, other.pooled])
         return Conditioning(torch.cat([self.hidden_states, other.hidden_states]), pooled)
+
+    def with_time_ids(self, time_ids: Tensor) -> Conditioning:
+        """The same with the sizes of each image."""
+        return replace(self, time_ids=time_ids.to(self.hidden_states.device))
 
     def to(self, dtype: torch.dtype) -> Conditioning:
         """The text as ``dtype``; sizes stay in float32, since 16 bits would round them."""

@@ -12,8 +12,8 @@ from torch import Tensor
 from sdmodule.errors import SettingsError
 from sdmodule.families.conditioning import Conditioning, ImageSizes
 
-TRAINING, INPAINT, CONTROLNET, LEARNED_WORDS = "training", "inpaint", "controlnet", "learned words"
-"""What a family may not do yet; every family samples from text, with low-rank adapters."""
+TRAINING, LEARNED_WORDS = "training", "learned words"
+"""What a family may not do yet; every family samples, with low-rank adapters and ControlNets."""
 
 
 class Family(ABC):
@@ -30,7 +30,12 @@ class Family(ABC):
         adapter_prefixes: for each part that low-rank adapters change, the prefixes of its layers in kohya's layout.
         text_widths: name of the models whose denoiser attends to text of a width.
         guidance_scale: its usual guidance scale.
+        pools_text: whether the denoiser takes a pooled embedding of each prompt.
+        takes_sizes: whether it is told the sizes of images.
+        trained_sizes: heights and widths in pixels that it was trained on, if it is told sizes.
         upcasts_vae: whether a VAE whose configuration says ``force_upcast`` decodes in float32 instead of float16.
+        refines: whether it only goes on where another model stopped.
+        refinable: whether a refiner can go on after it.
         unsupported: what it cannot do yet.
     """
 
@@ -44,13 +49,22 @@ class Family(ABC):
     adapter_prefixes: ClassVar[Mapping[str, tuple[str, ...]]]
     text_widths: ClassVar[Mapping[int, str]]
     guidance_scale: ClassVar[float]
+    pools_text: ClassVar[bool] = False
+    takes_sizes: ClassVar[bool] = False
+    trained_sizes: ClassVar[frozenset[tuple[int, int]]] = frozenset()
     upcasts_vae: ClassVar[bool] = False
+    refines: ClassVar[bool] = False
+    refinable: ClassVar[bool] = False
     unsupported: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def parts(self) -> tuple[str, ...]:
         """Names of the parts of a checkpoint."""
         return (*self.models, *self.text_encoders, "scheduler")
+
+    def recognizes(self, index: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint with this ``model_index.json`` is of the family."""
+        return self.pipelines.match(str(index.get("_class_name"))) is not None
 
     def zeroes_empty_prompts(self, index: Mapping[str, Any]) -> bool:
         """Whether an empty negative prompt has embeddings of zeros, as the index of a checkpoint says."""
@@ -61,8 +75,13 @@ class Family(ABC):
         """The pipeline of diffusers with its settings, as ``model_index.json`` has them."""
 
     @abstractmethod
-    def encode(self, text_encoder: Any, tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Hidden states ``[B, L, D]`` of tokens ``[B, L]``, and their pooled embedding ``[B, P]`` if it is used."""
+    def encode(
+        self, text_encoder: Any, tokens: Tensor, attention_mask: Tensor | None, clip_skip: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden states ``[B, L, D]`` of tokens ``[B, L]``, and their pooled embedding ``[B, P]`` if it is used.
+
+        ``clip_skip`` more layers than usual are skipped at the end of the text encoder.
+        """
 
     def with_sizes(self, conditioning: Conditioning, sizes: Sequence[ImageSizes]) -> Conditioning:
         """The conditioning of B images with the sizes of each, or as it is where the denoiser takes none."""
@@ -70,7 +89,10 @@ class Family(ABC):
 
     def denoiser_arguments(self, conditioning: Conditioning) -> dict[str, Any]:
         """Keyword arguments of the denoiser beside latents and timestep."""
-        return {"encoder_hidden_states": conditioning.hidden_states}
+        arguments: dict[str, Any] = {"encoder_hidden_states": conditioning.hidden_states}
+        if conditioning.images is not None:
+            arguments["added_cond_kwargs"] = {"image_embeds": [conditioning.images]}
+        return arguments
 
     def check_supports(self, task: str, given: str, pretrained: str) -> None:
         """Check that it can do what is asked for.
@@ -85,6 +107,6 @@ class Family(ABC):
         """
         if task in self.unsupported:
             raise SettingsError(
-                f"{given}: does not work with {self.title} yet, of which pretrained={pretrained} is; it samples "
-                "from text and low-rank adapters; give a checkpoint of Stable Diffusion 1.x or 2.x."
+                f"{given}: does not work with {self.title} yet, of which pretrained={pretrained} is; it "
+                "samples, with low-rank adapters and ControlNets; give a checkpoint of Stable Diffusion 1.x or 2.x."
             )

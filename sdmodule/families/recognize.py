@@ -9,9 +9,10 @@ from sdmodule.errors import SettingsError
 from sdmodule.families.family import Family
 from sdmodule.families.stable_diffusion import StableDiffusion
 from sdmodule.families.stable_diffusion_xl import StableDiffusionXL
+from sdmodule.families.stable_diffusion_xl_refiner import StableDiffusionXLRefiner
 
 STABLE_DIFFUSION = StableDiffusion()
-FAMILIES: tuple[Family, ...] = (STABLE_DIFFUSION, StableDiffusionXL())
+FAMILIES: tuple[Family, ...] = (STABLE_DIFFUSION, StableDiffusionXL(), StableDiffusionXLRefiner())
 
 
 def recognize_family(index: Mapping[str, Any], setting: str) -> Family:
@@ -28,7 +29,8 @@ def recognize_family(index: Mapping[str, Any], setting: str) -> Family:
     if not isinstance(name, str):
         return STABLE_DIFFUSION
     for family in FAMILIES:
-        if family.pipelines.match(name):
+        if family.recognizes(index):
             return family
-    supported = " and ".join(f"{family.title} ({family.pipelines_in_words})" for family in FAMILIES)
+    bases = [family for family in FAMILIES if not family.refines]
+    supported = " and ".join(f"{family.title} ({family.pipelines_in_words})" for family in bases)
     raise SettingsError(f"{setting}: is a checkpoint of {name}; only {supported} are supported; give one of these.")

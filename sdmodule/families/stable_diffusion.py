@@ -34,6 +34,12 @@ class StableDiffusion(Family):
         name = "StableDiffusionInpaintPipeline" if inpainting else "StableDiffusionPipeline"
         return {"_class_name": name, "requires_safety_checker": False}
 
-    def encode(self, text_encoder: Any, tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, None]:
-        """Last hidden states; nothing is pooled."""
-        return text_encoder(tokens, attention_mask=attention_mask)[0], None
+    def encode(
+        self, text_encoder: Any, tokens: Tensor, attention_mask: Tensor | None, clip_skip: int = 0
+    ) -> tuple[Tensor, None]:
+        """Last hidden states, or earlier ones with the last LayerNorm; nothing is pooled."""
+        if not clip_skip:
+            return text_encoder(tokens, attention_mask=attention_mask)[0], None
+        output = text_encoder(tokens, attention_mask=attention_mask, output_hidden_states=True)
+        last_norm = getattr(text_encoder, "text_model", text_encoder).final_layer_norm
+        return last_norm(output.hidden_states[-(clip_skip + 1)]), None

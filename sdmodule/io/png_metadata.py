@@ -48,15 +48,37 @@ def _is_adapters(value: object) -> bool:
     )
 
 
+def _is_each(value: object) -> bool:
+    """Whether a value is a number, or a list with one for each ControlNet."""
+    return is_number(value) or (isinstance(value, list) and all(map(is_number, value)))
+
+
+def _is_text_or_texts(value: object) -> bool:
+    """Whether a value is a text, or a list with one for each ControlNet."""
+    return _is_text(value) or (isinstance(value, list) and len(value) > 1 and all(map(_is_text, value)))
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_count, value))
+
+
+SIZES = [f"{sign}{name}" for sign in ("", "negative_") for name in ("original_size", "crop_top_left", "target_size")]
+"""What Stable Diffusion XL was told of sizes."""
+
 FIELDS: dict[str, Callable[[object], bool]] = {
     "index": _is_count,
     "prompt": _is_text,
     "negative_prompt": _is_text,
+    "prompt_2": _is_text,
+    "negative_prompt_2": _is_text,
     "seed": _is_count,
     "image": _is_text,
     "mask": _is_text,
-    "control": _is_text,
-    "control_scale": is_number,
+    "control": _is_text_or_texts,
+    "control_scale": _is_each,
+    "control_guidance_start": _is_each,
+    "control_guidance_end": _is_each,
+    "guess_mode": _is_bool,
     "steps": _is_count,
     "guidance_scale": is_number,
     "guidance_rescale": is_number,
@@ -71,10 +93,25 @@ FIELDS: dict[str, Callable[[object], bool]] = {
     "components": _is_settings,
     "adapters": _is_adapters,
     "merge_adapters": _is_bool,
-    "controlnet": _is_text,
+    "controlnet": _is_text_or_texts,
     "precision": _is_text,
     "tome": _is_settings,
     "speed": _is_settings,
+    "timesteps": _is_setting,
+    "sigmas": _is_setting,
+    "clip_skip": _is_count,
+    "freeu": _is_settings,
+    "hires": is_number,
+    "hires_strength": is_number,
+    "hires_upscale": _is_text,
+    "refiner": _is_text,
+    "ip_adapter": _is_text,
+    "ip_adapter_image": _is_text_or_texts,
+    "ip_adapter_scale": is_number,
+    "image_encoder": _is_text,
+    "refiner_start": is_number,
+    **dict.fromkeys(SIZES, _is_pair),
+    "task": _is_text,
     "inpaint": _is_text,
     "strength": is_number,
     "mask_blur": is_number,
@@ -96,8 +133,12 @@ KEYS = {
     **{name: name for name in ("revision", "variant", "precision", "batch_size")},
     **{name: name for name in ("adapters", "merge_adapters", "controlnet", "control_scale")},
     **{name: name for name in ("strength", "mask_blur", "only_masked", "padding")},
-    "guidance_rescale": "sampler.guidance_rescale",
-    "eta": "sampler.eta",
+    **{name: name for name in ("prompt_2", "negative_prompt_2", "clip_skip", "hires", "hires_strength")},
+    **{name: name for name in ("refiner", "refiner_start", "ip_adapter", "ip_adapter_scale")},
+    **{name: f"sampler.{name}" for name in ("guidance_rescale", "eta", "timesteps", "sigmas", "freeu", *SIZES)},
+    **{name: f"sampler.{name}" for name in ("hires_upscale", "guess_mode")},
+    **{name: f"sampler.{name}" for name in ("control_guidance_start", "control_guidance_end")},
+    "image_encoder": "components.image_encoder",
     "model": "pretrained",
     "batch_row": "data.batch_row",
 }
@@ -140,6 +181,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 def _parse(text: str, name: str, path: str | Path) -> Any:
     if FIELDS[name] is _is_text:
         return str(text)
+    if FIELDS[name] is _is_text_or_texts and not text.startswith('["'):
+        return str(text)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -164,11 +207,20 @@ def settings_from_png(path: str | Path) -> dict[str, Any]:
     settings |= {f"components.{part}": place for part, place in metadata.get("components", {}).items()}
     settings |= {f"tome.{name}": value for name, value in metadata.get("tome", {"ratio": 0.0}).items()}
     settings |= {f"speed.{name}": value for name, value in metadata.get("speed", {}).items()}
-    if "inpaint" in metadata:
-        settings["model"] = "inpaint"
+    if "inpaint" in metadata or metadata.get("task") == "image2image":
+        settings["model"] = "inpaint" if "inpaint" in metadata else "image2image"
     run = Path(path).expanduser().parent.parent
-    for name in ("image", "mask", "control"):
-        kept = metadata.get(name, "")
-        if re.fullmatch(r"inputs/[0-9a-f]{16}\.png", kept) and (run / kept).is_file():
-            settings[name] = str(run / kept)
+    for name in ("image", "mask", "control", "ip_adapter_image"):
+        if name in metadata and (kept := [_kept_input(run, file) for file in _listed(metadata[name])]) and all(kept):
+            settings[name] = kept[0] if len(kept) == 1 else kept
     return settings
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _kept_input(run: Path, name: str) -> str | None:
+    """Path of an input image in a run folder; None if it is not there, or if the name is none of such an image."""
+    found = re.fullmatch(r"inputs/[0-9a-f]{16}\.png", name) and (run / name).is_file()
+    return str(run / name) if found else None

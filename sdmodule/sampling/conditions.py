@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from sdmodule.components.checkpoint import Components
-from sdmodule.conditioning.control import ControlGuide, prepare_control
+from sdmodule.conditioning.control import ControlStack, prepare_control
+from sdmodule.conditioning.image_latents import image_latents
 from sdmodule.conditioning.inpaint_crop import InpaintCrop, crop_for_inpainting
 from sdmodule.conditioning.inpaint_latents import InpaintLatents, prepare_inpaint_latents
-from sdmodule.conditioning.text import chunks_of, encode_texts
 from sdmodule.diffusion.guidance import embed_guidance_scale
 from sdmodule.diffusion.sampler import Generators, draw_latents, seed_generators
-from sdmodule.families.conditioning import Conditioning, ImageSizes
+from sdmodule.errors import SettingsError
+from sdmodule.families.conditioning import Conditioning
 from sdmodule.sampling.metadata import guidance
 from sdmodule.sampling.requests import SampleRequest
-from sdmodule.sampling.schedule import image_size, latent_shape, sampling_scheduler, skipped_timesteps
+from sdmodule.sampling.schedule import Schedule, image_size, latent_shape, sampling_schedule
 from sdmodule.sampling.settings import SamplingSettings
 from sdmodule.sampling.stopwatch import Stopwatch
+from sdmodule.sampling.text_conditions import GivenText, text_conditions
 from sdmodule.speed.steps import StepPlan, plan_steps
 from sdmodule.tome.token_merging import TokenMerging
 
@@ -34,8 +36,7 @@ class BatchConditions:
         guidance_embedding: of the guidance scale, ``[B, D]``, for a UNet distilled from guided samples; else None.
         latents: where the denoising starts, ``[B, 4, h, w]``.
         generators: one per image, or one for all, for schedulers that add noise.
-        scheduler: with its timesteps set.
-        skipped: timesteps at the noisy end that are skipped.
+        schedule: the scheduler and its timesteps.
         steps: what each step does.
         guidance_scale: strength of guidance.
         guidance_rescale: share of the correction for overexposure.
@@ -50,14 +51,13 @@ class BatchConditions:
     guidance_embedding: Tensor | None
     latents: Tensor
     generators: Generators
-    scheduler: Any
-    skipped: int
+    schedule: Schedule
     steps: list[StepPlan]
     guidance_scale: float
     guidance_rescale: float
     merging: TokenMerging
     merge_seeds: Sequence[int]
-    control: ControlGuide | None
+    control: ControlStack | None
     inpaint: InpaintLatents | None
     crops: list[InpaintCrop]
 
@@ -72,7 +72,31 @@ class BatchConditions:
 
     def restore_known_region(self, latents: Tensor, upcoming: Tensor | None) -> Tensor:
         """Latents with the unmasked area put back, as noisy as the ``upcoming`` timestep; see `InpaintLatents`."""
-        return latents if self.inpaint is None else self.inpaint.restore_known_region(latents, upcoming, self.scheduler)
+        return (
+            latents
+            if self.inpaint is None
+            else self.inpaint.restore_known_region(latents, upcoming, self.schedule.scheduler)
+        )
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is given instead of being drawn or encoded, for a batch of B images.
+
+    Attributes:
+        noise: initial noise ``[B, 4, h, w]``, instead of the seeds'.
+        generators: one per image, or one for all, instead of the seeds'.
+        latents: to start from instead of the requests' images, ``[B, 4, h, w]``.
+        text: embeddings, instead of the requests' prompts.
+    """
+
+    noise: Tensor | None = None
+    generators: Generators | None = None
+    latents: Tensor | None = None
+    text: GivenText | None = None
+
+
+NOTHING_GIVEN = Given()
 
 
 def prepare_conditions(
@@ -80,25 +104,22 @@ def prepare_conditions(
     requests: Sequence[SampleRequest],
     settings: SamplingSettings,
     watch: Stopwatch,
-    noise: Tensor | None = None,
-    generators: Generators | None = None,
+    given: Given,
 ) -> BatchConditions:
     """Everything that a batch is conditioned on.
 
     Args:
         parts: the model.
-        requests: B images, all of the same length of text.
+        requests: B images, all of the same size and length of text.
         settings: steps, guidance and the rest.
         watch: times the stages ``text`` and ``encode``.
-        noise: initial noise ``[B, 4, h, w]``, instead of the seeds'.
-        generators: one per image, or one for all, instead of the seeds'.
+        given: what is given instead of being drawn or encoded.
 
     Raises:
         SettingsError: for control images without a ControlNet, the reverse, or a mask that vanishes.
     """
-    scheduler = sampling_scheduler(parts, settings)
-    skipped = skipped_timesteps(scheduler, settings)
-    timesteps = scheduler.timesteps[skipped:]
+    schedule = sampling_schedule(parts, settings)
+    scheduler, timesteps = schedule.scheduler, schedule.timesteps
     shape = latent_shape(parts, settings)
     seeds = [request.seed for request in requests]
     scale, rescale = guidance(parts, settings)
@@ -109,34 +130,23 @@ def prepare_conditions(
         scheduler.noise_sampler_seed = seeds
     merging, merge_seeds = settings.merging.for_images(seeds, all(step.guided for step in steps))
     controls = [request.control for request in requests if request.control is not None]
-    control = prepare_control(parts, controls, shape[1:], settings.control_scale)
+    control = prepare_control(parts, controls, shape[1:], settings.control, len(steps))
     with watch.stage("text"):
-        text = encode_requests(parts, requests, guided).to(parts.unet.dtype)
-        size = image_size(parts, settings)
-        text = parts.family.with_sizes(text, [ImageSizes(size, (0, 0), size)] * len(text))
+        text = text_conditions(parts, requests, settings, guided, given.text)
 
-    generators = seed_generators(seeds) if generators is None else generators
+    generators = seed_generators(seeds) if given.generators is None else given.generators
+    given = replace(given, generators=generators)
     crops = crop_all(parts, requests, settings)
-    inpaint: InpaintLatents | None = None
-    if crops:
-        from_noise = settings.inpaint.strength >= 1.0
-        with watch.stage("encode"):
-            inpaint = prepare_inpaint_latents(parts, crops, noise, shape, generators, from_noise)
-        latents = inpaint.start(scheduler, timesteps, from_noise)
-    else:
-        like = text.hidden_states
-        noise = draw_latents((len(requests), *shape), generators, like) if noise is None else noise.to(like)
-        latents = noise * scheduler.init_noise_sigma
+    latents, inpaint = start_latents(parts, requests, settings, schedule, crops, given, watch)
     guidance_embedding = None
     if embedded is not None:
-        guidance_embedding = embed_guidance_scale(scale, embedded).to(text.hidden_states).expand(len(requests), -1)
+        guidance_embedding = embed_guidance_scale(scale, embedded).to(latents).expand(len(requests), -1)
     return BatchConditions(
         text=text,
         guidance_embedding=guidance_embedding,
         latents=latents,
         generators=generators,
-        scheduler=scheduler,
-        skipped=skipped,
+        schedule=schedule,
         steps=steps,
         guidance_scale=scale,
         guidance_rescale=rescale,
@@ -148,31 +158,44 @@ def prepare_conditions(
     )
 
 
-def chunks_needed(parts: Components, request: SampleRequest) -> int:
-    """Chunks of text that a request's prompt and negative prompt need; both are encoded at one length."""
-    return chunks_of((request.prompt, request.negative_prompt), parts)
+def start_latents(
+    parts: Components,
+    requests: Sequence[SampleRequest],
+    settings: SamplingSettings,
+    schedule: Schedule,
+    crops: list[InpaintCrop],
+    given: Given,
+    watch: Stopwatch,
+) -> tuple[Tensor, InpaintLatents | None]:
+    """Where the denoising starts, ``[B, 4, h, w]``, and the masks of images to inpaint.
 
-
-def encode_requests(parts: Components, requests: Sequence[SampleRequest], guided: bool) -> Conditioning:
-    """Text embeddings of a batch, the negative prompts first if guided: B or 2B of them.
-
-    Prompts and negative prompts are encoded apart, as in diffusers, whose rounding this keeps. A text that occurs
-    several times is encoded once.
+    That is pure noise; or an image, its latents or those of an earlier stage, with as much noise as the first timestep
+    has. Noisy latents of an earlier stage are taken as they are.
     """
-    chunks = max(chunks_needed(parts, request) for request in requests)
+    shape, scheduler, first = latent_shape(parts, settings), schedule.scheduler, schedule.timesteps[:1]
+    like = torch.empty(0, device=parts.unet.device, dtype=parts.unet.dtype)
+    images = [request.image for request in requests if request.image is not None]
+    generators = given.generators
+    assert generators is not None
+    if given.latents is None and crops:
+        from_noise = settings.inpaint.strength >= 1.0
+        with watch.stage("encode"):
+            inpaint = prepare_inpaint_latents(parts, crops, given.noise, shape, generators, from_noise)
+        return inpaint.start(scheduler, first, from_noise), inpaint
 
-    def encode(texts: list[str]) -> Conditioning:
-        unique = list(dict.fromkeys(texts))
-        return encode_texts(unique, parts, chunks)[[unique.index(text) for text in texts]]
-
-    prompts = encode([request.prompt for request in requests])
-    if not guided:
-        return prompts
-    texts = [request.negative_prompt for request in requests]
-    negatives = encode(texts)
-    if parts.zero_empty_prompts:
-        negatives = negatives.zeroed([row for row, text in enumerate(texts) if not text])
-    return negatives.followed_by(prompts)
+    known = given.latents
+    if known is None and images:
+        with watch.stage("encode"):
+            known = image_latents(parts, images, image_size(parts, settings), generators)
+    if known is not None and tuple(known.shape[1:]) != shape:
+        raise SettingsError(f"image: latents have shape {tuple(known.shape[1:])}; give {shape}.")
+    if known is not None and settings.denoising_start is not None:
+        return known, None
+    noise = given.noise
+    noise = draw_latents((len(requests), *shape), generators, like) if noise is None else noise.to(like)
+    if known is None:
+        return noise * scheduler.init_noise_sigma, None
+    return scheduler.add_noise(known, noise, first), None
 
 
 def crop_all(parts: Components, requests: Sequence[SampleRequest], settings: SamplingSettings) -> list[InpaintCrop]:

@@ -39,17 +39,20 @@ class GuidedDenoiser:
         self.start_merging(call)
         self.start_caching(fresh)
         if not guided:
-            return self._predict(latents, timestep)
+            return self._predict(call, latents, timestep, guided=False)
         scale, rescale = self.conditions.guidance_scale, self.conditions.guidance_rescale
-        unconditional, conditional = self._predict(torch.cat([latents, latents]), timestep).chunk(2)
+        both = self._predict(call, torch.cat([latents, latents]), timestep, guided=True)
+        unconditional, conditional = both.chunk(2)
         prediction = classifier_free_guidance(unconditional, conditional, scale)
         return rescale_guidance(prediction, conditional, rescale) if rescale else prediction
 
-    def _predict(self, latents: Tensor, timestep: Tensor) -> Tensor:
-        text, seen = self.conditions.text[-len(latents) :], self.conditions.denoiser_input(latents)
-        control = self.conditions.control
-        residuals = {} if control is None else control.residuals(seen, timestep, text.hidden_states)
+    def _predict(self, call: int, latents: Tensor, timestep: Tensor, guided: bool) -> Tensor:
+        seen, control = self.conditions.denoiser_input(latents), self.conditions.control
+        residuals = {} if control is None else control.residuals(call, seen, timestep, self._told, guided)
         embedding = self.conditions.guidance_embedding
-        told = {} if embedding is None else {"timestep_cond": embedding}
-        told |= self.parts.family.denoiser_arguments(text)
-        return self.parts.unet(seen, timestep, **residuals, **told).sample
+        distilled = {} if embedding is None else {"timestep_cond": embedding}
+        return self.parts.unet(seen, timestep, **residuals, **self._told(len(seen)), **distilled).sample
+
+    def _told(self, rows: int) -> dict[str, Any]:
+        """What the denoiser is told of the last rows of the batch, where the prompts are."""
+        return self.parts.family.denoiser_arguments(self.conditions.text[-rows:])

@@ -24,12 +24,14 @@ def guidance(parts: Components, settings: SamplingSettings) -> tuple[float, floa
     return scale, ZERO_SNR_RESCALE if config.get("rescale_betas_zero_snr") else 0.0
 
 
-def describe(parts: Components, settings: SamplingSettings, inpainting: bool) -> dict[str, Any]:
-    """The metadata that a batch's images share."""
+def describe(parts: Components, settings: SamplingSettings, task: str) -> dict[str, Any]:
+    """The metadata that the images of a run share; those of image-to-image may have sizes of their own."""
     scheduler, changed = resolve_scheduler(settings.scheduler, parts.scheduler.config)
     scale, rescale = guidance(parts, settings)
     height, width = image_size(parts, settings)
-    metadata = {
+    if task == "image2image":
+        height, width = settings.height, settings.width  # type: ignore[assignment]
+    metadata: dict[str, Any] = {
         "steps": settings.steps,
         "guidance_scale": scale,
         "guidance_rescale": rescale,
@@ -41,13 +43,21 @@ def describe(parts: Components, settings: SamplingSettings, inpainting: bool) ->
         "model": parts.source,
     }
     if settings.merging.ratio:
-        metadata["tome"] = asdict(settings.merging)
+        metadata["tome"] = asdict(settings.merging.for_unet(parts.unet))
     if parts.controlnet is not None:
-        metadata["control_scale"] = settings.control_scale
+        metadata |= settings.control.metadata()
+    if parts.refiner is not None:
+        metadata["refiner_start"] = settings.refiner_start
+    if parts.image_prompts is not None:
+        metadata["ip_adapter_scale"] = settings.ip_adapter_scale
+    metadata |= settings.unusual()
     if speed := settings.speed.metadata():
         metadata["speed"] = speed
-    if inpainting:
+    if task == "inpaint":
         metadata |= {"inpaint": inpainting_method(parts), **asdict(settings.inpaint)}
+    elif task == "image2image":
+        metadata |= {"task": task, "strength": settings.inpaint.strength}
+    metadata = {name: value for name, value in metadata.items() if value is not None}
     return metadata | parts.origin
 
 

@@ -1,31 +1,41 @@
-"""From requests to images: conditions, denoising, decoding."""
+"""From requests to images: for each stage conditions and denoising, then decoding."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sdmodule.components.checkpoint import Components
-from sdmodule.diffusion.sampler import Generators, denoise
+from sdmodule.components.ip_adapter import set_scale
+from sdmodule.conditioning.inpaint_crop import InpaintCrop
+from sdmodule.diffusion.sampler import denoise
 from sdmodule.errors import SettingsError
-from sdmodule.sampling.conditions import BatchConditions, chunks_needed, prepare_conditions
+from sdmodule.sampling.conditions import NOTHING_GIVEN, BatchConditions, Given, prepare_conditions
 from sdmodule.sampling.decode import decode
+from sdmodule.sampling.freeu import freeu_applied
 from sdmodule.sampling.guided_denoiser import GuidedDenoiser
 from sdmodule.sampling.metadata import describe
-from sdmodule.sampling.requests import SampleRequest
+from sdmodule.sampling.requests import SampleRequest, task_of
 from sdmodule.sampling.result import Samples
-from sdmodule.sampling.schedule import latent_shape
+from sdmodule.sampling.schedule import latent_shape, sized_like
 from sdmodule.sampling.settings import SamplingSettings
+from sdmodule.sampling.stages import plan_stages
 from sdmodule.sampling.stopwatch import Stopwatch
+from sdmodule.sampling.text_conditions import GivenText, check_texts, chunks_needed
 from sdmodule.speed.deep_cache import deep_cache, run_all_layers
 from sdmodule.speed.text_kv_cache import text_kv_cache
 from sdmodule.tome.apply import apply_merging
 
-OnStep = Callable[[int, Tensor], None]
-"""Called after each denoising step with the number of steps done and the latents ``[B, 4, h, w]``."""
+OnStep = Callable[[int, Tensor], Tensor | None]
+"""Called after each denoising step with the number of steps done and the latents ``[B, 4, h, w]``.
+
+It may return other latents to go on with.
+"""
 
 
 @torch.no_grad()
@@ -33,10 +43,10 @@ def sample(
     parts: Components,
     requests: Sequence[SampleRequest],
     settings: SamplingSettings,
-    *,
-    noise: Tensor | None = None,
-    generators: Generators | None = None,
+    given: Given = NOTHING_GIVEN,
     on_step: OnStep | None = None,
+    *,
+    latent: bool = False,
 ) -> Samples:
     """Sample one batch of images, all of the same size and length of text.
 
@@ -44,25 +54,39 @@ def sample(
         parts: the model.
         requests: B images; each is drawn from its own seed.
         settings: steps, guidance and the rest.
-        noise: initial noise ``[B, 4, h, w]``, instead of the seeds'.
-        generators: one per image, or one for all, instead of the seeds'.
+        given: what is given instead of being drawn or encoded.
         on_step: called after each denoising step.
+        latent: return the latents, and decode nothing.
     """
     watch = Stopwatch(parts.unet.device)
-    conditions = prepare_conditions(parts, requests, settings, watch, noise, generators)
-    with watch.stage("denoise"):
-        latents = denoise_batch(parts, conditions, settings, watch, on_step)
-    with watch.stage("decode"):
-        decoded = decode(parts, latents).cpu()
+    crops: list[InpaintCrop] = []
+    done = 0
+    for stage in plan_stages(parts, sized_like(parts, settings, requests[0].image)):
+        given = stage.continued(given, watch)
+        conditions = prepare_conditions(stage.parts, requests, stage.settings, watch, given)
+        with watch.stage("denoise"):
+            latents = denoise_batch(stage.parts, conditions, stage.settings, watch, after(done, on_step))
+        crops, done = crops or conditions.crops, done + len(conditions.steps)
+        given = replace(given, noise=None, latents=latents, generators=conditions.generators)
+    decoded = None
+    if not latent:
+        with watch.stage("decode"):
+            decoded = decode(parts, latents).cpu()
     return Samples(
         decoded,
         list(requests),
         watch.seconds,
-        describe(parts, settings, bool(conditions.crops)),
-        conditions.crops,
+        describe(parts, settings, task_of(requests[0])),
+        crops,
         [(row, len(requests)) for row in range(len(requests))],
         watch.steps(),
+        latents,
     )
+
+
+def after(done: int, on_step: OnStep | None) -> OnStep | None:
+    """``on_step`` with the steps of earlier stages counted."""
+    return on_step if on_step is None or not done else lambda step, latents: on_step(done + step, latents)
 
 
 def denoise_batch(
@@ -74,11 +98,12 @@ def denoise_batch(
 ) -> Tensor:
     """Latents of a batch, ``[B, 4, h, w]``: the denoising loop with token merging and feature caching in place."""
 
-    def after_step(done: int, latents: Tensor) -> None:
+    def after_step(done: int, latents: Tensor) -> Tensor | None:
         watch.mark()
-        if on_step is not None:
-            on_step(done, latents)
+        return None if on_step is None else on_step(done, latents)
 
+    if parts.image_prompts is not None:
+        set_scale(parts.unet, settings.ip_adapter_scale)
     merging = apply_merging(
         parts.unet, conditions.merging, conditions.merge_seeds, conditions.latent_size, len(conditions.steps)
     )
@@ -87,15 +112,16 @@ def denoise_batch(
         merging as start_merging,
         cached or nullcontext(run_all_layers) as start_caching,
         text_kv_cache(parts.unet, conditions.text.hidden_states),
+        freeu_applied(parts.unet, settings.freeu),
     ):
-        watch.mark()
+        watch.start()
         return denoise(
             GuidedDenoiser(parts, conditions, start_merging, start_caching),
             conditions.latents,
-            conditions.scheduler,
+            conditions.schedule.scheduler,
             conditions.generators,
             settings.eta,
-            skipped=conditions.skipped,
+            timesteps=conditions.schedule.timesteps,
             keep=None if conditions.inpaint is None else conditions.restore_known_region,
             on_step=after_step,
         )
@@ -108,11 +134,14 @@ def sample_requests(
     *,
     noise: Tensor | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    text: GivenText | None = None,
     on_step: OnStep | None = None,
+    latent: bool = False,
 ) -> Samples:
-    """Sample images whose prompts may need different lengths of text, and return them in the order asked for.
+    """Sample images of any sizes and lengths of text, and return them in the order asked for.
 
-    Prompts of one length share a batch: padding a short prompt to its neighbour's length would change its image.
+    Images of one size whose prompts have one length share a batch: padding a short prompt to its neighbour's length
+    would change its image.
 
     Args:
         parts: the model.
@@ -120,30 +149,42 @@ def sample_requests(
         settings: steps, guidance and the rest.
         noise: initial noise ``[B, 4, h, w]``, instead of the seeds'.
         generator: source of all noise, or one per image, instead of the seeds'.
+        text: embeddings of the prompts, instead of those of ``requests``.
         on_step: called after each denoising step.
+        latent: return latents, and decode nothing.
 
     Raises:
-        SettingsError: for noise of another shape or another number of generators.
+        SettingsError: for noise of another shape, another number of generators or embeddings, or latents of several
+            sizes.
     """
-    shape = (len(requests), *latent_shape(parts, settings))
-    if noise is not None and tuple(noise.shape) != shape:
-        raise SettingsError(f"latents: have shape {tuple(noise.shape)}; give {shape}.")
+    check_texts(parts, requests)
     single = generator is None or isinstance(generator, torch.Generator)
     if not single and len(generator) != len(requests):  # type: ignore[arg-type]
         raise SettingsError(
             f"generator: has {len(generator)} entries for {len(requests)} images; give one, or one for each."  # type: ignore[arg-type]
         )
-    groups: dict[int, list[int]] = {}
+    groups: dict[Any, list[int]] = {}
     for position, request in enumerate(requests):
-        groups.setdefault(chunks_needed(parts, request), []).append(position)
+        shape = latent_shape(parts, sized_like(parts, settings, request.image))
+        chunks = chunks_needed(parts, request) if text is None else 0
+        groups.setdefault((shape, chunks), []).append(position)
+    shapes = {(len(requests), *shape) for shape, _ in groups}
+    if noise is not None and {tuple(noise.shape)} != shapes:
+        raise SettingsError(f"latents: have shape {tuple(noise.shape)}; give {' and '.join(map(str, sorted(shapes)))}.")
+    if latent and len(shapes) > 1:
+        raise SettingsError("return_type='latent': images must be of one size; give height and width.")
     batches = [
         sample(
             parts,
             [requests[p] for p in positions],
             settings,
-            noise=None if noise is None else noise[positions],
-            generators=generator if single else [generator[p] for p in positions],  # type: ignore[index]
-            on_step=on_step,
+            Given(
+                noise=None if noise is None else noise[positions],
+                generators=generator if single else [generator[p] for p in positions],  # type: ignore[index]
+                text=None if text is None else text[positions],
+            ),
+            on_step,
+            latent=latent,
         )
         for positions in groups.values()
     ]

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
-from sdmodule.conditioning.control import read_controls
-from sdmodule.conditioning.masked_image import MaskedImage, count_images, pair_images_and_masks
+from sdmodule.conditioning.control import Controls, read_controls
+from sdmodule.conditioning.masked_image import MaskedImage, count_images, pair_images_and_masks, read_all, read_images
 from sdmodule.conditioning.text import parse_weights
-from sdmodule.errors import MAX_SEED, SettingsError, check_bool, check_int, check_seed, choices, is_int
+from sdmodule.errors import MAX_SEED, SettingsError, check_bool, check_int, check_seed
 from sdmodule.io.run_folder import IMAGES, INPUTS
+from sdmodule.sampling.prompt_files import read_prompts
 
-TEXT2IMAGE, INPAINT = TASKS = ("text2image", "inpaint")
+TEXT2IMAGE, INPAINT, IMAGE2IMAGE = TASKS = ("text2image", "inpaint", "image2image")
 """Tasks of a model."""
 
 
@@ -33,9 +33,13 @@ class SampleRequest:
         prompt: what the image shows; empty for unconditional sampling.
         negative_prompt: what guidance leads away from.
         seed: seed of its initial noise.
-        masked: the image to inpaint with its mask; None for text-to-image.
-        control: the control image for a ControlNet, or None.
+        masked: the image to inpaint with its mask, or None.
+        image: the image to start from, or its latents ``[4, h, w]``; None unless an image becomes another.
+        control: the control image for each ControlNet, or None.
         kept: False for an image that only fills up a batch, and is not written.
+        prompt_2: what the second text encoder reads instead of ``prompt``, or None.
+        negative_prompt_2: likewise, instead of ``negative_prompt``.
+        image_prompt: images for an IP-Adapter, which count together.
     """
 
     index: int
@@ -43,15 +47,38 @@ class SampleRequest:
     negative_prompt: str
     seed: int
     masked: MaskedImage | None = None
-    control: Image.Image | None = None
+    control: Controls | None = None
     kept: bool = True
+    image: Image.Image | Tensor | None = None
+    prompt_2: str | None = None
+    negative_prompt_2: str | None = None
+    image_prompt: tuple[Image.Image, ...] = ()
 
-    def inputs(self) -> dict[str, Image.Image]:
+    @property
+    def texts(self) -> tuple[str, str | None]:
+        """The prompt for the text encoders: for the first, and for the second if it is another one."""
+        return self.prompt, self.prompt_2
+
+    @property
+    def negative_texts(self) -> tuple[str, str | None]:
+        """The negative prompt, likewise."""
+        return self.negative_prompt, self.negative_prompt_2
+
+    def inputs(self) -> dict[str, list[Image.Image]]:
         """The input images, by the names of the settings that gave them: ``image``, ``mask``, ``control``."""
-        inputs = {"control": self.control}
+        inputs: dict[str, Any] = {"image": self.image}
         if self.masked is not None:
             inputs |= {"image": self.masked.image, "mask": self.masked.mask}
-        return {name: image for name, image in inputs.items() if image is not None}
+        found = {name: [image] for name, image in inputs.items() if isinstance(image, Image.Image)}
+        several = {"control": self.control or (), "ip_adapter_image": self.image_prompt}
+        return {name: list(images) for name, images in several.items() if images} | found
+
+
+def task_of(request: SampleRequest) -> str:
+    """The task that a request is for, by the images that it has."""
+    if request.masked is not None:
+        return INPAINT
+    return TEXT2IMAGE if request.image is None else IMAGE2IMAGE
 
 
 def as_requests(batch: Any, batch_idx: int, batch_size: int | None) -> list[SampleRequest]:
@@ -92,10 +119,15 @@ def request_metadata(request: SampleRequest) -> dict[str, Any]:
         "negative_prompt": request.negative_prompt,
         "seed": request.seed,
     }
-    return metadata | {key: _input_name(image) for key, image in request.inputs().items()}
+    second = {"prompt_2": request.prompt_2, "negative_prompt_2": request.negative_prompt_2}
+    metadata |= {key: text for key, text in second.items() if text is not None}
+    for key, images in request.inputs().items():
+        names = [input_name(image) for image in images]
+        metadata[key] = names[0] if len(names) == 1 else names
+    return metadata
 
 
-def _input_name(image: Image.Image) -> str:
+def input_name(image: Image.Image) -> str:
     """Path of an input image within a run folder: a hash of its mode, size and pixels."""
     digest = hashlib.blake2b(f"{image.mode} {image.size}".encode() + image.tobytes(), digest_size=8)
     return f"{INPUTS}/{digest.hexdigest()}.png"
@@ -113,22 +145,31 @@ def build_requests(
     task: str = TEXT2IMAGE,
     control: Any = None,
     control_edges: bool = False,
+    controlnets: int = 1,
+    ip_adapter_image: Any = None,
+    prompt_2: str | Sequence[str] | None = None,
+    negative_prompt_2: str | Sequence[str] | None = None,
 ) -> list[SampleRequest]:
     """The requests of a run: all images of the first prompt, then of the second; image k has seed ``seed + k``.
 
     Args:
         prompt: one prompt or several; an empty one samples unconditionally.
         prompts: instead of ``prompt``, a ``.txt`` file with one prompt per line, or a ``.jsonl`` file with one object
-            per line: ``prompt`` and, optionally, its own ``negative_prompt`` and ``seed`` (its images use ``seed``,
-            ``seed + 1``, …). Blank lines are skipped.
+            per line: ``prompt`` and, optionally, its own ``negative_prompt``, ``prompt_2``, ``negative_prompt_2`` and
+            ``seed`` (its images use ``seed``, ``seed + 1``, …). Blank lines are skipped.
         negative_prompt: one for all prompts, or one per prompt.
         num_images_per_prompt: images of each prompt.
         seed: seed of the first image.
-        image: for inpainting, one image for all prompts, or one per prompt; see `pair_images_and_masks`.
-        mask: for inpainting, where: one mask for all prompts, or one per prompt.
-        task: ``text2image`` or ``inpaint``.
+        image: to inpaint or to start from: one image for all prompts, one per prompt, or a folder; see
+            `pair_images_and_masks`.
+        mask: where to inpaint: one mask for all prompts, or one per prompt.
+        task: ``text2image``, ``inpaint`` or ``image2image``.
         control: for a ControlNet, one control image for all prompts, or one per prompt; see `read_controls`.
         control_edges: ``control`` is a photo whose edges are the control image.
+        controlnets: number of ControlNets.
+        ip_adapter_image: for an IP-Adapter, an image for all prompts, or several that count together.
+        prompt_2: for the second text encoder: one for all prompts, or one per prompt; ``prompt`` if None.
+        negative_prompt_2: likewise; ``negative_prompt`` if None.
 
     Raises:
         SettingsError: if a setting or the file cannot be used.
@@ -138,38 +179,46 @@ def build_requests(
     if prompt is not None and prompts is not None:
         raise SettingsError(f"prompt={prompt!r}, prompts={prompts}: exclude each other; give one of them.")
     if prompts is not None:
-        rows = _read_prompts(Path(prompts).expanduser())
+        rows = read_prompts(Path(prompts).expanduser())
     elif prompt is not None:
         rows = [{"prompt": text} for text in _strings(prompt, "prompt")]
     else:
         raise SettingsError("prompt: missing; give prompt=TEXT, or prompts=FILE with a .txt or .jsonl file.")
 
-    if task == INPAINT and len(rows) == 1 and (count := count_images(image, mask)) > 1:
+    if task != TEXT2IMAGE and len(rows) == 1 and (count := count_images(image, mask)) > 1:
         # one prompt for many images; a seed of its own counts up over all of them
         own = rows[0].get("seed")
         steps = range(0, count * num_images_per_prompt, num_images_per_prompt)
         rows = [rows[0] if own is None else {**rows[0], "seed": own + k} for k in steps]
-    negatives = _strings("" if negative_prompt is None else negative_prompt, "negative_prompt")
-    if negative_prompt is None or isinstance(negative_prompt, str):
-        negatives *= len(rows)
-    if len(negatives) != len(rows):
-        raise SettingsError(
-            f"negative_prompt: {len(negatives)} texts for {len(rows)} prompts; give one for all, or one per prompt."
-        )
+    shared = {
+        "negative_prompt": _per_prompt("negative_prompt", negative_prompt or "", len(rows)),
+        "prompt_2": _per_prompt("prompt_2", prompt_2, len(rows)),
+        "negative_prompt_2": _per_prompt("negative_prompt_2", negative_prompt_2, len(rows)),
+    }
+    rows = [{name: texts[k] for name, texts in shared.items()} | row for k, row in enumerate(rows)]
     images = _images(image, mask, len(rows), task)
-    controls = _controls(control, control_edges, len(rows))
-    for text in {*negatives, *(text for row in rows for text in row.values() if isinstance(text, str))}:
+    image_prompt = () if ip_adapter_image is None else tuple(read_all(ip_adapter_image, "ip_adapter_image"))
+    controls = _controls(control, control_edges, len(rows), controlnets)
+    for text in {text for row in rows for text in row.values() if isinstance(text, str)}:
         check_text(text)
         parse_weights(text)  # so that an invalid weight is reported before anything is sampled
     requests: list[SampleRequest] = []
-    for row, shared_negative, masked, control_image in zip(rows, negatives, images, controls, strict=True):
+    for row, given, control_image in zip(rows, images, controls, strict=True):
         first = len(requests)
-        first_seed = row.get("seed", seed + first)
+        first_seed = row.pop("seed", seed + first)
         if (last := first_seed + num_images_per_prompt - 1) > MAX_SEED:
             raise SettingsError(f"seed={first_seed}: the last image would have seed {last}; seeds end at {MAX_SEED}.")
-        negative = row.get("negative_prompt", shared_negative)
+        masked, start = (given, None) if isinstance(given, MaskedImage) else (None, given)
         requests += [
-            SampleRequest(first + i, row["prompt"], negative, first_seed + i, masked, control_image)
+            SampleRequest(
+                index=first + i,
+                seed=first_seed + i,
+                masked=masked,
+                image=start,
+                control=control_image,
+                image_prompt=image_prompt,
+                **row,
+            )
             for i in range(num_images_per_prompt)
         ]
     return requests
@@ -187,25 +236,40 @@ def check_text(text: str) -> None:
         raise SettingsError(f"prompt={text!r}: contains an unpaired surrogate ({error.reason}); retype it.") from error
 
 
-def _images(image: Any, mask: Any, count: int, task: str) -> Sequence[MaskedImage | None]:
-    """The masked image of each of ``count`` prompts; None for each of text-to-image."""
+def _per_prompt(key: str, given: str | Sequence[str] | None, count: int) -> Sequence[str | None]:
+    """A text of each of ``count`` prompts, given once for all or once for each; None for each if it is not given."""
+    if given is None:
+        return [None] * count
+    texts = _strings(given, key) * (count if isinstance(given, str) else 1)
+    if len(texts) != count:
+        raise SettingsError(f"{key}: {len(texts)} texts for {count} prompts; give one for all, or one per prompt.")
+    return texts
+
+
+def _images(image: Any, mask: Any, count: int, task: str) -> Sequence[MaskedImage | Image.Image | Tensor | None]:
+    """The image of each of ``count`` prompts, masked or not; None for each of text-to-image."""
     if task == TEXT2IMAGE:
         for name, value in (("image", image), ("mask", mask)):
             if value is not None:
                 raise SettingsError(
-                    f"{name}: model=text2image samples from text alone; use model=inpaint, or leave {name} out."
+                    f"{name}: model=text2image samples from text alone; use model=inpaint or model=image2image, or "
+                    f"leave {name} out."
                 )
         return [None] * count
+    if task == IMAGE2IMAGE and image is None:
+        raise SettingsError("model=image2image: needs an image to start from; give image=….")
+    if task == IMAGE2IMAGE and mask is None:
+        return read_images(image, count)
     if image is None:
         raise SettingsError("model=inpaint: needs an image to inpaint; give image=… and mask=….")
     return pair_images_and_masks(image, mask, count)
 
 
-def _controls(control: Any, edges: bool, count: int) -> Sequence[Image.Image | None]:
-    """The control image of each of ``count`` prompts; None for each if there are none."""
+def _controls(control: Any, edges: bool, count: int, nets: int) -> Sequence[Controls | None]:
+    """The control images of each of ``count`` prompts; None for each if there are none."""
     check_bool("control_edges", edges)
     if control is not None:
-        return read_controls(control, edges, count)
+        return read_controls(control, edges, count, nets)
     if edges:
         raise SettingsError("control_edges=true: needs a photo to find edges in; give control=PHOTO.")
     return [None] * count
@@ -220,39 +284,3 @@ def _strings(value: str | Sequence[str], key: str) -> list[str]:
     if not value:
         raise SettingsError(f"{key}=[]: is empty; give at least one text.")
     return list(value)
-
-
-def _read_prompts(path: Path) -> list[dict]:
-    """The rows of a file of prompts: each has ``prompt`` and, optionally, ``negative_prompt`` and ``seed``."""
-    if path.suffix not in {".txt", ".jsonl"}:
-        raise SettingsError(
-            f"prompts={path}: must be a .txt (one prompt per line) or .jsonl file (one object per line)."
-        )
-    if not os.path.isfile(path):
-        raise SettingsError(f"prompts={path}: not found; give the path of a .txt or .jsonl file.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"prompts={path}: is not UTF-8 text ({error}); save it as UTF-8.") from error
-    lines = {number: line.strip() for number, line in enumerate(text.split("\n"), start=1) if line.strip()}
-    if not lines:
-        raise SettingsError(f"prompts={path}: is empty; write one prompt per line.")
-    if path.suffix == ".txt":
-        return [{"prompt": line} for line in lines.values()]
-    return [_parse_row(line, f"prompts={path}: line {number}") for number, line in lines.items()]
-
-
-def _parse_row(line: str, where: str) -> dict:
-    allowed = {"prompt": "a text", "negative_prompt": "a text", "seed": f"a whole number from 0 to {MAX_SEED}"}
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise SettingsError(f"{where} is not JSON ({error}); write one object per line.") from error
-    if not isinstance(row, dict) or "prompt" not in row:
-        raise SettingsError(f'{where} is {line}, not an object with a "prompt"; write one per line.')
-    for name, value in row.items():
-        if name not in allowed:
-            raise SettingsError(f"{where} has the unknown key {name!r}; use {choices(allowed)}.")
-        if not (is_int(value) and 0 <= value <= MAX_SEED if name == "seed" else isinstance(value, str)):
-            raise SettingsError(f"{where} has {name}={value!r}; {name} must be {allowed[name]}.")
-    return row

@@ -22,23 +22,26 @@ class Samples:
     """Images of one batch.
 
     Attributes:
-        decoded: what the VAE returned, ``[B, 3, H, W]`` in [0, 1], float32, on the CPU.
+        decoded: what the VAE returned, ``[B, 3, H, W]`` in [0, 1], float32, on the CPU; or a list of images of
+            different sizes; None if nothing was decoded.
         requests: what was asked for, one per image.
-        seconds: time of each stage: ``text``, ``encode`` for inpainting, ``denoise``, ``decode``.
+        seconds: time of each stage: ``text``, ``encode`` for input images, ``denoise``, ``decode``.
         metadata: settings that hold for the whole batch, in plain types.
         crops: for inpainting, the part of each image that was inpainted.
         places: each image's row in its batch, and the batch's size; the last bit of an image may depend on them, since
             sums of floating-point numbers do.
         step_seconds: time of each denoising step.
+        latents: before decoding, ``[B, 4, h, w]``; None for images of different sizes.
     """
 
-    decoded: Tensor
+    decoded: Tensor | list[Tensor] | None
     requests: list[SampleRequest]
     seconds: dict[str, float]
     metadata: dict[str, Any] = field(default_factory=dict)
     crops: list[InpaintCrop] = field(default_factory=list)
     places: list[tuple[int, int]] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
+    latents: Tensor | None = None
 
     @classmethod
     def joined(cls, batches: Sequence[Samples], requests: list[SampleRequest], order: Sequence[int]) -> Samples:
@@ -52,30 +55,34 @@ class Samples:
         crops = [crop for batch in batches for crop in batch.crops]
         places = [place for batch in batches for place in batch.places]
         return cls(
-            torch.cat([batch.decoded for batch in batches])[list(order)],
+            _together([batch.decoded for batch in batches], order),
             requests,
             {stage: sum(batch.seconds[stage] for batch in batches) for stage in batches[0].seconds},
             batches[0].metadata,
             [crops[k] for k in order] if crops else [],
             [places[k] for k in order],
             [step for batch in batches for step in batch.step_seconds],
+            _latents([batch.latents for batch in batches], order),
         )
 
     def images(self) -> list[Image.Image]:
         """The finished images; an inpainted one is pasted into its original, at the original's size."""
-        made = to_images(self.decoded)
+        assert self.decoded is not None
+        made = [to_images(one[None])[0] for one in self.decoded]
         if not self.crops:
             return made
         originals = [request.masked.image for request in self.requests if request.masked is not None]
         return [paste_back(*each) for each in zip(self.crops, made, originals, strict=True)]
 
     def converted(self, return_type: str) -> Any:
-        """The finished images as PIL images, an array or a tensor; see `convert_images`.
+        """The finished images as PIL images, an array or a tensor (see `convert_images`), or the latents.
 
         Raises:
             SettingsError: for an array or a tensor of images of different sizes.
         """
-        if not self.crops:
+        if return_type == "latent":
+            return self.latents
+        if isinstance(self.decoded, Tensor) and not self.crops:
             return convert_images(self.decoded, return_type)
         images = self.images()
         if return_type == "image":
@@ -85,3 +92,18 @@ class Samples:
         return convert_images(
             torch.stack([image_to_tensor(on_white(image)) for image in images]) / 2 + 0.5, return_type
         )
+
+
+def _together(batches: Sequence[Any], order: Sequence[int]) -> Any:
+    """The images of batches as one tensor in another order, or as a list if their sizes differ."""
+    if any(batch is None for batch in batches):
+        return None
+    if len({batch.shape[1:] for batch in batches}) == 1:
+        return torch.cat(list(batches))[list(order)]
+    images = [image for batch in batches for image in batch]
+    return [images[k] for k in order]
+
+
+def _latents(batches: Sequence[Tensor | None], order: Sequence[int]) -> Tensor | None:
+    together = _together(batches, order)
+    return together if isinstance(together, Tensor) else None

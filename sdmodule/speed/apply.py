@@ -28,6 +28,8 @@ def apply_speed(parts: Components, settings: SpeedSettings) -> Iterator[None]:
     """
     device = parts.unet.device.type
     with ExitStack() as stack:
+        if parts.refiner is not None:
+            stack.enter_context(apply_speed(parts.refiner, settings))
         if settings.keep_memory and device == "cpu":
             stack.enter_context(retain_freed_memory())
         if settings.channels_last_in(parts.unet.dtype, device):

@@ -141,7 +141,7 @@ def _merge_with_tomesd(unet: Any, merging: TokenMerging, seed: int) -> Iterator[
         tomesd.apply_patch(
             unet,
             ratio=merging.ratio,
-            max_downsample=merging.max_downsample,
+            max_downsample=merging.for_unet(unet).max_downsample,
             sx=merging.sx,
             sy=merging.sy,
             use_rand=merging.use_rand,

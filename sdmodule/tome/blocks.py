@@ -47,18 +47,28 @@ def transformer_blocks(unet: Any) -> list[PlacedBlock]:
     ]
 
 
-def blocks_to_merge(unet: Any, max_downsample: int) -> list[PlacedBlock]:
-    """The transformer blocks that are downsampled by at most ``max_downsample``.
+def first_downsample(unet: Any) -> int:
+    """Downsampling of a UNet's first transformer blocks.
 
     Raises:
-        SettingsError: if there are none, or if one is not a block of Stable Diffusion.
+        SettingsError: if there are none.
     """
     every = transformer_blocks(unet)
     if not every:
         raise SettingsError("tome: this UNet has no transformer blocks; set tome.ratio=0.")
-    chosen = [placed for placed in every if placed.downsample <= max_downsample]
+    return min(placed.downsample for placed in every)
+
+
+def blocks_to_merge(unet: Any, max_downsample: int | None) -> list[PlacedBlock]:
+    """The transformer blocks that are downsampled by at most ``max_downsample``; if None, like the first ones.
+
+    Raises:
+        SettingsError: if there are none, or if one is not a block of Stable Diffusion.
+    """
+    first = first_downsample(unet)
+    most = first if max_downsample is None else max_downsample
+    chosen = [placed for placed in transformer_blocks(unet) if placed.downsample <= most]
     if not chosen:
-        first = min(placed.downsample for placed in every)
         raise SettingsError(
             f"tome.max_downsample={max_downsample}: merges nothing in this UNet, whose transformer blocks start at a "
             f"downsampling of {first}; set tome.max_downsample={first}."

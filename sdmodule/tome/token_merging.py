@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sdmodule.errors import SettingsError, build_settings, check_bool, check_choice, check_int, is_number
-from sdmodule.tome.blocks import DOWNSAMPLES, Grid, blocks_to_merge
+from sdmodule.tome.blocks import DOWNSAMPLES, Grid, blocks_to_merge, first_downsample
 from sdmodule.tome.tomesd_limits import check_tomesd
 from sdmodule.tome.window import tokens_merged
 
@@ -20,7 +20,8 @@ class TokenMerging:
 
     Args:
         ratio: share of the tokens that are merged into others, 0 to ``1 - 1 / (sx * sy)``; 0 is exactly off.
-        max_downsample: merge in blocks whose latents are downsampled at most this much: 1, 2, 4 or 8.
+        max_downsample: merge in blocks whose latents are downsampled at most this much: 1, 2, 4 or 8; None for where
+            the UNet's transformer blocks begin, which is 1, and 2 for Stable Diffusion XL.
         sx: width of the cells; one token of each ``sx`` by ``sy`` cell is never merged.
         sy: height of the cells.
         use_rand: draw that token at random, for each image from its own seed; otherwise it is the first of its cell.
@@ -36,7 +37,7 @@ class TokenMerging:
     """
 
     ratio: float = 0.5
-    max_downsample: int = 1
+    max_downsample: int | None = None
     sx: int = 2
     sy: int = 2
     use_rand: bool = True
@@ -57,7 +58,7 @@ class TokenMerging:
                 f"tome.ratio={self.ratio}: must be a number from 0 (off) to {most:g}, "
                 f"with tome.sx={self.sx} and tome.sy={self.sy}."
             )
-        if self.max_downsample not in DOWNSAMPLES:
+        if self.max_downsample is not None and self.max_downsample not in DOWNSAMPLES:
             raise SettingsError(f"tome.max_downsample={self.max_downsample}: must be 1, 2, 4 or 8.")
         if not (self.merge_attn or self.merge_crossattn or self.merge_mlp):
             raise SettingsError(
@@ -77,6 +78,12 @@ class TokenMerging:
     def whole_block(self) -> bool:
         """Whether one merge and one unmerge serve a whole block: engine ``window`` with all three layers merged."""
         return self.engine == "window" and self.merge_attn and self.merge_crossattn and self.merge_mlp
+
+    def for_unet(self, unet: Any) -> TokenMerging:
+        """Settings that say where a UNet's blocks are merged."""
+        if self.max_downsample is not None or self.ratio == 0:
+            return self
+        return replace(self, max_downsample=first_downsample(unet))
 
     def for_images(self, seeds: Sequence[int], guided: bool) -> tuple[TokenMerging, Sequence[int]]:
         """Settings and seeds with which no image depends on the rest of its batch.
@@ -113,10 +120,10 @@ class TokenMerging:
                 if stride > side:
                     raise SettingsError(
                         f"tome.{name}={stride}: must be from 1 to {side}, the tokens along a side of a block that "
-                        f"tome.max_downsample={self.max_downsample} merges."
+                        f"tome.max_downsample={self.for_unet(unet).max_downsample} merges."
                     )
         if self.engine == "tomesd":
-            check_tomesd(unet, size, self.max_downsample)
+            check_tomesd(unet, size, self.for_unet(unet).max_downsample or 1)
 
 
 OFF = TokenMerging(ratio=0.0)

@@ -116,8 +116,9 @@ def denoising_errors(
     noisy = add_noise(latents, noise.added, alphas_cumprod, timesteps)
     if conditions.mask_channels is not None:
         noisy = torch.cat([noisy, conditions.mask_channels], dim=1)
-    residuals = {} if conditions.control is None else conditions.control.residuals(noisy, timesteps, embeddings)
-    predicted = parts.unet(noisy, timesteps, encoder_hidden_states=embeddings, **residuals).sample
+    told = {"encoder_hidden_states": embeddings}
+    residuals = {} if conditions.control is None else conditions.control.residuals(noisy, timesteps, told)
+    predicted = parts.unet(noisy, timesteps, **told, **residuals).sample
     wanted = prediction_target(prediction_type, latents, noise.predicted, alphas_cumprod, timesteps)
     return objective.errors(predicted, wanted, prediction_type, alphas_cumprod, timesteps)
 

@@ -53,17 +53,22 @@ def check_scratch(tuning: Tuning, scratch: Iterable[str]) -> None:
         )
 
 
-def check_stage(parts: Components, stage: str) -> None:
+def check_stage(parts: Components, stage: str, task: str) -> None:
     """Check that a model can be used in a stage of Lightning's: it may be for sampling alone.
 
     Args:
         parts: the model.
         stage: ``fit``, ``validate``, ``test`` or ``predict``.
+        task: of the model.
 
     Raises:
         SettingsError: if it cannot.
     """
+    if stage != "predict" and task == "image2image":
+        raise SettingsError("model=image2image: is for sampling; train with model=text2image.")
     if stage != "predict":
         parts.family.check_supports(TRAINING, "training", parts.source)
-    if stage == "fit" and parts.origin.keys() & {"adapters", "controlnet"}:
-        raise SettingsError("adapters and controlnet: are for sampling; train on the checkpoint alone.")
+    if stage == "fit" and parts.origin.keys() & {"adapters", "controlnet", "refiner", "ip_adapter"}:
+        raise SettingsError(
+            "adapters, controlnet, refiner and ip_adapter: are for sampling; train on the checkpoint alone."
+        )

@@ -98,7 +98,10 @@ def test_the_command_follows_a_photo_and_reproduces_the_image_from_its_metadata(
         (["controlnet=net", "control=nowhere.png"], "control=nowhere.png: not found"),
         (["controlnet=net", "control=[photo.png,photo.png]"], "2 images for 1 prompts"),
         (["controlnet=net", "control=photo.png", "control_scale=-1"], "control_scale=-1"),
-        (["controlnet=net", "control=photo.png", "pretrained=tiny"], "trained on a model of this architecture"),
+        (
+            ["controlnet=net", "control=photo.png", "pretrained=tiny"],
+            "give one for Stable Diffusion 1.x",
+        ),
     ],
 )
 def test_a_wrong_control_setting_is_refused(

@@ -246,3 +246,15 @@ def test_gradients_reach_the_text_encoder(tokenizer: CLIPTokenizer, text_encoder
 @torch.no_grad()
 def test_embeddings_have_the_text_encoders_dtype(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
     assert encode_prompts(["a (cat:1.5)"], tokenizer, text_encoder.bfloat16()).dtype == torch.bfloat16
+
+
+def test_break_starts_a_chunk_of_its_own(tokenizer):
+    encoder = tiny_text_encoder(tokenizer)
+    joined = encode_prompts(["a (cat:1.5) BREAK a photo"], tokenizer, encoder)
+    apart = [encode_prompts([text], tokenizer, encoder) for text in ("a (cat:1.5)", "a photo")]
+    torch.testing.assert_close(joined, torch.cat(apart, dim=1))
+    assert count_chunks("(a BREAK b BREAK c:1.2)", tokenizer) == 3
+    for text in ("a BREAKDOWN", "a break", r"a \BREAK b", escape_prompt("a BREAK (b)")):
+        assert count_chunks(text, tokenizer) == 1
+    literal, plain = (tokenize([text], tokenizer).input_ids for text in (r"a \BREAK b", "a break b"))
+    assert torch.equal(literal, plain)

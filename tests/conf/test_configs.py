@@ -300,10 +300,10 @@ def test_sd15_is_the_published_recipe(command, checkpoint):
     assert cfg.pretrained == cfg.model.pretrained == "stable-diffusion-v1-5/stable-diffusion-v1-5"
     assert (cfg.sampler.steps, cfg.sampler.guidance_scale) == (50, 7.5)
 
-    from sdmodule.sampling.schedule import sampling_scheduler
+    from sdmodule.sampling.schedule import sampling_schedule
 
     module = instantiate(configuration(command, "experiment=sd15", f"pretrained={checkpoint}").model)
-    scheduler = sampling_scheduler(module.parts, module.sampling)
+    scheduler = sampling_schedule(module.parts, module.sampling).scheduler
     assert type(scheduler) is diffusers.DDIMScheduler
     wanted = {
         "beta_schedule": "scaled_linear",

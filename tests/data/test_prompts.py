@@ -79,7 +79,11 @@ def test_wrong_settings_are_errors(settings: dict, message: str) -> None:
         ("p.jsonl", r'{"prompt": "a red \ud83d circle"}', "unpaired surrogate"),
         ("p.jsonl", '{"prompt": "a", "seed": 18446744073709551616}', "seed=18446744073709551616"),
         ("p.jsonl", '{"prompt": "a", "seed": "x"}', "seed='x'"),
-        ("p.jsonl", '{"prompt": "a", "sead": 1}', "'sead'; use negative_prompt, prompt, seed"),
+        (
+            "p.jsonl",
+            '{"prompt": "a", "sead": 1}',
+            "'sead'; use negative_prompt, negative_prompt_2, prompt",
+        ),
     ],
 )
 def test_errors_in_files_name_the_line(tmp_path: Path, name: str, content: str, message: str) -> None:

@@ -23,4 +23,4 @@ def test_no_other_folder_asks_for_the_family():
 
 @pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentDiffusionPipeline"])
 def test_a_pipeline_is_of_one_family(name):
-    assert len([family for family in FAMILIES if family.pipelines.match(name)]) == 1
+    assert len([family for family in FAMILIES if family.recognizes({"_class_name": name})]) == 1

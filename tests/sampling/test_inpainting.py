@@ -15,6 +15,7 @@ from sdmodule.conditioning.inpaint_crop import InpaintSettings
 from sdmodule.errors import SettingsError
 from sdmodule.io.transparency import on_white
 from sdmodule.module import StableDiffusionModule
+from sdmodule.sampling.conditions import Given
 from sdmodule.sampling.pipeline import sample
 from sdmodule.sampling.requests import build_requests
 from tests.pipelines import diffusers_pipeline
@@ -52,7 +53,7 @@ def test_the_masked_area_equals_that_of_diffusers(sd, strength, scheduler):
     parts = sd.parts
     requests = build_requests(PROMPT, image=photo(), mask=box_mask(), task="inpaint")
     settings = sd.sampling.updated(scheduler=scheduler, steps=6, inpaint=InpaintSettings(strength=strength))
-    ours = sample(parts, requests, settings, generators=[torch.Generator().manual_seed(5)]).decoded
+    ours = sample(parts, requests, settings, Given(generators=[torch.Generator().manual_seed(5)])).decoded
     pipeline = diffusers_pipeline(parts, StableDiffusionInpaintPipeline, scheduler)
     theirs = pipeline(
         PROMPT,

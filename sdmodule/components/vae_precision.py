@@ -1,0 +1,42 @@
+"""In which precision a VAE computes: in float32 where that of Stable Diffusion XL would overflow half precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from sdmodule.components.checkpoint import Components
+
+
+@contextmanager
+def vae_precision(parts: Components) -> Iterator[torch.dtype]:
+    """The dtype of the VAE's input and weights inside the block.
+
+    The VAE of a family with ``upcasts_vae`` computes in float32 instead of float16 if its configuration asks for it.
+    """
+    if parts.family.upcasts_vae and parts.vae.config.force_upcast and _computes_in(parts.vae) == torch.float16:
+        with vae_in_float32(parts.vae):
+            yield torch.float32
+    else:
+        yield parts.vae.dtype
+
+
+def _computes_in(vae: Any) -> torch.dtype:
+    """What the VAE computes in: the dtype of its weights, or that of autocast."""
+    device = vae.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else vae.dtype
+
+
+@contextmanager
+def vae_in_float32(vae: Any) -> Iterator[None]:
+    """Compute in float32 inside the block, whatever the dtype of the weights and the trainer's precision are."""
+    dtype = vae.dtype
+    torch.nn.Module.to(vae, torch.float32)  # diffusers' own ``to`` warns, needlessly here
+    try:
+        with torch.autocast(vae.device.type, enabled=False):
+            yield
+    finally:
+        torch.nn.Module.to(vae, dtype)

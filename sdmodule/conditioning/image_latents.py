@@ -1,0 +1,51 @@
+"""Latents of images that sampling starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sdmodule.components.checkpoint import Components
+from sdmodule.components.vae_precision import vae_precision
+from sdmodule.diffusion.sampler import Generators
+from sdmodule.errors import SettingsError
+from sdmodule.io.images import image_to_tensor
+
+
+def encode_pixels(parts: Components, images: Tensor, generators: Generators) -> Tensor:
+    """Scaled latents ``[B, 4, h, w]`` of images ``[B, 3, H, W]`` in [-1, 1], sampled with one generator per image."""
+    with vae_precision(parts) as dtype:
+        if isinstance(generators, torch.Generator):
+            latents = parts.vae.encode(images.to(dtype)).latent_dist.sample(generators)
+        else:
+            rows = zip(images.split(1), generators, strict=True)
+            latents = torch.cat([parts.vae.encode(one.to(dtype)).latent_dist.sample(source) for one, source in rows])
+    return (latents * parts.vae.config.scaling_factor).to(images)
+
+
+def image_latents(
+    parts: Components, images: Sequence[Image.Image | Tensor], size: tuple[int, int], generators: Generators
+) -> Tensor:
+    """Scaled latents ``[B, 4, h, w]`` of images, resized to ``size`` ``(H, W)``; given latents are taken as they are.
+
+    Raises:
+        SettingsError: for latents of another size, or latents beside images.
+    """
+    unet = parts.unet
+    given = [one for one in images if isinstance(one, Tensor)]
+    if given and len(given) < len(images):
+        raise SettingsError("image: some are images and others latents; give all as images, or all as latents.")
+    if given:
+        return torch.stack(given).to(unet.device, unet.dtype)
+    height, width = size
+    resized = [
+        image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
+        for image in images
+        if isinstance(image, Image.Image)
+    ]
+    pixels = torch.stack([image_to_tensor(image) for image in resized]).to(unet.device, unet.dtype)
+    # channels_last as in diffusers, so that sums round alike
+    return encode_pixels(parts, pixels.to(memory_format=torch.channels_last), generators)
