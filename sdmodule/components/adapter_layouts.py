@@ -17,15 +17,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from sdmodule.components.checkpoint import Components
 from sdmodule.components.lora_layers import LORA, MAGNITUDES, Adapter, find_method, split_key
+from sdmodule.components.original_names import unet_layer
 from sdmodule.errors import SettingsError
 from sdmodule.families.recognize import FAMILIES
 
@@ -217,49 +217,7 @@ def _kohya_layers(parts: Components) -> dict[str, tuple[str, str]]:
             if not isinstance(module, (nn.Linear, nn.Conv2d)) and not hasattr(module, "base_layer"):
                 continue
             short = layer.removeprefix("text_model.")
-            names = [layer, *original_names(layer, model)] if part == "unet" else [f"text_model.{short}"]
-            for prefix, name in product(prefixes, names):
+            names = [layer, unet_layer(layer, model)] if part == "unet" else [f"text_model.{short}"]
+            for prefix, name in product(prefixes, filter(None, names)):
                 found[f"{prefix}_{name.replace('.', '_')}"] = part, layer
     return found
-
-
-_ORIGINAL_RESNET = {
-    "conv1": "in_layers.2",
-    "conv2": "out_layers.3",
-    "time_emb_proj": "emb_layers.1",
-    "conv_shortcut": "skip_connection",
-}
-_ORIGINAL_ENDS = {
-    "conv_in": "input_blocks.0.0",
-    "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-}
-
-
-def original_names(layer: str, unet: Any) -> Iterator[str]:
-    """The name of a UNet's layer in the original implementation of Stable Diffusion; none for what it does not have."""
-    size = unet.config.layers_per_block
-    if layer in _ORIGINAL_ENDS:
-        yield _ORIGINAL_ENDS[layer]
-    elif found := re.fullmatch(r"mid_block\.(attentions|resnets)\.(\d+)\.(.+)", layer):
-        sort, index, inner = found.groups()
-        yield _joined(f"middle_block.{1 if sort == 'attentions' else 2 * int(index)}", sort, inner)
-    elif not isinstance(size, int):  # another number in each block
-        return
-    elif found := re.fullmatch(r"(down|up)_blocks\.(\d+)\.(attentions|resnets)\.(\d+)\.(.+)", layer):
-        side, block, sort, index, inner = found.groups()
-        first = f"input_blocks.{1 + int(block) * (size + 1) + int(index)}"
-        place = first if side == "down" else f"output_blocks.{int(block) * (size + 1) + int(index)}"
-        yield _joined(f"{place}.{1 if sort == 'attentions' else 0}", sort, inner)
-    elif found := re.fullmatch(r"down_blocks\.(\d+)\.downsamplers\.0\.conv", layer):
-        yield f"input_blocks.{(int(found[1]) + 1) * (size + 1)}.0.op"
-    elif found := re.fullmatch(r"up_blocks\.(\d+)\.upsamplers\.0\.conv", layer):
-        attends = hasattr(unet.up_blocks[int(found[1])], "attentions")
-        yield f"output_blocks.{(int(found[1]) + 1) * (size + 1) - 1}.{2 if attends else 1}.conv"
-
-
-def _joined(place: str, sort: str, inner: str) -> str:
-    return f"{place}.{_ORIGINAL_RESNET.get(inner, inner) if sort == 'resnets' else inner}"

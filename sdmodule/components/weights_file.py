@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from sdmodule.errors import SettingsError
@@ -45,6 +45,14 @@ def read_weights(path: Path) -> Weights:
     if suffix in PICKLES:
         return _read_pickle(path)
     raise SettingsError(f"{path}: unknown suffix {suffix}; give a .safetensors or .ckpt file.")
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """What a file that `read_weights` has read says of itself; only safetensors do."""
+    if path.suffix.lower() != ".safetensors":
+        return {}
+    with safe_open(path, "pt") as opened:
+        return opened.metadata() or {}
 
 
 def _read_pickle(path: Path) -> Weights:

@@ -28,6 +28,11 @@ class Family(ABC):
         optional_parts: parts that its pipelines may have and that are not read.
         other_inputs: what the configuration of a network says of inputs beside latents, timestep and text.
         adapter_prefixes: for each part that low-rank adapters change, the prefixes of its layers in kohya's layout.
+        original_prefixes: of each network's weights in a single file of the original layout.
+        original_marks: beginnings of keys that only its single files have.
+        original_configs: shipped configuration of a single file, by the UNet's input channels and its width of text.
+        velocity_configs: for a shipped configuration, that of a model with the same shapes which predicts the velocity.
+        not_a_base: what a single file with such a UNet is, if it cannot sample on its own.
         text_widths: name of the models whose denoiser attends to text of a width.
         guidance_scale: its usual guidance scale.
         upcasts_vae: whether a VAE whose configuration says ``force_upcast`` decodes in float32 instead of float16.
@@ -42,6 +47,11 @@ class Family(ABC):
     optional_parts: ClassVar[tuple[str, ...]]
     other_inputs: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     adapter_prefixes: ClassVar[Mapping[str, tuple[str, ...]]]
+    original_prefixes: ClassVar[Mapping[str, str]]
+    original_marks: ClassVar[tuple[str, ...]]
+    original_configs: ClassVar[Mapping[tuple[int, int], str]]
+    velocity_configs: ClassVar[Mapping[str, str]] = {}
+    not_a_base: ClassVar[Mapping[tuple[int, int], str]] = {}
     text_widths: ClassVar[Mapping[int, str]]
     guidance_scale: ClassVar[float]
     upcasts_vae: ClassVar[bool] = False

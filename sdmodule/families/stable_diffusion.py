@@ -26,6 +26,19 @@ class StableDiffusion(Family):
     text_encoders: ClassVar = {"tokenizer": "text_encoder"}
     optional_parts = ("safety_checker", "feature_extractor", "image_encoder")
     adapter_prefixes: ClassVar = {"unet": ("lora_unet",), "text_encoder": ("lora_te", "lora_te1")}
+    original_prefixes: ClassVar = {
+        "unet": "model.diffusion_model.",
+        "vae": "first_stage_model.",
+        "text_encoder": "cond_stage_model.",
+    }
+    original_marks = ("cond_stage_model.",)
+    original_configs: ClassVar = {
+        (4, 768): "sd1",
+        (9, 768): "sd1_inpaint",
+        (4, 1024): "sd2",
+        (9, 1024): "sd2_inpaint",
+    }
+    velocity_configs: ClassVar = {"sd2": "sd2_v"}
     text_widths: ClassVar = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}
     guidance_scale = 7.5
 

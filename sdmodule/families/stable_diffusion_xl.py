@@ -36,6 +36,17 @@ class StableDiffusionXL(Family):
         "text_encoder": ("lora_te1",),
         "text_encoder_2": ("lora_te2",),
     }
+    original_prefixes: ClassVar = {
+        "unet": "model.diffusion_model.",
+        "vae": "first_stage_model.",
+        "text_encoder": "conditioner.embedders.0.",
+        "text_encoder_2": "conditioner.embedders.1.",
+    }
+    original_marks = ("conditioner.embedders.", "model.diffusion_model.label_emb.0.", "label_emb.0.")
+    original_configs: ClassVar = {(4, 2048): "sdxl", (9, 2048): "sdxl_inpaint"}
+    not_a_base: ClassVar = {
+        (4, 1280): "the refiner of Stable Diffusion XL, which only takes over what its base model has begun"
+    }
     text_widths: ClassVar = {2048: "Stable Diffusion XL"}
     guidance_scale = 5.0
     upcasts_vae = True
