@@ -17,6 +17,9 @@ EMBEDDING_FILE = "learned_embeds.safetensors"
 ADAPTER_FILES = (DIFFUSERS_FILE, KOHYA_FILE, EMBEDDING_FILE)
 """Files of a folder with an adapter or a learned word, in the order in which they are looked for."""
 
+SINGLE_FILE = "model.safetensors"
+"""A whole checkpoint in the original layout, in a folder of its own; its configurations are in ``model/`` beside it."""
+
 EXPORT = "export"
 """Folder of what a training exported, in the folder of its run."""
 
@@ -73,6 +76,8 @@ def how_to_use(folder: Path, name: str, key: str = "pretrained") -> str:
     """
     if (folder / INDEX).is_file():
         return f"is a whole checkpoint; give {key}={name}"
+    if (folder / SINGLE_FILE).is_file() and ((folder / SINGLE_FILE).with_suffix("") / INDEX).is_file():
+        return f"is a whole checkpoint in one file; give {key}={name.rstrip('/')}/{SINGLE_FILE}"
     if (folder / EMBEDDING_FILE).is_file():
         return f"is a learned word; give adapters={name} beside the checkpoint that it was learned on"
     if any((folder / file).is_file() for file in ADAPTER_FILES):
@@ -80,6 +85,8 @@ def how_to_use(folder: Path, name: str, key: str = "pretrained") -> str:
     config = folder / "config.json"
     if config.is_file() and read_index(config, f"{key}={name}").get("_class_name") == "ControlNetModel":
         return f"is a ControlNet; give controlnet={name} beside the checkpoint that it was trained on"
+    if (folder / "vae.safetensors").is_file():
+        return f"is an autoencoder; give components.vae={name.rstrip('/')}/vae.safetensors beside a whole checkpoint"
     if (folder / "vae" / "config.json").is_file() and not (folder / "unet").is_dir():
         return f"is an autoencoder; give components.vae={name} beside a whole checkpoint"
     return ""

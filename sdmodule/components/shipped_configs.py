@@ -85,9 +85,7 @@ def load_tokenizer(folder: Path, name: str, encoder: str) -> CLIPTokenizer:
     """The tokenizer of a configuration's folder, or CLIP's, which pads for OpenCLIP's encoders with id 0."""
     if (folder / name).is_dir():
         return CLIPTokenizer.from_pretrained(folder / name, local_files_only=True)
-    return load_clip_tokenizer(
-        "!" if has_open_clips_activation(_encoder_config(folder, encoder)) else "<|endoftext|>"
-    )
+    return load_clip_tokenizer("!" if has_open_clips_activation(_encoder_config(folder, encoder)) else "<|endoftext|>")
 
 
 def _encoder_config(folder: Path, name: str) -> Any:

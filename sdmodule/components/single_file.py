@@ -83,13 +83,15 @@ class SingleFile:
         Raises:
             SettingsError: if it does not fit.
         """
-        prefix = self.family.original_prefixes[name]
+        prefix, config = self.family.original_prefixes[name], folder / name
+        if not config.is_dir():  # of this part alone
+            config = folder
         try:
-            return build_network(self.family.models[name], self.parts[name], folder / name, dtype, prefix)
+            return build_network(self.family.models[name], self.parts[name], config, dtype, prefix)
         except (ValueError, KeyError, RuntimeError, OSError) as error:  # UnfitWeights, or from diffusers
             reason = str(error).partition(". ")[0]
             raise SettingsError(
-                f"{self.path}: does not fit {folder / name} ({reason}); download it again, or give the diffusers "
+                f"{self.path}: does not fit {config} ({reason}); download it again, or give the diffusers "
                 "folder of its architecture."
             ) from error
 
@@ -168,13 +170,16 @@ def load_single_part(path: Path, name: str, family: Family, config: Path | None 
         raise SettingsError(f"{path}: is {_kind_of(file)}; give one that holds the part {name} of {family.title}.")
     if name == "unet":
         check_same_family(file.family, family, str(path), name)
-    if config or file.config:
-        folder = Path(config or file.config or "")
-    elif name == "unet" and CONV_IN in weights:
+    folder = config or file.config or _own_config(path)
+    if folder is None and name == "unet" and CONV_IN in weights:
         folder = CONFIGS / choose_config(path, family, weights)
-    else:
-        folder = config_of_part(family, name, weights)
-    return own.network(name, folder)
+    return own.network(name, folder or config_of_part(family, name, weights))
+
+
+def _own_config(path: Path) -> Path | None:
+    """The folder beside the file of a part alone, if it has the configuration of that part."""
+    folder = path.with_suffix("")
+    return folder if (folder / "config.json").is_file() else None
 
 
 def _check_parts(file: SingleFile, without: Collection[str]) -> None:

@@ -71,6 +71,16 @@ class Family(ABC):
         """The pipeline of diffusers with its settings, as ``model_index.json`` has them."""
 
     @abstractmethod
+    def architecture(self, width: int, inpainting: bool, prediction_type: str) -> tuple[str, str]:
+        """Name of an architecture, and address of its first implementation, as Stability AI's modelspec has them.
+
+        Args:
+            width: of the text that the denoiser attends to.
+            inpainting: whether it takes a mask.
+            prediction_type: what it predicts.
+        """
+
+    @abstractmethod
     def encode(self, text_encoder: Any, tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Hidden states ``[B, L, D]`` of tokens ``[B, L]``, and their pooled embedding ``[B, P]`` if it is used."""
 

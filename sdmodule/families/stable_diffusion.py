@@ -47,6 +47,13 @@ class StableDiffusion(Family):
         name = "StableDiffusionInpaintPipeline" if inpainting else "StableDiffusionPipeline"
         return {"_class_name": name, "requires_safety_checker": False}
 
+    def architecture(self, width: int, inpainting: bool, prediction_type: str) -> tuple[str, str]:
+        """Version 2 by its width of text, with the size that models which predict the velocity were made for."""
+        if self.text_widths.get(width) != self.text_widths[1024]:
+            return "stable-diffusion-v1" + "-inpainting" * inpainting, "https://github.com/CompVis/stable-diffusion"
+        sizes = "inpainting" if inpainting else "768-v" if prediction_type == "v_prediction" else "512"
+        return f"stable-diffusion-v2-{sizes}", "https://github.com/Stability-AI/stablediffusion"
+
     def encode(self, text_encoder: Any, tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, None]:
         """Last hidden states; nothing is pooled."""
         return text_encoder(tokens, attention_mask=attention_mask)[0], None

@@ -60,6 +60,11 @@ class StableDiffusionXL(Family):
         """The pipeline for text-to-image."""
         return {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": zero_empty_prompts}
 
+    def architecture(self, width: int, inpainting: bool, prediction_type: str) -> tuple[str, str]:
+        """The base model, or its variant for inpainting."""
+        name = "stable-diffusion-xl-v1-" + ("inpainting" if inpainting else "base")
+        return name, "https://github.com/Stability-AI/generative-models"
+
     def encode(self, text_encoder: Any, tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Hidden states of the last layer but one; the second encoder projects its end token as the pooled prompt."""
         output = text_encoder(tokens, attention_mask=attention_mask, output_hidden_states=True)

@@ -51,6 +51,7 @@ class LoraTuning(TextEncoderTraining):
     """
 
     kind: ClassVar[str] = "lora"
+    layouts: ClassVar[tuple[str, ...]] = ("diffusers",)
     usual_optimizer: ClassVar[dict[str, float]] = {
         "lr": 1e-4
     }  # ten times that of a whole model, because an adapter starts at zero
@@ -140,7 +141,7 @@ class LoraTuning(TextEncoderTraining):
         own = self.rank_pattern or {} if self.alpha is None else {}
         return {**own, **(self.alpha_pattern or {})}
 
-    def export(self, parts: Components, folder: str | Path, dtype: str) -> None:
+    def export(self, parts: Components, folder: str | Path, dtype: str, layout: str) -> None:
         """Write the adapter in the layout of kohya's scripts and, if diffusers reads the method, in its own."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)

@@ -40,6 +40,22 @@ def choose_tuning(settings: Mapping[str, Any] | None) -> Tuning:
     return KINDS[kind](**own)
 
 
+def check_layout(trained: Any, layout: str, key: str = "layout") -> None:
+    """Check that what was trained can be exported in a layout.
+
+    Args:
+        trained: a tuning, or a module that has no choice of them; its ``layouts`` are allowed.
+        layout: what was given.
+        key: the setting that gave it.
+
+    Raises:
+        SettingsError: if it cannot.
+    """
+    if layout not in trained.layouts:
+        what = f"tuning={trained.kind}" if hasattr(trained, "kind") else "this model"
+        raise SettingsError(f"{key}={layout}: {what} is exported as {choices(trained.layouts)}; choose one of these.")
+
+
 def check_scratch(tuning: Tuning, scratch: Iterable[str]) -> None:
     """Check that every part that starts from random weights is trained.
 
