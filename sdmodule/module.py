@@ -40,7 +40,7 @@ from sdmodule.training.optimizers import Optimization, parameter_groups
 from sdmodule.training.rng import generator_for, per_example_generators, seeded, validation_generators
 from sdmodule.training.settings import TrainingSettings
 from sdmodule.training.trainable import TrainableModule, replaced
-from sdmodule.training.tuning import check_layout, check_scratch, check_stage, choose_tuning
+from sdmodule.training.tuning import check_scratch, check_stage, choose_tuning, export
 from sdmodule.training.validation import validation_losses
 
 
@@ -235,9 +235,8 @@ class StableDiffusionModule(TrainableModule):
     def save_pretrained(self, folder: str | Path, dtype: str = "float32", layout: str = "diffusers") -> None:
         """Write what is trained, as ``dtype``: a folder of diffusers, an adapter, or one of ``tuning.layouts``."""
         self.adapters.check_saved()
-        check_layout(self.tuning, layout)
         with self.frozen_weights.full_precision():
-            self.tuning.export(self.parts, folder, dtype, layout)
+            export(self.tuning, self.parts, folder, dtype, layout)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ class StableDiffusion(Family):
     text_encoders: ClassVar = {"tokenizer": "text_encoder"}
     optional_parts = ("safety_checker", "feature_extractor", "image_encoder")
     adapter_prefixes: ClassVar = {"unet": ("lora_unet",), "text_encoder": ("lora_te", "lora_te1")}
+    adapter_headers = re.compile(r"sd_v[12]|stable-diffusion-v[12]")
     original_prefixes: ClassVar = {
         "unet": "model.diffusion_model.",
         "vae": "first_stage_model.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any
 
 from sdmodule.components.checkpoint import Components
@@ -54,6 +55,16 @@ def check_layout(trained: Any, layout: str, key: str = "layout") -> None:
     if layout not in trained.layouts:
         what = f"tuning={trained.kind}" if hasattr(trained, "kind") else "this model"
         raise SettingsError(f"{key}={layout}: {what} is exported as {choices(trained.layouts)}; choose one of these.")
+
+
+def export(tuning: Tuning, parts: Components, folder: str | Path, dtype: str, layout: str) -> None:
+    """Write what a tuning has trained to a folder, its weights as ``dtype``.
+
+    Raises:
+        SettingsError: for a layout that the tuning does not have.
+    """
+    check_layout(tuning, layout)
+    tuning.export(parts, folder, dtype, layout)
 
 
 def check_scratch(tuning: Tuning, scratch: Iterable[str]) -> None:
