@@ -41,7 +41,7 @@ from sdmodule.training.optimizers import Optimization, parameter_groups
 from sdmodule.training.rng import generator_for, per_example_generators, seeded, validation_generators
 from sdmodule.training.settings import TrainingSettings
 from sdmodule.training.trainable import TrainableModule, replaced
-from sdmodule.training.tuning import check_scratch, check_stage, choose_tuning
+from sdmodule.training.tuning import check_scratch, check_stage, choose_tuning, export
 from sdmodule.training.validation import validation_losses
 
 
@@ -232,11 +232,11 @@ class StableDiffusionModule(TrainableModule):
         """The metadata of the images that ``predict_step`` makes, in plain types."""
         return describe(self.parts, self.sampling, self.task)
 
-    def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
-        """Write what is trained, as ``dtype``: a folder that diffusers' pipeline loads, or an adapter."""
+    def save_pretrained(self, folder: str | Path, dtype: str = "float32", layout: str = "diffusers") -> None:
+        """Write what is trained, as ``dtype``: a folder of diffusers, an adapter, or one of ``tuning.layouts``."""
         self.adapters.check_saved()
         with self.frozen_weights.full_precision():
-            self.tuning.export(self.parts, folder, dtype)
+            export(self.tuning, self.parts, folder, dtype, layout)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

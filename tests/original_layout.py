@@ -27,19 +27,21 @@ UNET_NAMES = [
     (r"down_blocks\.(\d)\.attentions\.(\d)", lambda m: f"input_blocks.{int(m[1]) * STEP + int(m[2]) + 1}.1"),
     (r"mid_block\.resnets\.(\d)", lambda m: f"middle_block.{int(m[1]) * 2}"),
     (r"mid_block\.attentions\.0", "middle_block.1"),
-    (r"up_blocks\.0\.upsamplers\.0", f"output_blocks.{STEP - 1}.1"),
+    (r"up_blocks\.0\.upsamplers\.0", f"output_blocks.{STEP - 1}.UPSAMPLER"),
     (r"up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"output_blocks.{int(m[1]) * STEP + int(m[2])}.0"),
     (r"up_blocks\.(\d)\.attentions\.(\d)", lambda m: f"output_blocks.{int(m[1]) * STEP + int(m[2])}.1"),
     (r"conv1", "in_layers.2"),
     (r"conv2", "out_layers.3"),
     (r"time_emb_proj", "emb_layers.1"),
     (r"conv_shortcut", "skip_connection"),
+    (r"add_embedding\.linear_1", "label_emb.0.0"),
+    (r"add_embedding\.linear_2", "label_emb.0.2"),
 ]
 VAE_NAMES = [
     (r"down_blocks\.(\d)\.resnets", r"down.\1.block"),
     (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
-    (r"up_blocks\.(\d)\.resnets", lambda m: f"up.{1 - int(m[1])}.block"),
-    (r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{1 - int(m[1])}.upsample"),
+    (r"up_blocks\.(\d)\.resnets", r"up.\1.block"),
+    (r"up_blocks\.(\d)\.upsamplers\.0", r"up.\1.upsample"),
     (r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}"),
     (r"mid_block\.attentions\.0", "mid.attn_1"),
     (r"group_norm", "norm"),
@@ -80,18 +82,35 @@ def _merge_projections(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def original_layout(parts: dict[str, Any], text_prefix: str = "text_model.") -> dict[str, Tensor]:
-    vae = _rename(parts["vae"].state_dict(), VAE_NAMES, "first_stage_model.")
-    text = parts["text_encoder"].state_dict()
-    if parts["text_encoder"].config.hidden_act == "gelu":
-        text = _rename(_merge_projections(text), OPEN_CLIP_NAMES, "cond_stage_model.model.")
-    else:
-        text = {f"cond_stage_model.transformer.{text_prefix}{key}": tensor for key, tensor in text.items()}
+    """The weights of a whole checkpoint; with a second text encoder, by the names of Stable Diffusion XL."""
+    attends = hasattr(parts["unet"].up_blocks[0], "attentions")
+    upsampler = [("UPSAMPLER", "2" if attends else "1")]
+    two = "text_encoder_2" in parts
+    text = _text(parts["text_encoder"], "conditioner.embedders.0." if two else "cond_stage_model.", text_prefix)
     return {
-        **_rename(parts["unet"].state_dict(), UNET_NAMES, "model.diffusion_model."),
-        **{key: t[..., None, None] if re.search(r"attn_1\.[qkvp].*weight", key) else t for key, t in vae.items()},
+        **_rename(parts["unet"].state_dict(), UNET_NAMES + upsampler, "model.diffusion_model."),
+        **_vae(parts["vae"]),
         **text,
+        **(_text(parts["text_encoder_2"], "conditioner.embedders.1.", text_prefix) if two else {}),
         "model_ema.decay": torch.ones(()),
     }
+
+
+def _vae(vae: AutoencoderKL) -> dict[str, Tensor]:
+    """The decoder's levels are counted from the image; the attention's projections are convolutions."""
+    last = len(vae.config.block_out_channels) - 1
+    counted = [(r"up_blocks\.(\d)", lambda m: f"up_blocks.{last - int(m[1])}")]
+    renamed = _rename(vae.state_dict(), counted + VAE_NAMES, "first_stage_model.")
+    return {key: t[..., None, None] if re.search(r"attn_1\.[qkvp].*weight", key) else t for key, t in renamed.items()}
+
+
+def _text(encoder: Any, prefix: str, text_prefix: str) -> dict[str, Tensor]:
+    weights = {key.removeprefix("text_model."): tensor for key, tensor in encoder.state_dict().items()}
+    if encoder.config.hidden_act != "gelu":
+        return {f"{prefix}transformer.{text_prefix}{key}": tensor for key, tensor in weights.items()}
+    projection = weights.pop("text_projection.weight", None)
+    more = {} if projection is None else {f"{prefix}model.text_projection": projection.T.contiguous()}
+    return more | _rename(_merge_projections(weights), OPEN_CLIP_NAMES, f"{prefix}model.")
 
 
 def tiny_parts(folder: Path, in_channels: int = 4, open_clip: bool = False) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing_extensions import override
 from sdmodule.callbacks.ema import EMA
 from sdmodule.errors import SettingsError, check_choice
 from sdmodule.io.atomic import atomic_replace_dir
+from sdmodule.training.tuning import check_layout
 
 DTYPES = ("float32", "float16")
 WEIGHTS = ("ema", "raw")
@@ -28,17 +29,34 @@ class Export(Callback):
         folder: folder to write.
         dtype: dtype of the weights in the files: ``float32`` or ``float16``.
         weights: ``ema`` for the averaged weights, if there are any; ``raw`` for the raw weights.
+        layout: ``diffusers``; for whole models also ``single_file``, the original layout in one file.
 
     Raises:
-        SettingsError: for an unknown dtype or unknown weights.
+        SettingsError: for an unknown dtype or unknown weights; in `check`, for a layout that is not that of the model.
     """
 
-    def __init__(self, folder: str | Path, dtype: str = "float32", weights: str = "ema") -> None:
+    def __init__(
+        self, folder: str | Path, dtype: str = "float32", weights: str = "ema", layout: str = "diffusers"
+    ) -> None:
         check_choice("callbacks.export.weights", weights, WEIGHTS)
         check_choice("callbacks.export.dtype", dtype, DTYPES)
         self.folder = Path(folder)
         self.dtype = dtype
         self.weights = weights
+        self.layout = layout
+
+    def check(self, model: Any) -> None:
+        """Check that what is trained can be written in the layout.
+
+        Raises:
+            SettingsError: if it cannot.
+        """
+        check_layout(getattr(model, "tuning", model), self.layout, "callbacks.export.layout")
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self.check(pl_module)
 
     def holds(self, step: int) -> bool:
         """Whether the folder holds a finished export of a step."""
@@ -67,7 +85,7 @@ class Export(Callback):
     def _write(self, module: LightningModule, metadata: dict[str, Any]) -> None:
         try:
             with atomic_replace_dir(self.folder) as folder:
-                module.save_pretrained(folder, dtype=self.dtype)  # type: ignore[operator]
+                module.save_pretrained(folder, dtype=self.dtype, layout=self.layout)  # type: ignore[operator]
                 (folder / "training.json").write_text(json.dumps(metadata, indent=2) + "\n")
         except (OSError, SafetensorError) as error:
             raise SettingsError(

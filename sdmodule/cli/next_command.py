@@ -13,6 +13,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from sdmodule.components.folder_kinds import SINGLE_FILE
+
 BASE_KEYS = ("pretrained", "revision", "variant")
 """Settings that name the checkpoint which an adapter or another part of a model belongs to."""
 
@@ -66,12 +68,14 @@ def _model_settings(cfg: DictConfig, model: Any, export: Path) -> Iterator[str]:
     """The checkpoint, and what was trained beside it; a model that was trained as a whole is its own checkpoint."""
     kind = _kind(model)
     if kind == "full":
-        yield f"pretrained={export}"
+        whole = export / SINGLE_FILE
+        yield f"pretrained={whole if whole.is_file() else export}"
         return
     yield from (f"{key}={cfg[key]}" for key in BASE_KEYS if cfg[key] is not None and cfg[key] != "tiny")
     places = {name: place for name, place in cfg.components.items() if place is not None}
     if kind == "autoencoder":
-        places["vae"] = str(export / "vae")
+        alone = export / "vae.safetensors"
+        places["vae"] = str(alone if alone.is_file() else export / "vae")
     yield from (f"components.{name}={place}" for name, place in places.items())
     if kind == "controlnet":
         yield f"controlnet={export}"

@@ -10,6 +10,7 @@ from lightning import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
 from sdmodule.callbacks.class_images import ClassImages
+from sdmodule.callbacks.export import Export
 from sdmodule.callbacks.latent_cache import LatentCache
 from sdmodule.data.example import Example
 from sdmodule.errors import SettingsError
@@ -35,6 +36,8 @@ def check_compatible(model: Any, data: Any, callbacks: Sequence[Callback]) -> No
     for callback in callbacks:
         if isinstance(callback, LatentCache):
             callback.check(data, model)
+        if isinstance(callback, Export):
+            callback.check(model)
 
 
 def _check_size(model: Any, data: Any) -> None:

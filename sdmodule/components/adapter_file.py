@@ -1,6 +1,7 @@
-"""Adapter files: written in two layouts, that of diffusers, and that of kohya's scripts, which AUTOMATIC1111 reads.
+"""Adapter files, written in the layouts of diffusers and of kohya's scripts, which web UIs read.
 
-`adapter_layouts` reads these and others. Adapters are shared between strangers, so only safetensors files are read.
+`peft_layout` writes that of peft. `adapter_layouts` reads these and others. Adapters are shared between strangers, so
+only safetensors files are read.
 """
 
 from __future__ import annotations
@@ -17,42 +18,46 @@ from sdmodule.components.adapter_layouts import KOHYA_NAMES, METADATA
 from sdmodule.components.folder_kinds import DIFFUSERS_FILE, KOHYA_FILE
 from sdmodule.components.lora_layers import MAGNITUDES, Adapter
 from sdmodule.errors import SettingsError
-from sdmodule.families.recognize import STABLE_DIFFUSION
+from sdmodule.families.family import Family
 
 
 def write_diffusers(adapter: Adapter, folder: Path, dtype: str) -> None:
     """Write the file that ``StableDiffusionPipeline.load_lora_weights`` looks for, with weights of ``dtype``."""
     weights, settings = {}, {}
     for part in adapter.weights:
-        prefix = "text_model." if part == "text_encoder" else ""  # transformers 5 leaves it out; other tools expect it
         for key, value in adapter.weights[part].items():
             # diffusers hands a text encoder's keys to transformers, which only knows DoRA's magnitudes by this name
-            suffix = ".weight" if prefix and key.endswith(MAGNITUDES) else ""
-            weights[f"{part}.{prefix}{key}{suffix}"] = value
+            suffix = ".weight" if part != "unet" and key.endswith(MAGNITUDES) else ""
+            weights[f"{part}.{_with_text_model(part, key)}{suffix}"] = value
         config = adapter.config(part).to_dict()
         for name in ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_dora"):
             value = config[name]
             settings[f"{part}.{name}"] = sorted(value) if isinstance(value, (set, list)) else value
-    _save(weights, folder / DIFFUSERS_FILE, dtype, {METADATA: json.dumps(settings)})
+    save_tensors(weights, folder / DIFFUSERS_FILE, dtype, {METADATA: json.dumps(settings)})
 
 
-def write_kohya(adapter: Adapter, folder: Path, dtype: str) -> None:
+def _with_text_model(part: str, name: str) -> str:
+    """The name of a layer with what transformers 5 leaves out of some text encoders; other tools expect it."""
+    return name if part == "unet" or name.startswith("text_model.") else f"text_model.{name}"
+
+
+def write_kohya(adapter: Adapter, folder: Path, dtype: str, family: Family) -> None:
     """Write the layout of kohya's scripts and of LyCORIS, with weights of ``dtype``."""
     weights = {}
     for part in adapter.weights:
-        prefix = STABLE_DIFFUSION.adapter_prefixes[part][0] + ("_text_model" if part == "text_encoder" else "")
         for layer, factors in adapter.layers(part).items():
-            flat = f"{prefix}_{layer.replace('.', '_')}"
+            flat = f"{family.adapter_prefixes[part][0]}_{_with_text_model(part, layer)}".replace(".", "_")
             for factor, value in factors.items():
                 if factor == MAGNITUDES:
                     value = value.reshape(len(value.flatten()), *[1] * (factors["lora_A.weight"].ndim - 1))
                 weights[f"{flat}.{KOHYA_NAMES.get(factor, factor)}"] = value
             if (alpha := adapter.alphas.get(part, {}).get(layer)) is not None:
                 weights[f"{flat}.alpha"] = torch.tensor(alpha)
-    _save(weights, folder / KOHYA_FILE, dtype, {})
+    save_tensors(weights, folder / KOHYA_FILE, dtype, {})
 
 
-def _save(weights: dict[str, Tensor], file: Path, dtype: str, metadata: dict[str, str]) -> None:
+def save_tensors(weights: dict[str, Tensor], file: Path, dtype: str, metadata: dict[str, str]) -> None:
+    """Write tensors as ``dtype``."""
     cast = {key: value.to(getattr(torch, dtype)).contiguous() for key, value in weights.items()}
     save_file(cast, file, metadata={"format": "pt", **metadata})
 

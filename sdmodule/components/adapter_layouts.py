@@ -2,7 +2,8 @@
 
 | written by                | a key                                                                            |
 |---------------------------|----------------------------------------------------------------------------------|
-| diffusers from 0.21, peft | ``unet.down_blocks….to_q.lora_A.weight``                                         |
+| diffusers from 0.21       | ``unet.down_blocks….to_q.lora_A.weight``                                         |
+| peft (see `peft_layout`)  | ``base_model.model.down_blocks….to_q.lora_A.weight``                             |
 | diffusers 0.17 to 0.21    | ``unet.down_blocks….attn1.processor.to_q_lora.down.weight``                      |
 | diffusers 0.14 to 0.16    | ``down_blocks….attn1.processor.to_q_lora.down.weight``                           |
 | its scripts, text encoder | ``text_encoder.text_model….q_proj.lora_linear_layer.down.weight``                |
@@ -17,20 +18,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from sdmodule.components.checkpoint import Components
 from sdmodule.components.lora_layers import LORA, MAGNITUDES, Adapter, find_method, split_key
+from sdmodule.components.original_names import unet_layer
 from sdmodule.errors import SettingsError
 from sdmodule.families.recognize import FAMILIES
 
 METADATA = "lora_adapter_metadata"
 """Header entry in which diffusers keeps the settings of peft."""
+
+BASE_MODEL_ENTRIES = ("ss_base_model_version", "modelspec.architecture")
+"""Header entries in which kohya's scripts say which model an adapter is for."""
 
 KOHYA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 
@@ -53,7 +57,7 @@ _NESTED = re.compile(r"\([^()]*[*+?|][^()]*\)[*+{]")
 
 def is_adapter(keys: Iterable[str]) -> bool:
     """Whether a file's keys are those of a low-rank adapter, in any layout."""
-    known = (*KOHYA_PREFIXES, "unet.", "text_encoder.", "text_encoder_2.")
+    known = (*KOHYA_PREFIXES, "unet.", "text_encoder.", "text_encoder_2.", "base_model.")
     return any(key.startswith(known) or _BARE_UNET.match(key) for key in keys)
 
 
@@ -70,7 +74,7 @@ def to_adapter(tensors: dict[str, Tensor], header: dict[str, str], path: str | P
         SettingsError: if the file holds an unknown key or a layer that the model does not have.
     """
     adapter = Adapter(LORA, {}, {}, str(path))
-    _check_architecture(tensors, adapter, parts)
+    _check_architecture(tensors, header, adapter, parts)
     if any(key.startswith(KOHYA_PREFIXES) for key in tensors):
         _read_kohya(tensors, adapter, parts)
     else:
@@ -81,8 +85,10 @@ def to_adapter(tensors: dict[str, Tensor], header: dict[str, str], path: str | P
     return adapter
 
 
-def _check_architecture(tensors: Mapping[str, Tensor], adapter: Adapter, parts: Components) -> None:
-    """Check that a file which is for a known family by the width of its text is for that of the model.
+def _check_architecture(
+    tensors: Mapping[str, Tensor], header: Mapping[str, str], adapter: Adapter, parts: Components
+) -> None:
+    """Check that a file which is for a known family by the width of its text, or its header, is for that of the model.
 
     Raises:
         SettingsError: if it is for another one; it names both.
@@ -90,8 +96,10 @@ def _check_architecture(tensors: Mapping[str, Tensor], adapter: Adapter, parts: 
     known = {width: title for family in FAMILIES for width, title in family.text_widths.items()}
     own = parts.unet.config.cross_attention_dim
     factors = (factor for key, factor in tensors.items() if _TEXT_FACTOR.search(key) and factor.ndim > 1)
-    found = next((factor.shape[1] for factor in factors), own)
-    if found in known and found != own:
+    found = next((factor.shape[1] for factor in factors), None)
+    if found is None:
+        _check_header(header, adapter, parts)
+    elif found in known and found != own:
         raise SettingsError(
             f"adapters={adapter.source}: is for {known[found]}, whose text embeddings are {found} wide, and those of "
             f"pretrained={parts.source} are {own} wide ({known.get(own, 'another architecture')}); give an adapter "
@@ -99,9 +107,21 @@ def _check_architecture(tensors: Mapping[str, Tensor], adapter: Adapter, parts: 
         )
 
 
+def _check_header(header: Mapping[str, str], adapter: Adapter, parts: Components) -> None:
+    """Check what a file says of the model that it is for; one of a first text encoder alone fits several families."""
+    said = " ".join(header[entry] for entry in BASE_MODEL_ENTRIES if entry in header)
+    families = [family for family in FAMILIES if family.adapter_headers.search(said)]
+    if families and parts.family not in families:
+        raise SettingsError(
+            f"adapters={adapter.source}: is for {families[0].title}, as its header says ({said}), and "
+            f"pretrained={parts.source} is of {parts.family.title}; give an adapter that was trained on one of these."
+        )
+
+
 def _unknown_key(adapter: Adapter, key: str) -> SettingsError:
     return SettingsError(
-        f"adapters={adapter.source}: unknown key {key}; give an adapter in the layout of diffusers or kohya's scripts."
+        f"adapters={adapter.source}: unknown key {key}; give an adapter in the layout of diffusers, of kohya's "
+        "scripts, or of peft with its adapter_config.json."
     )
 
 
@@ -145,7 +165,7 @@ def _alphas(header: dict[str, str], part: str, adapter: Adapter) -> dict[str, fl
         raise SettingsError(
             f"adapters={adapter.source}: the header cannot be read ({error}); export the file again."
         ) from error
-    expressions = [(_compiled(name, adapter), alpha) for name, alpha in patterns.items()]
+    expressions = [(compiled(name, adapter.source), alpha) for name, alpha in patterns.items()]
     alphas = {}
     for layer, factors in adapter.layers(part).items():
         alpha = next((alpha for expression, alpha in expressions if expression.match(layer)), common)
@@ -155,7 +175,7 @@ def _alphas(header: dict[str, str], part: str, adapter: Adapter) -> dict[str, fl
     return alphas
 
 
-def _compiled(name: str, adapter: Adapter) -> re.Pattern[str]:
+def compiled(name: str, source: str) -> re.Pattern[str]:
     """The expression by which peft matches the layers of a pattern.
 
     Raises:
@@ -167,7 +187,7 @@ def _compiled(name: str, adapter: Adapter) -> re.Pattern[str]:
         return re.compile(rf"(.*\.)?({name})$")
     except re.error as error:
         raise SettingsError(
-            f"adapters={adapter.source}: alpha_pattern {name!r} in the header is not read ({error}); export the file "
+            f"adapters={source}: alpha_pattern {name!r} in the header is not read ({error}); export the file "
             "with the names of layers."
         ) from error
 
@@ -177,24 +197,53 @@ def _compiled(name: str, adapter: Adapter) -> re.Pattern[str]:
 
 def _read_kohya(tensors: dict[str, Tensor], adapter: Adapter, parts: Components) -> None:
     layers = _kohya_layers(parts)
+    scales = {}
     for key, value in tensors.items():
         name, _, factor = key.partition(".")
         if name not in layers:
-            raise SettingsError(
-                f"adapters={adapter.source}: this model has no layer {name}; give an adapter that was trained on a "
-                "model of this architecture."
-            )
+            raise _unknown_layer(adapter, name, parts)
         part, layer = layers[name]
         weights = adapter.weights.setdefault(part, {})
-        if factor == "alpha":
+        if factor in ("alpha", "scale"):
             if value.numel() != 1:
                 raise SettingsError(f"adapters={adapter.source}: {key} must be a single number; export the file again.")
-            adapter.alphas.setdefault(part, {})[layer] = float(value)
+            if factor == "alpha":
+                adapter.alphas.setdefault(part, {})[layer] = float(value)
+            else:
+                scales[part, layer] = float(value)
             continue
         renamed = f"{layer}.{PEFT_NAMES.get(factor, factor)}"
         if not split_key(renamed)[1]:
             raise _unknown_key(adapter, key)
         weights[renamed] = _magnitudes(value) if factor == "dora_scale" else value
+    for (part, layer), scale in scales.items():
+        _set_scale(adapter, part, layer, scale)
+
+
+def _set_scale(adapter: Adapter, part: str, layer: str, scale: float) -> None:
+    """Scale a layer's update by a number of its own, which takes the place of ``alpha / rank`` as in AUTOMATIC1111."""
+    factors = adapter.layers(part).get(layer, {})
+    if rank := adapter.rank(factors):
+        adapter.alphas.setdefault(part, {})[layer] = scale * rank
+        return
+    for name in factors.keys() & {"diff", "diff_b", "lokr_w1"}:
+        adapter.weights[part][f"{layer}.{name}"] = factors[name] * scale
+
+
+def _unknown_layer(adapter: Adapter, name: str, parts: Components) -> SettingsError:
+    """The error for a layer that a model does not have, with the family that has such, if it is another."""
+    own = {prefix for prefixes in parts.family.adapter_prefixes.values() for prefix in prefixes}
+    others = [
+        family.title
+        for family in FAMILIES
+        for prefixes in family.adapter_prefixes.values()
+        if any(name.startswith(f"{prefix}_") and prefix not in own for prefix in prefixes)
+    ]
+    is_for = f"is for {others[0]}, and " if others else ""
+    return SettingsError(
+        f"adapters={adapter.source}: {is_for}this model has no layer {name}; give an adapter that was trained on a "
+        "model of this architecture."
+    )
 
 
 def _magnitudes(scale: Tensor) -> Tensor:
@@ -217,49 +266,7 @@ def _kohya_layers(parts: Components) -> dict[str, tuple[str, str]]:
             if not isinstance(module, (nn.Linear, nn.Conv2d)) and not hasattr(module, "base_layer"):
                 continue
             short = layer.removeprefix("text_model.")
-            names = [layer, *original_names(layer, model)] if part == "unet" else [f"text_model.{short}"]
-            for prefix, name in product(prefixes, names):
+            names = [layer, unet_layer(layer, model)] if part == "unet" else [f"text_model.{short}"]
+            for prefix, name in product(prefixes, filter(None, names)):
                 found[f"{prefix}_{name.replace('.', '_')}"] = part, layer
     return found
-
-
-_ORIGINAL_RESNET = {
-    "conv1": "in_layers.2",
-    "conv2": "out_layers.3",
-    "time_emb_proj": "emb_layers.1",
-    "conv_shortcut": "skip_connection",
-}
-_ORIGINAL_ENDS = {
-    "conv_in": "input_blocks.0.0",
-    "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-}
-
-
-def original_names(layer: str, unet: Any) -> Iterator[str]:
-    """The name of a UNet's layer in the original implementation of Stable Diffusion; none for what it does not have."""
-    size = unet.config.layers_per_block
-    if layer in _ORIGINAL_ENDS:
-        yield _ORIGINAL_ENDS[layer]
-    elif found := re.fullmatch(r"mid_block\.(attentions|resnets)\.(\d+)\.(.+)", layer):
-        sort, index, inner = found.groups()
-        yield _joined(f"middle_block.{1 if sort == 'attentions' else 2 * int(index)}", sort, inner)
-    elif not isinstance(size, int):  # another number in each block
-        return
-    elif found := re.fullmatch(r"(down|up)_blocks\.(\d+)\.(attentions|resnets)\.(\d+)\.(.+)", layer):
-        side, block, sort, index, inner = found.groups()
-        first = f"input_blocks.{1 + int(block) * (size + 1) + int(index)}"
-        place = first if side == "down" else f"output_blocks.{int(block) * (size + 1) + int(index)}"
-        yield _joined(f"{place}.{1 if sort == 'attentions' else 0}", sort, inner)
-    elif found := re.fullmatch(r"down_blocks\.(\d+)\.downsamplers\.0\.conv", layer):
-        yield f"input_blocks.{(int(found[1]) + 1) * (size + 1)}.0.op"
-    elif found := re.fullmatch(r"up_blocks\.(\d+)\.upsamplers\.0\.conv", layer):
-        attends = hasattr(unet.up_blocks[int(found[1])], "attentions")
-        yield f"output_blocks.{(int(found[1]) + 1) * (size + 1) - 1}.{2 if attends else 1}.conv"
-
-
-def _joined(place: str, sort: str, inner: str) -> str:
-    return f"{place}.{_ORIGINAL_RESNET.get(inner, inner) if sort == 'resnets' else inner}"

@@ -13,7 +13,7 @@ from sdmodule.components.adapter_file import read_tensors
 from sdmodule.components.adapter_layouts import is_adapter, to_adapter
 from sdmodule.components.adapter_weights import add_adapters
 from sdmodule.components.checkpoint import Components
-from sdmodule.components.folder_kinds import ADAPTER_FILES, EXPORT, how_to_use
+from sdmodule.components.folder_kinds import ADAPTER_FILES, EXPORT, PEFT_FILE, how_to_use, peft_folders
 from sdmodule.components.learned_words import add_word
 from sdmodule.components.lora_layers import (
     DORA,
@@ -24,6 +24,7 @@ from sdmodule.components.lora_layers import (
     is_dora,
     set_active_adapters,
 )
+from sdmodule.components.peft_layout import read_peft
 from sdmodule.errors import SettingsError, build_settings, check_bool, check_number, choices
 from sdmodule.families.family import LEARNED_WORDS
 from sdmodule.io.redact import shorten_home
@@ -54,17 +55,19 @@ class AdapterChoice:
 
     @property
     def file(self) -> Path:
-        """Path of the file; in a folder, the first that is found under a known name.
+        """Path of the file; in a folder, the first that is found under a known name, or the folder if it is peft's.
 
         Raises:
             SettingsError: for a folder without one.
         """
         path = Path(self.path).expanduser()
         if not path.is_dir():
-            return path
+            return path.parent if path.name == PEFT_FILE else path
         for name in ADAPTER_FILES:
             if (path / name).is_file():
                 return path / name
+        if peft_folders(path):
+            return path
         if use := how_to_use(path, self.path):
             raise SettingsError(f"adapters={self.path}: {use}.")
         if use := how_to_use(path / EXPORT, f"{self.path.rstrip('/')}/{EXPORT}"):
@@ -108,7 +111,7 @@ def use_adapters(parts: Components, chosen: Sequence[AdapterChoice], merged: boo
     """
     adapters: dict[str, tuple[Adapter, float]] = {}
     for number, one in enumerate(chosen):
-        tensors, header = read_tensors(one.file)
+        tensors, header = (read_peft if one.file.is_dir() else read_tensors)(one.file)
         if is_adapter(tensors):
             adapters[adapter_name(number)] = (to_adapter(tensors, header, one.file, parts), one.scale)
         else:

@@ -18,7 +18,7 @@ from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 from sdmodule.components.folder_kinds import INDEX
 from sdmodule.components.load_network import load_network
 from sdmodule.components.schedulers import make_scheduler
-from sdmodule.components.single_file import load_single_file, load_single_part
+from sdmodule.components.single_file import SingleFile, load_single_file, load_single_part, open_single_file
 from sdmodule.components.source import Source, find_source, folder_with_part, is_single_file, local_folder
 from sdmodule.errors import SettingsError, check_choice, choices
 from sdmodule.families.family import Family
@@ -131,15 +131,19 @@ def load_components(
         SettingsError: if any part cannot be read.
     """
     replaced = {name: path for name, path in (components or {}).items() if path}
-    source = None if is_single_file(pretrained) else find_source(pretrained, revision, variant)
-    family = STABLE_DIFFUSION if source is None else source.family
+    source: Source | SingleFile
+    if is_single_file(pretrained):
+        source = open_single_file(_existing(pretrained))
+    else:
+        source = find_source(pretrained, revision, variant)
+    family = source.family
     for name in replaced:
         check_choice("components", name, family.parts)
     for name in scratch:
         check_choice("scratch", name, family.parts)
-    if source is None:
+    if isinstance(source, SingleFile):
         check_whole_file(pretrained, scratch, revision, variant)
-        parts = load_single_file(_existing(pretrained), without=[name for name in replaced if name != "unet"])
+        parts = load_single_file(source, without=[name for name in replaced if name != "unet"])
     else:
         parts = {name: _load(name, source, name in scratch) for name in family.parts if name not in replaced}
     for name, path in replaced.items():
@@ -150,7 +154,7 @@ def load_components(
         source=pretrained,
         guidance_scale=_default_guidance(pretrained, family),
         family=family,
-        zero_empty_prompts=source is not None and family.zeroes_empty_prompts(source.index),
+        zero_empty_prompts=family.zeroes_empty_prompts(source.index),
     )
 
 
@@ -160,7 +164,9 @@ def family_of(pretrained: str, revision: str | None = None) -> Family:
     Raises:
         SettingsError: if it is of none, or cannot be found.
     """
-    return STABLE_DIFFUSION if is_single_file(pretrained) else find_source(pretrained, revision).family
+    if is_single_file(pretrained):
+        return open_single_file(_existing(pretrained)).family
+    return find_source(pretrained, revision).family
 
 
 def _check_widths(parts: Mapping[str, Any], family: Family, pretrained: str) -> None:
@@ -197,11 +203,7 @@ def load_part(
     """
     if is_single_file(pretrained):
         check_whole_file(pretrained, [name] if scratch else (), key=key)
-        if name not in STABLE_DIFFUSION.parts:
-            raise SettingsError(
-                f"{key}={pretrained}: the part {name} is not read from a single file; give its diffusers folder."
-            )
-        return load_single_part(_existing(pretrained, key), name)
+        return load_single_part(_existing(pretrained, key), name, family)
     folder = Path(pretrained).expanduser()
     if folder.is_dir() and not (folder / INDEX).is_file() and not (folder / name).is_dir():
         source = Source(str(folder.parent), f"{key}={pretrained}", family=family)
@@ -233,7 +235,8 @@ def check_whole_file(
 
 def _default_guidance(pretrained: str, family: Family) -> float:
     """Guidance scale of a local checkpoint's ``sampling.json``, or its family's."""
-    file = local_folder(pretrained) / SAMPLING
+    folder = local_folder(pretrained)
+    file = (folder.with_suffix("") if is_single_file(pretrained) else folder) / SAMPLING
     if not file.is_file():
         return family.guidance_scale
     try:

@@ -17,6 +17,12 @@ EMBEDDING_FILE = "learned_embeds.safetensors"
 ADAPTER_FILES = (DIFFUSERS_FILE, KOHYA_FILE, EMBEDDING_FILE)
 """Files of a folder with an adapter or a learned word, in the order in which they are looked for."""
 
+PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
+"""Files in the folder of an adapter in peft's own layout, one folder for each network."""
+
+SINGLE_FILE = "model.safetensors"
+"""A whole checkpoint in the original layout, in a folder of its own; its configurations are in ``model/`` beside it."""
+
 EXPORT = "export"
 """Folder of what a training exported, in the folder of its run."""
 
@@ -73,13 +79,24 @@ def how_to_use(folder: Path, name: str, key: str = "pretrained") -> str:
     """
     if (folder / INDEX).is_file():
         return f"is a whole checkpoint; give {key}={name}"
+    if (folder / SINGLE_FILE).is_file() and ((folder / SINGLE_FILE).with_suffix("") / INDEX).is_file():
+        return f"is a whole checkpoint in one file; give {key}={name.rstrip('/')}/{SINGLE_FILE}"
     if (folder / EMBEDDING_FILE).is_file():
         return f"is a learned word; give adapters={name} beside the checkpoint that it was learned on"
-    if any((folder / file).is_file() for file in ADAPTER_FILES):
+    if any((folder / file).is_file() for file in ADAPTER_FILES) or peft_folders(folder):
         return f"is an adapter; give adapters={name} beside the checkpoint that it was trained on"
     config = folder / "config.json"
     if config.is_file() and read_index(config, f"{key}={name}").get("_class_name") == "ControlNetModel":
         return f"is a ControlNet; give controlnet={name} beside the checkpoint that it was trained on"
+    if (folder / "vae.safetensors").is_file():
+        return f"is an autoencoder; give components.vae={name.rstrip('/')}/vae.safetensors beside a whole checkpoint"
     if (folder / "vae" / "config.json").is_file() and not (folder / "unet").is_dir():
         return f"is an autoencoder; give components.vae={name} beside a whole checkpoint"
     return ""
+
+
+def peft_folders(folder: Path) -> list[Path]:
+    """The folders in peft's layout: this one, or those of single networks in it."""
+    if (folder / PEFT_CONFIG).is_file():
+        return [folder]
+    return sorted(file.parent for file in folder.glob(f"*/{PEFT_CONFIG}")) if folder.is_dir() else []

@@ -1,140 +1,159 @@
-"""Weights in the original layout of Stable Diffusion, as those of diffusers' networks, with every key accounted for."""
+"""Weights in the original layout of Stable Diffusion, as those of diffusers' networks and back, each accounted for."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.loaders import single_file_utils as ldm
-from transformers import CLIPTextModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from sdmodule.components.load_network import UnfitWeights, check_weights
+from sdmodule.components.load_network import HARMLESS, UnfitWeights, check_weights, first_names
+from sdmodule.components.original_names import original_key
 from sdmodule.components.weights_file import Weights
-
-PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
-CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
-
-READERS: dict[str, Callable[..., torch.nn.Module]] = {
-    "unet": UNet2DConditionModel.from_single_file,
-    "vae": AutoencoderKL.from_single_file,
-    "text_encoder": partial(ldm.create_diffusers_clip_model_from_ldm, CLIPTextModel),
-}
 
 BARE = {
     "unet": "input_blocks.0.0.weight",
     "vae": "decoder.conv_in.weight",
     "text_encoder": "text_model.final_layer_norm.weight",
+    "text_encoder_2": "text_model.final_layer_norm.weight",
 }
 """A key of each part in a file that holds this part alone, without its prefix."""
+
+CLIP, OPEN_CLIP = "transformer.", "model."
+"""What the keys of a text encoder begin with, after the prefix of its part: in the layouts of CLIP and of OpenCLIP."""
 
 _NOT_A_NETWORK = re.compile(r"^(loss|model_ema)\.")
 """Keys of lone autoencoder files that belong to its training."""
 
-_OPEN_CLIP_KEY = re.compile(
-    r"token_embedding\.weight|positional_embedding|ln_final\.(weight|bias)|text_projection|logit_scale|attn_mask|"
-    r"transformer\.resblocks\.\d+\.(ln_1|ln_2|attn|mlp)\..+"
+_BESIDE_OPEN_CLIP = re.compile(
+    r"model\.(text_projection|logit_scale|attn_mask|transformer\.resblocks\.\d+\.(ln_1|ln_2|attn|mlp)\..+)"
 )
+"""Keys of OpenCLIP that may stand beside those of a network: 2.x leaves out its last layer and its projection."""
 
 
-def with_prefix(name: str, weights: Weights) -> Weights:
-    """The weights of a part as a whole checkpoint names them, from a file of either."""
+def part_of(name: str, prefix: str, weights: Weights) -> Weights:
+    """The weights of one part without its prefix, from a whole checkpoint or a file of this part alone; may be none."""
     if name in BARE and BARE[name] in weights:
-        prefix = CLIP if name == "text_encoder" else PREFIXES[name]
-        return {f"{prefix}{key}": value for key, value in weights.items() if not _NOT_A_NETWORK.match(key)}
-    # transformers 5 writes text encoders without the prefix that the original layout has
-    return {
-        key.replace(CLIP, f"{CLIP}text_model.") if key.startswith(CLIP) and "text_model." not in key else key: value
-        for key, value in weights.items()
-    }
+        own = {key: value for key, value in weights.items() if not _NOT_A_NETWORK.match(key)}
+        return {f"{CLIP}{key}": value for key, value in own.items()} if name.startswith("text_encoder") else own
+    own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    if not name.startswith("text_encoder"):
+        return own
+    return {_with_text_model(key): value for key, value in own.items()}
 
 
-def build_network(name: str, weights: Weights, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
-    """Build one network from the weights of a whole checkpoint.
+def _with_text_model(key: str) -> str:
+    """The key with the part that transformers 5 leaves out."""
+    return re.sub(r"^transformer\.(?=(embeddings|encoder|final_layer_norm)\.)", "transformer.text_model.", key)
+
+
+def is_open_clip(weights: Iterable[str]) -> bool:
+    """Whether the keys of a text encoder are in the layout of OpenCLIP."""
+    return any(key.startswith(OPEN_CLIP) for key in weights)
+
+
+def build_network(kind: Any, weights: Weights, config: Path, dtype: torch.dtype, prefix: str = "") -> Any:
+    """Build a network from its weights in the original layout, in evaluation mode.
 
     Args:
-        name: ``unet``, ``vae`` or ``text_encoder``.
-        weights: of the original layout, with the part's prefix.
-        folder: local diffusers folder of the architecture.
+        kind: class of the network.
+        weights: of the network alone, without the prefix of its part.
+        config: local folder of its configuration.
         dtype: of the network's weights.
+        prefix: of its part, for messages.
 
     Raises:
         UnfitWeights: if the weights are not exactly those of the architecture.
-        Exception: of many kinds, from the readers of diffusers.
-    """
-    own = {key: value for key, value in weights.items() if key.startswith(PREFIXES[name])}
-    if name == "unet":
-        own = _shape_projections(own, folder)
-    _check_complete(name, own, folder)
-    source = {"config": str(folder), "subfolder": name, "torch_dtype": dtype, "local_files_only": True}
-    return READERS[name](own, **source)
-
-
-def _shape_projections(weights: Weights, folder: Path) -> Weights:
-    """Projections of the transformer blocks as the architecture has them: a 1x1 convolution is a linear layer."""
-    linear = json.loads((folder / "unet" / "config.json").read_text()).get("use_linear_projection", False)
-
-    def shaped(key: str, weight: torch.Tensor) -> torch.Tensor:
-        if not re.search(r"\.proj_(in|out)\.weight$", key):
-            return weight
-        if linear and weight.ndim == 4 and weight.shape[2:] == (1, 1):
-            return weight[:, :, 0, 0]
-        return weight[:, :, None, None] if not linear and weight.ndim == 2 else weight
-
-    return {key: shaped(key, weight) for key, weight in weights.items()}
-
-
-def _check_complete(name: str, weights: Weights, folder: Path) -> None:
-    """Check that weights are exactly those of an architecture, before diffusers' readers see them.
-
-    Raises:
-        UnfitWeights: if they are not.
     """
     with init_empty_weights():
-        network = _empty_network(name, folder)
+        if issubclass(kind, (CLIPTextModel, CLIPTextModelWithProjection)):
+            network = kind(kind.config_class.from_pretrained(config))
+        else:
+            network = kind.from_config(kind.load_config(config))
+    network.load_state_dict(_converted(weights, network, prefix), assign=True)
+    return network.to(dtype).eval()
+
+
+def _converted(weights: Weights, network: nn.Module, prefix: str) -> Weights:
+    """The weights by the names of the network.
+
+    Raises:
+        UnfitWeights: if they are not exactly its weights.
+    """
+    open_clip = is_open_clip(weights)
     expected = network.state_dict()
-    try:
-        converted = _convert(name, weights, network, folder)
-    except KeyError as error:  # a converter asks for a key that is missing
-        raise UnfitWeights(f"the weight {error.args[0]} is missing") from error
+    names = {key: original_key(key, network, open_clip) for key in expected}
+    used = set(names.values())
+    unexpected = [key for key in weights if key not in used and not (open_clip and _BESIDE_OPEN_CLIP.fullmatch(key))]
+    found = {
+        key: _shaped_as(expected[key], _piece(key, weights[name], open_clip))
+        for key, name in names.items()
+        if name in weights
+    }
     check_weights(
-        missing=expected.keys() - converted.keys(),
-        unexpected=_unused(name, weights, converted, expected),
-        misshapen=[key for key, value in converted.items() if key in expected and value.shape != expected[key].shape],
+        missing=expected.keys() - found.keys(),
+        unexpected=[f"{prefix}{key}" for key in unexpected if not HARMLESS.search(key.removeprefix(CLIP))],
+        misshapen=[key for key, value in found.items() if value.shape != expected[key].shape],
     )
+    return found
 
 
-def _empty_network(name: str, folder: Path) -> Any:
-    if name == "text_encoder":
-        return CLIPTextModel(CLIPTextModel.config_class.from_pretrained(folder / name))
-    kind: Any = UNet2DConditionModel if name == "unet" else AutoencoderKL
-    return kind.from_config(kind.load_config(folder, subfolder=name))
+def _piece(key: str, value: Tensor, open_clip: bool) -> Tensor:
+    """A network's weight, of what OpenCLIP keeps together or transposes."""
+    if not open_clip:
+        return value
+    if found := re.search(r"\.([qkv])_proj\.", key):
+        size = len(value) // 3
+        first = size * "qkv".index(found[1])
+        return value[first : first + size].clone()
+    return value.T.contiguous() if key.startswith("text_projection") and value.ndim == 2 else value
 
 
-def _convert(name: str, weights: Weights, network: Any, folder: Path) -> Weights:
-    """The weights under diffusers' names."""
-    if name != "text_encoder":
-        convert = ldm.convert_ldm_unet_checkpoint if name == "unet" else ldm.convert_ldm_vae_checkpoint
-        return convert(dict(weights), config=json.loads((folder / name / "config.json").read_text()))
-    if any(key.startswith(OPEN_CLIP) for key in weights):
-        converted = ldm.convert_open_clip_checkpoint(network, dict(weights), prefix=OPEN_CLIP)
-    else:
-        converted = ldm.convert_ldm_clip_checkpoint(dict(weights))
-    inside = "text_model." if hasattr(network, "text_model") else ""
-    return {inside + key.removeprefix("text_model."): value for key, value in converted.items()}
+def _shaped_as(wanted: Tensor, value: Tensor) -> Tensor:
+    """A linear layer from a convolution of 1 x 1, and the reverse: projections are either in the original layout."""
+    more, less = (value, wanted) if value.ndim > wanted.ndim else (wanted, value)
+    same = more.shape[: less.ndim] == less.shape and set(more.shape[less.ndim :]) <= {1}
+    return value.reshape(wanted.shape) if same and more.ndim != less.ndim else value
 
 
-def _unused(name: str, weights: Weights, converted: Weights, expected: Weights) -> list[str]:
-    """Keys of a file that become no weight of the network."""
-    if name == "text_encoder":
-        if any(key.startswith(OPEN_CLIP) for key in weights):
-            return [key for key in weights if not _OPEN_CLIP_KEY.fullmatch(key.removeprefix(OPEN_CLIP))]
-        return [key for key in converted if key not in expected]
-    used = {value.data_ptr() for value in converted.values()}
-    return [key for key, value in weights.items() if value.data_ptr() not in used]
+def to_original(name: str, network: nn.Module) -> Weights:
+    """The weights of a network in the original layout, without the prefix of its part.
+
+    Args:
+        name: of its part.
+        network: a UNet, an autoencoder or a text encoder; one with the activation of OpenCLIP gets its layout.
+
+    Raises:
+        UnfitWeights: for weights that the original layout has no name for.
+    """
+    open_clip = name.startswith("text_encoder") and has_open_clips_activation(network.config)
+    state = network.state_dict()
+    names = {key: original_key(key, network, open_clip) for key in state}
+    if unnamed := [key for key, name in names.items() if name is None]:
+        raise UnfitWeights(f"the original layout has no names for {first_names(unnamed)}")
+    pieces: dict[str, list[Tensor]] = {}
+    for key in sorted(state, key=_queries_keys_values):
+        pieces.setdefault(str(names[key]), []).append(_as_original(name, key, state[key], open_clip))
+    return {key: torch.cat(values) if len(values) > 1 else values[0] for key, values in pieces.items()}
+
+
+def _queries_keys_values(key: str) -> tuple[str, int]:
+    """Sorts queries, keys and values of a layer in this order."""
+    found = re.search(r"\.([qkv])_proj\.", key)
+    return (key.replace(found[0], ".q_proj."), "qkv".index(found[1])) if found else (key, 0)
+
+
+def _as_original(name: str, key: str, value: Tensor, open_clip: bool) -> Tensor:
+    if name == "vae" and re.search(r"attentions\.0\.to_.*weight$", key):
+        return value[..., None, None]  # convolutions of 1 x 1
+    return value.T if open_clip and key.startswith("text_projection") else value
+
+
+def has_open_clips_activation(config: Any) -> bool:
+    """Whether a text encoder is one of OpenCLIP's: they have the exact GELU, and OpenAI's have a faster one."""
+    return config.hidden_act == "gelu"

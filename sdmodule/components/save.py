@@ -1,4 +1,4 @@
-"""Write a checkpoint as a folder that diffusers' pipelines load."""
+"""Write a checkpoint as a folder that diffusers' pipelines load, or its configurations alone."""
 
 from __future__ import annotations
 
@@ -25,6 +25,17 @@ def save_components(parts: Components, folder: str | Path, dtype: str = "float32
         for name in parts.family.parts:
             save_part(name, getattr(parts, name), folder, dtype)
             on_done(sizes.get(name, 0))
+    _save_index(parts, folder)
+
+
+def save_configs(parts: Components, folder: Path) -> None:
+    """Write the same folder without the weights."""
+    for name in parts.family.parts:
+        save_config(name, getattr(parts, name), folder / name)
+    _save_index(parts, folder)
+
+
+def _save_index(parts: Components, folder: Path) -> None:
     pipeline = parts.family.pipeline(is_inpaint_unet(parts.unet), parts.zero_empty_prompts)
     index: dict[str, Any] = {"_class_name": pipeline.pop("_class_name"), "_diffusers_version": diffusers.__version__}
     index |= pipeline | {name: _library_and_class(getattr(parts, name)) for name in parts.family.parts}
@@ -42,13 +53,10 @@ def megabytes(model: nn.Module, dtype: str) -> int:
 def save_part(name: str, part: Any, folder: str | Path, dtype: str = "float32") -> None:
     """Write one part to ``folder/name``."""
     subfolder = Path(folder) / name
-    if name == "scheduler":
-        save_scheduler(part, subfolder)
-    elif name.startswith("tokenizer"):
-        part.save_pretrained(subfolder)
-        part.backend_tokenizer.model.save(str(subfolder))  # vocab.json and merges.txt, which older readers need
+    if not isinstance(part, nn.Module):
+        save_config(name, part, subfolder)
     elif name.startswith("text_encoder"):
-        part.config.save_pretrained(subfolder)
+        save_config(name, part, subfolder)
         # transformers 5 leaves out the prefix that every other reader of these files expects
         weights = {
             key if key.startswith(("text_model.", "text_projection.")) else f"text_model.{key}": value
@@ -57,6 +65,23 @@ def save_part(name: str, part: Any, folder: str | Path, dtype: str = "float32") 
         save_file(weights, subfolder / "model.safetensors", metadata={"format": "pt"})
     else:
         save_model(part, subfolder, dtype)
+
+
+def save_config(name: str, part: Any, folder: Path) -> None:
+    """Write the configuration of one part, or all of a part that has no weights, to a folder of its own."""
+    if name == "scheduler":
+        save_scheduler(part, folder)
+    elif name.startswith("tokenizer"):
+        part.save_pretrained(folder)
+        part.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt, which older readers need
+    elif name.startswith("text_encoder"):
+        part.config.save_pretrained(folder)
+    else:
+        config_file = folder / "config.json"
+        part.save_config(folder)
+        config = json.loads(config_file.read_text())
+        config.pop("_name_or_path", None)  # a path of the machine that it was read on
+        config_file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def save_scheduler(scheduler: Any, folder: str | Path) -> None:
@@ -73,11 +98,7 @@ def save_scheduler(scheduler: Any, folder: str | Path) -> None:
 
 def save_model(model: Any, folder: str | Path, dtype: str = "float32") -> None:
     """Write a diffusers model to a folder of its own."""
-    config_file = Path(folder) / "config.json"
-    model.save_config(folder)
-    config = json.loads(config_file.read_text())
-    config.pop("_name_or_path", None)  # a path of the machine that it was read on
-    config_file.write_text(json.dumps(config, indent=2) + "\n")
+    save_config("model", model, Path(folder))
     save_file(
         _weights_as(model, dtype), Path(folder) / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"}
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from sdmodule.errors import SettingsError
@@ -62,6 +62,14 @@ def read_nested_weights(path: Path, sections: Sequence[str]) -> dict[str, Weight
         }
     saved = _load_pickle(path)
     return {name: _tensors(saved.get(name, {}) if isinstance(saved, dict) else {}) for name in sections}
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """What a file that `read_weights` has read says of itself; only safetensors do."""
+    if path.suffix.lower() != ".safetensors":
+        return {}
+    with safe_open(path, "pt") as opened:
+        return opened.metadata() or {}
 
 
 def _read_pickle(path: Path) -> Weights:

@@ -28,6 +28,12 @@ class Family(ABC):
         optional_parts: parts that its pipelines may have and that are not read.
         other_inputs: what the configuration of a network says of inputs beside latents, timestep and text.
         adapter_prefixes: for each part that low-rank adapters change, the prefixes of its layers in kohya's layout.
+        adapter_headers: what kohya's scripts call its models in the header of an adapter.
+        original_prefixes: of each network's weights in a single file of the original layout.
+        original_marks: beginnings of keys that only its single files have.
+        original_configs: shipped configuration of a single file, by the UNet's input channels and its width of text.
+        velocity_configs: for a shipped configuration, that of a model with the same shapes which predicts the velocity.
+        not_a_base: what a single file with such a UNet is, if it cannot sample on its own.
         text_widths: name of the models whose denoiser attends to text of a width.
         guidance_scale: its usual guidance scale.
         pools_text: whether the denoiser takes a pooled embedding of each prompt.
@@ -47,6 +53,12 @@ class Family(ABC):
     optional_parts: ClassVar[tuple[str, ...]]
     other_inputs: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     adapter_prefixes: ClassVar[Mapping[str, tuple[str, ...]]]
+    adapter_headers: ClassVar[re.Pattern[str]]
+    original_prefixes: ClassVar[Mapping[str, str]]
+    original_marks: ClassVar[tuple[str, ...]]
+    original_configs: ClassVar[Mapping[tuple[int, int], str]]
+    velocity_configs: ClassVar[Mapping[str, str]] = {}
+    not_a_base: ClassVar[Mapping[tuple[int, int], str]] = {}
     text_widths: ClassVar[Mapping[int, str]]
     guidance_scale: ClassVar[float]
     pools_text: ClassVar[bool] = False
@@ -73,6 +85,16 @@ class Family(ABC):
     @abstractmethod
     def pipeline(self, inpainting: bool, zero_empty_prompts: bool) -> dict[str, Any]:
         """The pipeline of diffusers with its settings, as ``model_index.json`` has them."""
+
+    @abstractmethod
+    def architecture(self, width: int, inpainting: bool, prediction_type: str) -> tuple[str, str]:
+        """Name of an architecture, and address of its first implementation, as Stability AI's modelspec has them.
+
+        Args:
+            width: of the text that the denoiser attends to.
+            inpainting: whether it takes a mask.
+            prediction_type: what it predicts.
+        """
 
     @abstractmethod
     def encode(

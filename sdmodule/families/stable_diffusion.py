@@ -26,6 +26,20 @@ class StableDiffusion(Family):
     text_encoders: ClassVar = {"tokenizer": "text_encoder"}
     optional_parts = ("safety_checker", "feature_extractor", "image_encoder")
     adapter_prefixes: ClassVar = {"unet": ("lora_unet",), "text_encoder": ("lora_te", "lora_te1")}
+    adapter_headers = re.compile(r"sd_v[12]|stable-diffusion-v[12]")
+    original_prefixes: ClassVar = {
+        "unet": "model.diffusion_model.",
+        "vae": "first_stage_model.",
+        "text_encoder": "cond_stage_model.",
+    }
+    original_marks = ("cond_stage_model.",)
+    original_configs: ClassVar = {
+        (4, 768): "sd1",
+        (9, 768): "sd1_inpaint",
+        (4, 1024): "sd2",
+        (9, 1024): "sd2_inpaint",
+    }
+    velocity_configs: ClassVar = {"sd2": "sd2_v"}
     text_widths: ClassVar = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}
     guidance_scale = 7.5
 
@@ -33,6 +47,13 @@ class StableDiffusion(Family):
         """The pipeline for text-to-image, or for inpainting."""
         name = "StableDiffusionInpaintPipeline" if inpainting else "StableDiffusionPipeline"
         return {"_class_name": name, "requires_safety_checker": False}
+
+    def architecture(self, width: int, inpainting: bool, prediction_type: str) -> tuple[str, str]:
+        """Version 2 by its width of text, with the size that models which predict the velocity were made for."""
+        if self.text_widths.get(width) != self.text_widths[1024]:
+            return "stable-diffusion-v1" + "-inpainting" * inpainting, "https://github.com/CompVis/stable-diffusion"
+        sizes = "inpainting" if inpainting else "768-v" if prediction_type == "v_prediction" else "512"
+        return f"stable-diffusion-v2-{sizes}", "https://github.com/Stability-AI/stablediffusion"
 
     def encode(
         self, text_encoder: Any, tokens: Tensor, attention_mask: Tensor | None, clip_skip: int = 0

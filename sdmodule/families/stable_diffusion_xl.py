@@ -48,6 +48,18 @@ class StableDiffusionXL(Family):
         "text_encoder": ("lora_te1",),
         "text_encoder_2": ("lora_te2",),
     }
+    adapter_headers = re.compile(r"sdxl|stable-diffusion-xl")
+    original_prefixes: ClassVar = {
+        "unet": "model.diffusion_model.",
+        "vae": "first_stage_model.",
+        "text_encoder": "conditioner.embedders.0.",
+        "text_encoder_2": "conditioner.embedders.1.",
+    }
+    original_marks = ("conditioner.embedders.", "model.diffusion_model.label_emb.0.", "label_emb.0.")
+    original_configs: ClassVar = {(4, 2048): "sdxl", (9, 2048): "sdxl_inpaint"}
+    not_a_base: ClassVar = {
+        (4, 1280): "the refiner of Stable Diffusion XL, which only takes over what its base model has begun"
+    }
     text_widths: ClassVar = {2048: "Stable Diffusion XL"}
     guidance_scale = 5.0
     pools_text = True
@@ -75,6 +87,11 @@ class StableDiffusionXL(Family):
         """The pipeline for text-to-image, or for inpainting."""
         name = "StableDiffusionXLInpaintPipeline" if inpainting else "StableDiffusionXLPipeline"
         return {"_class_name": name, "force_zeros_for_empty_prompt": zero_empty_prompts}
+
+    def architecture(self, width: int, inpainting: bool, prediction_type: str) -> tuple[str, str]:
+        """The base model, or its variant for inpainting."""
+        name = "stable-diffusion-xl-v1-" + ("inpainting" if inpainting else "base")
+        return name, "https://github.com/Stability-AI/generative-models"
 
     def encode(
         self, text_encoder: Any, tokens: Tensor, attention_mask: Tensor | None, clip_skip: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -30,6 +31,10 @@ class StableDiffusionXLRefiner(StableDiffusionXL):
     text_encoders: ClassVar = {"tokenizer_2": "text_encoder_2"}
     optional_parts = ("text_encoder", "tokenizer")
     adapter_prefixes: ClassVar = {"unet": ("lora_unet",), "text_encoder_2": ("lora_te2",)}
+    adapter_headers = re.compile(r"stable-diffusion-xl-v1-refiner")
+    original_marks = ()  # not read from single files
+    original_configs: ClassVar = {}
+    not_a_base: ClassVar = {}
     text_widths: ClassVar = {1280: "the refiner of Stable Diffusion XL"}
     unsupported = frozenset({TRAINING, LEARNED_WORDS})
     refines = True
@@ -46,6 +51,10 @@ class StableDiffusionXLRefiner(StableDiffusionXL):
             "requires_aesthetics_score": True,
             "force_zeros_for_empty_prompt": zero_empty_prompts,
         }
+
+    def architecture(self, width: int, inpainting: bool, prediction_type: str) -> tuple[str, str]:
+        """The refiner."""
+        return "stable-diffusion-xl-v1-refiner", "https://github.com/Stability-AI/generative-models"
 
     def with_sizes(self, conditioning: Conditioning, sizes: Sequence[ImageSizes]) -> Conditioning:
         """Original size, crop and aesthetic score of each image."""

@@ -14,13 +14,14 @@ from typing_extensions import override
 
 from sdmodule.components.checkpoint import load_part
 from sdmodule.components.save import save_part
+from sdmodule.components.write_single_file import save_single_vae
 from sdmodule.errors import SettingsError, check_seed
 from sdmodule.io.redact import shorten_home
 from sdmodule.training.full import FullTuning
 from sdmodule.training.optimizers import Optimization
 from sdmodule.training.rng import Generators, per_example_generators
 from sdmodule.training.trainable import TrainableModule
-from sdmodule.training.tuning import choose_tuning
+from sdmodule.training.tuning import check_layout, choose_tuning
 
 
 class AutoencoderModule(TrainableModule):
@@ -44,6 +45,7 @@ class AutoencoderModule(TrainableModule):
     """
 
     needs_captions = False
+    layouts = ("diffusers", "single_file")
 
     def __init__(
         self,
@@ -123,11 +125,18 @@ class AutoencoderModule(TrainableModule):
         if stage == "fit":
             self.check_fit()
 
-    def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
-        """Write ``folder/vae``, its scaling factor set so that the latents seen in validation have unit variance."""
+    def save_pretrained(self, folder: str | Path, dtype: str = "float32", layout: str = "diffusers") -> None:
+        """Write ``folder/vae``, its scaling factor set so that the latents seen in validation have unit variance.
+
+        With ``layout="single_file"`` the weights are in ``folder/vae.safetensors``, in the original layout.
+        """
+        check_layout(self, layout)
         if self.latent_variance is not None:
             self.vae.register_to_config(scaling_factor=self.latent_variance**-0.5)
-        save_part("vae", self.vae, folder, dtype)
+        if layout == "single_file":
+            save_single_vae(self.vae, folder, dtype)
+        else:
+            save_part("vae", self.vae, folder, dtype)
 
 
 def _psnr(mean_squared_error: Tensor) -> Tensor:

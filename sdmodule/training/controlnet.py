@@ -19,6 +19,7 @@ class ControlNetTuning:
     """Train a copy of the UNet's encoder that also takes a control image (Zhang et al. 2023)."""
 
     kind: ClassVar[str] = "controlnet"
+    layouts: ClassVar[tuple[str, ...]] = ("diffusers",)
     usual_optimizer: ClassVar[dict[str, float]] = {"lr": 1e-5}  # the copied encoder already understands images
     from_scratch: ClassVar[set[str]] = set()
     text_encoder_lr: ClassVar[None] = None
@@ -38,6 +39,6 @@ class ControlNetTuning:
             torch.manual_seed(seed)
             parts.controlnet = controlnet_from_unet(parts).requires_grad_(True)
 
-    def export(self, parts: Components, folder: str | Path, dtype: str) -> None:
+    def export(self, parts: Components, folder: str | Path, dtype: str, layout: str) -> None:
         """Write a folder that ``ControlNetModel.from_pretrained`` loads."""
         save_model(parts.controlnet, folder, dtype)

@@ -10,6 +10,7 @@ from lightning import Trainer
 
 from sdmodule.components.checkpoint import Components
 from sdmodule.components.save import save_components
+from sdmodule.components.write_single_file import save_single_file
 from sdmodule.training.text_encoder import TextEncoderTraining
 
 
@@ -18,6 +19,7 @@ class FullTuning(TextEncoderTraining):
     """Train every weight of the UNet and, with ``text_encoder``, of the text encoder."""
 
     kind: ClassVar[str] = "full"
+    layouts: ClassVar[tuple[str, ...]] = ("diffusers", "single_file")
     usual_optimizer: ClassVar[dict[str, float]] = {"lr": 1e-5}  # with more, a whole model forgets what it knew
 
     @property
@@ -33,6 +35,6 @@ class FullTuning(TextEncoderTraining):
         parts.unet.requires_grad_(True)
         parts.text_encoder.train(self.text_encoder).requires_grad_(self.text_encoder)
 
-    def export(self, parts: Components, folder: str | Path, dtype: str) -> None:
-        """Write a folder that ``StableDiffusionPipeline.from_pretrained`` loads, its weights as ``dtype``."""
-        save_components(parts, folder, dtype)
+    def export(self, parts: Components, folder: str | Path, dtype: str, layout: str) -> None:
+        """Write a folder that ``StableDiffusionPipeline.from_pretrained`` loads, or ``from_single_file`` its file."""
+        (save_single_file if layout == "single_file" else save_components)(parts, folder, dtype)

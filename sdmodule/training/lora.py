@@ -17,6 +17,7 @@ from torch import nn
 from sdmodule.components.adapter_file import write_diffusers, write_kohya
 from sdmodule.components.checkpoint import Components
 from sdmodule.components.lora_layers import DORA, LOHA, LOKR, LORA, METHODS, extract_adapter
+from sdmodule.components.peft_layout import write_peft
 from sdmodule.errors import SettingsError, check_choice, check_int, check_number
 from sdmodule.training.text_encoder import TextEncoderTraining
 
@@ -51,6 +52,7 @@ class LoraTuning(TextEncoderTraining):
     """
 
     kind: ClassVar[str] = "lora"
+    layouts: ClassVar[tuple[str, ...]] = ("diffusers", "kohya", "peft")
     usual_optimizer: ClassVar[dict[str, float]] = {
         "lr": 1e-4
     }  # ten times that of a whole model, because an adapter starts at zero
@@ -140,11 +142,14 @@ class LoraTuning(TextEncoderTraining):
         own = self.rank_pattern or {} if self.alpha is None else {}
         return {**own, **(self.alpha_pattern or {})}
 
-    def export(self, parts: Components, folder: str | Path, dtype: str) -> None:
-        """Write the adapter in the layout of kohya's scripts and, if diffusers reads the method, in its own."""
+    def export(self, parts: Components, folder: str | Path, dtype: str, layout: str) -> None:
+        """Write the adapter in a layout: that of diffusers, if it reads the method, with that of kohya's scripts."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         adapter = extract_adapter(parts, self.method)
-        if self.method in (LORA, DORA):
+        if layout == "peft":
+            write_peft(adapter, folder, dtype)
+            return
+        if layout == "diffusers" and self.method in (LORA, DORA):
             write_diffusers(adapter, folder, dtype)
-        write_kohya(adapter, folder, dtype)
+        write_kohya(adapter, folder, dtype, parts.family)

@@ -31,6 +31,7 @@ class TextualInversion:
     """
 
     kind: ClassVar[str] = "textual_inversion"
+    layouts: ClassVar[tuple[str, ...]] = ("diffusers",)
     usual_optimizer: ClassVar[dict[str, float]] = {"lr": 5e-3, "weight_decay": 0.0}  # a few vectors take large steps
     from_scratch: ClassVar[set[str]] = set()
     text_encoder_lr: ClassVar[None] = None
@@ -64,7 +65,7 @@ class TextualInversion:
         vectors = initial_vectors(self.initializer, self.vectors, parts.tokenizer, parts.text_encoder)
         add_word(self.placeholder, vectors, parts.tokenizer, parts.text_encoder).learned.requires_grad_(True)
 
-    def export(self, parts: Components, folder: str | Path, dtype: str) -> None:
+    def export(self, parts: Components, folder: str | Path, dtype: str, layout: str) -> None:
         """Write the embeddings, for ``StableDiffusionPipeline.load_textual_inversion`` and the web UIs."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any
 
 from sdmodule.components.checkpoint import Components
@@ -38,6 +39,32 @@ def choose_tuning(settings: Mapping[str, Any] | None) -> Tuning:
     if missing:
         raise SettingsError(f"tuning={kind}: needs tuning.{missing[0]}; give it.")
     return KINDS[kind](**own)
+
+
+def check_layout(trained: Any, layout: str, key: str = "layout") -> None:
+    """Check that what was trained can be exported in a layout.
+
+    Args:
+        trained: a tuning, or a module that has no choice of them; its ``layouts`` are allowed.
+        layout: what was given.
+        key: the setting that gave it.
+
+    Raises:
+        SettingsError: if it cannot.
+    """
+    if layout not in trained.layouts:
+        what = f"tuning={trained.kind}" if hasattr(trained, "kind") else "this model"
+        raise SettingsError(f"{key}={layout}: {what} is exported as {choices(trained.layouts)}; choose one of these.")
+
+
+def export(tuning: Tuning, parts: Components, folder: str | Path, dtype: str, layout: str) -> None:
+    """Write what a tuning has trained to a folder, its weights as ``dtype``.
+
+    Raises:
+        SettingsError: for a layout that the tuning does not have.
+    """
+    check_layout(tuning, layout)
+    tuning.export(parts, folder, dtype, layout)
 
 
 def check_scratch(tuning: Tuning, scratch: Iterable[str]) -> None:

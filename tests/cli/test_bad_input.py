@@ -179,6 +179,10 @@ WRONG_TRAIN = {
         ["data.root=PHOTOS", "trainer.strategy=ddp", "tuning=lora", "tuning.method=lokr", "tuning.dropout=0.5"],
         ["tuning.dropout=0.5", "ddp_find_unused_parameters_true"],
     ),
+    "a lora as a whole model": (
+        ["data.root=PHOTOS", "experiment=lora", "callbacks.export.layout=single_file"],
+        ["callbacks.export.layout=single_file: tuning=lora", "diffusers"],
+    ),
     "an export in bytes": (["data.root=PHOTOS", "callbacks.export.dtype=int8"], ["export.dtype=int8", "float16"]),
     "no images of validation": (
         ["data.root=PHOTOS", "callbacks.samples.num_prompts=0"],

@@ -40,6 +40,10 @@ def sampled_with(call, line, out, *settings):
 
 KINDS = {
     "full": ([], r"pretrained=\S+/export height=40 width=40 .prompt=.*"),
+    "single file": (
+        ["callbacks.export.layout=single_file"],
+        r"pretrained=\S+/export/model\.safetensors height=40 width=40 .prompt=.*",
+    ),
     "lora": (["experiment=lora", "validate_first=false"], r"'adapters=\[\{path: \S+/export\}\]' .*"),
     "textual inversion": (
         ["experiment=textual_inversion", "tuning.placeholder=<it>", "data.template='a photo of {}'"],

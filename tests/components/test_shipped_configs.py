@@ -9,10 +9,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sdmodule.components import single_file
-from sdmodule.components.single_file import CONFIGS, load_clip_tokenizer, predicts_noise
+from sdmodule.components.shipped_configs import CONFIGS, CONV_IN, load_clip_tokenizer, load_tokenizer, predicts_noise
+from sdmodule.components.single_file import SingleFile, _shipped_config
+from sdmodule.families.recognize import recognize_weights
 
 
 @pytest.mark.parametrize(
@@ -23,16 +24,22 @@ from sdmodule.components.single_file import CONFIGS, load_clip_tokenizer, predic
         (4, 1024, "epsilon", "sd2"),
         (4, 1024, "v_prediction", "sd2_v"),
         (9, 1024, None, "sd2_inpaint"),
+        (4, 2048, None, "sdxl"),
+        (9, 2048, None, "sdxl_inpaint"),
     ],
 )
 def test_the_configuration_follows_from_shapes(
     channels: int, width: int, prediction_type: str | None, name: str
 ) -> None:
+    prefix = "model.diffusion_model."
     weights = {
-        single_file.CONV_IN: torch.empty(320, channels, 3, 3, device="meta"),
-        "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.empty(320, width),
+        f"{prefix}{CONV_IN}": torch.empty(320, channels, 3, 3, device="meta"),
+        f"{prefix}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.empty(320, width),
     }
-    assert single_file._choose_config(Path("file"), weights, prediction_type) == CONFIGS / name
+    if width == 2048:
+        weights[f"{prefix}label_emb.0.0.weight"] = torch.empty(1)
+    file = SingleFile(Path("file"), weights, recognize_weights(weights, "file"), {})
+    assert _shipped_config(file, prediction_type) == CONFIGS / name
 
 
 def test_the_prediction_type_is_measured_at_the_last_timestep() -> None:
@@ -56,25 +63,30 @@ def test_the_prediction_type_is_measured_at_the_last_timestep() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "unet_size", "text_size"),
+    ("name", "unet_size", "text_size", "second_size"),
     [
-        ("sd1", 859_520_964, 123_060_480),
-        ("sd1_inpaint", 859_535_364, 123_060_480),
-        ("sd2", 865_910_724, 340_387_840),
-        ("sd2_v", 865_910_724, 340_387_840),
-        ("sd2_inpaint", 865_925_124, 340_387_840),
+        ("sd1", 859_520_964, 123_060_480, 0),
+        ("sd1_inpaint", 859_535_364, 123_060_480, 0),
+        ("sd2", 865_910_724, 340_387_840, 0),
+        ("sd2_v", 865_910_724, 340_387_840, 0),
+        ("sd2_inpaint", 865_925_124, 340_387_840, 0),
+        ("sdxl", 2_567_463_684, 123_060_480, 694_659_840),
+        ("sdxl_inpaint", 2_567_478_084, 123_060_480, 694_659_840),
     ],
 )
 def test_shipped_configurations_have_the_published_numbers_of_weights(
-    name: str, unet_size: int, text_size: int
+    name: str, unet_size: int, text_size: int, second_size: int
 ) -> None:
     folder = CONFIGS / name
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder, subfolder="unet"))
         vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
-        text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
-    sizes = [sum(weight.numel() for weight in part.parameters()) for part in (unet, vae, text_encoder)]
-    assert sizes == [unet_size, 83_653_863, text_size]
+        networks = [unet, vae, CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))]
+        if second_size:
+            second = CLIPTextConfig.from_pretrained(folder / "text_encoder_2")
+            networks.append(CLIPTextModelWithProjection(second))
+    sizes = [sum(weight.numel() for weight in network.parameters()) for network in networks]
+    assert sizes == [unet_size, 83_653_863, text_size, *([second_size] if second_size else [])]
     scheduler = DDIMScheduler.from_config(DDIMScheduler.load_config(folder, subfolder="scheduler"))
     assert scheduler.config.prediction_type == ("v_prediction" if name == "sd2_v" else "epsilon")
     assert scheduler.alphas_cumprod[-1].item() == pytest.approx(0.00466, abs=1e-5)
@@ -86,3 +98,11 @@ def test_the_clip_tokenizer_gives_the_published_ids() -> None:
     assert tokenizer("A photo of a CAT").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
     padded = load_clip_tokenizer("!")("a cat", padding="max_length").input_ids
     assert padded == [49406, 320, 2368, 49407] + [0] * 73
+
+
+def test_the_second_encoder_of_xl_pads_as_openclip_does() -> None:
+    pads = [
+        load_tokenizer(CONFIGS / "sdxl", tokenizer, encoder).pad_token_id
+        for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
+    ]
+    assert pads == [49407, 0]

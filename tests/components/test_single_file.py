@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdmodule.components import single_file
-from sdmodule.components.single_file import CONFIGS, load_single_file
+from sdmodule.components.shipped_configs import CONFIGS
+from sdmodule.components.single_file import load_single_file, open_single_file
 from sdmodule.errors import SettingsError
+from sdmodule.families.stable_diffusion import StableDiffusion
 from tests.original_layout import MODELS, original_layout, tiny_parts
 
 
@@ -157,7 +159,7 @@ def test_an_argument_that_does_not_fit_is_named(tiny: SimpleNamespace, tmp_path:
 
 def test_the_prediction_type_of_2x_is_measured(tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random weights do not return their input, so they count as v-prediction."""
-    monkeypatch.setattr(single_file, "CONFIG_BY_SHAPE", {(4, 12): "sd2"})
+    monkeypatch.setattr(StableDiffusion, "original_configs", {(4, 12): "sd2"})
     monkeypatch.setattr(single_file, "CONFIGS", tiny.folder)
     (tiny.folder / "sd2").symlink_to(tiny.folder)
-    assert single_file._choose_config(tiny.file, tiny.weights, None) == tiny.folder / "sd2_v"
+    assert single_file._shipped_config(open_single_file(tiny.file), None) == tiny.folder / "sd2_v"

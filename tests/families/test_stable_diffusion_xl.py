@@ -173,12 +173,6 @@ def test_parts_of_the_other_family_are_refused(checkpoint, xl_checkpoint, tmp_pa
         load_components(str(checkpoint), components={"text_encoder_2": str(xl_checkpoint)})
 
 
-def test_a_second_encoder_is_not_read_from_a_single_file(xl_checkpoint, tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(SettingsError, match="text_encoder_2 is not read from a single file"):
-        load_components(str(xl_checkpoint), components={"text_encoder_2": str(tmp_path / "model.safetensors")})
-
-
 def test_a_vae_and_a_unet_may_come_from_elsewhere(xl_checkpoint, tmp_path):
     vae = AutoencoderKL.from_pretrained(xl_checkpoint / "vae")
     vae.decoder.conv_out.bias.data += 1

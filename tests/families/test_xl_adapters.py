@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from sdmodule.components.adapter_layouts import original_names
 from sdmodule.components.checkpoint import load_components
+from sdmodule.components.original_names import unet_layer
 from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
 from tests.xl_parts import xl_pipeline
@@ -38,7 +38,7 @@ def files(xl_checkpoint, tmp_path_factory):
                 f"{part}.{full}.lora_A.weight": down,
                 f"{part}.{full}.lora_B.weight": up,
             }
-            original = next(original_names(name, network)) if part == "unet" else full
+            original = unet_layer(name, network) if part == "unet" else full
             for layout, given in (("kohya", full), ("original", original)):
                 flat = f"{prefix}_{given.replace('.', '_')}"
                 weights[layout] |= {

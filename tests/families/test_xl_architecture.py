@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from sdmodule.components.adapter_layouts import original_names
+from sdmodule.components.original_names import unet_layer
 from sdmodule.errors import SettingsError
 from sdmodule.speed.deep_cache import check_cache
 from sdmodule.tome.blocks import blocks_to_merge, transformer_blocks
@@ -43,7 +43,7 @@ def unet():
 
 def test_original_names_of_layers(unet):
     layers = [name for name, layer in unet.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
-    names = {layer: next(original_names(layer, unet)) for layer in layers}
+    names = {layer: unet_layer(layer, unet) for layer in layers}
     assert len(set(names.values())) == len(layers)
     attended = {re.match(r"[a-z]+_blocks?\.\d+(\.\d+)?", name)[0] for name in names.values() if ".attn1." in name}
     assert attended == ATTENTIONS | {"middle_block.1"}

@@ -8,10 +8,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sdmodule.components import single_file
+from sdmodule.components import shipped_configs, single_file
 from sdmodule.components.checkpoint import load_components
 from sdmodule.components.single_file import load_single_file, load_single_part
 from sdmodule.errors import SettingsError
+from sdmodule.families.recognize import STABLE_DIFFUSION
+from sdmodule.families.stable_diffusion import StableDiffusion
 from tests.original_layout import original_layout, tiny_parts
 
 PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
@@ -27,12 +29,10 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def shipped(tiny, monkeypatch):
     """The tiny architecture in the place of the configuration of 1.x."""
-    monkeypatch.setattr(single_file, "CONFIG_BY_SHAPE", {(4, 12): "."})
-    monkeypatch.setattr(single_file, "CONFIGS", tiny.folder)
-    monkeypatch.setattr(single_file, "_load_tokenizer", lambda folder, weights: None)
-    for name in ("sd1", "sd2"):
-        if not (tiny.folder / name).exists():
-            (tiny.folder / name).symlink_to(tiny.folder)
+    monkeypatch.setattr(StableDiffusion, "original_configs", {(4, 12): "."})
+    for module in (single_file, shipped_configs):
+        monkeypatch.setattr(module, "CONFIGS", tiny.folder)
+    monkeypatch.setattr(single_file, "load_tokenizer", lambda folder, name, encoder: None)
 
 
 def own(tiny, name):
@@ -57,13 +57,13 @@ def test_a_file_of_one_part_is_read_with_and_without_its_prefix(tiny, shipped, t
     for weights in (own(tiny, name), bare(tiny, name)):
         file = tmp_path / f"{name}{suffix}"
         save_file(weights, file) if "safe" in suffix.lower() else torch.save({"state_dict": weights}, file)
-        assert equal(load_single_part(file, name), tiny.parts[name])
+        assert equal(load_single_part(file, name, STABLE_DIFFUSION), tiny.parts[name])
 
 
 def test_what_training_left_in_a_lone_vae_file_is_read_past(tiny, shipped, tmp_path):
     weights = bare(tiny, "vae") | {"loss.logvar": torch.ones(1), "model_ema.decay": torch.ones(1)}
     save_file(weights, tmp_path / "vae.safetensors")
-    assert equal(load_single_part(tmp_path / "vae.safetensors", "vae"), tiny.parts["vae"])
+    assert equal(load_single_part(tmp_path / "vae.safetensors", "vae", STABLE_DIFFUSION), tiny.parts["vae"])
 
 
 def test_a_checkpoint_without_a_vae_takes_one_from_beside_it(tiny, shipped, tmp_path):
@@ -73,7 +73,7 @@ def test_a_checkpoint_without_a_vae_takes_one_from_beside_it(tiny, shipped, tmp_
     places = {"vae": str(tmp_path / "vae.safetensors")}
     parts = load_components(str(tmp_path / "model.safetensors"), components=places)
     assert equal(parts.vae, tiny.parts["vae"]) and equal(parts.unet, tiny.parts["unet"])
-    with pytest.raises(SettingsError, match=r"is a checkpoint without vae; .* or set components\.vae\."):
+    with pytest.raises(SettingsError, match=r"is a checkpoint of .* without vae; .* or set components\.vae\."):
         load_components(str(tmp_path / "model.safetensors"))
 
 
