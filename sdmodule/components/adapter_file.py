@@ -17,18 +17,17 @@ from sdmodule.components.adapter_layouts import KOHYA_NAMES, METADATA
 from sdmodule.components.folder_kinds import DIFFUSERS_FILE, KOHYA_FILE
 from sdmodule.components.lora_layers import MAGNITUDES, Adapter
 from sdmodule.errors import SettingsError
-from sdmodule.families.recognize import STABLE_DIFFUSION
+from sdmodule.families.family import Family
 
 
 def write_diffusers(adapter: Adapter, folder: Path, dtype: str) -> None:
     """Write the file that ``StableDiffusionPipeline.load_lora_weights`` looks for, with weights of ``dtype``."""
     weights, settings = {}, {}
     for part in adapter.weights:
-        prefix = "text_model." if part == "text_encoder" else ""  # transformers 5 leaves it out; other tools expect it
         for key, value in adapter.weights[part].items():
             # diffusers hands a text encoder's keys to transformers, which only knows DoRA's magnitudes by this name
-            suffix = ".weight" if prefix and key.endswith(MAGNITUDES) else ""
-            weights[f"{part}.{prefix}{key}{suffix}"] = value
+            suffix = ".weight" if part != "unet" and key.endswith(MAGNITUDES) else ""
+            weights[f"{part}.{_full_name(part, key)}{suffix}"] = value
         config = adapter.config(part).to_dict()
         for name in ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_dora"):
             value = config[name]
@@ -36,13 +35,13 @@ def write_diffusers(adapter: Adapter, folder: Path, dtype: str) -> None:
     _save(weights, folder / DIFFUSERS_FILE, dtype, {METADATA: json.dumps(settings)})
 
 
-def write_kohya(adapter: Adapter, folder: Path, dtype: str) -> None:
+def write_kohya(adapter: Adapter, folder: Path, dtype: str, family: Family) -> None:
     """Write the layout of kohya's scripts and of LyCORIS, with weights of ``dtype``."""
     weights = {}
     for part in adapter.weights:
-        prefix = STABLE_DIFFUSION.adapter_prefixes[part][0] + ("_text_model" if part == "text_encoder" else "")
+        prefix = family.adapter_prefixes[part][0]
         for layer, factors in adapter.layers(part).items():
-            flat = f"{prefix}_{layer.replace('.', '_')}"
+            flat = f"{prefix}_{_full_name(part, layer).replace('.', '_')}"
             for factor, value in factors.items():
                 if factor == MAGNITUDES:
                     value = value.reshape(len(value.flatten()), *[1] * (factors["lora_A.weight"].ndim - 1))
@@ -50,6 +49,11 @@ def write_kohya(adapter: Adapter, folder: Path, dtype: str) -> None:
             if (alpha := adapter.alphas.get(part, {}).get(layer)) is not None:
                 weights[f"{flat}.alpha"] = torch.tensor(alpha)
     _save(weights, folder / KOHYA_FILE, dtype, {})
+
+
+def _full_name(part: str, name: str) -> str:
+    """A layer's name with the prefix of text encoders, which transformers 5 leaves out and other tools expect."""
+    return name if part == "unet" or name.startswith("text_model.") else f"text_model.{name}"
 
 
 def _save(weights: dict[str, Tensor], file: Path, dtype: str, metadata: dict[str, str]) -> None:

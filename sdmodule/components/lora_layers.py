@@ -142,7 +142,7 @@ def _has_pefts_sides(factors: dict[str, Tensor], layer: Any) -> bool:
 def extract_adapter(parts: Components, method: str, name: str = TRAINED) -> Adapter:
     """Copy the adapter called ``name`` from a model to the CPU."""
     weights, alphas = {}, {}
-    for part in ("unet", "text_encoder"):
+    for part in parts.family.adapter_prefixes:
         model = getattr(parts, part)
         layers = dict(_adapted(model, name))
         if not layers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,21 +53,21 @@ class ControlGuide:
     images: Tensor
     scale: float = 1.0
 
-    def residuals(self, latents: Tensor, timestep: Tensor, embeddings: Tensor) -> dict[str, Any]:
+    def residuals(self, latents: Tensor, timestep: Tensor, told: Mapping[str, Any]) -> dict[str, Any]:
         """Residuals that the UNet adds to its features, as keyword arguments of its call.
 
         Args:
             latents: input of the UNet, ``[B or 2B, 4 or 9, h, w]``; 2B with classifier-free guidance.
             timestep: a scalar, or ``[B]``.
-            embeddings: text embeddings, ``[B or 2B, L, D]``.
+            told: what the denoiser is called with beside these; see ``Family.denoiser_arguments``.
         """
-        images = self.images.repeat(len(latents) // len(self.images), 1, 1, 1).to(embeddings)
+        images = self.images.repeat(len(latents) // len(self.images), 1, 1, 1).to(told["encoder_hidden_states"])
         # beside an inpainting UNet, a text-to-image ControlNet takes the noisy latents only
         noisy = latents[:, : self.controlnet.config.in_channels]
         down, middle = self.controlnet(
             noisy,
             timestep,
-            encoder_hidden_states=embeddings,
+            **told,
             controlnet_cond=images,
             conditioning_scale=self.scale,
             return_dict=False,

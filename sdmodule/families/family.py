@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from sdmodule.errors import SettingsError
 from sdmodule.families.conditioning import Conditioning, ImageSizes
 
-TRAINING, INPAINT, CONTROLNET, LEARNED_WORDS = "training", "inpaint", "controlnet", "learned words"
+INPAINT, CONTROLNET = "inpaint", "controlnet"
 """What a family may not do yet; every family samples from text, with low-rank adapters."""
 
 
@@ -28,6 +28,8 @@ class Family(ABC):
         optional_parts: parts that its pipelines may have and that are not read.
         other_inputs: what the configuration of a network says of inputs beside latents, timestep and text.
         adapter_prefixes: for each part that low-rank adapters change, the prefixes of its layers in kohya's layout.
+        word_keys: for each text encoder, the key of its vectors in the file of a learned word; empty if the vectors of
+            one text encoder are found by the word.
         text_widths: name of the models whose denoiser attends to text of a width.
         guidance_scale: its usual guidance scale.
         upcasts_vae: whether a VAE whose configuration says ``force_upcast`` decodes in float32 instead of float16.
@@ -42,6 +44,7 @@ class Family(ABC):
     optional_parts: ClassVar[tuple[str, ...]]
     other_inputs: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     adapter_prefixes: ClassVar[Mapping[str, tuple[str, ...]]]
+    word_keys: ClassVar[Mapping[str, str]] = {}
     text_widths: ClassVar[Mapping[int, str]]
     guidance_scale: ClassVar[float]
     upcasts_vae: ClassVar[bool] = False
@@ -64,7 +67,7 @@ class Family(ABC):
     def encode(self, text_encoder: Any, tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Hidden states ``[B, L, D]`` of tokens ``[B, L]``, and their pooled embedding ``[B, P]`` if it is used."""
 
-    def with_sizes(self, conditioning: Conditioning, sizes: Sequence[ImageSizes]) -> Conditioning:
+    def with_sizes(self, conditioning: Conditioning, sizes: Iterable[ImageSizes]) -> Conditioning:
         """The conditioning of B images with the sizes of each, or as it is where the denoiser takes none."""
         return conditioning
 
@@ -72,11 +75,15 @@ class Family(ABC):
         """Keyword arguments of the denoiser beside latents and timestep."""
         return {"encoder_hidden_states": conditioning.hidden_states}
 
+    def unused_layers(self, part: str, network: Any) -> list[Any]:
+        """Layers of a network that no output depends on which is used: they cannot learn."""
+        return []
+
     def check_supports(self, task: str, given: str, pretrained: str) -> None:
         """Check that it can do what is asked for.
 
         Args:
-            task: such as ``TRAINING``.
+            task: such as ``INPAINT``.
             given: the setting that asks for it, such as ``model=inpaint``.
             pretrained: the checkpoint.
 
@@ -86,5 +93,5 @@ class Family(ABC):
         if task in self.unsupported:
             raise SettingsError(
                 f"{given}: does not work with {self.title} yet, of which pretrained={pretrained} is; it samples "
-                "from text and low-rank adapters; give a checkpoint of Stable Diffusion 1.x or 2.x."
+                "from text and low-rank adapters, and is trained; give a checkpoint of Stable Diffusion 1.x or 2.x."
             )

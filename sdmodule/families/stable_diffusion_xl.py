@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sdmodule.families.conditioning import Conditioning, ImageSizes
-from sdmodule.families.family import CONTROLNET, INPAINT, LEARNED_WORDS, TRAINING, Family
+from sdmodule.families.family import CONTROLNET, INPAINT, Family
 
 
 class StableDiffusionXL(Family):
@@ -36,10 +36,11 @@ class StableDiffusionXL(Family):
         "text_encoder": ("lora_te1",),
         "text_encoder_2": ("lora_te2",),
     }
+    word_keys: ClassVar = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
     text_widths: ClassVar = {2048: "Stable Diffusion XL"}
     guidance_scale = 5.0
     upcasts_vae = True
-    unsupported = frozenset({TRAINING, INPAINT, CONTROLNET, LEARNED_WORDS})
+    unsupported = frozenset({INPAINT, CONTROLNET})
 
     def zeroes_empty_prompts(self, index: Mapping[str, Any]) -> bool:
         """What ``force_zeros_for_empty_prompt`` says; true if left out, as in diffusers."""
@@ -54,11 +55,18 @@ class StableDiffusionXL(Family):
         output = text_encoder(tokens, attention_mask=attention_mask, output_hidden_states=True)
         return output.hidden_states[-2], getattr(output, "text_embeds", None)
 
-    def with_sizes(self, conditioning: Conditioning, sizes: Sequence[ImageSizes]) -> Conditioning:
+    def with_sizes(self, conditioning: Conditioning, sizes: Iterable[ImageSizes]) -> Conditioning:
         """Original size, crop and target size of each image (section 2.2)."""
         rows = [[*one.original, *one.crop, *one.target] for one in sizes]
         device = conditioning.hidden_states.device
         return replace(conditioning, time_ids=torch.tensor(rows, dtype=torch.float32, device=device))
+
+    def unused_layers(self, part: str, network: Any) -> list[Any]:
+        """Behind the last layer but one, the first text encoder is not asked for anything."""
+        if part != "text_encoder":
+            return []
+        model = getattr(network, "text_model", network)
+        return [model.encoder.layers[-1], model.final_layer_norm]
 
     def denoiser_arguments(self, conditioning: Conditioning) -> dict[str, Any]:
         """The text, and beside it the pooled prompt and the sizes."""

@@ -48,8 +48,8 @@ class GuidedDenoiser:
     def _predict(self, latents: Tensor, timestep: Tensor) -> Tensor:
         text, seen = self.conditions.text[-len(latents) :], self.conditions.denoiser_input(latents)
         control = self.conditions.control
-        residuals = {} if control is None else control.residuals(seen, timestep, text.hidden_states)
+        told = self.parts.family.denoiser_arguments(text)
+        residuals = {} if control is None else control.residuals(seen, timestep, told)
         embedding = self.conditions.guidance_embedding
-        told = {} if embedding is None else {"timestep_cond": embedding}
-        told |= self.parts.family.denoiser_arguments(text)
-        return self.parts.unet(seen, timestep, **residuals, **told).sample
+        distilled = {} if embedding is None else {"timestep_cond": embedding}
+        return self.parts.unet(seen, timestep, **residuals, **distilled, **told).sample

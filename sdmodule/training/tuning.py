@@ -8,7 +8,6 @@ from typing import Any
 
 from sdmodule.components.checkpoint import Components
 from sdmodule.errors import SettingsError, check_choice, choices
-from sdmodule.families.family import TRAINING
 from sdmodule.training.controlnet import ControlNetTuning
 from sdmodule.training.full import FullTuning
 from sdmodule.training.lora import LoraTuning
@@ -53,17 +52,11 @@ def check_scratch(tuning: Tuning, scratch: Iterable[str]) -> None:
         )
 
 
-def check_stage(parts: Components, stage: str) -> None:
-    """Check that a model can be used in a stage of Lightning's: it may be for sampling alone.
-
-    Args:
-        parts: the model.
-        stage: ``fit``, ``validate``, ``test`` or ``predict``.
+def check_trainable(parts: Components) -> None:
+    """Check that a model has nothing that is for sampling alone.
 
     Raises:
-        SettingsError: if it cannot.
+        SettingsError: if it has.
     """
-    if stage != "predict":
-        parts.family.check_supports(TRAINING, "training", parts.source)
-    if stage == "fit" and parts.origin.keys() & {"adapters", "controlnet"}:
+    if parts.origin.keys() & {"adapters", "controlnet"}:
         raise SettingsError("adapters and controlnet: are for sampling; train on the checkpoint alone.")
