@@ -105,7 +105,7 @@ class StableDiffusionModule(TrainableModule):
         adapters, training = self.adapters.plain(), self.training_settings.lasting()
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         scratch = self.training_settings.scratch
-        parts, self.base_model = load_model(pretrained, revision, variant, components, scratch, self.adapters, task)
+        parts, self.base_model = load_model(pretrained, revision, variant, components, scratch, self.adapters)
         parts.scheduler = self.objective.scheduler(parts.scheduler)
         check_settings(parts, self.sampling, task)
         self.tuning.prepare(parts, self.training_settings.seed)

@@ -39,7 +39,6 @@ def load_model(
     components: Mapping[str, str],
     scratch: Iterable[str],
     adapters: AdapterSettings,
-    task: str = "text2image",
 ) -> tuple[Components, BaseModel]:
     """A model ready to sample with, and the identity of the checkpoint it is made of.
 
@@ -50,14 +49,12 @@ def load_model(
         components: another place for a part, by its name; ``controlnet`` names a ControlNet.
         scratch: parts that start from random weights.
         adapters: what is put on the model.
-        task: ``text2image`` or ``inpaint``.
 
     Raises:
         SettingsError: when anything cannot be read or does not fit.
     """
     places = {name: place for name, place in components.items() if name != "controlnet"}
     family = family_of(pretrained, revision)
-    family.check_supports(task, f"model={task}", pretrained)
     if "controlnet" in components:
         family.check_supports(CONTROLNET, f"controlnet={components['controlnet']}", pretrained)
     parts = load_components(pretrained, revision=revision, variant=variant, components=places, scratch=scratch)

@@ -12,7 +12,7 @@ from torch import Tensor
 from sdmodule.errors import SettingsError
 from sdmodule.families.conditioning import Conditioning, ImageSizes
 
-INPAINT, CONTROLNET = "inpaint", "controlnet"
+CONTROLNET = "controlnet"
 """What a family may not do yet; every family samples from text, with low-rank adapters."""
 
 
@@ -83,7 +83,7 @@ class Family(ABC):
         """Check that it can do what is asked for.
 
         Args:
-            task: such as ``INPAINT``.
+            task: such as ``CONTROLNET``.
             given: the setting that asks for it, such as ``model=inpaint``.
             pretrained: the checkpoint.
 

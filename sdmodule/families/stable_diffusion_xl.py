@@ -13,15 +13,15 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sdmodule.families.conditioning import Conditioning, ImageSizes
-from sdmodule.families.family import CONTROLNET, INPAINT, Family
+from sdmodule.families.family import CONTROLNET, Family
 
 
 class StableDiffusionXL(Family):
     """Two text encoders, and a UNet that is told the size of the image and the pooled prompt (section 2.2)."""
 
     title = "Stable Diffusion XL"
-    pipelines = re.compile(r"StableDiffusionXLPipeline$")
-    pipelines_in_words = "StableDiffusionXLPipeline"
+    pipelines = re.compile(r"StableDiffusionXL(|Inpaint)Pipeline$")
+    pipelines_in_words = "StableDiffusionXLPipeline and its inpainting variant"
     models: ClassVar = {
         "unet": UNet2DConditionModel,
         "vae": AutoencoderKL,
@@ -40,15 +40,16 @@ class StableDiffusionXL(Family):
     text_widths: ClassVar = {2048: "Stable Diffusion XL"}
     guidance_scale = 5.0
     upcasts_vae = True
-    unsupported = frozenset({INPAINT, CONTROLNET})
+    unsupported = frozenset({CONTROLNET})
 
     def zeroes_empty_prompts(self, index: Mapping[str, Any]) -> bool:
         """What ``force_zeros_for_empty_prompt`` says; true if left out, as in diffusers."""
         return bool(index.get("force_zeros_for_empty_prompt", True))
 
     def pipeline(self, inpainting: bool, zero_empty_prompts: bool) -> dict[str, Any]:
-        """The pipeline for text-to-image."""
-        return {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": zero_empty_prompts}
+        """The pipeline for text-to-image, or for inpainting."""
+        name = "StableDiffusionXLInpaintPipeline" if inpainting else "StableDiffusionXLPipeline"
+        return {"_class_name": name, "force_zeros_for_empty_prompt": zero_empty_prompts}
 
     def encode(self, text_encoder: Any, tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Hidden states of the last layer but one; the second encoder projects its end token as the pooled prompt."""

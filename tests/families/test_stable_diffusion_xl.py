@@ -157,7 +157,6 @@ def test_the_vae_decodes_in_float32_where_it_would_overflow(xl_checkpoint):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"task": "inpaint"}, "model=inpaint: does not work with Stable Diffusion XL yet"),
         ({"components": {"controlnet": "net"}}, "controlnet=net: does not work with Stable Diffusion XL yet"),
     ],
 )

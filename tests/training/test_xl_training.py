@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import ControlNetModel, DiffusionPipeline, StableDiffusionXLControlNetPipeline, StableDiffusionXLPipeline
 from lightning import Callback
 from PIL import Image
 from safetensors.torch import load_file
@@ -223,3 +225,40 @@ def test_a_word_is_learned_in_both_text_encoders(xl_checkpoint, folder, tmp_path
     options = {"num_inference_steps": 2, "return_type": "numpy", "show_progress": False}
     ours, theirs = (one.infer("a <my-cat> on a star", **options)["samples"] for one in (again, module))
     assert np.array_equal(ours, theirs)
+
+
+def test_a_unet_learns_to_inpaint(xl_checkpoint, folder, tmp_path):
+    training = {"inpaint": {"convert": True}}
+    module = module_of(xl_checkpoint, task="inpaint", training=training)
+    trainer = fit(module, data_of(folder, val_root=str(folder)), 2)
+    assert module.unet.config.in_channels == 9
+    assert {"val/loss_masked_area", "val/loss_unmasked_area"} <= trainer.callback_metrics.keys()
+    export = export_of(module, tmp_path / "export")
+    index = json.loads((export / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionXLInpaintPipeline"
+    again = StableDiffusionModule.from_pretrained(export, task="inpaint")
+    assert all(torch.equal(a, b) for a, b in zip(again.unet.parameters(), module.unet.parameters(), strict=True))
+    assert DiffusionPipeline.from_pretrained(export).unet.config.in_channels == 9
+
+
+def test_a_controlnet_is_trained_and_exported(xl_checkpoint, folder, tmp_path):
+    module = module_of(xl_checkpoint, {"kind": "controlnet"})
+    fit(module, data_of(folder, conditioning="canny"), 2)
+    assert all(name.startswith("controlnet.") for name in trained(module))
+    controlnet = ControlNetModel.from_pretrained(export_of(module, tmp_path / "export"))
+    assert controlnet.config.addition_embed_type == "text_time"
+    for name, weight in controlnet.named_parameters():
+        weight.data += 0.05 if "controlnet_" in name else 0  # after two steps it adds next to nothing
+    module.controlnet.load_state_dict(controlnet.state_dict())
+    control = Image.open(folder / "0.png").resize((32, 32))
+    pipeline = StableDiffusionXLControlNetPipeline(**xl_pipeline(xl_checkpoint).components, controlnet=controlnet)
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"negative_prompt": "blue", "num_inference_steps": 3}
+    generator = torch.Generator().manual_seed(1)
+    theirs = pipeline(
+        PROMPT, image=control, generator=generator, output_type="np", height=32, width=32, **options
+    ).images
+    options |= {"return_type": "numpy", "show_progress": False, "seed": 1}
+    ours = module.infer(PROMPT, control=control, **options)["samples"]
+    assert np.abs(ours - theirs).max() < 1e-5
+    assert np.abs(ours - infer(StableDiffusionModule.from_pretrained(xl_checkpoint))).max() > 1e-2
