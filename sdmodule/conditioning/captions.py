@@ -14,7 +14,7 @@ def encode_captions(captions: Sequence[str], parts: Components, cached: Any = No
     """Text embeddings of captions, in which parentheses have no meaning.
 
     An empty caption has embeddings of zeros where the checkpoint says so of empty prompts: these are what sampling is
-    guided away from, and what such a checkpoint was trained with where a caption was left out.
+    guided away from, and how the published training code of Stable Diffusion XL drops captions.
 
     Args:
         captions: B captions.

@@ -87,6 +87,7 @@ def test_the_lora_experiment_trains_an_adapter_that_predict_samples_with(call, t
         "kohya.safetensors",
         "pytorch_lora_weights.safetensors",
     }
+    assert "resolution: 32\n" in (run / "config.yaml").read_text()  # the checkpoint's own
     sheets = sorted(file.name for file in (run / "samples").glob("*.png"))
     assert sheets == ["000000.png", "000010.png", "000020.png"]
     common = ["prompt=image 1", "steps=2", f"pretrained={xl_checkpoint}"]
