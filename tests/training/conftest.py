@@ -52,13 +52,18 @@ def batch() -> dict[str, Any]:
     return {"image": images["image"] * 2 - 1, "conditioning": images["conditioning"], "caption": TWO_CAPTIONS}
 
 
+def drawn(generators: list[torch.Generator]) -> dict[str, Tensor]:
+    """What a step draws for images of 32 pixels, in its order: latents, timestep, caption dropout, noise."""
+    draws: dict[str, list[Tensor]] = {"latents": [], "timesteps": [], "noise": []}
+    for generator in generators:
+        draws["latents"].append(torch.randn(4, 8, 8, generator=generator))
+        draws["timesteps"].append((torch.rand(1, generator=generator) * 1000).long())
+        torch.rand((), generator=generator)
+        draws["noise"].append(torch.randn(4, 8, 8, generator=generator))
+    return {name: torch.cat(rows) if name == "timesteps" else torch.stack(rows) for name, rows in draws.items()}
+
+
 @pytest.fixture
 def draws() -> dict[str, Tensor]:
-    """What the module draws at its first step, in its order: latents, timestep, caption dropout, noise."""
-    drawn: dict[str, list[Tensor]] = {"latents": [], "timesteps": [], "noise": []}
-    for generator in per_example_generators(0, 2, 0, None):
-        drawn["latents"].append(torch.randn(4, 8, 8, generator=generator))
-        drawn["timesteps"].append((torch.rand(1, generator=generator) * 1000).long())
-        torch.rand((), generator=generator)
-        drawn["noise"].append(torch.randn(4, 8, 8, generator=generator))
-    return {name: torch.cat(rows) if name == "timesteps" else torch.stack(rows) for name, rows in drawn.items()}
+    """What the module draws at its first step."""
+    return drawn(per_example_generators(0, 2, 0, None))

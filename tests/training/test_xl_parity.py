@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdmodule.module import StableDiffusionModule
+from sdmodule.training.rng import per_example_generators
+from tests.training.conftest import drawn
 from tests.training.test_parity import EXACT, relative, step
 
+PRIOR_WEIGHT = 0.7
 UNET_LAYERS, TEXT_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"], ["q_proj", "k_proj", "v_proj", "out_proj"]
 ENCODERS = {
     "none": ({}, ()),
@@ -62,7 +65,10 @@ class PlainXL:
             )
             residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
         predicted = self.unet(noisy, draws["timesteps"], **told, **residuals).sample
-        return F.mse_loss(predicted, draws["noise"])
+        if "prior" not in batch:
+            return F.mse_loss(predicted, draws["noise"])
+        (ours, prior), (noise, prior_noise) = predicted.chunk(2), draws["noise"].chunk(2)
+        return F.mse_loss(ours, noise) + PRIOR_WEIGHT * F.mse_loss(prior, prior_noise)
 
 
 @pytest.fixture
@@ -97,9 +103,14 @@ def test_a_full_training_step_equals_diffusers(xl_checkpoint, batch, draws, whic
     assert_equal_steps(module, batch, plain.loss(batch, draws), *networks)
 
 
-def test_a_lora_training_step_equals_peft(xl_checkpoint, batch, draws):
+@pytest.mark.parametrize("prior", [False, True], ids=["captions", "dreambooth"])
+def test_a_lora_training_step_equals_peft(xl_checkpoint, batch, prior):
     tuning = {"kind": "lora", "rank": 4, "alpha": 8, "text_encoder": True}
-    module = StableDiffusionModule(str(xl_checkpoint), tuning=tuning, objective={"caption_dropout": 0.0})
+    objective = {"caption_dropout": 0.0, "prior_weight": PRIOR_WEIGHT}
+    module = StableDiffusionModule(str(xl_checkpoint), tuning=tuning, objective=objective)
+    draws = drawn(per_example_generators(0, 2, 0, None, pairs=prior))
+    if prior:
+        batch = {**batch, "prior": torch.tensor([False, True])}
     plain = PlainXL(xl_checkpoint)
     generator = torch.Generator().manual_seed(2)
     networks = [(getattr(module, name), getattr(plain, name)) for name in ("unet", "text_encoder", "text_encoder_2")]
