@@ -42,7 +42,7 @@ from sdmodule.training.optimizers import Optimization, parameter_groups
 from sdmodule.training.rng import generator_for, per_example_generators, seeded, validation_generators
 from sdmodule.training.settings import TrainingSettings
 from sdmodule.training.trainable import TrainableModule, replaced
-from sdmodule.training.tuning import check_scratch, check_trainable, choose_tuning
+from sdmodule.training.tuning import check_scratch, check_stage, choose_tuning
 from sdmodule.training.validation import validation_losses
 
 
@@ -126,9 +126,9 @@ class StableDiffusionModule(TrainableModule):
 
     @override
     def setup(self, stage: str) -> None:
+        check_stage(self.parts, stage)
         if stage != "fit":
             return
-        check_trainable(self.parts)
         self.check_fit()
         self.tuning.check_trainer(self._trainer)
         self.base_model.identify()

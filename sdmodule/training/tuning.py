@@ -52,11 +52,15 @@ def check_scratch(tuning: Tuning, scratch: Iterable[str]) -> None:
         )
 
 
-def check_trainable(parts: Components) -> None:
-    """Check that a model has nothing that is for sampling alone.
+def check_stage(parts: Components, stage: str) -> None:
+    """Check that a model can be used in a stage of Lightning's: it may be for sampling alone.
+
+    Args:
+        parts: the model.
+        stage: ``fit``, ``validate``, ``test`` or ``predict``.
 
     Raises:
-        SettingsError: if it has.
+        SettingsError: if it cannot.
     """
-    if parts.origin.keys() & {"adapters", "controlnet"}:
+    if stage == "fit" and parts.origin.keys() & {"adapters", "controlnet"}:
         raise SettingsError("adapters and controlnet: are for sampling; train on the checkpoint alone.")
