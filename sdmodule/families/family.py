@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -32,6 +32,7 @@ class Family(ABC):
             one text encoder are found by the word.
         text_widths: name of the models whose denoiser attends to text of a width.
         guidance_scale: its usual guidance scale.
+        takes_sizes: whether it is told the sizes of images.
         upcasts_vae: whether a VAE whose configuration says ``force_upcast`` decodes in float32 instead of float16.
         unsupported: what it cannot do yet.
     """
@@ -47,6 +48,7 @@ class Family(ABC):
     word_keys: ClassVar[Mapping[str, str]] = {}
     text_widths: ClassVar[Mapping[int, str]]
     guidance_scale: ClassVar[float]
+    takes_sizes: ClassVar[bool] = False
     upcasts_vae: ClassVar[bool] = False
     unsupported: ClassVar[frozenset[str]] = frozenset()
 
@@ -67,7 +69,7 @@ class Family(ABC):
     def encode(self, text_encoder: Any, tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Hidden states ``[B, L, D]`` of tokens ``[B, L]``, and their pooled embedding ``[B, P]`` if it is used."""
 
-    def with_sizes(self, conditioning: Conditioning, sizes: Iterable[ImageSizes]) -> Conditioning:
+    def with_sizes(self, conditioning: Conditioning, sizes: Sequence[ImageSizes]) -> Conditioning:
         """The conditioning of B images with the sizes of each, or as it is where the denoiser takes none."""
         return conditioning
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -39,6 +39,7 @@ class StableDiffusionXL(Family):
     word_keys: ClassVar = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
     text_widths: ClassVar = {2048: "Stable Diffusion XL"}
     guidance_scale = 5.0
+    takes_sizes = True
     upcasts_vae = True
     unsupported = frozenset({CONTROLNET})
 
@@ -56,7 +57,7 @@ class StableDiffusionXL(Family):
         output = text_encoder(tokens, attention_mask=attention_mask, output_hidden_states=True)
         return output.hidden_states[-2], getattr(output, "text_embeds", None)
 
-    def with_sizes(self, conditioning: Conditioning, sizes: Iterable[ImageSizes]) -> Conditioning:
+    def with_sizes(self, conditioning: Conditioning, sizes: Sequence[ImageSizes]) -> Conditioning:
         """Original size, crop and target size of each image (section 2.2)."""
         rows = [[*one.original, *one.crop, *one.target] for one in sizes]
         device = conditioning.hidden_states.device

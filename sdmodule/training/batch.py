@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -53,10 +53,8 @@ def read_batch(batch: Any, captions: bool = True, values: bool = True) -> dict[s
     return dict(batch)
 
 
-def image_sizes(batch: Mapping[str, Any], pixels_per_latent: int) -> Iterator[ImageSizes]:
+def image_sizes(batch: Mapping[str, Any], pixels_per_latent: int) -> list[ImageSizes]:
     """The sizes of the images of a batch; without ``original_size`` they were neither resized nor cropped.
-
-    They are read when they are asked for, since values on a GPU have to be waited for.
 
     Args:
         batch: its ``original_size``, height and width, and ``crop_top_left``, rows and columns, are ``[B, 2]`` in
@@ -70,12 +68,13 @@ def image_sizes(batch: Mapping[str, Any], pixels_per_latent: int) -> Iterator[Im
     count, height, width = len(images), images.shape[-2] * factor, images.shape[-1] * factor
     originals = _rows("original_size", batch.get("original_size", [[height, width]] * count), count, 1)
     crops = _rows("crop_top_left", batch.get("crop_top_left", [[0, 0]] * count), count, 0)
-    for original, crop in zip(originals, crops, strict=True):
-        yield ImageSizes(original, crop, (height, width))
+    return [ImageSizes(original, crop, (height, width)) for original, crop in zip(originals, crops, strict=True)]
 
 
 def with_image_sizes(text: Conditioning, batch: Mapping[str, Any], parts: Components) -> Conditioning:
     """The captions of a batch with the sizes of its images, where the denoiser is told them."""
+    if not parts.family.takes_sizes:  # values on a GPU would have to be waited for
+        return text
     return parts.family.with_sizes(text, image_sizes(batch, parts.pixels_per_latent))
 
 
