@@ -19,9 +19,10 @@ from typing_extensions import override
 
 from sdmodule.components.adapters import AdapterSettings
 from sdmodule.components.load_model import load_model, place_names
+from sdmodule.conditioning.captions import encode_captions
 from sdmodule.conditioning.inpaint_crop import check_inpaint_settings
-from sdmodule.conditioning.text import encode_prompts, escape_prompt
 from sdmodule.errors import build_settings, check_choice
+from sdmodule.families.conditioning import Conditioning
 from sdmodule.io.redact import shorten_home
 from sdmodule.sampling.infer import InferOptions, Prompts, infer
 from sdmodule.sampling.metadata import describe
@@ -35,6 +36,7 @@ from sdmodule.speed.compile import compile_unet
 from sdmodule.training import loss as denoising
 from sdmodule.training.accumulation import batch_size_of
 from sdmodule.training.activation_checkpointing import checkpoint_blocks
+from sdmodule.training.batch import with_image_sizes
 from sdmodule.training.frozen_weights import FrozenWeights
 from sdmodule.training.objective import Objective
 from sdmodule.training.optimizers import Optimization, parameter_groups
@@ -112,7 +114,7 @@ class StableDiffusionModule(TrainableModule):
         self.unet, self.controlnet = parts.unet, parts.controlnet
         self.text_encoder, self.text_encoder_2 = parts.text_encoder, parts.text_encoder_2
         self.vae, self.beside = parts.vae.eval().requires_grad_(False), ModuleDict(parts.beside)
-        self.frozen_weights = FrozenWeights([*parts.networks.values(), self.controlnet])
+        self.frozen_weights = FrozenWeights.of(parts)
         self._cached_embeddings, self._on_step = None, None
         checkpoint_blocks((self.unet, self.controlnet), self.training_settings.checkpointing)
         compile_unet(self.unet, self.training_settings.compile)
@@ -143,30 +145,31 @@ class StableDiffusionModule(TrainableModule):
         batch = self.read_batch(batch, batch_idx)
         seed, size = self.training_settings.seed, len(batch["caption"])
         generators = per_example_generators(seed, size, batch_idx, self._trainer, pairs="prior" in batch)
-        latents = denoising.encode_images(self.vae, batch, generators)
+        latents = denoising.encode_images(self.parts, batch, generators)
         timesteps = self.objective.draw_timesteps(generators, self.parts.num_timesteps).to(self.device)
         captions = denoising.drop_captions(batch["caption"], self.objective.caption_dropout, generators)
-        masks = denoising.mask_channels(self.vae, batch, generators, self.inpaint_training)
+        masks = denoising.mask_channels(self.parts, batch, generators, self.inpaint_training)
         noise = self.objective.draw_noise(latents, generators)
         with seeded(generator_for(seed, self.global_step, batch_idx, self.global_rank), self.device):  # for dropout
-            control = denoising.control_guide(self.controlnet, batch)
-            conditions = denoising.Conditions(self.encode_captions(captions), masks, control)
+            text = with_image_sizes(self.encode_captions(captions), batch, self.parts)
+            conditions = denoising.Conditions(text, masks, denoising.control_guide(self.controlnet, batch))
             errors = denoising.denoising_errors(self.parts, latents, noise, timesteps, conditions, self.objective)
         loss = denoising.reduce_errors(errors, batch, masks, self.objective, self.inpaint_training)
         self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True, batch_size=size)
         return self.weighted(loss, size // 2 if "prior" in batch else size)
 
     @override
-    def forward(self, latents: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, timesteps: Tensor, embeddings: Conditioning | Tensor) -> Tensor:
         """The denoiser's prediction ``[B, 4, h, w]`` for noisy latents at ``timesteps`` ``[B]``, given text."""
-        return self.unet(latents, timesteps, encoder_hidden_states=embeddings).sample
+        text = Conditioning(embeddings) if isinstance(embeddings, Tensor) else embeddings
+        return self.unet(latents, timesteps, **self.parts.family.denoiser_arguments(text)).sample
 
     @override
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         batch, size = self.validation_batch(batch, batch_idx, dataloader_idx)
         seed, count = self.training_settings.seed, len(batch["caption"])
         generators = validation_generators(seed, count, batch_idx, self._trainer, dataloader_idx)
-        text = self.encode_captions(batch["caption"])
+        text = with_image_sizes(self.encode_captions(batch["caption"]), batch, self.parts)
         losses = validation_losses(self.parts, batch, text, generators, inpainting=self.task == INPAINT)
         self.log_validation(losses, main="loss", batch_size=size)
 
@@ -174,19 +177,16 @@ class StableDiffusionModule(TrainableModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         super().on_before_optimizer_step(optimizer)
         if not self.tuning.text_encoder_learns(self.global_step):
-            self.text_encoder.zero_grad()
+            for _, encoder in self.parts.text_encoders:
+                encoder.zero_grad()
 
-    def encode_captions(self, captions: Sequence[str]) -> Tensor:
-        """Text embeddings of captions, ``[B, chunks * 77, D]``, cached or computed; parentheses have no meaning."""
-        prompts = [escape_prompt(caption) for caption in captions]
-        cached = self._cached_embeddings
-        if cached is not None and all(prompt in cached for prompt in prompts):
-            return cached(prompts).to(self.device)
+    def encode_captions(self, captions: Sequence[str]) -> Conditioning:
+        """Text embeddings of captions, cached or computed; see `conditioning.captions.encode_captions`."""
         # DDP waits for all gradients, even those that are dropped after text_encoder_stop
         distributed = self._trainer is not None and self._trainer.world_size > 1
         learns = self.tuning.text_encoder_learns(0 if distributed else self.global_step)
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-            return encode_prompts(prompts, self.parts.tokenizer, self.text_encoder)
+            return encode_captions(captions, self.parts, self._cached_embeddings)
 
     def cached_embeddings(self, embeddings: Any) -> AbstractContextManager[None]:
         """Look up text embeddings inside a ``with`` block; see `data.cache.latents.CachedEmbeddings`."""
@@ -196,7 +196,7 @@ class StableDiffusionModule(TrainableModule):
     @override
     def parameter_groups(self) -> list[Any]:
         """The trainable weights, in groups for the optimizer."""
-        return parameter_groups(self, self.text_encoder, self.tuning.text_encoder_lr)
+        return parameter_groups(self, [one for _, one in self.parts.text_encoders], self.tuning.text_encoder_lr)
 
     @property
     def resolution(self) -> int:

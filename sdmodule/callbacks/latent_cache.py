@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from sdmodule.conditioning.text import count_chunks, encode_prompts, escape_prompt
+from sdmodule.conditioning.text import chunks_of, encode_texts, escape_prompt
 from sdmodule.data.base import TrainingData
+from sdmodule.data.buckets import Size
 from sdmodule.data.cache.latents import CachedEmbeddings, CachedMomentsDataset, ImageDataset, moments_keys
 from sdmodule.data.cache.tensor_store import TensorStore
 from sdmodule.data.example import View
@@ -34,6 +35,9 @@ CAPTIONS_PER_BATCH = 64
 
 KeyedView = tuple[str, int, View]
 """The key of an image's moments, the image's index, and how it is transformed."""
+
+Encoded = tuple[int, dict[str, Tensor]]
+"""How many images or captions were encoded, and the tensors to store."""
 
 
 class LatentCache(Callback):
@@ -87,7 +91,8 @@ class LatentCache(Callback):
                 "cache=all: data.shuffle_tags=true and several templates vary the captions, which cannot be cached; "
                 "leave them out, or use cache=latents."
             )
-        if self.what == ALL and any(weight.requires_grad for weight in module.text_encoder.parameters()):
+        encoders = [encoder for _, encoder in module.parts.text_encoders]
+        if self.what == ALL and any(weight.requires_grad for encoder in encoders for weight in encoder.parameters()):
             raise SettingsError(
                 "cache=all: text embeddings cannot be cached while the text encoder is trained; use cache=latents, or "
                 "leave the text encoder frozen."
@@ -121,17 +126,19 @@ class LatentCache(Callback):
         images: ImageDataset = data.train_set
         store = TensorStore(self.folder / f"moments-{model_fingerprint(module.vae, module.vae.config)}")
 
-        def keys_of(index: int) -> list[str]:
-            return moments_keys(images.content(index), images.size_of(index), images.random_flip)
+        def look_up(index: int) -> tuple[list[str], Size]:
+            keys = moments_keys(images.content(index), images.size_of(index), images.random_flip)
+            return keys, images.original_size(index)
 
-        keys = _map_on_all_devices(trainer, range(len(images)), keys_of, "Looking for images in the cache")
+        found = _map_on_all_devices(trainer, range(len(images)), look_up, "Looking for images in the cache")
+        keys, original_sizes = [own for own, _ in found], [size for _, size in found]
         missing: dict[str, KeyedView] = {}
         for index, own in enumerate(keys):
             for flipped, key in enumerate(own):
                 if key not in store:
                     missing.setdefault(key, (key, index, View(flipped=bool(flipped))))
 
-        def encode(share: Sequence[KeyedView]) -> Iterator[dict[str, Tensor]]:
+        def encode(share: Sequence[KeyedView]) -> Iterator[Encoded]:
             loader = DataLoader(
                 _KeyedImages(images, share),
                 batch_sampler=_batches_of_one_size([images.size_of(index) for _, index, _ in share]),
@@ -139,29 +146,35 @@ class LatentCache(Callback):
                 generator=torch.Generator(),
             )
             for batch in loader:
-                moments = encode_moments(module.vae, batch["image"].to(module.device)).cpu()
-                yield {key: moments[k] for k, key in enumerate(batch["key"])}
+                moments = encode_moments(module.parts, batch["image"].to(module.device)).cpu()
+                yield len(moments), {key: moments[k] for k, key in enumerate(batch["key"])}
 
         self._fill(trainer, store, list(missing.values()), encode, "Encoding images")
         # masks and control images come with the image
         with_images = module.task == INPAINT or module.controlnet is not None or module.objective.masked
-        return CachedMomentsDataset(images, store, keys, with_images)
+        return CachedMomentsDataset(images, store, keys, original_sizes, with_images)
 
     def _cached_embeddings(self, trainer: Trainer, module: Any, images: ImageDataset) -> CachedEmbeddings:
-        tokenizer, encoder = module.parts.tokenizer, module.text_encoder
-        model = model_fingerprint(encoder, encoder.config.to_dict())
-        vocabulary = fingerprint(tokenizer.model_max_length, sorted(tokenizer.get_vocab().items()))
-        store = TensorStore(self.folder / f"embeddings-{fingerprint(model, vocabulary)}")
+        parts = module.parts
+        made_by: list[str] = []
+        for tokenizer, encoder in parts.text_encoders:
+            vocabulary = fingerprint(tokenizer.model_max_length, sorted(tokenizer.get_vocab().items()))
+            made_by += [model_fingerprint(encoder, encoder.config.to_dict()), vocabulary]
+        store = TensorStore(self.folder / f"embeddings-{fingerprint(*made_by)}")
         prompts = dict.fromkeys(["", *(escape_prompt(images.caption(index)) for index in range(len(images)))])
         missing = [prompt for prompt in prompts if fingerprint(prompt) not in store]
 
         @torch.no_grad()
-        def encode(share: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        def encode(share: Sequence[str]) -> Iterator[Encoded]:
             for start in range(0, len(share), CAPTIONS_PER_BATCH):
                 batch = share[start : start + CAPTIONS_PER_BATCH]
-                lengths = [count_chunks(prompt, tokenizer) * tokenizer.model_max_length for prompt in batch]
-                rows = zip(batch, encode_prompts(batch, tokenizer, encoder).cpu(), lengths, strict=True)
-                yield {fingerprint(prompt): row[:length] for prompt, row, length in rows}
+                text = encode_texts(batch, parts, chunks_of(batch, parts)).on(torch.device("cpu"))
+                tensors: dict[str, Tensor] = {}
+                for k, prompt in enumerate(batch):
+                    length = chunks_of([prompt], parts) * parts.tokenizer.model_max_length
+                    pooled = None if text.pooled is None else text.pooled[k]
+                    tensors |= CachedEmbeddings.entries(prompt, text.hidden_states[k, :length], pooled)
+                yield len(batch), tensors
 
         self._fill(trainer, store, missing, encode, "Encoding captions")
         return CachedEmbeddings(store)
@@ -171,7 +184,7 @@ class LatentCache(Callback):
         trainer: Trainer,
         store: TensorStore,
         missing: Sequence[Any],
-        encode: Callable[[Sequence[Any]], Iterable[dict[str, Tensor]]],
+        encode: Callable[[Sequence[Any]], Iterable[Encoded]],
         doing: str,
     ) -> None:
         """Encode what is missing, each device its share; afterwards every device can read all of it."""
@@ -181,8 +194,8 @@ class LatentCache(Callback):
             with progress(len(share), f"{doing} into {store.folder}") as on_done:
 
                 def counted() -> Iterator[dict[str, Tensor]]:
-                    for tensors in encode(share):
-                        on_done(len(tensors))
+                    for count, tensors in encode(share):
+                        on_done(count)
                         yield tensors
 
                 store.fill(counted())

@@ -99,13 +99,12 @@ def steps_of_epochs(trainer: Any, data: Any) -> int | None:
 
 
 def check_family(cfg: DictConfig) -> None:
-    """Check that a checkpoint of this family can be trained, before anything is read of it but its index."""
+    """Check that a checkpoint is of a family that is known, before anything is read of it but its index."""
     from sdmodule.components.checkpoint import family_of
-    from sdmodule.families.family import TRAINING
 
     pretrained = cfg.model.get("pretrained")
     if "components" in cfg.model and isinstance(pretrained, str):  # an autoencoder is of no family
-        family_of(pretrained, cfg.model.get("revision")).check_supports(TRAINING, "training", pretrained)
+        family_of(pretrained, cfg.model.get("revision"))
 
 
 def build_model(cfg: DictConfig) -> Any:

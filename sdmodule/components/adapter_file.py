@@ -28,7 +28,7 @@ def write_diffusers(adapter: Adapter, folder: Path, dtype: str) -> None:
         for key, value in adapter.weights[part].items():
             # diffusers hands a text encoder's keys to transformers, which only knows DoRA's magnitudes by this name
             suffix = ".weight" if part != "unet" and key.endswith(MAGNITUDES) else ""
-            weights[f"{part}.{_with_text_model(part, key)}{suffix}"] = value
+            weights[f"{part}.{_full_name(part, key)}{suffix}"] = value
         config = adapter.config(part).to_dict()
         for name in ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_dora"):
             value = config[name]
@@ -36,17 +36,13 @@ def write_diffusers(adapter: Adapter, folder: Path, dtype: str) -> None:
     save_tensors(weights, folder / DIFFUSERS_FILE, dtype, {METADATA: json.dumps(settings)})
 
 
-def _with_text_model(part: str, name: str) -> str:
-    """The name of a layer with what transformers 5 leaves out of some text encoders; other tools expect it."""
-    return name if part == "unet" or name.startswith("text_model.") else f"text_model.{name}"
-
-
 def write_kohya(adapter: Adapter, folder: Path, dtype: str, family: Family) -> None:
     """Write the layout of kohya's scripts and of LyCORIS, with weights of ``dtype``."""
     weights = {}
     for part in adapter.weights:
+        prefix = family.adapter_prefixes[part][0]
         for layer, factors in adapter.layers(part).items():
-            flat = f"{family.adapter_prefixes[part][0]}_{_with_text_model(part, layer)}".replace(".", "_")
+            flat = f"{prefix}_{_full_name(part, layer).replace('.', '_')}"
             for factor, value in factors.items():
                 if factor == MAGNITUDES:
                     value = value.reshape(len(value.flatten()), *[1] * (factors["lora_A.weight"].ndim - 1))
@@ -54,6 +50,11 @@ def write_kohya(adapter: Adapter, folder: Path, dtype: str, family: Family) -> N
             if (alpha := adapter.alphas.get(part, {}).get(layer)) is not None:
                 weights[f"{flat}.alpha"] = torch.tensor(alpha)
     save_tensors(weights, folder / KOHYA_FILE, dtype, {})
+
+
+def _full_name(part: str, name: str) -> str:
+    """A layer's name with the prefix of text encoders, which transformers 5 leaves out and other tools expect."""
+    return name if part == "unet" or name.startswith("text_model.") else f"text_model.{name}"
 
 
 def save_tensors(weights: dict[str, Tensor], file: Path, dtype: str, metadata: dict[str, str]) -> None:

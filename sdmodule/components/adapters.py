@@ -14,7 +14,7 @@ from sdmodule.components.adapter_layouts import is_adapter, to_adapter
 from sdmodule.components.adapter_weights import add_adapters
 from sdmodule.components.checkpoint import Components
 from sdmodule.components.folder_kinds import ADAPTER_FILES, EXPORT, PEFT_FILE, how_to_use, peft_folders
-from sdmodule.components.learned_words import add_word
+from sdmodule.components.learned_word_file import use_word
 from sdmodule.components.lora_layers import (
     DORA,
     Adapter,
@@ -26,11 +26,7 @@ from sdmodule.components.lora_layers import (
 )
 from sdmodule.components.peft_layout import read_peft
 from sdmodule.errors import SettingsError, build_settings, check_bool, check_number, choices
-from sdmodule.families.family import LEARNED_WORDS
 from sdmodule.io.redact import shorten_home
-
-UNNAMED_WORD = "emb_params"
-"""Key of a learned word in AUTOMATIC1111's web UI, which names the word after the file."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +111,7 @@ def use_adapters(parts: Components, chosen: Sequence[AdapterChoice], merged: boo
         if is_adapter(tensors):
             adapters[adapter_name(number)] = (to_adapter(tensors, header, one.file, parts), one.scale)
         else:
-            _add_word(parts, one, tensors)
+            _add_word(parts, one, tensors, header)
     if merged or not _can_be_attached(list(adapters.values()), parts):
         add_adapters(parts, list(adapters.values()))
         return
@@ -140,25 +136,10 @@ def _can_be_attached(adapters: Sequence[tuple[Adapter, float]], parts: Component
     return one_method and not changed and all(is_attachable(adapter, parts) for adapter, _ in adapters)
 
 
-def _add_word(parts: Components, one: AdapterChoice, tensors: Mapping[str, Tensor]) -> None:
-    parts.family.check_supports(LEARNED_WORDS, f"adapters={one.path}: a learned word", parts.source)
-    width = parts.text_encoder.config.hidden_size
-    name, vectors = next(iter(tensors.items())) if len(tensors) == 1 else ("", None)
-    if vectors is None or vectors.ndim not in (1, 2):
-        raise SettingsError(
-            f"adapters={one.path}: neither a low-rank adapter (keys such as unet.… or lora_unet_…) nor a learned word "
-            "(one tensor); give one of these."
-        )
-    if vectors.shape[-1] != width or (vectors.ndim == 2 and not 1 <= len(vectors) <= 75):
-        raise SettingsError(
-            f"adapters={one.path}: the learned word has the shape {tuple(vectors.shape)}, and this model takes 1 to 75 "
-            f"vectors of {width}; give one that was learned on a model of this architecture."
-        )
+def _add_word(parts: Components, one: AdapterChoice, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    use_word(parts, tensors, header, one.file, one.path)
     if one.scale != 1:
         raise SettingsError(f"adapters={one.path}: scale={one.scale} does not apply to a learned word; leave it out.")
-    placeholder = one.file.stem if name == UNNAMED_WORD else name
-    vectors = vectors.float().reshape(-1, width)
-    add_word(placeholder, vectors, parts.tokenizer, parts.text_encoder).requires_grad_(False)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from huggingface_hub import hf_hub_download
 from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 
 from sdmodule.components.folder_kinds import INDEX
@@ -93,6 +93,11 @@ class Components:
     def adaptable(self) -> list[Any]:
         """The networks that low-rank adapters change."""
         return [getattr(self, name) for name in self.family.adapter_prefixes]
+
+    @property
+    def upcasts_vae(self) -> bool:
+        """Whether the VAE overflows in float16, and computes in float32 instead."""
+        return self.family.upcasts_vae and bool(self.vae.config.force_upcast)
 
     @property
     def num_timesteps(self) -> int:
@@ -280,7 +285,7 @@ def _load(name: str, source: Source, scratch: bool = False, subfolder: str | Non
 
 
 def _from_scratch(model: Any, location: str, options: dict[str, Any]) -> Any:
-    if issubclass(model, CLIPTextModel):
+    if issubclass(model, (CLIPTextModel, CLIPTextModelWithProjection)):
         encoder = model(model.config_class.from_pretrained(location, **options))
         _spread_embeddings(encoder)
         return encoder

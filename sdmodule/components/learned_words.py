@@ -86,6 +86,8 @@ def add_word(
             )
     first = len(tokenizer)
     tokenizer.add_tokens(names)
+    # with an old configuration, transformers takes the largest id for a prompt's end, and those of words are larger
+    getattr(text_encoder, "text_model", text_encoder).eos_token_id = tokenizer.eos_token_id
     embedding = ExtendedEmbedding(text_encoder.get_input_embeddings(), first, vectors.to(text_encoder.device))
     text_encoder.set_input_embeddings(embedding)
     return embedding

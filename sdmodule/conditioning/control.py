@@ -85,7 +85,7 @@ class ControlGuide:
         Args:
             latents: input of the UNet, ``[B or 2B, 4 or 9, h, w]``; 2B with classifier-free guidance.
             timestep: a scalar, or ``[B]``.
-            told: what the denoiser is told beside these, ``encoder_hidden_states`` ``[B or 2B, L, D]`` and the rest.
+            told: what the denoiser is called with beside these; see ``Family.denoiser_arguments``.
             guess_mode: let residuals grow with depth.
         """
         images = self.images.repeat(len(latents) // len(self.images), 1, 1, 1).to(told["encoder_hidden_states"])

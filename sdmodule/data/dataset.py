@@ -94,6 +94,11 @@ class ImageFolderDataset(Dataset[CaptionedImage]):
             groups[size].append(index)
         return groups
 
+    def original_size(self, index: int) -> Size:
+        """Height and width of an image before it is resized and cropped."""
+        width, height = upright_size(self.examples[index].path)
+        return height, width
+
     def content(self, index: int) -> str:
         """A key of an image's content: the hash of its file."""
         return file_fingerprint(self.examples[index].path)
@@ -118,7 +123,7 @@ class ImageFolderDataset(Dataset[CaptionedImage]):
         return View(x, y, flipped=self.random_flip and rng.random() < 0.5)
 
     def load(self, index: int, view: View) -> dict[str, Tensor]:
-        """The tensors of an image in a view: ``image`` ``[3, H, W]`` in [-1, 1].
+        """The tensors of an image in a view: ``image`` ``[3, H, W]`` in [-1, 1], and its `Crop.sizes`.
 
         An image with a mask has ``mask`` ``[1, H, W]`` too, and with ``conditioning`` set there is ``conditioning``
         ``[3, H, W]`` in [0, 1]. All share one crop and flip.
@@ -127,7 +132,7 @@ class ImageFolderDataset(Dataset[CaptionedImage]):
         image = load_rgb(path)
         crop = Crop(image.size, self.size_of(index), view)
         cropped = crop(image, Image.Resampling.BICUBIC)
-        example = {"image": image_to_tensor(cropped)}
+        example = {"image": image_to_tensor(cropped), **crop.sizes()}
         if self.conditioning == CANNY:
             example["conditioning"] = image_to_tensor(canny_edges(cropped)) / 2 + 0.5
         elif control_path is not None and self.conditioning == FILES:
@@ -156,6 +161,7 @@ class Crop:
     def __init__(self, size: tuple[int, int], wanted: tuple[int, int], view: View) -> None:
         height, width = wanted
         scale = max(width / size[0], height / size[1])
+        self.original = size[1], size[0]
         self.covering = max(width, round(size[0] * scale)), max(height, round(size[1] * scale))
         left, top = round(view.x * (self.covering[0] - width)), round(view.y * (self.covering[1] - height))
         self.box = (left, top, left + width, top + height)
@@ -165,6 +171,15 @@ class Crop:
         """The part of an image."""
         part = self._cut(image, resampling)
         return ImageOps.mirror(part) if self.flipped else part
+
+    def sizes(self) -> dict[str, Tensor]:
+        """The original size of the images and the crop's corner: ``original_size`` and ``crop_top_left``, each ``[2]``.
+
+        In a mirrored image the left edge is the right one of the crop, as in the training scripts of diffusers.
+        """
+        left, top, right, _ = self.box
+        corner = top, self.covering[0] - right if self.flipped else left
+        return {"original_size": torch.tensor(self.original), "crop_top_left": torch.tensor(corner)}
 
     def _cut(self, image: Image.Image, resampling: Image.Resampling) -> Image.Image:
         if self.covering[0] * self.covering[1] <= LARGEST_COVERING:

@@ -69,11 +69,15 @@ class View(NamedTuple):
 class CaptionedImage(TypedDict):
     """One training example: ``image`` is ``[3, H, W]`` in [-1, 1].
 
+    ``original_size`` is its height and width before it was resized and cropped, and ``crop_top_left`` the rows and
+    columns that the crop left off at the top and on the left, in pixels of the resized image; both are ``[2]``, int64.
     ``mask``, if any, is ``[1, H, W]`` of 0 and 1; ``conditioning``, the image for a ControlNet, ``[3, H, W]`` in
     [0, 1].
     """
 
     image: Tensor
     caption: str
+    original_size: NotRequired[Tensor]
+    crop_top_left: NotRequired[Tensor]
     mask: NotRequired[Tensor]
     conditioning: NotRequired[Tensor]

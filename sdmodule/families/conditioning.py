@@ -65,6 +65,11 @@ class Conditioning:
         """The text as ``dtype``; sizes stay in float32, since 16 bits would round them."""
         return self._with_text(lambda text: text.to(dtype))
 
+    def on(self, device: torch.device) -> Conditioning:
+        """All of it on a device."""
+        sizes = None if self.time_ids is None else self.time_ids.to(device)
+        return replace(self._with_text(lambda text: text.to(device)), time_ids=sizes)
+
     def zeroed(self, rows: Sequence[int]) -> Conditioning:
         """The text of these rows replaced by zeros."""
         if not rows:

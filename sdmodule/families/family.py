@@ -9,11 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from sdmodule.errors import SettingsError
 from sdmodule.families.conditioning import Conditioning, ImageSizes
-
-TRAINING, LEARNED_WORDS = "training", "learned words"
-"""What a family may not do yet; every family samples, with low-rank adapters and ControlNets."""
 
 
 class Family(ABC):
@@ -29,6 +25,8 @@ class Family(ABC):
         other_inputs: what the configuration of a network says of inputs beside latents, timestep and text.
         adapter_prefixes: for each part that low-rank adapters change, the prefixes of its layers in kohya's layout.
         adapter_headers: what kohya's scripts call its models in the header of an adapter.
+        word_keys: for each text encoder, the key of its vectors in the file of a learned word; empty if the vectors of
+            one text encoder are found by the word.
         original_prefixes: of each network's weights in a single file of the original layout.
         original_marks: beginnings of keys that only its single files have.
         original_configs: shipped configuration of a single file, by the UNet's input channels and its width of text.
@@ -42,7 +40,6 @@ class Family(ABC):
         upcasts_vae: whether a VAE whose configuration says ``force_upcast`` decodes in float32 instead of float16.
         refines: whether it only goes on where another model stopped.
         refinable: whether a refiner can go on after it.
-        unsupported: what it cannot do yet.
     """
 
     title: ClassVar[str]
@@ -54,6 +51,7 @@ class Family(ABC):
     other_inputs: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     adapter_prefixes: ClassVar[Mapping[str, tuple[str, ...]]]
     adapter_headers: ClassVar[re.Pattern[str]]
+    word_keys: ClassVar[Mapping[str, str]] = {}
     original_prefixes: ClassVar[Mapping[str, str]]
     original_marks: ClassVar[tuple[str, ...]]
     original_configs: ClassVar[Mapping[tuple[int, int], str]]
@@ -67,7 +65,6 @@ class Family(ABC):
     upcasts_vae: ClassVar[bool] = False
     refines: ClassVar[bool] = False
     refinable: ClassVar[bool] = False
-    unsupported: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -116,19 +113,6 @@ class Family(ABC):
             arguments["added_cond_kwargs"] = {"image_embeds": [conditioning.images]}
         return arguments
 
-    def check_supports(self, task: str, given: str, pretrained: str) -> None:
-        """Check that it can do what is asked for.
-
-        Args:
-            task: such as ``TRAINING``.
-            given: the setting that asks for it, such as ``model=inpaint``.
-            pretrained: the checkpoint.
-
-        Raises:
-            SettingsError: if it cannot yet.
-        """
-        if task in self.unsupported:
-            raise SettingsError(
-                f"{given}: does not work with {self.title} yet, of which pretrained={pretrained} is; it "
-                "samples, with low-rank adapters and ControlNets; give a checkpoint of Stable Diffusion 1.x or 2.x."
-            )
+    def unused_layers(self, part: str, network: Any) -> list[Any]:
+        """Layers of a network that no output depends on which is used: they cannot learn."""
+        return []

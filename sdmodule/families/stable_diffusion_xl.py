@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sdmodule.families.conditioning import Conditioning, ImageSizes
-from sdmodule.families.family import LEARNED_WORDS, TRAINING, Family
+from sdmodule.families.family import Family
 
 WIDTHS = {
     **{512: (1856, 1920, 1984, 2048), 576: (1664, 1728, 1792), 640: (1536, 1600), 704: (1344, 1408, 1472)},
@@ -49,13 +49,18 @@ class StableDiffusionXL(Family):
         "text_encoder_2": ("lora_te2",),
     }
     adapter_headers = re.compile(r"sdxl|stable-diffusion-xl")
+    word_keys: ClassVar = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
     original_prefixes: ClassVar = {
         "unet": "model.diffusion_model.",
         "vae": "first_stage_model.",
         "text_encoder": "conditioner.embedders.0.",
         "text_encoder_2": "conditioner.embedders.1.",
     }
-    original_marks = ("conditioner.embedders.", "model.diffusion_model.label_emb.0.", "label_emb.0.")
+    original_marks: ClassVar[tuple[str, ...]] = (
+        "conditioner.embedders.",
+        "model.diffusion_model.label_emb.0.",
+        "label_emb.0.",
+    )
     original_configs: ClassVar = {(4, 2048): "sdxl", (9, 2048): "sdxl_inpaint"}
     not_a_base: ClassVar = {
         (4, 1280): "the refiner of Stable Diffusion XL, which only takes over what its base model has begun"
@@ -67,7 +72,6 @@ class StableDiffusionXL(Family):
     trained_sizes = TRAINED_SIZES
     upcasts_vae = True
     refinable = True
-    unsupported = frozenset({TRAINING, LEARNED_WORDS})
 
     def recognizes(self, index: Mapping[str, Any]) -> bool:
         """The pipeline is one of its own, but not that of the refiner."""
@@ -104,6 +108,13 @@ class StableDiffusionXL(Family):
         """Original size, crop and target size of each image (section 2.2)."""
         rows = [[*one.original, *one.crop, *one.target] for one in sizes]
         return conditioning.with_time_ids(torch.tensor(rows, dtype=torch.float32))
+
+    def unused_layers(self, part: str, network: Any) -> list[Any]:
+        """Behind the last layer but one, the first text encoder is not asked for anything."""
+        if part != "text_encoder":
+            return []
+        model = getattr(network, "text_model", network)
+        return [model.encoder.layers[-1], model.final_layer_norm]
 
     def denoiser_arguments(self, conditioning: Conditioning) -> dict[str, Any]:
         """The text, and beside it the pooled prompt and the sizes."""

@@ -11,7 +11,6 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModelWithProjection
 
 from sdmodule.families.conditioning import Conditioning, ImageSizes
-from sdmodule.families.family import LEARNED_WORDS, TRAINING
 from sdmodule.families.stable_diffusion_xl import StableDiffusionXL
 
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
@@ -32,11 +31,10 @@ class StableDiffusionXLRefiner(StableDiffusionXL):
     optional_parts = ("text_encoder", "tokenizer")
     adapter_prefixes: ClassVar = {"unet": ("lora_unet",), "text_encoder_2": ("lora_te2",)}
     adapter_headers = re.compile(r"stable-diffusion-xl-v1-refiner")
-    original_marks = ()  # not read from single files
+    original_marks: ClassVar = ()  # not read from single files
     original_configs: ClassVar = {}
     not_a_base: ClassVar = {}
     text_widths: ClassVar = {1280: "the refiner of Stable Diffusion XL"}
-    unsupported = frozenset({TRAINING, LEARNED_WORDS})
     refines = True
     refinable = False
 

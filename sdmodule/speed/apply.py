@@ -59,7 +59,9 @@ def apply_training_speed(parts: Components, device: str, precision: str) -> Iter
         if device == "cpu":
             stack.enter_context(retain_freed_memory())
         if training_attention(device, precision) == "plain":
-            stack.enter_context(plain_attention(parts.text_encoder, parts.unet, parts.controlnet))
+            stack.enter_context(
+                plain_attention([encoder for _, encoder in parts.text_encoders], parts.unet, parts.controlnet)
+            )
         yield
 
 

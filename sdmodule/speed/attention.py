@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any
@@ -63,28 +63,30 @@ def attention_backend(unet: Any, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def plain_attention(text_encoder: Any, *networks: Any) -> Iterator[None]:
+def plain_attention(text_encoders: Sequence[Any], *networks: Any) -> Iterator[None]:
     """Compute attention as two plain matrix products inside a ``with`` block: faster training in bfloat16 on CPU.
 
     There the backward pass of torch's fused attention once took four times as long. In float32 fused attention is the
     faster one, and it keeps less memory.
 
     Args:
-        text_encoder: a text encoder of transformers.
+        text_encoders: of transformers.
         networks: UNets and ControlNets; None is skipped.
     """
     present = [network for network in networks if network is not None]
     before = [network.attn_processors for network in present]
-    text_before = text_encoder.config._attn_implementation
+    text_before = [encoder.config._attn_implementation for encoder in text_encoders]
     try:
         for network in present:
             network.set_attn_processor(AttnProcessor())
-        text_encoder.set_attn_implementation("eager")
+        for encoder in text_encoders:
+            encoder.set_attn_implementation("eager")
         yield
     finally:
         for network, processors in zip(present, before, strict=True):
             network.set_attn_processor(processors)
-        text_encoder.set_attn_implementation(text_before)
+        for encoder, implementation in zip(text_encoders, text_before, strict=True):
+            encoder.set_attn_implementation(implementation)
 
 
 def check_attention(name: str, device: str | None = None) -> None:

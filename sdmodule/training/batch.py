@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from sdmodule.components.checkpoint import Components
 from sdmodule.errors import SettingsError
+from sdmodule.families.conditioning import Conditioning, ImageSizes
 
 RANGES = {"image": (-1.0, 1.0), "conditioning": (0.0, 1.0), "mask": (0.0, 1.0)}
 """Values that the tensors of a batch may have."""
@@ -49,6 +51,46 @@ def read_batch(batch: Any, captions: bool = True, values: bool = True) -> dict[s
             if values:
                 _check_range(name, batch[name], *bounds)
     return dict(batch)
+
+
+def image_sizes(batch: Mapping[str, Any], pixels_per_latent: int) -> list[ImageSizes]:
+    """The sizes of the images of a batch; without ``original_size`` they were neither resized nor cropped.
+
+    Args:
+        batch: its ``original_size``, height and width, and ``crop_top_left``, rows and columns, are ``[B, 2]`` in
+            pixels.
+        pixels_per_latent: downsampling factor of the VAE.
+
+    Raises:
+        SettingsError: for sizes of another shape or below 1, and crops below 0.
+    """
+    images, factor = (batch["image"], 1) if "image" in batch else (batch["moments"], pixels_per_latent)
+    count, height, width = len(images), images.shape[-2] * factor, images.shape[-1] * factor
+    originals = _rows("original_size", batch.get("original_size", [[height, width]] * count), count, 1)
+    crops = _rows("crop_top_left", batch.get("crop_top_left", [[0, 0]] * count), count, 0)
+    return [ImageSizes(original, crop, (height, width)) for original, crop in zip(originals, crops, strict=True)]
+
+
+def with_image_sizes(text: Conditioning, batch: Mapping[str, Any], parts: Components) -> Conditioning:
+    """The captions of a batch with the sizes of its images, where the denoiser is told them."""
+    if not parts.family.takes_sizes:  # values on a GPU would have to be waited for
+        return text
+    return parts.family.with_sizes(text, image_sizes(batch, parts.pixels_per_latent))
+
+
+def _rows(name: str, values: Any, count: int, lowest: int) -> list[tuple[int, int]]:
+    """Pairs of whole numbers, one for each image of a batch."""
+    rows = values.tolist() if isinstance(values, Tensor) else values
+    try:
+        pairs = [(int(first), int(second)) for first, second in rows]
+    except (TypeError, ValueError):
+        pairs = []
+    if len(pairs) != count or min(min(pair) for pair in pairs) < lowest:
+        raise SettingsError(
+            f"the data loader gave {name}={rows} for {count} images; give a tensor [B, 2] of whole numbers of at least "
+            f"{lowest}, in pixels."
+        )
+    return pairs
 
 
 def _described(batch: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from lightning import Trainer
 from sdmodule.components.checkpoint import Components
 from sdmodule.components.controlnet import controlnet_from_unet
 from sdmodule.components.save import save_model
+from sdmodule.training.text_encoder import freeze_text_encoders
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class ControlNetTuning:
     def prepare(self, parts: Components, seed: int) -> None:
         """Add a ControlNet, its new layers initialized from ``seed``, and freeze everything else."""
         parts.unet.requires_grad_(False)
-        parts.text_encoder.eval().requires_grad_(False)
+        freeze_text_encoders(parts)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             parts.controlnet = controlnet_from_unet(parts).requires_grad_(True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdmodule.components.checkpoint import Components
 from sdmodule.speed.layout import tokens_in_place
 
 LAYERS = (nn.Linear, nn.Conv2d)
@@ -33,6 +34,12 @@ class FrozenWeights:
         self.dtype: torch.dtype | None = None
         self._originals: list[tuple[nn.Parameter, Tensor]] = []
         self._layouts = ExitStack()
+
+    @classmethod
+    def of(cls, parts: Components) -> FrozenWeights:
+        """Those of a model, but for a VAE that overflows in float16."""
+        networks = [network for network in parts.networks.values() if network is not parts.vae or not parts.upcasts_vae]
+        return cls([*networks, parts.controlnet])
 
     @contextmanager
     def cast(self, dtype: torch.dtype) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Train the whole UNet and, optionally, the text encoder."""
+"""Train the whole UNet and, optionally, text encoders."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lightning import Trainer
 from sdmodule.components.checkpoint import Components
 from sdmodule.components.save import save_components
 from sdmodule.components.write_single_file import save_single_file
-from sdmodule.training.text_encoder import TextEncoderTraining
+from sdmodule.training.text_encoder import TextEncoderTraining, freeze_unused
 
 
 @dataclass(frozen=True)
 class FullTuning(TextEncoderTraining):
-    """Train every weight of the UNet and, with ``text_encoder``, of the text encoder."""
+    """Train every weight of the UNet and, if asked for, of text encoders."""
 
     kind: ClassVar[str] = "full"
     layouts: ClassVar[tuple[str, ...]] = ("diffusers", "single_file")
@@ -25,7 +25,7 @@ class FullTuning(TextEncoderTraining):
     @property
     def from_scratch(self) -> set[str]:
         """Parts that may start from random weights, because all of their weights are trained."""
-        return {"unet", "text_encoder"} if self.text_encoder else {"unet"}
+        return {"unet", *self._chosen}
 
     def check_trainer(self, trainer: Trainer | None) -> None:
         """Any trainer works."""
@@ -33,8 +33,11 @@ class FullTuning(TextEncoderTraining):
     def prepare(self, parts: Components, seed: int) -> None:
         """Unfreeze what is trained; there is nothing to initialize from ``seed``."""
         parts.unet.requires_grad_(True)
-        parts.text_encoder.train(self.text_encoder).requires_grad_(self.text_encoder)
+        trained = self.choose_text_encoders(parts)
+        for name in parts.family.text_encoders.values():
+            getattr(parts, name).train(name in trained).requires_grad_(name in trained)
+        freeze_unused(parts)
 
     def export(self, parts: Components, folder: str | Path, dtype: str, layout: str) -> None:
-        """Write a folder that ``StableDiffusionPipeline.from_pretrained`` loads, or ``from_single_file`` its file."""
+        """Write a folder that the model's pipeline in diffusers loads, or its single file, as ``dtype``."""
         (save_single_file if layout == "single_file" else save_components)(parts, folder, dtype)

@@ -19,7 +19,7 @@ from sdmodule.components.checkpoint import Components
 from sdmodule.components.lora_layers import DORA, LOHA, LOKR, LORA, METHODS, extract_adapter
 from sdmodule.components.peft_layout import write_peft
 from sdmodule.errors import SettingsError, check_choice, check_int, check_number
-from sdmodule.training.text_encoder import TextEncoderTraining
+from sdmodule.training.text_encoder import TextEncoderTraining, freeze_text_encoders, freeze_unused
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """Projections of the UNet's attention."""
@@ -45,7 +45,7 @@ class LoraTuning(TextEncoderTraining):
         alpha_pattern: other alphas, likewise.
         dropout: probability of dropping an input of an adapter; for ``loha`` and ``lokr``, of dropping a whole adapter.
         target_modules: layers of the UNet that get an adapter, by the end of their name.
-        text_target_modules: layers of the text encoder that get one if it is trained.
+        text_target_modules: layers of the text encoders that get one if they are trained.
 
     Raises:
         SettingsError: for a value out of range; in `prepare`, for layers that the model does not have.
@@ -89,12 +89,14 @@ class LoraTuning(TextEncoderTraining):
         Raises:
             SettingsError: for layers that the model does not have, or that cannot take an adapter.
         """
-        parts.text_encoder.eval().requires_grad_(False)
+        trained = self.choose_text_encoders(parts)
+        freeze_text_encoders(parts)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self._adapt(parts.unet.requires_grad_(False), "target_modules")
-            if self.text_encoder:
-                self._adapt(parts.text_encoder, "text_target_modules")
+            for name in sorted(trained):
+                self._adapt(getattr(parts, name), "text_target_modules")
+        freeze_unused(parts)
 
     def check_trainer(self, trainer: Trainer | None) -> None:
         """Check that DDP does not wait for the gradients of dropped adapters.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from sdmodule.conditioning.inpaint import inpaint_channels, mask_out
 from sdmodule.conditioning.random_masks import draw_masks
 from sdmodule.diffusion.noising import add_noise, per_example_loss, prediction_target, prior_preservation_loss
 from sdmodule.errors import SettingsError
+from sdmodule.families.conditioning import Conditioning
 from sdmodule.training.inpaint import InpaintTraining
 from sdmodule.training.objective import SQUARED_ERROR, Noise, Objective
 from sdmodule.training.rng import Generators
@@ -26,29 +28,35 @@ class Conditions:
     """What the denoiser of a training batch is given beside the noisy latents.
 
     Attributes:
-        embeddings: text embeddings of the captions, ``[B, L, D]``.
+        text: the captions, and the sizes of the images for a denoiser that is told them.
         mask_channels: mask and masked-image latents for a UNet that inpaints, ``[B, 5, h, w]``.
         control: the ControlNet with its control images.
     """
 
-    embeddings: Tensor
+    text: Conditioning
     mask_channels: Tensor | None = None
     control: ControlGuide | None = None
 
 
 @torch.no_grad()
-def encode_moments(vae: Any, image: Tensor) -> Tensor:
-    """Mean and standard deviation of the latents of ``image`` ``[B, 3, H, W]`` in [-1, 1]: ``[B, 8, h, w]``."""
-    posterior = vae.encode(image.to(vae.dtype)).latent_dist
+def encode_moments(parts: Components, image: Tensor) -> Tensor:
+    """Mean and standard deviation of the latents of ``image`` ``[B, 3, H, W]`` in [-1, 1]: ``[B, 8, h, w]``.
+
+    A VAE that overflows in float16 encodes in float32.
+    """
+    device = image.device.type
+    halved = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    with torch.autocast(device, enabled=False) if halved and parts.upcasts_vae else nullcontext():
+        posterior = parts.vae.encode(image.to(parts.vae.dtype)).latent_dist
     return torch.cat([posterior.mean, posterior.std], dim=1).float()
 
 
-def encode_images(vae: Any, batch: Mapping[str, Any], generator: Generators) -> Tensor:
+def encode_images(parts: Components, batch: Mapping[str, Any], generator: Generators) -> Tensor:
     """Scaled latents of a batch, ``[B, 4, h, w]``, sampled from its cached ``moments`` or from those of ``image``."""
-    moments = batch["moments"].float() if "moments" in batch else encode_moments(vae, batch["image"])
+    moments = batch["moments"].float() if "moments" in batch else encode_moments(parts, batch["image"])
     mean, deviation = moments.chunk(2, dim=1)
     noise = randn_tensor(mean.shape, generator=generator).to(mean)
-    return (mean + deviation * noise) * vae.config.scaling_factor
+    return (mean + deviation * noise) * parts.vae.config.scaling_factor
 
 
 def drop_captions(captions: Sequence[str], share: float, generators: Sequence[torch.Generator]) -> list[str]:
@@ -60,12 +68,12 @@ def drop_captions(captions: Sequence[str], share: float, generators: Sequence[to
 
 
 def mask_channels(
-    vae: Any, batch: Mapping[str, Any], generator: Generators, inpaint: InpaintTraining | None
+    parts: Components, batch: Mapping[str, Any], generator: Generators, inpaint: InpaintTraining | None
 ) -> Tensor | None:
     """Mask and masked-image latents of a batch, ``[B, 5, h, w]``; None for text-to-image.
 
     Args:
-        vae: encodes the masked images.
+        parts: whose VAE encodes the masked images.
         batch: ``image`` ``[B, 3, H, W]`` and, optionally, ``mask`` ``[B, 1, H, W]``; otherwise masks are drawn.
         generator: source of masks and latents.
         inpaint: how many of the drawn masks cover the whole image; None for text-to-image.
@@ -77,7 +85,7 @@ def mask_channels(
     if masks is None:
         masks = draw_masks(len(images), images.shape[-2:], inpaint.full_mask_share, generator)
     masks = masks.to(images)
-    return inpaint_channels(masks, encode_images(vae, {"image": mask_out(images, masks)}, generator))
+    return inpaint_channels(masks, encode_images(parts, {"image": mask_out(images, masks)}, generator))
 
 
 def control_guide(controlnet: Any, batch: Mapping[str, Any]) -> ControlGuide | None:
@@ -111,12 +119,11 @@ def denoising_errors(
         conditions: text, mask and control image.
         objective: how the error is weighted.
     """
-    scheduler, embeddings = parts.scheduler, conditions.embeddings
+    scheduler, told = parts.scheduler, parts.family.denoiser_arguments(conditions.text)
     prediction_type, alphas_cumprod = scheduler.config.prediction_type, scheduler.alphas_cumprod
     noisy = add_noise(latents, noise.added, alphas_cumprod, timesteps)
     if conditions.mask_channels is not None:
         noisy = torch.cat([noisy, conditions.mask_channels], dim=1)
-    told = {"encoder_hidden_states": embeddings}
     residuals = {} if conditions.control is None else conditions.control.residuals(noisy, timesteps, told)
     predicted = parts.unet(noisy, timesteps, **told, **residuals).sample
     wanted = prediction_target(prediction_type, latents, noise.predicted, alphas_cumprod, timesteps)

@@ -171,12 +171,12 @@ def build_optimizer(
     return make(parameters, **options)
 
 
-def parameter_groups(module: nn.Module, text_encoder: nn.Module, text_encoder_lr: float | None) -> list[Any]:
-    """The trainable weights of a module, with the text encoder's in a group of their own if it has a learning rate."""
+def parameter_groups(module: nn.Module, text_encoders: Iterable[nn.Module], text_encoder_lr: float | None) -> list[Any]:
+    """The trainable weights of a module, those of text encoders in a group of their own if they have their own rate."""
     trained = [weight for weight in module.parameters() if weight.requires_grad]
     if text_encoder_lr is None:
         return trained
-    own = {id(weight) for weight in text_encoder.parameters()}
+    own = {id(weight) for encoder in text_encoders for weight in encoder.parameters()}
     return [
         {"params": [weight for weight in trained if id(weight) not in own]},
         {"params": [weight for weight in trained if id(weight) in own], "lr": text_encoder_lr},

@@ -18,7 +18,7 @@ class TrainingSettings:
 
     Args:
         seed: seed of timesteps, noise and caption dropout.
-        scratch: parts that start from random weights: ``unet``, ``text_encoder``.
+        scratch: parts that start from random weights: ``unet``, ``text_encoder``, ``text_encoder_2``.
         compile: what ``torch.compile`` compiles of the UNet: ``none``, ``blocks`` (each on its own) or ``whole``.
         checkpointing: activations that the backward pass recomputes: ``none``, ``outer`` (the blocks of full
             resolution) or ``all``.

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 from lightning import Trainer
-from safetensors.torch import save_file
 
 from sdmodule.components.checkpoint import Components
 from sdmodule.components.folder_kinds import EMBEDDING_FILE
+from sdmodule.components.learned_word_file import write_word
 from sdmodule.components.learned_words import add_word, initial_vectors
 from sdmodule.errors import SettingsError, check_int
+from sdmodule.training.text_encoder import freeze_text_encoders
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ class TextualInversion:
             SettingsError: for a word that the tokenizer already has, or an initializer of more tokens than vectors.
         """
         parts.unet.requires_grad_(False)
-        parts.text_encoder.eval().requires_grad_(False)
-        vectors = initial_vectors(self.initializer, self.vectors, parts.tokenizer, parts.text_encoder)
-        add_word(self.placeholder, vectors, parts.tokenizer, parts.text_encoder).learned.requires_grad_(True)
+        freeze_text_encoders(parts)
+        for tokenizer, encoder in parts.text_encoders:
+            vectors = initial_vectors(self.initializer, self.vectors, tokenizer, encoder)
+            add_word(self.placeholder, vectors, tokenizer, encoder).learned.requires_grad_(True)
 
     def export(self, parts: Components, folder: str | Path, dtype: str, layout: str) -> None:
-        """Write the embeddings, for ``StableDiffusionPipeline.load_textual_inversion`` and the web UIs."""
+        """Write the embeddings, for ``load_textual_inversion`` of diffusers' pipelines and the web UIs."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        vectors = parts.text_encoder.get_input_embeddings().learned.detach().cpu()
-        save_file({self.placeholder: vectors.to(getattr(torch, dtype)).contiguous()}, folder / EMBEDDING_FILE)
+        write_word(self.placeholder, parts, folder / EMBEDDING_FILE, dtype)

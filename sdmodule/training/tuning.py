@@ -9,7 +9,6 @@ from typing import Any
 
 from sdmodule.components.checkpoint import Components
 from sdmodule.errors import SettingsError, check_choice, choices
-from sdmodule.families.family import TRAINING
 from sdmodule.training.controlnet import ControlNetTuning
 from sdmodule.training.full import FullTuning
 from sdmodule.training.lora import LoraTuning
@@ -93,8 +92,6 @@ def check_stage(parts: Components, stage: str, task: str) -> None:
     """
     if stage != "predict" and task == "image2image":
         raise SettingsError("model=image2image: is for sampling; train with model=text2image.")
-    if stage != "predict":
-        parts.family.check_supports(TRAINING, "training", parts.source)
     if stage == "fit" and parts.origin.keys() & {"adapters", "controlnet", "refiner", "ip_adapter"}:
         raise SettingsError(
             "adapters, controlnet, refiner and ip_adapter: are for sampling; train on the checkpoint alone."

@@ -10,6 +10,7 @@ from lightning import Trainer
 from torch import Tensor
 
 from sdmodule.components.checkpoint import Components
+from sdmodule.families.conditioning import Conditioning
 from sdmodule.training.accumulation import batch_size_of, validation_loader
 from sdmodule.training.inpaint import InpaintTraining
 from sdmodule.training.loss import Conditions, control_guide, denoising_errors, encode_images, mask_channels
@@ -47,7 +48,7 @@ def without_repeats(
 def validation_losses(
     parts: Components,
     batch: Mapping[str, Any],
-    embeddings: Tensor,
+    text: Conditioning,
     generators: Sequence[torch.Generator],
     inpainting: bool = False,
 ) -> dict[str, Tensor]:
@@ -56,7 +57,7 @@ def validation_losses(
     Args:
         parts: the model.
         batch: images with captions.
-        embeddings: text embeddings of the captions, ``[B, L, D]``.
+        text: the captions, with the sizes of the images.
         generators: one per image.
         inpainting: whether the UNet is given masks.
 
@@ -65,9 +66,9 @@ def validation_losses(
         ``loss_masked_area`` and ``loss_unmasked_area``.
     """
     generators = list(generators)
-    latents = encode_images(parts.vae, batch, generators)
-    channels = mask_channels(parts.vae, batch, generators, NO_FULL_MASKS if inpainting else None)
-    conditions = Conditions(embeddings, channels, control_guide(parts.controlnet, batch))
+    latents = encode_images(parts, batch, generators)
+    channels = mask_channels(parts, batch, generators, NO_FULL_MASKS if inpainting else None)
+    conditions = Conditions(text, channels, control_guide(parts.controlnet, batch))
     width = len(parts.scheduler.alphas_cumprod) // TIMESTEP_RANGES
     errors, losses = [], {}
     for start in range(0, width * TIMESTEP_RANGES, width):

@@ -125,7 +125,7 @@ def test_parentheses_in_captions_are_no_prompt_weights(checkpoint, folder, tmp_p
     [store] = tmp_path.glob("cache/embeddings-*")
     pipeline = StableDiffusionPipeline.from_pretrained(checkpoint)
     theirs = pipeline.encode_prompt(text, torch.device("cpu"), 1, False)[0]
-    torch.testing.assert_close(CachedEmbeddings(TensorStore(store))([escape_prompt(text)]), theirs)
+    torch.testing.assert_close(CachedEmbeddings(TensorStore(store))([escape_prompt(text)]).hidden_states, theirs)
 
 
 def test_moments_of_generated_images_are_cached(checkpoint, module, tmp_path):
@@ -135,7 +135,7 @@ def test_moments_of_generated_images_are_cached(checkpoint, module, tmp_path):
     [folder] = tmp_path.iterdir()
     store = TensorStore(folder)
     cached = torch.stack([store[Path(key).name] for key in cached_keys(tmp_path)])
-    moments = encode_moments(module.vae, torch.stack([data.train_set[k]["image"] for k in range(6)]))
+    moments = encode_moments(module.parts, torch.stack([data.train_set[k]["image"] for k in range(6)]))
     assert cached.dtype == torch.float32 and cached.shape == (6, 8, 8, 8)
     torch.testing.assert_close(*(x[x[:, 0, 0, 0].argsort()] for x in (cached, moments)))
 
@@ -147,7 +147,7 @@ def test_cached_embeddings_of_different_lengths_are_padded_as_by_the_text_encode
     captions = ["", *((folder / f"{k}.txt").read_text() for k in range(5))]
     for batch in (captions, captions[:2]):
         computed = encode_prompts(batch, module.parts.tokenizer, module.text_encoder)
-        torch.testing.assert_close(embeddings(batch), computed)
+        torch.testing.assert_close(embeddings(batch).hidden_states, computed)
     assert "an image of nothing" not in embeddings
 
 

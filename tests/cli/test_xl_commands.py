@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -64,18 +63,63 @@ def test_predict_takes_an_adapter_and_makes_its_image_again(call, xl_checkpoint,
     assert np.array_equal(pixels(image), pixels(again)) and not np.array_equal(pixels(image), pixels(plain))
 
 
-def test_what_it_does_not_do_yet_is_said_in_one_sentence(call, checkpoint, xl_checkpoint, photos, tmp_path):
-    index = tmp_path / "model"
-    index.mkdir()
-    shutil.copy(xl_checkpoint / "model_index.json", index)  # no weight is needed for the refusal
-    common = [f"pretrained={index}", f"output_dir={tmp_path / 'out'}"]
-    refused = "does not work with Stable Diffusion XL yet", f"pretrained={index}"
-    data = [f"data.root={photos}", "trainer.max_steps=1"]
-    for tuning in ("full", "lora", "textual_inversion", "controlnet"):
-        more = ["tuning.placeholder=<a>", "tuning.initializer=a"] if tuning == "textual_inversion" else []
-        told(call(train_main, *common, *data, f"tuning={tuning}", *more), "training", *refused)
-    told(call(train_main, *common, *data, "model=inpaint"), "training", *refused)
-    assert not (tmp_path / "out").exists()
+@pytest.fixture
+def train(call, xl_checkpoint, photos, tmp_path):
+    """Train with the command; returns the folder of the run."""
+
+    def run(*settings):
+        out = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
+        common = [f"pretrained={xl_checkpoint}", f"data.root={photos}", f"output_dir={out}", "sampler.steps=2"]
+        common += [f"cache.folder={tmp_path / 'cache'}"] if "cache=none" not in settings else []
+        status, printed, error = call(train_main, *common, *settings)
+        assert status == 0, error
+        return out, printed
+
+    return run
+
+
+def test_the_lora_experiment_trains_an_adapter_that_predict_samples_with(call, train, xl_checkpoint, tmp_path):
+    settings = ["trainer.max_steps=20", "trainer.val_check_interval=10", "trainer.accumulate_grad_batches=1"]
+    more = ["data.val_fraction=0.2", "trainer.precision=32-true", "model.optimizer.lr=1e-2"]
+    run, printed = train("experiment=sdxl_lora", *settings, *more)
+    assert "adapters=" in printed and f"pretrained={xl_checkpoint}" in printed
+    assert {file.name for file in (run / "export").glob("*.safetensors")} == {
+        "kohya.safetensors",
+        "pytorch_lora_weights.safetensors",
+    }
+    assert "resolution: 32\n" in (run / "config.yaml").read_text()  # the checkpoint's own
+    sheets = sorted(file.name for file in (run / "samples").glob("*.png"))
+    assert sheets == ["000000.png", "000010.png", "000020.png"]
+    common = ["prompt=image 1", "steps=2", f"pretrained={xl_checkpoint}"]
+    assert call(predict_main, *common, f"output_dir={tmp_path / 'plain'}")[0] == 0
+    adapted = f"adapters=[{run / 'export'}]"
+    assert call(predict_main, *common, adapted, f"output_dir={tmp_path / 'adapted'}")[0] == 0
+    plain, adapted = (next((tmp_path / name / "images").glob("*.png")) for name in ("plain", "adapted"))
+    assert Image.open(adapted).size == (32, 32)  # the checkpoint's own resolution
+    assert not np.array_equal(pixels(plain), pixels(adapted))
+
+
+def test_the_dreambooth_experiment_samples_class_images_first(train, tmp_path):
+    prompts = ["data.prompt=a photo of sks star", "data.class_prompt=a photo of a star"]
+    settings = ["trainer.max_steps=2", "trainer.accumulate_grad_batches=1", "trainer.precision=32-true"]
+    made = tmp_path / "prior"
+    run, _ = train(
+        "experiment=sdxl_dreambooth_lora", *prompts, *settings, "data.class_images=2", f"data.made_in={made}"
+    )
+    assert len(list(made.rglob("prior-*.png"))) == 2
+    assert (run / "export" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_the_full_experiment_writes_a_checkpoint(train, xl_checkpoint):
+    settings = ["trainer.max_steps=1", "trainer.accumulate_grad_batches=1", "trainer.precision=bf16-mixed"]
+    run, _ = train("experiment=sdxl_full", *settings, "cache=none", "tuning.text_encoder=true", "validate_first=false")
+    names = {folder.name for folder in (run / "export").iterdir() if folder.is_dir()}
+    assert names == {folder.name for folder in xl_checkpoint.iterdir() if folder.is_dir()}
+    parts = StableDiffusionModule.from_pretrained(run / "export").parts
+    before = StableDiffusionModule.from_pretrained(xl_checkpoint).parts
+    for name in ("unet", "text_encoder", "text_encoder_2"):
+        changed = zip(getattr(parts, name).parameters(), getattr(before, name).parameters(), strict=True)
+        assert any(not torch.equal(ours, theirs) for ours, theirs in changed), name
 
 
 @pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "FluxPipeline", "PixArtSigmaPipeline"])

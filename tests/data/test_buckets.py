@@ -42,6 +42,12 @@ def test_512_has_five_buckets():
     assert nearest_bucket(3000, 3001, bucket_sizes((512, 512))) == (512, 512)
 
 
+def test_1024_has_buckets_that_stable_diffusion_xl_was_trained_on():
+    """Podell et al. 2023, appendix I: of each ratio up to 2 the size with the most pixels."""
+    tall = [(1408, 704), (1344, 768), (1280, 768), (1216, 832), (1152, 896), (1088, 960)]
+    assert bucket_sizes((1024, 1024)) == [*tall, (1024, 1024), *((w, h) for h, w in reversed(tall))]
+
+
 def test_the_size_is_that_of_the_upright_image(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated by 90 degrees

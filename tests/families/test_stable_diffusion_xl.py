@@ -154,13 +154,6 @@ def test_the_vae_decodes_in_float32_where_it_would_overflow(xl_checkpoint):
 # ------------------------------------------------------------------------------------------------------ bad input
 
 
-def test_validation_and_training_are_refused(xl):
-    for stage in ("fit", "validate", "test"):
-        with pytest.raises(SettingsError, match="training: does not work with Stable Diffusion XL yet"):
-            xl.setup(stage)
-    xl.setup("predict")
-
-
 def test_parts_of_the_other_family_are_refused(checkpoint, xl_checkpoint, tmp_path):
     for pretrained, other in ((xl_checkpoint, checkpoint), (checkpoint, xl_checkpoint)):
         with pytest.raises(SettingsError, match=r"the part unet cannot be read \(it"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -109,7 +112,68 @@ def test_an_adapter_of_a_second_text_encoder_is_refused_for_one(checkpoint, file
             StableDiffusionModule.from_pretrained(checkpoint, adapters=files[layout])
 
 
-def test_a_learned_word_of_one_encoder_is_refused(xl_checkpoint, tmp_path):
-    save_file({"<my-cat>": torch.zeros(1, 32)}, tmp_path / "word.safetensors")
-    with pytest.raises(SettingsError, match=r"a learned word: does not work with Stable Diffusion XL yet"):
+WIDTHS = {"clip_l": 32, "clip_g": 48}
+
+
+def test_a_learned_word_of_the_other_family_is_refused(checkpoint, xl_checkpoint, tmp_path):
+    file = tmp_path / "word.safetensors"
+    save_file({"<my-cat>": torch.zeros(1, 32)}, file)
+    words = r"a learned word of one set of vectors, .* Stable Diffusion XL, which .* \(keys clip_l and clip_g\)"
+    with pytest.raises(SettingsError, match=words):
+        StableDiffusionModule.from_pretrained(xl_checkpoint, adapters=file)
+    save_file({key: torch.zeros(1, width) for key, width in WIDTHS.items()}, file)
+    words = r"a learned word for Stable Diffusion XL \(keys clip_g and clip_l\), .* Stable Diffusion 1.x and 2.x"
+    with pytest.raises(SettingsError, match=words):
+        StableDiffusionModule.from_pretrained(checkpoint, adapters=file)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        (
+            {"clip_l": torch.zeros(1, 32), "clip_g": torch.zeros(1, 47)},
+            r"shape \(1, 47\), .* takes 1 to 75 vectors of 48",
+        ),
+        ({"clip_l": torch.zeros(1, 32), "clip_h": torch.zeros(1, 48)}, "neither a low-rank adapter"),
+        ({"clip_l": torch.zeros(1, 2, 32), "clip_g": torch.zeros(1, 48)}, r"shape \(1, 2, 32\)"),
+    ],
+)
+def test_vectors_of_other_widths_are_refused(xl_checkpoint, tmp_path, tensors, words):
+    save_file(tensors, tmp_path / "word.safetensors")
+    with pytest.raises(SettingsError, match=words):
         StableDiffusionModule.from_pretrained(xl_checkpoint, adapters=tmp_path / "word.safetensors")
+
+
+@pytest.mark.parametrize("vectors", [1, 2])
+def test_a_learned_word_is_named_by_its_file_and_gives_the_images_of_diffusers(xl_checkpoint, tmp_path, vectors):
+    generator, file = torch.Generator().manual_seed(0), tmp_path / "mycat.safetensors"
+    learned = {key: torch.randn(vectors, width, generator=generator) for key, width in WIDTHS.items()}
+    save_file(learned, file)
+    pipeline = xl_pipeline(xl_checkpoint)
+    parts = {
+        "clip_l": (pipeline.text_encoder, pipeline.tokenizer),
+        "clip_g": (pipeline.text_encoder_2, pipeline.tokenizer_2),
+    }
+    for key, (encoder, tokenizer) in parts.items():
+        given = {"text_encoder": encoder, "tokenizer": tokenizer}
+        pipeline.load_textual_inversion({"mycat": learned[key]}, token="mycat", **given)
+    prompt, seed = "a mycat on a red background", torch.Generator().manual_seed(1)
+    wanted = pipeline(prompt, num_inference_steps=3, generator=seed, output_type="np").images
+    module = StableDiffusionModule.from_pretrained(xl_checkpoint, adapters=file)
+    options = {"num_inference_steps": 3, "return_type": "numpy", "show_progress": False, "seed": 1}
+    assert np.array_equal(module.infer(prompt, **options)["samples"], wanted)
+    assert not np.array_equal(module.infer("a cat on a red background", **options)["samples"], wanted)
+
+
+def test_the_pooled_prompt_is_the_end_token_beside_learned_words(xl_checkpoint, tmp_path):
+    """Published checkpoints have ``eos_token_id: 2``, with which transformers pools the token of the largest id."""
+    folder, pooled = shutil.copytree(xl_checkpoint, tmp_path / "model"), []
+    file = tmp_path / "mycat.safetensors"
+    save_file({key: torch.ones(1, width) for key, width in WIDTHS.items()}, file)
+    for old in (False, True):
+        config = folder / "text_encoder_2" / "config.json"
+        if old:
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": 2}))
+        module = StableDiffusionModule.from_pretrained(folder, adapters=file)
+        pooled.append(module.encode_captions(["a mycat"]).pooled)
+    assert torch.equal(*pooled)

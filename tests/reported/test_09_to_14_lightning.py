@@ -144,7 +144,7 @@ def test_row_13_captions_of_a_data_set_are_predicted(module):
 
 def test_row_13_forward_is_the_denoiser(module):
     latents, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([3, 700])
-    text = module.encode_captions(CAPTIONS[:2])
+    text = module.encode_captions(CAPTIONS[:2]).hidden_states
     with torch.no_grad():
         assert torch.equal(
             module(latents, timesteps, text), module.unet(latents, timesteps, encoder_hidden_states=text).sample

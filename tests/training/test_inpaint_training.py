@@ -58,7 +58,8 @@ def test_the_loss_on_nine_channels_matches_the_paper(build):
     module.setup("fit")
     image = torch.rand(2, 3, 32, 32) * 2 - 1
     batch = {"image": image, "mask": (torch.rand(2, 1, 32, 32) < 0.3).float()}
-    channels = mask_channels(module.vae, batch, torch.Generator().manual_seed(1), InpaintTraining(full_mask_share=0.0))
+    inpaint, generator = InpaintTraining(full_mask_share=0.0), torch.Generator().manual_seed(1)
+    channels = mask_channels(module.parts, batch, generator, inpaint)
     latents, noise, timesteps = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([3, 800])
     conditions = Conditions(module.encode_captions([PROMPT, ""]), channels)
     errors = denoising_errors(module.parts, latents, Noise(noise, noise), timesteps, conditions)

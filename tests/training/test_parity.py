@@ -14,9 +14,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from sdmodule.module import StableDiffusionModule
-from sdmodule.training.rng import per_example_generators
 
-CAPTIONS = ["a red circle", "a blue star on a green background"]
 EXACT = {"rtol": 1e-6, "atol": 1e-8}
 
 
@@ -51,25 +49,6 @@ class Plain:
             residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
         predicted = self.unet(noisy, draws["timesteps"], states, **residuals).sample
         return F.mse_loss(predicted, draws["noise"])
-
-
-@pytest.fixture
-def batch() -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(1)
-    images = {name: torch.rand((2, 3, 32, 32), generator=generator) for name in ("image", "conditioning")}
-    return {"image": images["image"] * 2 - 1, "conditioning": images["conditioning"], "caption": CAPTIONS}
-
-
-@pytest.fixture
-def draws() -> dict[str, Tensor]:
-    """What the module draws at its first step, in its order: latents, timestep, caption dropout, noise."""
-    drawn: dict[str, list[Tensor]] = {"latents": [], "timesteps": [], "noise": []}
-    for generator in per_example_generators(0, 2, 0, None):
-        drawn["latents"].append(torch.randn(4, 8, 8, generator=generator))
-        drawn["timesteps"].append((torch.rand(1, generator=generator) * 1000).long())
-        torch.rand((), generator=generator)
-        drawn["noise"].append(torch.randn(4, 8, 8, generator=generator))
-    return {name: torch.cat(rows) if name == "timesteps" else torch.stack(rows) for name, rows in drawn.items()}
 
 
 def step(module: StableDiffusionModule, batch: dict[str, Any]) -> Tensor:

@@ -10,12 +10,18 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
+from sdmodule.data.buckets import Size
 from sdmodule.data.cache.tensor_store import TensorStore
+from sdmodule.data.dataset import Crop
 from sdmodule.data.example import View
+from sdmodule.families.conditioning import Conditioning
 from sdmodule.io.fingerprint import fingerprint
 
 FORM = "cover, bicubic, centre, 1"
 """How images are resized; part of every key, so a new number at the end recomputes all cached moments."""
+
+POOLED = "pooled"
+"""Part of the key of a prompt's pooled embedding."""
 
 
 class ImageDataset(Protocol):
@@ -38,6 +44,10 @@ class ImageDataset(Protocol):
 
     def size_of(self, index: int) -> tuple[int, int]:
         """Height and width of an image as the model sees it."""
+        ...
+
+    def original_size(self, index: int) -> tuple[int, int]:
+        """Height and width of an image before it is resized and cropped."""
         ...
 
     def content(self, index: int) -> str:
@@ -66,6 +76,8 @@ class CaptionedMoments(TypedDict, total=False):
 
     moments: Required[Tensor]
     caption: Required[str]
+    original_size: Required[Tensor]
+    crop_top_left: Required[Tensor]
     image: Tensor
     mask: Tensor
     conditioning: Tensor
@@ -83,15 +95,22 @@ class CachedMomentsDataset(Dataset[CaptionedMoments]):
         images: the images, which choose the view of each epoch.
         store: the moments.
         keys: the keys of each image, from `moments_keys`.
+        original_sizes: height and width of each image before it was resized and cropped.
         with_images: return the image beside its moments.
     """
 
     def __init__(
-        self, images: ImageDataset, store: TensorStore, keys: Sequence[Sequence[str]], with_images: bool = False
+        self,
+        images: ImageDataset,
+        store: TensorStore,
+        keys: Sequence[Sequence[str]],
+        original_sizes: Sequence[Size],
+        with_images: bool = False,
     ) -> None:
         self.images = images
         self.store = store
         self.keys = keys
+        self.original_sizes = original_sizes
         self.with_images = with_images
 
     def __len__(self) -> int:
@@ -106,15 +125,18 @@ class CachedMomentsDataset(Dataset[CaptionedMoments]):
     def __getitem__(self, index: int) -> CaptionedMoments:
         view = self.images.view(index)
         example = self.images.load(index, view) if self.with_images else {}
+        height, width = self.original_sizes[index]
+        sizes = Crop((width, height), self.images.size_of(index), view).sizes()
         moments = self.store[self.keys[index][view.flipped]]
-        return cast(CaptionedMoments, {**example, "moments": moments, "caption": self.images.caption(index)})
+        return cast(CaptionedMoments, {**example, **sizes, "moments": moments, "caption": self.images.caption(index)})
 
 
 class CachedEmbeddings:
     """Text embeddings of all captions and of the empty prompt, looked up by prompt.
 
     Args:
-        store: the embeddings, each ``[chunks * 77, D]`` with as many chunks as its prompt needs.
+        store: the hidden states of each prompt, ``[chunks * 77, D]`` with as many chunks as it needs, and its pooled
+            embedding ``[P]`` if the model uses it; see `entries`.
     """
 
     def __init__(self, store: TensorStore) -> None:
@@ -123,9 +145,19 @@ class CachedEmbeddings:
     def __contains__(self, prompt: str) -> bool:
         return fingerprint(prompt) in self.store
 
-    def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """Text embeddings of prompts, ``[B, chunks * 77, D]``; short ones are padded with the empty prompt's."""
+    @staticmethod
+    def entries(prompt: str, hidden_states: Tensor, pooled: Tensor | None) -> dict[str, Tensor]:
+        """What the store holds of a prompt."""
+        own = {fingerprint(prompt): hidden_states}
+        return own if pooled is None else own | {fingerprint(prompt, POOLED): pooled}
+
+    def __call__(self, prompts: Sequence[str]) -> Conditioning:
+        """Text embeddings of B prompts; short ones are padded with the empty prompt's."""
         rows = [self.store[fingerprint(prompt)] for prompt in prompts]
         empty = self.store[fingerprint("")]
         longest = max(map(len, rows))
-        return torch.stack([torch.cat([row, empty.repeat((longest - len(row)) // len(empty), 1)]) for row in rows])
+        padded = [torch.cat([row, empty.repeat((longest - len(row)) // len(empty), 1)]) for row in rows]
+        pooled = None
+        if fingerprint("", POOLED) in self.store:
+            pooled = torch.stack([self.store[fingerprint(prompt, POOLED)] for prompt in prompts])
+        return Conditioning(torch.stack(padded), pooled)

@@ -48,6 +48,10 @@ class ShapesDataset(Dataset[CaptionedImage]):
         """Height and width of an image."""
         return self.size, self.size
 
+    def original_size(self, index: int) -> tuple[int, int]:
+        """The size of an image, which is rendered at that size."""
+        return self.size, self.size
+
     def content(self, index: int) -> str:
         """A key of an image's content."""
         return f"scene {self.seed}/{index} {self.two_objects} {self.collages} of sdmodule {__version__}"

@@ -54,7 +54,7 @@ def test_masks_are_kept_only_if_all_sources_have_them(tmp_path):
         (Path(folder) / "metadata.jsonl").write_text("\n".join(rows))
     data = ready(sources=[{"root": one}, {"root": bare}], batch_size=4)
     [batch] = data.train_dataloader()
-    assert batch.keys() == {"image", "caption"} and len(batch["image"]) == 4
+    assert batch.keys() == {"image", "caption", "original_size", "crop_top_left"} and len(batch["image"]) == 4
     [batch] = ready(sources=[{"root": one}, {"root": other}], batch_size=2).train_dataloader()
     assert batch["mask"].shape == (2, 1, 8, 8)
 
