@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from diffusers.models.embeddings import ImageProjection
 from huggingface_hub import hf_hub_download
 from torch import Tensor
-from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+from transformers import CLIPVisionModelWithProjection
 
 from sdmodule.components.checkpoint import Components
 from sdmodule.components.weights_file import SUFFIXES, read_nested_weights
@@ -32,7 +33,7 @@ class ImagePrompts:
     """
 
     encoder: CLIPVisionModelWithProjection
-    processor: CLIPImageProcessor
+    processor: Any
     pooled: bool
 
 
@@ -65,7 +66,9 @@ def load_ip_adapter(path: str, encoder: str | None, parts: Components) -> None:
             "components.image_encoder=FOLDER."
         )
     size = vision.config.image_size
-    processor = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    # where it is a class of its own, the other one warns that torchvision is missing
+    kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+    processor = kind(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     parts.image_prompts = ImagePrompts(vision.eval().requires_grad_(False), processor, pooled)
     parts.unet.eval().requires_grad_(False)
 

@@ -164,6 +164,8 @@ class SamplingSettings:
             said["timesteps"] = list(self.timesteps)
         if self.sigmas is not None:
             said["sigmas"] = list(self.sigmas)
+        shares = {"denoising_start": self.denoising_start, "denoising_end": self.denoising_end}
+        said |= {name: share for name, share in shares.items() if share is not None}
         if self.clip_skip:
             said["clip_skip"] = self.clip_skip
         said |= self.sizes.given

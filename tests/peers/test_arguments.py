@@ -161,6 +161,10 @@ def test_a_model_goes_on_where_another_stopped(xl_checkpoint, xl, scheduler):
     assert torch.equal(latents, made)
     second = StableDiffusionModule.from_pretrained(xl_checkpoint, task="image2image")
     common = {"denoising_start": 0.6, "num_inference_steps": 5, "scheduler": scheduler, "image": latents}
+    with pytest.raises(SettingsError, match=r"denoising_start=0.6: needs the latents"):
+        ours(module, denoising_start=0.6)
+    with pytest.raises(SettingsError, match=r"denoising_start=0.6, denoising_end=0.5: the start must be before"):
+        ours(module, denoising_start=0.6, denoising_end=0.5)
     again = xl_pipeline(xl_checkpoint, kind=StableDiffusionXLImg2ImgPipeline)
     assert np.array_equal(ours(second, **common), theirs(again, **common))
 
