@@ -42,7 +42,7 @@ def recognize_weights(keys: Collection[str], given: str) -> Family:
     """
     own = [family for family in FAMILIES if any(key.startswith(family.original_marks) for key in keys)]
     found = next((model for mark, model in OTHER_MODELS.items() if any(mark in key for key in keys)), None)
-    titles = " and ".join(family.title for family in FAMILIES)
+    titles = " and ".join(family.title for family in FAMILIES if not family.refines)
     if len(own) > 1 and not found:
         found = f"another model, whose keys are partly those of {titles}"
     if found:
