@@ -20,6 +20,7 @@ COLUMNS = (
     "guidance_scale",
     "scheduler",
     "model",
+    "family",
     "tome_ratio",
     "tome_engine",
     "seconds",
@@ -27,8 +28,8 @@ COLUMNS = (
 )
 """Columns of the table of predictions."""
 
-INPAINT_COLUMNS = ("input_image", "mask")
-"""Further columns, for inpainting."""
+INPUT_COLUMNS = {"image": "input_image", "mask": "mask", "control": "control"}
+"""Further columns, for images that were made from others: field of a record and name of its column."""
 
 
 def log_images(
@@ -81,13 +82,13 @@ def log_table(loggers: Iterable[Logger], records: Iterable[Mapping[str, Any]], f
         if isinstance(logger, WandbLogger) and (listed := list(records)):
             import wandb
 
-            inpainted = any("inpaint" in record for record in listed)
-            columns = [*COLUMNS, *(INPAINT_COLUMNS if inpainted else ())]
-            rows = [_row(record, folder, inpainted) for record in listed]
+            inputs = [field for field in INPUT_COLUMNS if any(isinstance(record.get(field), str) for record in listed)]
+            columns = [*COLUMNS, *(INPUT_COLUMNS[field] for field in inputs)]
+            rows = [_row(record, folder, inputs) for record in listed]
             logger.experiment.log({"predictions": wandb.Table(columns=columns, data=rows)})
 
 
-def _row(record: Mapping[str, Any], folder: Path, inpainted: bool) -> list[Any]:
+def _row(record: Mapping[str, Any], folder: Path, inputs: Sequence[str]) -> list[Any]:
     import wandb
 
     merging = record.get("tome", {"ratio": 0.0, "engine": "none"})
@@ -98,5 +99,6 @@ def _row(record: Mapping[str, Any], folder: Path, inpainted: bool) -> list[Any]:
         "tome_engine": merging["engine"],
         "image": wandb.Image(str(folder / record["file"]), caption=f"{record['prompt']} · seed {record['seed']}"),
     }
-    row = [values[name] for name in COLUMNS]
-    return [*row, *(wandb.Image(str(folder / record[name])) for name in ("image", "mask"))] if inpainted else row
+    row = [values.get(name, "") for name in COLUMNS]  # images of earlier versions name no family
+    shown = [record[field] if isinstance(record.get(field), str) else None for field in inputs]
+    return [*row, *(None if file is None else wandb.Image(str(folder / file)) for file in shown)]

@@ -11,8 +11,8 @@ from sdmodule.io.png_metadata import read_metadata
 from sdmodule.io.run_folder import IMAGES
 from sdmodule.sampling.requests import SampleRequest, image_name, request_metadata
 
-NOT_COMPARED = frozenset({"seconds", "device", "software", "batch_size", "batch_row"})
-"""Metadata of how an image was computed, not of what was requested: a resumed run may differ in them."""
+NOT_COMPARED = frozenset({"seconds", "device", "software", "batch_size", "batch_row", "family"})
+"""Metadata that say how an image was computed, or follow from others: a resumed run may differ in them."""
 
 
 def find_finished(

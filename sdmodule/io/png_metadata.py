@@ -88,6 +88,7 @@ FIELDS: dict[str, Callable[[object], bool]] = {
     "height": _is_count,
     "width": _is_count,
     "model": _is_text,
+    "family": _is_text,
     "revision": _is_text,
     "variant": _is_text,
     "components": _is_settings,

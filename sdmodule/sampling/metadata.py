@@ -41,6 +41,7 @@ def describe(parts: Components, settings: SamplingSettings, task: str) -> dict[s
         "height": height,
         "width": width,
         "model": parts.source,
+        "family": parts.family.title,
     }
     if settings.merging.ratio:
         metadata["tome"] = asdict(settings.merging.for_unet(parts.unet))

@@ -17,8 +17,8 @@ from tests.wandb_file import read_run
 
 pytestmark = pytest.mark.slow  # each test runs a command with its loggers
 
-COLUMNS = ["prompt", "negative_prompt", "seed", "steps", "guidance_scale", "scheduler", "model", "tome_ratio"]
-COLUMNS += ["tome_engine", "seconds", "image"]
+COLUMNS = ["prompt", "negative_prompt", "seed", "steps", "guidance_scale", "scheduler", "model", "family"]
+COLUMNS += ["tome_ratio", "tome_engine", "seconds", "image"]
 
 
 def pixels(path):
@@ -55,12 +55,12 @@ def test_predict_logs_images_table_timings_and_configuration(call, checkpoint, t
         ["a red circle", "", 7, 2, 7.5, "DDIMScheduler"],
         ["a star", "", 8, 2, 7.5, "DDIMScheduler"],
     ]
-    assert [row[6:9] for row in table["data"]] == [[str(checkpoint), 0.5, "exact"]] * 2
-    assert all(row[9] > 0 for row in table["data"])
-    shown = [pixels(held[row[10]["path"]]) for row in table["data"]]
+    assert [row[6:10] for row in table["data"]] == [[str(checkpoint), "Stable Diffusion 1.x and 2.x", 0.5, "exact"]] * 2
+    assert all(row[10] > 0 for row in table["data"])
+    shown = [pixels(held[row[11]["path"]]) for row in table["data"]]
     assert all(np.array_equal(array, pixels(out / name)) for array, name in zip(shown, names, strict=True))
-    assert np.array_equal(pixels(held[table["data"][0][11]["path"]]), pixels(photo))
-    assert np.array_equal(np.argwhere(pixels(held[table["data"][0][12]["path"]]))[-1], [8, 8])
+    assert np.array_equal(pixels(held[table["data"][0][12]["path"]]), pixels(photo))
+    assert np.array_equal(np.argwhere(pixels(held[table["data"][0][13]["path"]]))[-1], [8, 8])
     for name in ("seconds_text", "seconds_denoise", "seconds_decode", "seconds_save", "step_seconds_median"):
         assert run.logged(f"predict/{name}")[0] > 0
     assert run.logged("predict/images_per_second")[0] > 0
