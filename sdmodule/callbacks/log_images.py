@@ -83,7 +83,7 @@ def log_table(loggers: Iterable[Logger], records: Iterable[Mapping[str, Any]], f
             import wandb
 
             inputs = [field for field in INPUT_COLUMNS if any(isinstance(record.get(field), str) for record in listed)]
-            columns = [*COLUMNS, *(INPUT_COLUMNS[field] for field in inputs)]
+            columns: list[str | int] = [*COLUMNS, *(INPUT_COLUMNS[field] for field in inputs)]
             rows = [_row(record, folder, inputs) for record in listed]
             logger.experiment.log({"predictions": wandb.Table(columns=columns, data=rows)})
 

@@ -18,7 +18,7 @@ from sdmodule.families.recognize import STABLE_DIFFUSION, recognize_family
 from tests.cli.test_commands import told
 
 PARTS = {
-    "StableDiffusionXLInstructPix2PixPipeline": ["unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"],
+    "StableDiffusionLDM3DPipeline": ["unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"],
     "StableDiffusion3Pipeline": ["transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"],
     "FluxPipeline": ["transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"],
     "PixArtSigmaPipeline": ["transformer", "vae", "text_encoder", "tokenizer"],
@@ -46,18 +46,16 @@ def test_a_cached_hub_id_of_another_pipeline_is_named(tmp_path, monkeypatch):
     (repository / "snapshots" / "0").mkdir(parents=True)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0")
-    (repository / "snapshots" / "0" / "model_index.json").write_text(
-        '{"_class_name": "StableDiffusionXLInstructPix2PixPipeline"}'
-    )
-    with pytest.raises(SettingsError, match="pretrained=owner/xl: is a checkpoint of StableDiffusionXLInstructPix2PixPipeline"):
+    (repository / "snapshots" / "0" / "model_index.json").write_text('{"_class_name": "StableDiffusionLDM3DPipeline"}')
+    with pytest.raises(SettingsError, match="pretrained=owner/xl: is a checkpoint of StableDiffusionLDM3DPipeline"):
         load_components("owner/xl")
 
 
 def test_a_folder_whose_widths_happen_to_fit_is_refused_too(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "model")
     index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionXLInstructPix2PixPipeline"}))
-    with pytest.raises(SettingsError, match="StableDiffusionXLInstructPix2PixPipeline"):
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionLDM3DPipeline"}))
+    with pytest.raises(SettingsError, match="StableDiffusionLDM3DPipeline"):
         load_components(str(folder))
 
 
