@@ -29,7 +29,8 @@ def unknown_words(model: Any, requests: Sequence[SampleRequest]) -> str:
     """
     if model.parts.source not in EMBEDDED or model.parts.origin:
         return ""
-    words = (word for request in requests for word in re.findall(r"[^\W\d_]+", request.prompt.lower()))
+    prompts = (re.sub(r"\bBREAK\b", " ", request.prompt).lower() for request in requests)
+    words = (word for prompt in prompts for word in re.findall(r"[^\W\d_]+", prompt))
     unknown = list(dict.fromkeys(word for word in words if word not in KNOWN))
     if not unknown:
         return ""

@@ -15,17 +15,15 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 
+from sdmodule.components.checkpoint_checks import check_latents, check_whole_file, check_widths, default_guidance
 from sdmodule.components.folder_kinds import INDEX
 from sdmodule.components.load_network import load_network
 from sdmodule.components.schedulers import make_scheduler
 from sdmodule.components.single_file import SingleFile, load_single_file, load_single_part, open_single_file
-from sdmodule.components.source import Source, find_source, folder_with_part, is_single_file, local_folder
-from sdmodule.errors import SettingsError, check_choice, choices
+from sdmodule.components.source import Source, find_source, folder_with_part, is_single_file
+from sdmodule.errors import SettingsError, check_choice
 from sdmodule.families.family import Family
 from sdmodule.families.recognize import STABLE_DIFFUSION
-
-SAMPLING = "sampling.json"
-"""File in a checkpoint's folder with its recommended guidance scale; diffusers ignores it."""
 
 
 @dataclass
@@ -153,11 +151,12 @@ def load_components(
         parts = {name: _load(name, source, name in scratch) for name in family.parts if name not in replaced}
     for name, path in replaced.items():
         parts[name] = load_part(name, path, name in scratch, f"components.{name}", family)
-    _check_widths(parts, family, pretrained)
+    check_widths(parts, family, pretrained)
+    check_latents(parts["vae"], pretrained)
     return Components(
         **parts,
         source=pretrained,
-        guidance_scale=_default_guidance(pretrained, family),
+        guidance_scale=default_guidance(pretrained, family),
         family=family,
         zero_empty_prompts=family.zeroes_empty_prompts(source.index),
     )
@@ -172,19 +171,6 @@ def family_of(pretrained: str, revision: str | None = None) -> Family:
     if is_single_file(pretrained):
         return open_single_file(_existing(pretrained)).family
     return find_source(pretrained, revision).family
-
-
-def _check_widths(parts: Mapping[str, Any], family: Family, pretrained: str) -> None:
-    """Check that the UNet attends to what the text encoders say."""
-    widths = [parts[name].config.hidden_size for name in family.text_encoders.values()]
-    wanted_width, width = parts["unet"].config.cross_attention_dim, sum(widths)
-    if wanted_width == width:
-        return
-    whose = "text encoder's" if len(widths) == 1 else "text encoders' joined"
-    raise SettingsError(
-        f"pretrained={pretrained}: the {whose} hidden states are {width} wide and the UNet attends to "
-        f"{wanted_width}; give components.text_encoder and components.unet that belong together."
-    )
 
 
 def load_part(
@@ -214,42 +200,6 @@ def load_part(
         source = Source(str(folder.parent), f"{key}={pretrained}", family=family)
         return _load(name, source, scratch, subfolder=folder.name)
     return _load(name, replace(find_source(pretrained, whole=False, key=key), family=family), scratch)
-
-
-def check_whole_file(
-    path: str,
-    scratch: Iterable[str] = (),
-    revision: str | None = None,
-    variant: str | None = None,
-    key: str = "pretrained",
-) -> None:
-    """Check that nothing is asked of a single file that only folders and hub ids have.
-
-    Raises:
-        SettingsError: if it is.
-    """
-    if scratch := list(scratch):
-        raise SettingsError(
-            f"scratch={choices(scratch)}: {key}={path} is a single file, which has no configuration to make random "
-            "parts of; give a diffusers folder."
-        )
-    for name, value in (("revision", revision), ("variant", variant)):
-        if value:
-            raise SettingsError(f"{name}={value}: {key}={path} is a single file and has no {name}; leave it out.")
-
-
-def _default_guidance(pretrained: str, family: Family) -> float:
-    """Guidance scale of a local checkpoint's ``sampling.json``, or its family's."""
-    folder = local_folder(pretrained)
-    file = (folder.with_suffix("") if is_single_file(pretrained) else folder) / SAMPLING
-    if not file.is_file():
-        return family.guidance_scale
-    try:
-        return float(json.loads(file.read_text())["guidance_scale"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise SettingsError(
-            f'pretrained={pretrained}: {file} cannot be read ({error}); write {{"guidance_scale": 7.5}}, or remove it.'
-        ) from error
 
 
 def _load(name: str, source: Source, scratch: bool = False, subfolder: str | None = None) -> Any:

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sdmodule.components.checkpoint import SAMPLING, Components
+from sdmodule.components.checkpoint import Components
+from sdmodule.components.checkpoint_checks import SAMPLING
 from sdmodule.components.folder_kinds import INDEX
 from sdmodule.components.inpaint_unet import is_inpaint_unet
 from sdmodule.io.progress import LONG_TASK, progress

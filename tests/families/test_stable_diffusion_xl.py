@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,9 +17,12 @@ from sdmodule.components.checkpoint import family_of, load_components
 from sdmodule.components.save import save_components
 from sdmodule.conditioning.text import encode_texts
 from sdmodule.errors import SettingsError
+from sdmodule.families.recognize import STABLE_DIFFUSION
 from sdmodule.families.stable_diffusion_xl import StableDiffusionXL
 from sdmodule.module import StableDiffusionModule
 from sdmodule.sampling.decode import decode
+from sdmodule.sampling.schedule import warn_of_size
+from sdmodule.sampling.settings import SamplingSettings
 from tests.xl_parts import xl_pipeline
 
 PROMPT, OTHER = "a red circle on a blue background", "a small green star"
@@ -175,3 +180,30 @@ def test_a_vae_and_a_unet_may_come_from_elsewhere(xl_checkpoint, tmp_path):
         str(xl_checkpoint), components={"vae": str(tmp_path / "vae"), "unet": str(tmp_path / "unet")}
     )
     assert torch.equal(parts.vae.decoder.conv_out.bias, vae.decoder.conv_out.bias)
+
+
+def test_a_vae_that_shifts_latents_is_refused(xl_checkpoint, tmp_path):
+    vae = AutoencoderKL.from_pretrained(xl_checkpoint / "vae")
+    vae.register_to_config(latents_mean=[0.1] * 4, latents_std=[5.0] * 4)
+    vae.save_pretrained(tmp_path / "vae")
+    with pytest.raises(SettingsError, match=r"its VAE shifts latents channel by channel \(latents_mean\)"):
+        load_components(str(xl_checkpoint), components={"vae": str(tmp_path / "vae")})
+
+
+def test_a_size_that_it_was_not_trained_on_is_warned_of():
+    parts = SimpleNamespace(
+        family=StableDiffusionXL(),
+        resolution=1024,
+        pixels_per_latent=8,
+        unet=SimpleNamespace(config=SimpleNamespace(sample_size=128)),
+        vae=SimpleNamespace(config=SimpleNamespace(latent_channels=4)),
+    )
+    assert len(parts.family.trained_sizes) == 40 and (1024, 1024) in parts.family.trained_sizes
+    with pytest.warns(UserWarning, match="height=512, width=512: .* the nearest in shape is height=1024 width=1024"):
+        warn_of_size(parts, SamplingSettings(height=512, width=512))
+    with pytest.warns(UserWarning, match="nearest in shape is height=768 width=1344"):
+        warn_of_size(parts, SamplingSettings(height=720, width=1280))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_size(parts, SamplingSettings(height=832, width=1216))
+        warn_of_size(SimpleNamespace(**vars(parts) | {"family": STABLE_DIFFUSION}), SamplingSettings(height=512))
