@@ -15,6 +15,7 @@ from typing_extensions import override
 from sdmodule.callbacks.timing import TimingLogger
 from sdmodule.io.progress import LINE_SECONDS, Progress
 from sdmodule.sampling.result import Samples
+from sdmodule.sampling.stages import total_steps
 
 
 class ProgressBar(callbacks.ProgressBar):
@@ -116,7 +117,7 @@ class ProgressBar(callbacks.ProgressBar):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         done, total = images_of(trainer)
         bar = self.bar = Progress("sampling", total, "images", done, self.show, self.every)
-        steps: int = pl_module.sampling.steps_taken  # type: ignore[union-attr, assignment]
+        steps = total_steps(pl_module.parts, pl_module.sampling)  # type: ignore[arg-type]
 
         def on_step(step: int, latents: Tensor) -> None:
             share = step / (steps + 1) * self._batch_images  # the rest is decoding
