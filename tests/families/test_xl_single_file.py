@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from safetensors.torch import save_file
 
 from sdmodule.components import shipped_configs, single_file
 from sdmodule.components.checkpoint import load_components, load_part
-from sdmodule.components.single_file import load_single_file
+from sdmodule.components.single_file import load_single_file, open_single_file
 from sdmodule.errors import SettingsError
 from sdmodule.families.stable_diffusion_xl import StableDiffusionXL
 from sdmodule.module import StableDiffusionModule
@@ -139,6 +141,45 @@ def test_other_models_are_refused_by_name(tmp_path, shapes, said):
     save_file({key: torch.zeros(shape) for key, shape in shapes.items()}, tmp_path / "model.safetensors")
     with pytest.raises(SettingsError, match=rf"model\.safetensors: {said}"):
         load_components(str(tmp_path / "model.safetensors"))
+
+
+class Refiner(StableDiffusionXL):
+    """What a second stage has to say of its files."""
+
+    models: ClassVar = {name: StableDiffusionXL.models[name] for name in ("unet", "vae", "text_encoder_2")}
+    text_encoders: ClassVar = {"tokenizer_2": "text_encoder_2"}
+    original_prefixes: ClassVar = {
+        "unet": "model.diffusion_model.",
+        "vae": "first_stage_model.",
+        "text_encoder_2": "conditioner.embedders.0.",
+    }
+    original_configs: ClassVar = {(4, 1280): "sdxl_refiner"}
+    not_a_base: ClassVar = {}
+
+
+def test_the_layout_of_a_refiner_is_read(parts, weights, xl_checkpoint, tmp_path):
+    first = "conditioner.embedders.0."
+    own = {
+        key.replace("conditioner.embedders.1.", first): value
+        for key, value in weights.items()
+        if not key.startswith(first)
+    }
+    save_file(own, tmp_path / "refiner.safetensors")
+    file = replace(open_single_file(tmp_path / "refiner.safetensors"), family=Refiner())
+    loaded = load_single_file(file, config=xl_checkpoint)
+    assert loaded.keys() == {"unet", "vae", "text_encoder_2", "tokenizer_2", "scheduler"}
+    for name in Refiner.models:
+        assert_equal(loaded[name], parts.networks[name])
+
+
+def test_text_encoders_alone_are_read_by_the_names_of_transformers(parts, shipped, tmp_path):
+    """As ComfyUI keeps them."""
+    for name in ("text_encoder", "text_encoder_2"):
+        own = parts.networks[name].state_dict()
+        named = {key if key.startswith("text_") else f"text_model.{key}": value for key, value in own.items()}
+        save_file(named | {"logit_scale": torch.ones(())}, tmp_path / f"{name}.safetensors")
+        loaded = load_part(name, str(tmp_path / f"{name}.safetensors"), family=parts.family)
+        assert_equal(loaded, parts.networks[name])
 
 
 def test_what_a_file_lacks_is_named(weights, xl_checkpoint, tmp_path):
