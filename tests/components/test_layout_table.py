@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sdmodule.components.adapter_file import write_diffusers, write_kohya
+from sdmodule.components.adapter_file import read_tensors, write_diffusers, write_kohya
 from sdmodule.components.checkpoint import Components, load_components
 from sdmodule.components.folder_kinds import DIFFUSERS_FILE, KOHYA_FILE
 from sdmodule.components.lora_layers import extract_adapter
@@ -235,8 +236,16 @@ def test_what_is_written_is_what_the_table_says(base, tmp_path):
     own = updates(base)
     adapter = extract_adapter(adapted(base, own)[0], "lora")
     write_diffusers(adapter, tmp_path, "float32")
-    write_kohya(adapter, tmp_path, "float32", base.family)
+    write_kohya(adapter, tmp_path, "float32", base)
     write_peft(adapter, tmp_path / "peft", "float32")
+    header = read_tensors(tmp_path / KOHYA_FILE)[1]
+    assert (
+        header["modelspec.architecture"]
+        == {
+            "Stable Diffusion XL": "stable-diffusion-xl-v1-base/lora",
+            "Stable Diffusion 1.x and 2.x": "stable-diffusion-v1/lora",
+        }[base.family.title]
+    )
     rows = {"diffusers from 0.21": DIFFUSERS_FILE, "kohya's scripts, LyCORIS": KOHYA_FILE, "peft": "peft"}
     assert set(rows) == {layout for layout, cells in table().items() if cells[2] == "yes"}
     for layout, name in rows.items():
@@ -254,7 +263,7 @@ def test_ranks_and_alphas_by_layer_are_written_in_each_layout(base, tmp_path):
     own = updates(base, varied=True)
     adapter = extract_adapter(adapted(base, own)[0], "lora")
     write_diffusers(adapter, tmp_path, "float32")
-    write_kohya(adapter, tmp_path, "float32", base.family)
+    write_kohya(adapter, tmp_path, "float32", base)
     write_peft(adapter, tmp_path / "peft", "float32")
     for name in (DIFFUSERS_FILE, KOHYA_FILE, "peft"):
         assert_updated(read_here(base, tmp_path / name), base, own)
@@ -301,6 +310,10 @@ def test_bad_folders_of_peft_are_refused_in_one_sentence(checkpoint, tmp_path):
         config.write_text(content)
         with pytest.raises(SettingsError, match=said):
             read_here(parts, tmp_path)
+    config.write_text(text)
+    shutil.copytree(folder, tmp_path / "other")
+    with pytest.raises(SettingsError, match="has several adapters of the unet; give the folder of one"):
+        read_here(parts, tmp_path)
     config.unlink()
     with pytest.raises(SettingsError, match=r"adapter_config\.json cannot be read"):
         read_here(parts, file)

@@ -20,7 +20,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sdmodule.components.checkpoint import Components, load_components, load_part
 from sdmodule.components.inpaint_unet import convert_to_inpaint
@@ -176,3 +176,12 @@ def test_a_vae_alone_is_read_by_us_and_by_diffusers(checkpoint, tmp_path):
     ours = load_components(str(checkpoint), components={"vae": file}).vae
     for read in (theirs, ours):
         assert all(torch.equal(value, read.state_dict()[key]) for key, value in vae.state_dict().items())
+
+
+def test_a_learned_word_is_not_written_into_a_checkpoint(checkpoint, tmp_path):
+    save_file({"<my-cat>": torch.zeros(2, 32)}, tmp_path / "word.safetensors")
+    word = {"files": [str(tmp_path / "word.safetensors")], "merge": True}
+    module = StableDiffusionModule.from_pretrained(checkpoint, adapters=word)
+    for layout in ("diffusers", "single_file"):
+        with pytest.raises(SettingsError, match="a learned word is not written into a checkpoint"):
+            module.save_pretrained(tmp_path / layout, layout=layout)
