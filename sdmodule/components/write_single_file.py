@@ -34,13 +34,13 @@ def save_single_file(parts: Components, folder: str | Path, dtype: str = "float3
     save_configs(parts, file.with_suffix(""))
     weights: Weights = {}
     sizes = {name: megabytes(network, dtype) for name, network in parts.networks.items()}
-    with progress(2 * sum(sizes.values()), "writing weights, in MB", delay=LONG_TASK) as on_done:
+    with progress(sum(sizes.values()), "writing weights, in MB", delay=LONG_TASK) as on_done:
         for name, network in parts.networks.items():
             weights |= _original_weights(name, network, parts.family.original_prefixes[name], dtype)
-            on_done(sizes[name])
+            on_done(sizes[name] // 2)  # the other half is writing
         weights |= {mark: torch.zeros(0, dtype=getattr(torch, dtype)) for mark in _marks(parts.scheduler.config)}
         _save(weights, file, modelspec(parts, weights))
-        on_done(sum(sizes.values()))
+        on_done(sum(size - size // 2 for size in sizes.values()))
 
 
 def save_single_vae(vae: Any, folder: str | Path, dtype: str = "float32") -> None:
