@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sdmodule.components.checkpoint import Components
 from sdmodule.components.inpaint_unet import is_inpaint_unet
+from sdmodule.components.source import is_single_file
 from sdmodule.components.weights_file import Weights
 
 PREDICTION_TYPES = {"epsilon": "epsilon", "v_prediction": "v"}
@@ -36,13 +37,19 @@ def modelspec(parts: Components, weights: Weights, variant: str = "") -> dict[st
         "sai_model_spec": "1.0.0",
         "architecture": f"{architecture}{variant}",
         "implementation": implementation,
-        "title": Path(parts.source).stem,
+        "title": _title(parts.source) or architecture,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hash_sha256": f"0x{tensors_hash(weights)}",
         "resolution": f"{parts.resolution}x{parts.resolution}",
         "prediction_type": PREDICTION_TYPES.get(predicted, predicted),
     }
     return {f"modelspec.{name}": value for name, value in entries.items()}
+
+
+def _title(source: str) -> str:
+    """The last name in a path or hub id that is not that of every export."""
+    names = Path(source).with_suffix("" if is_single_file(source) else Path(source).suffix).parts
+    return next((name for name in reversed(names) if name not in ("export", "model", "~", "/", "..")), "")
 
 
 def tensors_hash(weights: Weights) -> str:

@@ -94,6 +94,12 @@ def test_parts_of_single_files_take_the_place_of_others(parts, weights, xl_check
     assert loaded.vae.config.scaling_factor == parts.vae.config.scaling_factor
 
 
+def test_a_vae_keeps_the_scale_of_its_own_family(file, parts, shipped):
+    """In a whole checkpoint of another family it is not that of the family it is used with."""
+    vae = load_part("vae", str(file))
+    assert vae.config.scaling_factor == parts.vae.config.scaling_factor
+
+
 def test_nine_channels_are_those_of_inpainting(parts, xl_checkpoint, tmp_path):
     config = json.loads((xl_checkpoint / "unet" / "config.json").read_text())
     wide = UNet2DConditionModel.from_config({**config, "in_channels": 9})
