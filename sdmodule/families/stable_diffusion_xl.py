@@ -48,7 +48,7 @@ class StableDiffusionXL(Family):
     not_a_base: ClassVar = {
         (4, 1280): "the refiner of Stable Diffusion XL, which only takes over what its base model has begun"
     }
-    text_widths: ClassVar = {2048: "Stable Diffusion XL"}
+    text_widths: ClassVar = {2048: "Stable Diffusion XL", 1280: "the refiner of Stable Diffusion XL"}
     guidance_scale = 5.0
     upcasts_vae = True
     unsupported = frozenset({TRAINING, INPAINT, CONTROLNET, LEARNED_WORDS})

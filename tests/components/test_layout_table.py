@@ -273,6 +273,7 @@ def test_ranks_and_alphas_by_layer_are_written_in_each_layout(base, tmp_path):
 @pytest.mark.parametrize(
     ("method", "config"),
     [
+        ("dora", LoraConfig(r=2, lora_alpha=3, use_dora=True)),
         ("loha", LoHaConfig(r=2, alpha=3)),
         ("lokr", LoKrConfig(r=2, alpha=3)),
         ("lokr", LoKrConfig(r=512, alpha=128, rank_pattern={".*to_k": 256})),  # two whole matrices, and yet a scale
@@ -285,7 +286,7 @@ def test_other_methods_of_peft_round_trip(checkpoint, tmp_path, method, config):
     model = get_peft_model(fresh.unet, config)
     generator = torch.Generator().manual_seed(1)
     for key, weight in model.named_parameters():
-        if "hada" in key or "lokr" in key:
+        if "lora_B" in key or "hada" in key or "lokr" in key:
             weight.data = 0.3 * torch.randn(weight.shape, generator=generator)
     model.save_pretrained(str(tmp_path / "theirs"))
     write_peft(extract_adapter(fresh, method), tmp_path / "ours", "float32")
