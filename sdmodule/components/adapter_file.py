@@ -19,6 +19,7 @@ from sdmodule.components.checkpoint import Components
 from sdmodule.components.folder_kinds import DIFFUSERS_FILE, KOHYA_FILE
 from sdmodule.components.lora_layers import MAGNITUDES, Adapter
 from sdmodule.components.modelspec import modelspec
+from sdmodule.components.original_names import unet_layer
 from sdmodule.errors import SettingsError
 
 
@@ -48,7 +49,9 @@ def write_kohya(adapter: Adapter, folder: Path, dtype: str, parts: Components) -
     weights = {}
     for part in adapter.weights:
         for layer, factors in adapter.layers(part).items():
-            flat = f"{parts.family.adapter_prefixes[part][0]}_{_with_text_model(part, layer)}".replace(".", "_")
+            original = part == "unet" and parts.family.original_adapter_names
+            name = (unet_layer(layer, parts.unet) if original else None) or _with_text_model(part, layer)
+            flat = f"{parts.family.adapter_prefixes[part][0]}_{name}".replace(".", "_")
             for factor, value in factors.items():
                 if factor == MAGNITUDES:
                     value = value.reshape(len(value.flatten()), *[1] * (factors["lora_A.weight"].ndim - 1))

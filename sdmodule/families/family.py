@@ -28,6 +28,7 @@ class Family(ABC):
         optional_parts: parts that its pipelines may have and that are not read.
         other_inputs: what the configuration of a network says of inputs beside latents, timestep and text.
         adapter_prefixes: for each part that low-rank adapters change, the prefixes of its layers in kohya's layout.
+        original_adapter_names: whether kohya's scripts name the denoiser's layers as the original implementation does.
         adapter_headers: what kohya's scripts call its models in the header of an adapter.
         original_prefixes: of each network's weights in a single file of the original layout.
         original_marks: beginnings of keys that only its single files have.
@@ -48,6 +49,7 @@ class Family(ABC):
     optional_parts: ClassVar[tuple[str, ...]]
     other_inputs: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     adapter_prefixes: ClassVar[Mapping[str, tuple[str, ...]]]
+    original_adapter_names: ClassVar[bool] = False
     adapter_headers: ClassVar[re.Pattern[str]]
     original_prefixes: ClassVar[Mapping[str, str]]
     original_marks: ClassVar[tuple[str, ...]]

@@ -36,6 +36,7 @@ class StableDiffusionXL(Family):
         "text_encoder": ("lora_te1",),
         "text_encoder_2": ("lora_te2",),
     }
+    original_adapter_names = True
     adapter_headers = re.compile(r"sdxl|stable-diffusion-xl")
     original_prefixes: ClassVar = {
         "unet": "model.diffusion_model.",

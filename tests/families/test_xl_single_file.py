@@ -140,7 +140,10 @@ REFINER = {
         (REFINER, "is the refiner of Stable Diffusion XL, .*; give a checkpoint of the base model"),
         ({"model.diffusion_model.joint_blocks.0.x": (1,)}, "is a checkpoint of Stable Diffusion 3; only Stable"),
         ({"model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale": (1,)}, "is a checkpoint of Flux"),
-        ({"y_embedder.y_embedding": (1,)}, "is a checkpoint of PixArt or Sana; only .* and Stable Diffusion XL are supported"),
+        (
+            {"y_embedder.y_embedding": (1,)},
+            "is a checkpoint of PixArt or Sana; only .* and Stable Diffusion XL are supported",
+        ),
     ],
 )
 def test_other_models_are_refused_by_name(tmp_path, shapes, said):
