@@ -30,7 +30,7 @@ def write_diffusers(adapter: Adapter, folder: Path, dtype: str) -> None:
         for key, value in adapter.weights[part].items():
             # diffusers hands a text encoder's keys to transformers, which only knows DoRA's magnitudes by this name
             suffix = ".weight" if part != "unet" and key.endswith(MAGNITUDES) else ""
-            weights[f"{part}.{_with_text_model(part, key)}{suffix}"] = value
+            weights[f"{part}.{_full_name(part, key)}{suffix}"] = value
         config = adapter.config(part).to_dict()
         for name in ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_dora"):
             value = config[name]
@@ -39,18 +39,13 @@ def write_diffusers(adapter: Adapter, folder: Path, dtype: str) -> None:
     save_file(tensors_as(weights, dtype), folder / DIFFUSERS_FILE, metadata=metadata)
 
 
-def _with_text_model(part: str, name: str) -> str:
-    """The name of a layer with what transformers 5 leaves out of some text encoders; other tools expect it."""
-    return name if part == "unet" or name.startswith("text_model.") else f"text_model.{name}"
-
-
 def write_kohya(adapter: Adapter, folder: Path, dtype: str, parts: Components) -> None:
     """Write the layout of kohya's scripts and of LyCORIS, with weights of ``dtype``; ``parts`` is what it is for."""
     weights = {}
     for part in adapter.weights:
         for layer, factors in adapter.layers(part).items():
             original = part == "unet" and parts.family.original_adapter_names
-            name = (unet_layer(layer, parts.unet) if original else None) or _with_text_model(part, layer)
+            name = (unet_layer(layer, parts.unet) if original else None) or _full_name(part, layer)
             flat = f"{parts.family.adapter_prefixes[part][0]}_{name}".replace(".", "_")
             for factor, value in factors.items():
                 if factor == MAGNITUDES:
@@ -60,6 +55,11 @@ def write_kohya(adapter: Adapter, folder: Path, dtype: str, parts: Components) -
                 weights[f"{flat}.alpha"] = torch.tensor(alpha)
     cast = tensors_as(weights, dtype)
     save_file(cast, folder / KOHYA_FILE, metadata={"format": "pt", **modelspec(parts, cast, "/lora")})
+
+
+def _full_name(part: str, name: str) -> str:
+    """A layer's name with the prefix of text encoders, which transformers 5 leaves out and other tools expect."""
+    return name if part == "unet" or name.startswith("text_model.") else f"text_model.{name}"
 
 
 def tensors_as(weights: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from sdmodule.components.shipped_configs import (
     check_config,
     choose_config,
     config_of_part,
+    has_shapes_of,
     load_tokenizer,
     predicts_noise,
     stated_prediction,
@@ -164,9 +165,11 @@ def load_single_part(path: Path, name: str, family: Family, config: Path | None 
         SettingsError: if the file cannot be used, or lacks the part.
     """
     file = open_single_file(path, family)
+    own = replace(file, family=family)
+    if has_shapes_of(family, own.parts["unet"]):  # a refiner has keys of its base model
+        file = own
     if name not in family.models and name in file.family.parts:
         return load_single_file(file, config=config, without=list(file.family.models))[name]
-    own = replace(file, family=family)
     if not (weights := own.parts.get(name)):
         raise SettingsError(f"{path}: is {_kind_of(file)}; give one that holds the part {name} of {family.title}.")
     if name == "unet":

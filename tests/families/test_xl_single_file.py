@@ -155,6 +155,7 @@ def test_other_models_are_refused_by_name(tmp_path, shapes, said):
 class Refiner(StableDiffusionXL):
     """What a second stage has to say of its files."""
 
+    title = "the refiner"
     models: ClassVar = {name: StableDiffusionXL.models[name] for name in ("unet", "vae", "text_encoder_2")}
     text_encoders: ClassVar = {"tokenizer_2": "text_encoder_2"}
     original_prefixes: ClassVar = {
@@ -166,7 +167,7 @@ class Refiner(StableDiffusionXL):
     not_a_base: ClassVar = {}
 
 
-def test_the_layout_of_a_refiner_is_read(parts, weights, xl_checkpoint, tmp_path):
+def test_the_layout_of_a_refiner_is_read(parts, weights, xl_checkpoint, shipped, monkeypatch, tmp_path):
     first = "conditioner.embedders.0."
     own = {
         key.replace("conditioner.embedders.1.", first): value
@@ -177,8 +178,14 @@ def test_the_layout_of_a_refiner_is_read(parts, weights, xl_checkpoint, tmp_path
     file = replace(open_single_file(tmp_path / "refiner.safetensors"), family=Refiner())
     loaded = load_single_file(file, config=xl_checkpoint)
     assert loaded.keys() == {"unet", "vae", "text_encoder_2", "tokenizer_2", "scheduler"}
+    monkeypatch.setattr(Refiner, "original_configs", {(4, 80): "."})
     for name in Refiner.models:
         assert_equal(loaded[name], parts.networks[name])
+        assert_equal(load_part(name, str(file.path), family=Refiner()), parts.networks[name])
+    assert load_part("tokenizer_2", str(file.path), family=Refiner()).pad_token == "!"
+    monkeypatch.setattr(Refiner, "original_configs", {})
+    with pytest.raises(SettingsError, match="is of Stable Diffusion XL; give a unet of the refiner"):
+        load_part("unet", str(file.path), family=Refiner())
 
 
 def test_text_encoders_alone_are_read_by_the_names_of_transformers(parts, shipped, tmp_path):
