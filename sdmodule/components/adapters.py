@@ -13,7 +13,7 @@ from sdmodule.components.adapter_file import read_tensors
 from sdmodule.components.adapter_layouts import is_adapter, to_adapter
 from sdmodule.components.adapter_weights import add_adapters
 from sdmodule.components.checkpoint import Components
-from sdmodule.components.folder_kinds import ADAPTER_FILES, EXPORT, PEFT_CONFIG, PEFT_FILE, how_to_use, peft_folders
+from sdmodule.components.folder_kinds import ADAPTER_FILES, EXPORT, PEFT_FILE, how_to_use, peft_folders
 from sdmodule.components.learned_words import add_word
 from sdmodule.components.lora_layers import (
     DORA,
@@ -72,8 +72,9 @@ class AdapterChoice:
             raise SettingsError(f"adapters={self.path}: {use}.")
         if use := how_to_use(path / EXPORT, f"{self.path.rstrip('/')}/{EXPORT}"):
             raise SettingsError(f"adapters={self.path}: is the folder of a training; its {EXPORT}/ {use}.")
-        known = choices((*ADAPTER_FILES, PEFT_CONFIG))
-        raise SettingsError(f"adapters={self.path}: the folder holds none of {known}; give the path of a file.")
+        raise SettingsError(
+            f"adapters={self.path}: the folder holds none of {choices(ADAPTER_FILES)}; give the path of a file."
+        )
 
 
 def parse_adapters(adapters: Any) -> list[AdapterChoice]:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from sdmodule.components.checkpoint import Components
 from sdmodule.components.folder_kinds import SINGLE_FILE
+from sdmodule.components.learned_words import check_no_words
 from sdmodule.components.load_network import UnfitWeights
 from sdmodule.components.modelspec import modelspec
 from sdmodule.components.original_layout import to_original
@@ -28,8 +29,10 @@ def save_single_file(parts: Components, folder: str | Path, dtype: str = "float3
     """Write ``model.safetensors`` with all weights as ``dtype``, and their configurations to ``model/``.
 
     Raises:
-        SettingsError: for a network with layers that the original implementation does not have.
+        SettingsError: for a network with layers that the original implementation does not have, and if a word was added
+            to a text encoder.
     """
+    check_no_words(encoder for _, encoder in parts.text_encoders)
     file = Path(folder) / SINGLE_FILE
     save_configs(parts, file.with_suffix(""))
     weights: Weights = {}

@@ -9,7 +9,6 @@ from typing import ClassVar
 from lightning import Trainer
 
 from sdmodule.components.checkpoint import Components
-from sdmodule.components.learned_words import check_no_words
 from sdmodule.components.save import save_components
 from sdmodule.components.write_single_file import save_single_file
 from sdmodule.training.text_encoder import TextEncoderTraining
@@ -38,5 +37,4 @@ class FullTuning(TextEncoderTraining):
 
     def export(self, parts: Components, folder: str | Path, dtype: str, layout: str) -> None:
         """Write a folder that ``StableDiffusionPipeline.from_pretrained`` loads, or ``from_single_file`` its file."""
-        check_no_words(encoder for _, encoder in parts.text_encoders)
         (save_single_file if layout == "single_file" else save_components)(parts, folder, dtype)
