@@ -23,7 +23,7 @@ WEIGHTS = ("ema", "raw")
 class Export(Callback):
     """At the end of training, write what was trained in a form that diffusers loads.
 
-    Its ``training.json`` holds which weights these are, their dtype, and the number of training steps.
+    Its ``training.json`` holds which weights these are, their dtype and layout, and the number of training steps.
 
     Args:
         folder: folder to write.
@@ -59,10 +59,11 @@ class Export(Callback):
             self.check(pl_module)
 
     def holds(self, step: int) -> bool:
-        """Whether the folder holds a finished export of a step."""
+        """Whether the folder holds a finished export of a step, in this layout."""
         try:
-            return json.loads((self.folder / "training.json").read_text())["steps"] == step
-        except (OSError, ValueError, KeyError, TypeError):
+            held = json.loads((self.folder / "training.json").read_text())
+            return held["steps"] == step and held.get("layout", "diffusers") == self.layout
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return False
 
     @override
@@ -75,6 +76,7 @@ class Export(Callback):
             "weights": "ema" if ema and ema.average else "raw",
             "steps": trainer.global_step,
             "dtype": self.dtype,
+            "layout": self.layout,
         }
         with ema.applied(pl_module) if ema else nullcontext():
             self._write(pl_module, metadata)

@@ -15,10 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sdmodule.components.adapter_layouts import KOHYA_NAMES, METADATA
+from sdmodule.components.checkpoint import Components
 from sdmodule.components.folder_kinds import DIFFUSERS_FILE, KOHYA_FILE
 from sdmodule.components.lora_layers import MAGNITUDES, Adapter
+from sdmodule.components.modelspec import modelspec
+from sdmodule.components.original_names import unet_layer
 from sdmodule.errors import SettingsError
-from sdmodule.families.family import Family
 
 
 def write_diffusers(adapter: Adapter, folder: Path, dtype: str) -> None:
@@ -33,23 +35,26 @@ def write_diffusers(adapter: Adapter, folder: Path, dtype: str) -> None:
         for name in ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_dora"):
             value = config[name]
             settings[f"{part}.{name}"] = sorted(value) if isinstance(value, (set, list)) else value
-    save_tensors(weights, folder / DIFFUSERS_FILE, dtype, {METADATA: json.dumps(settings)})
+    metadata = {"format": "pt", METADATA: json.dumps(settings)}
+    save_file(tensors_as(weights, dtype), folder / DIFFUSERS_FILE, metadata=metadata)
 
 
-def write_kohya(adapter: Adapter, folder: Path, dtype: str, family: Family) -> None:
-    """Write the layout of kohya's scripts and of LyCORIS, with weights of ``dtype``."""
+def write_kohya(adapter: Adapter, folder: Path, dtype: str, parts: Components) -> None:
+    """Write the layout of kohya's scripts and of LyCORIS, with weights of ``dtype``; ``parts`` is what it is for."""
     weights = {}
     for part in adapter.weights:
-        prefix = family.adapter_prefixes[part][0]
         for layer, factors in adapter.layers(part).items():
-            flat = f"{prefix}_{_full_name(part, layer).replace('.', '_')}"
+            original = part == "unet" and parts.family.original_adapter_names
+            name = (unet_layer(layer, parts.unet) if original else None) or _full_name(part, layer)
+            flat = f"{parts.family.adapter_prefixes[part][0]}_{name}".replace(".", "_")
             for factor, value in factors.items():
                 if factor == MAGNITUDES:
                     value = value.reshape(len(value.flatten()), *[1] * (factors["lora_A.weight"].ndim - 1))
                 weights[f"{flat}.{KOHYA_NAMES.get(factor, factor)}"] = value
             if (alpha := adapter.alphas.get(part, {}).get(layer)) is not None:
                 weights[f"{flat}.alpha"] = torch.tensor(alpha)
-    save_tensors(weights, folder / KOHYA_FILE, dtype, {})
+    cast = tensors_as(weights, dtype)
+    save_file(cast, folder / KOHYA_FILE, metadata={"format": "pt", **modelspec(parts, cast, "/lora")})
 
 
 def _full_name(part: str, name: str) -> str:
@@ -57,10 +62,9 @@ def _full_name(part: str, name: str) -> str:
     return name if part == "unet" or name.startswith("text_model.") else f"text_model.{name}"
 
 
-def save_tensors(weights: dict[str, Tensor], file: Path, dtype: str, metadata: dict[str, str]) -> None:
-    """Write tensors as ``dtype``."""
-    cast = {key: value.to(getattr(torch, dtype)).contiguous() for key, value in weights.items()}
-    save_file(cast, file, metadata={"format": "pt", **metadata})
+def tensors_as(weights: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    """Tensors as ``dtype``, in the memory layout that files have."""
+    return {key: value.to(getattr(torch, dtype)).contiguous() for key, value in weights.items()}
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +92,19 @@ def add_word(
     embedding = ExtendedEmbedding(text_encoder.get_input_embeddings(), first, vectors.to(text_encoder.device))
     text_encoder.set_input_embeddings(embedding)
     return embedding
+
+
+def check_no_words(text_encoders: Iterable[nn.Module]) -> None:
+    """Check that text encoders can be written as a checkpoint's: a learned word has a file of its own.
+
+    Raises:
+        SettingsError: if a word was added to one.
+    """
+    if any(isinstance(module, ExtendedEmbedding) for encoder in text_encoders for module in encoder.modules()):
+        raise SettingsError(
+            "adapters: a learned word is not written into a checkpoint; load the model without it, and give its file "
+            "in adapters beside what you write."
+        )
 
 
 def multi_vector_tokens(tokenizer: CLIPTokenizer) -> dict[int, list[int]]:

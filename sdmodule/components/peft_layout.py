@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import Tensor
 
-from sdmodule.components.adapter_file import read_tensors, save_tensors
+from sdmodule.components.adapter_file import read_tensors, tensors_as
 from sdmodule.components.adapter_layouts import METADATA, compiled
 from sdmodule.components.folder_kinds import PEFT_CONFIG, PEFT_FILE, peft_folders
 from sdmodule.components.lora_layers import Adapter, split_key
@@ -30,7 +31,8 @@ def write_peft(adapter: Adapter, folder: Path, dtype: str) -> None:
     """Write a folder for each network that ``PeftModel.from_pretrained`` loads, with weights of ``dtype``."""
     for part, weights in adapter.weights.items():
         adapter.config(part).save_pretrained(str(folder / part))
-        save_tensors({f"{PREFIX}{key}": value for key, value in weights.items()}, folder / part / PEFT_FILE, dtype, {})
+        named = {f"{PREFIX}{key}": value for key, value in tensors_as(weights, dtype).items()}
+        save_file(named, folder / part / PEFT_FILE, metadata={"format": "pt"})
 
 
 def read_peft(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -48,6 +50,8 @@ def read_peft(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         weights = {key.removeprefix(PREFIX): value for key, value in read_tensors(own / PEFT_FILE)[0].items()}
         config = _read_config(own)
         part = _part(own, config, weights)
+        if f"{part}.lora_alpha" in settings:
+            raise SettingsError(f"adapters={folder}: has several adapters of the {part}; give the folder of one.")
         _scale_full_products(weights, config, own)
         tensors |= {f"{part}.{key}": value for key, value in weights.items()}
         settings |= {

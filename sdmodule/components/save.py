@@ -15,11 +15,17 @@ from sdmodule.components.checkpoint import Components
 from sdmodule.components.checkpoint_checks import SAMPLING
 from sdmodule.components.folder_kinds import INDEX
 from sdmodule.components.inpaint_unet import is_inpaint_unet
+from sdmodule.components.learned_words import check_no_words
 from sdmodule.io.progress import LONG_TASK, progress
 
 
 def save_components(parts: Components, folder: str | Path, dtype: str = "float32") -> None:
-    """Write a folder that diffusers' Stable Diffusion pipelines load, with weights of ``dtype``."""
+    """Write a folder that diffusers' Stable Diffusion pipelines load, with weights of ``dtype``.
+
+    Raises:
+        SettingsError: if a word was added to a text encoder.
+    """
+    check_no_words(encoder for _, encoder in parts.text_encoders)
     folder = Path(folder)
     sizes = {name: megabytes(model, dtype) for name, model in parts.networks.items()}
     with progress(sum(sizes.values()), "writing weights, in MB", delay=LONG_TASK) as on_done:

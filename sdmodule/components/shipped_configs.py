@@ -50,6 +50,11 @@ def check_base(path: Path, family: Family, unet: Weights) -> None:
         raise SettingsError(f"{path}: is {what}; give a checkpoint of the base model.")
 
 
+def has_shapes_of(family: Family, unet: Weights) -> bool:
+    """Whether a UNet has the shapes of a published model of a family."""
+    return CONV_IN in unet and _shapes(unet) in family.original_configs
+
+
 def _shapes(unet: Weights) -> tuple[int, int]:
     """A UNet's input channels, and the width of the text embeddings."""
     width = next((tensor.shape[-1] for key, tensor in unet.items() if key.endswith(TEXT_KEYS) and tensor.ndim), 0)

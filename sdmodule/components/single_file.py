@@ -26,6 +26,7 @@ from sdmodule.components.shipped_configs import (
     check_config,
     choose_config,
     config_of_part,
+    has_shapes_of,
     load_tokenizer,
     predicts_noise,
     stated_prediction,
@@ -34,7 +35,7 @@ from sdmodule.components.single_file_kinds import adapter_kind, kind_of, refuse_
 from sdmodule.components.weights_file import Weights, read_header, read_weights
 from sdmodule.errors import SettingsError, check_choice
 from sdmodule.families.family import Family
-from sdmodule.families.recognize import check_same_family, recognize_weights
+from sdmodule.families.recognize import STABLE_DIFFUSION, check_same_family, recognize_weights
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
@@ -96,14 +97,14 @@ class SingleFile:
             ) from error
 
 
-def open_single_file(path: Path) -> SingleFile:
-    """Open a file of the original layout, and recognise the family of its checkpoint; a lone part may be of any.
+def open_single_file(path: Path, otherwise: Family = STABLE_DIFFUSION) -> SingleFile:
+    """Open a file of the original layout, and recognise its family; a part alone may be of any, so of ``otherwise``.
 
     Raises:
         SettingsError: if it cannot be read, or is of no family.
     """
     weights = read_weights(Path(path))
-    family = recognize_weights(() if adapter_kind(weights) else weights, str(path))
+    family = recognize_weights(() if adapter_kind(weights) else weights, str(path), otherwise)
     return SingleFile(Path(path), weights, family, read_header(Path(path)))
 
 
@@ -142,12 +143,13 @@ def load_single_file(
     _check_parts(file, without)
     own = config or file.config
     folder = check_config(own, file.family) if own else _shipped_config(file, prediction_type)
-    family = file.family
-    return {
-        **{name: file.network(name, folder, dtype) for name in family.models if name not in without},
-        **{name: load_tokenizer(folder, name, encoder) for name, encoder in family.text_encoders.items()},
-        "scheduler": _scheduler(file, folder, prediction_type),
-    }
+    try:
+        others = {name: load_tokenizer(folder, name, encoder) for name, encoder in file.family.text_encoders.items()}
+        others["scheduler"] = _scheduler(file, folder, prediction_type)
+    except Exception as error:  # a broken file ends in any of them; tokenizers raises Exception itself
+        reason = " ".join(str(error).split())[:300]
+        raise SettingsError(f"{file.path}: {folder} cannot be read ({reason}); restore it, or remove it.") from error
+    return {name: file.network(name, folder, dtype) for name in file.family.models if name not in without} | others
 
 
 def load_single_part(path: Path, name: str, family: Family, config: Path | None = None) -> Any:
@@ -162,10 +164,12 @@ def load_single_part(path: Path, name: str, family: Family, config: Path | None 
     Raises:
         SettingsError: if the file cannot be used, or lacks the part.
     """
-    file = open_single_file(path)
+    file = open_single_file(path, family)
+    own = replace(file, family=family)
+    if has_shapes_of(family, own.parts["unet"]):  # a refiner has keys of its base model
+        file = own
     if name not in family.models and name in file.family.parts:
         return load_single_file(file, config=config, without=list(file.family.models))[name]
-    own = replace(file, family=family)
     if not (weights := own.parts.get(name)):
         raise SettingsError(f"{path}: is {_kind_of(file)}; give one that holds the part {name} of {family.title}.")
     if name == "unet":
@@ -173,7 +177,7 @@ def load_single_part(path: Path, name: str, family: Family, config: Path | None 
     folder = config or file.config or _own_config(path)
     if folder is None and name == "unet" and CONV_IN in weights:
         folder = CONFIGS / choose_config(path, family, weights)
-    return own.network(name, folder or config_of_part(family, name, weights))
+    return own.network(name, folder or config_of_part(file.family, name, weights))
 
 
 def _own_config(path: Path) -> Path | None:

@@ -1,4 +1,4 @@
-"""Write a checkpoint as a single file in the original layout, with metadata of Stability AI's modelspec 1.0.0.
+"""Write a checkpoint as a single file in the original layout, with the metadata of modelspec.
 
 The file has all weights; web UIs take it alone. A folder beside it has the configurations and the tokenizers, which
 diffusers takes as ``config`` and `load_single_file` finds by itself.
@@ -6,19 +6,17 @@ diffusers takes as ``config`` and `load_single_file` finds by itself.
 
 from __future__ import annotations
 
-import hashlib
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from sdmodule.components.checkpoint import Components
 from sdmodule.components.folder_kinds import SINGLE_FILE
-from sdmodule.components.inpaint_unet import is_inpaint_unet
+from sdmodule.components.learned_words import check_no_words
 from sdmodule.components.load_network import UnfitWeights
+from sdmodule.components.modelspec import modelspec
 from sdmodule.components.original_layout import to_original
 from sdmodule.components.save import megabytes, save_config, save_configs
 from sdmodule.components.weights_file import Weights
@@ -26,27 +24,26 @@ from sdmodule.errors import SettingsError
 from sdmodule.io.atomic import atomic_write
 from sdmodule.io.progress import LONG_TASK, progress
 
-PREDICTION_TYPES = {"epsilon": "epsilon", "v_prediction": "v"}
-"""What modelspec calls what a UNet predicts."""
-
 
 def save_single_file(parts: Components, folder: str | Path, dtype: str = "float32") -> None:
     """Write ``model.safetensors`` with all weights as ``dtype``, and their configurations to ``model/``.
 
     Raises:
-        SettingsError: for a network with layers that the original implementation does not have.
+        SettingsError: for a network with layers that the original implementation does not have, and if a word was added
+            to a text encoder.
     """
+    check_no_words(encoder for _, encoder in parts.text_encoders)
     file = Path(folder) / SINGLE_FILE
     save_configs(parts, file.with_suffix(""))
     weights: Weights = {}
     sizes = {name: megabytes(network, dtype) for name, network in parts.networks.items()}
-    with progress(2 * sum(sizes.values()), "writing weights, in MB", delay=LONG_TASK) as on_done:
+    with progress(sum(sizes.values()), "writing weights, in MB", delay=LONG_TASK) as on_done:
         for name, network in parts.networks.items():
             weights |= _original_weights(name, network, parts.family.original_prefixes[name], dtype)
-            on_done(sizes[name])
+            on_done(sizes[name] // 2)  # the other half is writing
         weights |= {mark: torch.zeros(0, dtype=getattr(torch, dtype)) for mark in _marks(parts.scheduler.config)}
         _save(weights, file, modelspec(parts, weights))
-        on_done(sum(sizes.values()))
+        on_done(sum(size - size // 2 for size in sizes.values()))
 
 
 def save_single_vae(vae: Any, folder: str | Path, dtype: str = "float32") -> None:
@@ -74,38 +71,3 @@ def _marks(scheduler: Any) -> list[str]:
     if scheduler.prediction_type != "v_prediction":
         return []
     return ["v_pred", "ztsnr"] if scheduler.get("rescale_betas_zero_snr") else ["v_pred"]
-
-
-def modelspec(parts: Components, weights: Weights) -> dict[str, str]:
-    """Metadata of a single file: what it is, without a path of this machine.
-
-    Args:
-        parts: the checkpoint.
-        weights: of the file, all of one dtype.
-    """
-    predicted = parts.scheduler.config.prediction_type
-    width, inpainting = parts.unet.config.cross_attention_dim, is_inpaint_unet(parts.unet)
-    architecture, implementation = parts.family.architecture(width, inpainting, predicted)
-    entries = {
-        "sai_model_spec": "1.0.0",
-        "architecture": architecture,
-        "implementation": implementation,
-        "title": Path(parts.source).stem,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hash_sha256": f"0x{tensors_hash(weights)}",
-        "resolution": f"{parts.resolution}x{parts.resolution}",
-        "prediction_type": PREDICTION_TYPES.get(predicted, predicted),
-    }
-    return {f"modelspec.{name}": value for name, value in entries.items()}
-
-
-def tensors_hash(weights: Weights) -> str:
-    """SHA-256 of a safetensors file without its header, for tensors of one dtype: they lie in the order of names."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(_bytes(weights[name]))
-    return digest.hexdigest()
-
-
-def _bytes(value: Tensor) -> Any:
-    return value.reshape(-1).view(torch.uint8).numpy().data

@@ -24,6 +24,7 @@ class Family(ABC):
         optional_parts: parts that its pipelines may have and that are not read.
         other_inputs: what the configuration of a network says of inputs beside latents, timestep and text.
         adapter_prefixes: for each part that low-rank adapters change, the prefixes of its layers in kohya's layout.
+        original_adapter_names: whether kohya's scripts name the denoiser's layers as the original implementation does.
         adapter_headers: what kohya's scripts call its models in the header of an adapter.
         word_keys: for each text encoder, the key of its vectors in the file of a learned word; empty if the vectors of
             one text encoder are found by the word.
@@ -50,6 +51,7 @@ class Family(ABC):
     optional_parts: ClassVar[tuple[str, ...]]
     other_inputs: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     adapter_prefixes: ClassVar[Mapping[str, tuple[str, ...]]]
+    original_adapter_names: ClassVar[bool] = False
     adapter_headers: ClassVar[re.Pattern[str]]
     word_keys: ClassVar[Mapping[str, str]] = {}
     original_prefixes: ClassVar[Mapping[str, str]]

@@ -20,7 +20,8 @@ OTHER_MODELS = {
     "distilled_guidance_layer.": "Chroma",
     "double_blocks.": "Flux",
     "double_layers.": "AuraFlow",
-    "y_embedder.y_embedding": "PixArt",
+    "y_embedder.y_embedding": "PixArt or Sana",
+    ".img_mod.": "Qwen-Image",
     "cap_embedder.": "Lumina or Z-Image",
     "patchify_proj.": "LTX-Video",
     "head.modulation": "Wan",
@@ -30,12 +31,13 @@ OTHER_MODELS = {
 """Models that are not supported, by a part of a key that only their single files have."""
 
 
-def recognize_weights(keys: Collection[str], given: str) -> Family:
+def recognize_weights(keys: Collection[str], given: str, otherwise: Family = STABLE_DIFFUSION) -> Family:
     """The family of a single file in the original layout, by the names of its weights.
 
     Args:
-        keys: names of the weights; those of a part that several families have are taken for Stable Diffusion 1.x.
+        keys: names of the weights.
         given: what named the file.
+        otherwise: for a part alone that every family has, such as an autoencoder.
 
     Raises:
         SettingsError: if it is of another model.
@@ -47,7 +49,7 @@ def recognize_weights(keys: Collection[str], given: str) -> Family:
         found = f"another model, whose keys are partly those of {titles}"
     if found:
         raise SettingsError(f"{given}: is a checkpoint of {found}; only {titles} are supported; give one of these.")
-    return own[0] if own else STABLE_DIFFUSION
+    return own[0] if own else otherwise
 
 
 def check_same_family(found: Family, wanted: Family, given: str, part: str) -> None:

@@ -48,6 +48,7 @@ class StableDiffusionXL(Family):
         "text_encoder": ("lora_te1",),
         "text_encoder_2": ("lora_te2",),
     }
+    original_adapter_names = True
     adapter_headers = re.compile(r"sdxl|stable-diffusion-xl")
     word_keys: ClassVar = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
     original_prefixes: ClassVar = {
@@ -65,7 +66,7 @@ class StableDiffusionXL(Family):
     not_a_base: ClassVar = {
         (4, 1280): "the refiner of Stable Diffusion XL, which only takes over what its base model has begun"
     }
-    text_widths: ClassVar = {2048: "Stable Diffusion XL"}
+    text_widths: ClassVar = {2048: "Stable Diffusion XL", 1280: "the refiner of Stable Diffusion XL"}
     guidance_scale = 5.0
     pools_text = True
     takes_sizes = True

@@ -154,4 +154,4 @@ class LoraTuning(TextEncoderTraining):
             return
         if layout == "diffusers" and self.method in (LORA, DORA):
             write_diffusers(adapter, folder, dtype)
-        write_kohya(adapter, folder, dtype, parts.family)
+        write_kohya(adapter, folder, dtype, parts)

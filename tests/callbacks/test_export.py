@@ -18,6 +18,8 @@ from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
 from tests import fitting
 
+EXPORTED = {"weights": "raw", "steps": 2, "dtype": "float32", "layout": "diffusers"}
+
 
 def fit(checkpoint: Path, *callbacks: Callback) -> StableDiffusionModule:
     module = StableDiffusionModule(str(checkpoint), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
@@ -37,7 +39,7 @@ def test_diffusers_samples_alike_from_the_export(checkpoint, tmp_path):
     ours = module.infer("a red star", num_inference_steps=2, return_type="numpy")["samples"]
     np.testing.assert_allclose(sample(tmp_path), ours, rtol=0, atol=1 / 255)
     assert not np.allclose(sample(tmp_path), sample(checkpoint), atol=0.05), "training changed the image"
-    assert json.loads((tmp_path / "training.json").read_text()) == {"weights": "raw", "steps": 2, "dtype": "float32"}
+    assert json.loads((tmp_path / "training.json").read_text()) == EXPORTED
 
 
 def test_the_average_is_exported_by_default(checkpoint, tmp_path):
@@ -60,7 +62,7 @@ def test_raw_weights_are_exported_before_there_is_an_average(checkpoint, tmp_pat
     module = fit(checkpoint, Export(tmp_path, dtype="float16"), EMA(start_step=100))
     exported = StableDiffusionModule.from_pretrained(str(tmp_path)).unet.conv_in.weight
     torch.testing.assert_close(exported, module.unet.conv_in.weight, rtol=1e-3, atol=1e-3)
-    metadata = {"weights": "raw", "steps": 2, "dtype": "float16"}
+    metadata = EXPORTED | {"dtype": "float16"}
     assert json.loads((tmp_path / "training.json").read_text()) == metadata
 
 
@@ -69,3 +71,10 @@ def test_unknown_dtype_and_weights_are_refused(tmp_path):
         Export(tmp_path, dtype="bfloat16")
     with pytest.raises(SettingsError, match=r"export\.weights=both: unknown; choose one of ema, raw"):
         Export(tmp_path, weights="both")
+
+
+def test_another_layout_is_not_yet_exported(tmp_path):
+    for written in ({"steps": 2}, {"steps": 2, "layout": "diffusers"}):  # 0.1.0 did not say
+        (tmp_path / "training.json").write_text(json.dumps(written))
+        assert Export(tmp_path).holds(2) and not Export(tmp_path).holds(3)
+        assert not Export(tmp_path, layout="single_file").holds(2)

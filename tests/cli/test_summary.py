@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from sdmodule.cli.main import predict_main, train_main
 from sdmodule.cli.next_command import command_line
+from sdmodule.components.checkpoint import load_components
 from tests.cli.test_commands import records
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +47,10 @@ KINDS = {
         r"pretrained=\S+/export/model\.safetensors height=40 width=40 .prompt=.*",
     ),
     "lora": (["experiment=lora", "validate_first=false"], r"'adapters=\[\{path: \S+/export\}\]' .*"),
+    "lora in peft's layout": (
+        ["experiment=lora", "validate_first=false", "callbacks.export.layout=peft"],
+        r"'adapters=\[\{path: \S+/export\}\]' .*",
+    ),
     "textual inversion": (
         ["experiment=textual_inversion", "tuning.placeholder=<it>", "data.template='a photo of {}'"],
         r"'adapters=\[\{path: \S+/export\}\]' .*'prompt=a photo of <it>'",
@@ -89,6 +95,19 @@ def test_validation_losses_are_told_from_where_they_were_measured(call, checkpoi
     assert re.fullmatch(r"Trained 5 steps in [\w: ]+", lines[0]), "without timings, none are told"
     assert re.fullmatch(r"val/loss: [\d.]+ at step 2, [\d.]+ at step 6", lines[1])
     assert lines[2:] == [f"Wrote {out}"], "and without an export there is nothing to sample with"
+
+
+def test_a_finished_training_writes_another_layout(call, checkpoint, photos, tmp_path):
+    out = tmp_path / "out"
+    common = [f"data.root={photos}", f"pretrained={checkpoint}", f"output_dir={out}", "resolution=32", "progress=false"]
+    common += ["trainer.max_steps=1", "callbacks=[checkpoint,export]"]
+    assert call(train_main, *common)[0] == 0
+    again = [*common, "ckpt_path=last", "callbacks.export.layout=single_file"]
+    status, printed, complaint = call(train_main, *again)
+    assert (status, complaint) == (0, "") and f"pretrained={out}/export/model.safetensors" in printed
+    folder, file = (load_components(str(place)) for place in (out / "export", out / "export" / "model.safetensors"))
+    assert all(torch.equal(value, file.unet.state_dict()[key]) for key, value in folder.unet.state_dict().items())
+    assert "nothing is left to train" in call(train_main, *again)[2]
 
 
 def test_captions_reach_the_printed_command_letter_for_letter(call, checkpoint, photos, tmp_path):

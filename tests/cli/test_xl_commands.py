@@ -49,6 +49,19 @@ def test_predict_samples_and_makes_an_image_again(call, xl_checkpoint, tmp_path)
     assert np.array_equal(pixels(again / record["file"]), pixels(alone / records(alone)[1]["file"]))
 
 
+def test_predict_samples_from_a_single_file(call, xl_checkpoint, tmp_path):
+    StableDiffusionModule.from_pretrained(xl_checkpoint).save_pretrained(tmp_path / "xl", layout="single_file")
+    found = []
+    for k, pretrained in enumerate((xl_checkpoint, tmp_path / "xl" / "model.safetensors")):
+        out = tmp_path / str(k)
+        status, _, complaint = call(
+            predict_main, "prompt=a star", "steps=2", f"pretrained={pretrained}", f"output_dir={out}"
+        )
+        assert status == 0, complaint
+        found.append(pixels(out / records(out)[0]["file"]))
+    assert np.array_equal(*found)
+
+
 def test_predict_takes_an_adapter_and_makes_its_image_again(call, xl_checkpoint, tmp_path):
     layer = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
     factors = {f"{layer}.lora_A.weight": torch.ones(2, 80), f"{layer}.lora_B.weight": torch.ones(64, 2)}

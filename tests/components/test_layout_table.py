@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sdmodule.components.adapter_file import write_diffusers, write_kohya
+from sdmodule.components.adapter_file import read_tensors, write_diffusers, write_kohya
 from sdmodule.components.checkpoint import Components, load_components
 from sdmodule.components.folder_kinds import DIFFUSERS_FILE, KOHYA_FILE
 from sdmodule.components.lora_layers import extract_adapter
@@ -235,10 +236,21 @@ def test_what_is_written_is_what_the_table_says(base, tmp_path):
     own = updates(base)
     adapter = extract_adapter(adapted(base, own)[0], "lora")
     write_diffusers(adapter, tmp_path, "float32")
-    write_kohya(adapter, tmp_path, "float32", base.family)
+    write_kohya(adapter, tmp_path, "float32", base)
     write_peft(adapter, tmp_path / "peft", "float32")
-    rows = {"diffusers from 0.21": DIFFUSERS_FILE, "kohya's scripts, LyCORIS": KOHYA_FILE, "peft": "peft"}
-    assert set(rows) == {layout for layout, cells in table().items() if cells[2] == "yes"}
+    header = read_tensors(tmp_path / KOHYA_FILE)[1]
+    assert (
+        header["modelspec.architecture"]
+        == {
+            "Stable Diffusion XL": "stable-diffusion-xl-v1-base/lora",
+            "Stable Diffusion 1.x and 2.x": "stable-diffusion-v1/lora",
+        }[base.family.title]
+    )
+    written = ("yes", "for XL" if base.tokenizer_2 else "but for XL")
+    kohyas = "the same, original names" if base.tokenizer_2 else "kohya's scripts, LyCORIS"
+    assert any("input_blocks" in key for key in read_tensors(tmp_path / KOHYA_FILE)[0]) == bool(base.tokenizer_2)
+    rows = {"diffusers from 0.21": DIFFUSERS_FILE, kohyas: KOHYA_FILE, "peft": "peft"}
+    assert set(rows) == {layout for layout, cells in table().items() if cells[2] in written}
     for layout, name in rows.items():
         assert_updated(read_here(base, tmp_path / name), base, own)
         if layout != "peft":
@@ -254,7 +266,7 @@ def test_ranks_and_alphas_by_layer_are_written_in_each_layout(base, tmp_path):
     own = updates(base, varied=True)
     adapter = extract_adapter(adapted(base, own)[0], "lora")
     write_diffusers(adapter, tmp_path, "float32")
-    write_kohya(adapter, tmp_path, "float32", base.family)
+    write_kohya(adapter, tmp_path, "float32", base)
     write_peft(adapter, tmp_path / "peft", "float32")
     for name in (DIFFUSERS_FILE, KOHYA_FILE, "peft"):
         assert_updated(read_here(base, tmp_path / name), base, own)
@@ -264,6 +276,7 @@ def test_ranks_and_alphas_by_layer_are_written_in_each_layout(base, tmp_path):
 @pytest.mark.parametrize(
     ("method", "config"),
     [
+        ("dora", LoraConfig(r=2, lora_alpha=3, use_dora=True)),
         ("loha", LoHaConfig(r=2, alpha=3)),
         ("lokr", LoKrConfig(r=2, alpha=3)),
         ("lokr", LoKrConfig(r=512, alpha=128, rank_pattern={".*to_k": 256})),  # two whole matrices, and yet a scale
@@ -276,7 +289,7 @@ def test_other_methods_of_peft_round_trip(checkpoint, tmp_path, method, config):
     model = get_peft_model(fresh.unet, config)
     generator = torch.Generator().manual_seed(1)
     for key, weight in model.named_parameters():
-        if "hada" in key or "lokr" in key:
+        if "lora_B" in key or "hada" in key or "lokr" in key:
             weight.data = 0.3 * torch.randn(weight.shape, generator=generator)
     model.save_pretrained(str(tmp_path / "theirs"))
     write_peft(extract_adapter(fresh, method), tmp_path / "ours", "float32")
@@ -301,6 +314,10 @@ def test_bad_folders_of_peft_are_refused_in_one_sentence(checkpoint, tmp_path):
         config.write_text(content)
         with pytest.raises(SettingsError, match=said):
             read_here(parts, tmp_path)
+    config.write_text(text)
+    shutil.copytree(folder, tmp_path / "other")
+    with pytest.raises(SettingsError, match="has several adapters of the unet; give the folder of one"):
+        read_here(parts, tmp_path)
     config.unlink()
     with pytest.raises(SettingsError, match=r"adapter_config\.json cannot be read"):
         read_here(parts, file)

@@ -62,31 +62,36 @@ def test_the_prediction_type_is_measured_at_the_last_timestep() -> None:
         assert predicts_noise(unet, 4, 1024) is expected
 
 
+CLIP_L, OPEN_CLIP_H, OPEN_CLIP_G = 123_060_480, 340_387_840, 694_659_840
+
+
 @pytest.mark.parametrize(
-    ("name", "unet_size", "text_size", "second_size"),
+    ("name", "unet_size", "text_sizes"),
     [
-        ("sd1", 859_520_964, 123_060_480, 0),
-        ("sd1_inpaint", 859_535_364, 123_060_480, 0),
-        ("sd2", 865_910_724, 340_387_840, 0),
-        ("sd2_v", 865_910_724, 340_387_840, 0),
-        ("sd2_inpaint", 865_925_124, 340_387_840, 0),
-        ("sdxl", 2_567_463_684, 123_060_480, 694_659_840),
-        ("sdxl_inpaint", 2_567_478_084, 123_060_480, 694_659_840),
+        ("sd1", 859_520_964, [CLIP_L]),
+        ("sd1_inpaint", 859_535_364, [CLIP_L]),
+        ("sd2", 865_910_724, [OPEN_CLIP_H]),
+        ("sd2_v", 865_910_724, [OPEN_CLIP_H]),
+        ("sd2_inpaint", 865_925_124, [OPEN_CLIP_H]),
+        ("sdxl", 2_567_463_684, [CLIP_L, OPEN_CLIP_G]),
+        ("sdxl_inpaint", 2_567_478_084, [CLIP_L, OPEN_CLIP_G]),
+        ("sdxl_refiner", 2_259_526_660, [OPEN_CLIP_G]),
     ],
 )
 def test_shipped_configurations_have_the_published_numbers_of_weights(
-    name: str, unet_size: int, text_size: int, second_size: int
+    name: str, unet_size: int, text_sizes: list[int]
 ) -> None:
     folder = CONFIGS / name
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder, subfolder="unet"))
-        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
-        networks = [unet, vae, CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))]
-        if second_size:
-            second = CLIPTextConfig.from_pretrained(folder / "text_encoder_2")
-            networks.append(CLIPTextModelWithProjection(second))
+        networks: list[torch.nn.Module] = [
+            UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder, subfolder="unet")),
+            AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae")),
+        ]
+        for kind, part in ((CLIPTextModel, "text_encoder"), (CLIPTextModelWithProjection, "text_encoder_2")):
+            if (folder / part).is_dir():
+                networks.append(kind(CLIPTextConfig.from_pretrained(folder / part)))
     sizes = [sum(weight.numel() for weight in network.parameters()) for network in networks]
-    assert sizes == [unet_size, 83_653_863, text_size, *([second_size] if second_size else [])]
+    assert sizes == [unet_size, 83_653_863, *text_sizes]
     scheduler = DDIMScheduler.from_config(DDIMScheduler.load_config(folder, subfolder="scheduler"))
     assert scheduler.config.prediction_type == ("v_prediction" if name == "sd2_v" else "epsilon")
     assert scheduler.alphas_cumprod[-1].item() == pytest.approx(0.00466, abs=1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -20,10 +21,11 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sdmodule.components.checkpoint import Components, load_components, load_part
 from sdmodule.components.inpaint_unet import convert_to_inpaint
+from sdmodule.components.modelspec import modelspec
 from sdmodule.components.save import save_components
 from sdmodule.components.write_single_file import save_single_file, save_single_vae
 from sdmodule.errors import SettingsError
@@ -141,6 +143,33 @@ def test_the_architecture_follows_from_width_and_prediction(checkpoint, width, i
     assert family.architecture(width, inpainting, predicted)[0] == name
 
 
+@pytest.mark.parametrize(
+    ("source", "title"),
+    [
+        ("stabilityai/stable-diffusion-xl-base-1.0", "stable-diffusion-xl-base-1.0"),
+        ("~/models/dream.v2.safetensors", "dream.v2"),
+        ("/data/my_run/export", "my_run"),
+        ("my_run/export/model.safetensors", "my_run"),
+        ("~/export", "stable-diffusion-v1"),
+        ("tiny", "tiny"),
+    ],
+)
+def test_the_title_is_the_name_of_the_model_and_no_path(checkpoint, source, title):
+    parts = replace(load_components(str(checkpoint)), source=source)
+    assert modelspec(parts, {})["modelspec.title"] == title
+
+
+def test_a_broken_configuration_beside_the_file_is_named(checkpoint, tmp_path):
+    save_single_file(load_components(str(checkpoint)), tmp_path)
+    for name in ("scheduler/scheduler_config.json", "tokenizer/tokenizer.json", "unet/config.json", "model_index.json"):
+        file = tmp_path / "model" / name
+        whole = file.read_text()
+        file.write_text("{")
+        with pytest.raises(SettingsError, match=r"model\.safetensors: .*"):
+            load_components(str(tmp_path / "model.safetensors"))
+        file.write_text(whole)
+
+
 def test_python_and_predict_take_the_layout(checkpoint, tmp_path):
     module = StableDiffusionModule.from_pretrained(checkpoint)
     module.save_pretrained(tmp_path, layout="single_file")
@@ -176,3 +205,12 @@ def test_a_vae_alone_is_read_by_us_and_by_diffusers(checkpoint, tmp_path):
     ours = load_components(str(checkpoint), components={"vae": file}).vae
     for read in (theirs, ours):
         assert all(torch.equal(value, read.state_dict()[key]) for key, value in vae.state_dict().items())
+
+
+def test_a_learned_word_is_not_written_into_a_checkpoint(checkpoint, tmp_path):
+    save_file({"<my-cat>": torch.zeros(2, 32)}, tmp_path / "word.safetensors")
+    word = {"files": [str(tmp_path / "word.safetensors")], "merge": True}
+    module = StableDiffusionModule.from_pretrained(checkpoint, adapters=word)
+    for layout in ("diffusers", "single_file"):
+        with pytest.raises(SettingsError, match="a learned word is not written into a checkpoint"):
+            module.save_pretrained(tmp_path / layout, layout=layout)

@@ -97,12 +97,20 @@ def test_every_network_is_adapted(xl_checkpoint, files):
 ATTENTION = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight"
 
 
-@pytest.mark.parametrize(("width", "title"), [(768, "1.x"), (1024, "2.x"), (2048, "XL")])
+@pytest.mark.parametrize(
+    ("width", "title"),
+    [
+        (768, "Stable Diffusion 1.x"),
+        (1024, "Stable Diffusion 2.x"),
+        (2048, "Stable Diffusion XL"),
+        (1280, "the refiner"),
+    ],
+)
 def test_an_adapter_of_another_family_is_named(checkpoint, xl_checkpoint, tmp_path, width, title):
     for key in (ATTENTION, "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight"):
         save_file({key: torch.zeros(4, width)}, tmp_path / "a.safetensors")
         for pretrained in (checkpoint, xl_checkpoint):
-            with pytest.raises(SettingsError, match=rf"a\.safetensors: is for Stable Diffusion {title}"):
+            with pytest.raises(SettingsError, match=rf"a\.safetensors: is for {title}"):
                 StableDiffusionModule.from_pretrained(pretrained, adapters=tmp_path / "a.safetensors")
 
 

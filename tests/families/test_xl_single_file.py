@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from safetensors.torch import save_file
 
 from sdmodule.components import shipped_configs, single_file
 from sdmodule.components.checkpoint import load_components, load_part
-from sdmodule.components.single_file import load_single_file
+from sdmodule.components.single_file import load_single_file, open_single_file
 from sdmodule.errors import SettingsError
 from sdmodule.families.stable_diffusion_xl import StableDiffusionXL
 from sdmodule.module import StableDiffusionModule
@@ -92,6 +94,12 @@ def test_parts_of_single_files_take_the_place_of_others(parts, weights, xl_check
     assert loaded.vae.config.scaling_factor == parts.vae.config.scaling_factor
 
 
+def test_a_vae_keeps_the_scale_of_its_own_family(file, parts, shipped):
+    """In a whole checkpoint of another family it is not that of the family it is used with."""
+    vae = load_part("vae", str(file))
+    assert vae.config.scaling_factor == parts.vae.config.scaling_factor
+
+
 def test_nine_channels_are_those_of_inpainting(parts, xl_checkpoint, tmp_path):
     config = json.loads((xl_checkpoint / "unet" / "config.json").read_text())
     wide = UNet2DConditionModel.from_config({**config, "in_channels": 9})
@@ -132,13 +140,62 @@ REFINER = {
         (REFINER, "is the refiner of Stable Diffusion XL, .*; give a checkpoint of the base model"),
         ({"model.diffusion_model.joint_blocks.0.x": (1,)}, "is a checkpoint of Stable Diffusion 3; only Stable"),
         ({"model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale": (1,)}, "is a checkpoint of Flux"),
-        ({"y_embedder.y_embedding": (1,)}, "is a checkpoint of PixArt; only .* and Stable Diffusion XL are supported"),
+        (
+            {"y_embedder.y_embedding": (1,)},
+            "is a checkpoint of PixArt or Sana; only .* and Stable Diffusion XL are supported",
+        ),
     ],
 )
 def test_other_models_are_refused_by_name(tmp_path, shapes, said):
     save_file({key: torch.zeros(shape) for key, shape in shapes.items()}, tmp_path / "model.safetensors")
     with pytest.raises(SettingsError, match=rf"model\.safetensors: {said}"):
         load_components(str(tmp_path / "model.safetensors"))
+
+
+class Refiner(StableDiffusionXL):
+    """What a second stage has to say of its files."""
+
+    title = "the refiner"
+    models: ClassVar = {name: StableDiffusionXL.models[name] for name in ("unet", "vae", "text_encoder_2")}
+    text_encoders: ClassVar = {"tokenizer_2": "text_encoder_2"}
+    original_prefixes: ClassVar = {
+        "unet": "model.diffusion_model.",
+        "vae": "first_stage_model.",
+        "text_encoder_2": "conditioner.embedders.0.",
+    }
+    original_configs: ClassVar = {(4, 1280): "sdxl_refiner"}
+    not_a_base: ClassVar = {}
+
+
+def test_the_layout_of_a_refiner_is_read(parts, weights, xl_checkpoint, shipped, monkeypatch, tmp_path):
+    first = "conditioner.embedders.0."
+    own = {
+        key.replace("conditioner.embedders.1.", first): value
+        for key, value in weights.items()
+        if not key.startswith(first)
+    }
+    save_file(own, tmp_path / "refiner.safetensors")
+    file = replace(open_single_file(tmp_path / "refiner.safetensors"), family=Refiner())
+    loaded = load_single_file(file, config=xl_checkpoint)
+    assert loaded.keys() == {"unet", "vae", "text_encoder_2", "tokenizer_2", "scheduler"}
+    monkeypatch.setattr(Refiner, "original_configs", {(4, 80): "."})
+    for name in Refiner.models:
+        assert_equal(loaded[name], parts.networks[name])
+        assert_equal(load_part(name, str(file.path), family=Refiner()), parts.networks[name])
+    assert load_part("tokenizer_2", str(file.path), family=Refiner()).pad_token == "!"
+    monkeypatch.setattr(Refiner, "original_configs", {})
+    with pytest.raises(SettingsError, match="is of Stable Diffusion XL; give a unet of the refiner"):
+        load_part("unet", str(file.path), family=Refiner())
+
+
+def test_text_encoders_alone_are_read_by_the_names_of_transformers(parts, shipped, tmp_path):
+    """As ComfyUI keeps them."""
+    for name in ("text_encoder", "text_encoder_2"):
+        own = parts.networks[name].state_dict()
+        named = {key if key.startswith("text_") else f"text_model.{key}": value for key, value in own.items()}
+        save_file(named | {"logit_scale": torch.ones(())}, tmp_path / f"{name}.safetensors")
+        loaded = load_part(name, str(tmp_path / f"{name}.safetensors"), family=parts.family)
+        assert_equal(loaded, parts.networks[name])
 
 
 def test_what_a_file_lacks_is_named(weights, xl_checkpoint, tmp_path):
