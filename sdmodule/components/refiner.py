@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from sdmodule.components.checkpoint import Components, load_part
-from sdmodule.components.source import find_source
+from sdmodule.components.source import find_source, is_single_file
 from sdmodule.errors import SettingsError
+from sdmodule.families.recognize import REFINER
 
 
 def load_refiner(path: str, base: Components) -> Components:
     """Load a refiner; its VAE is that of the base model, since both share the latents.
 
     Args:
-        path: a diffusers folder or a hub id.
+        path: a diffusers folder, a hub id, or a single file of the original layout.
         base: the model that samples before it.
 
     Raises:
         SettingsError: if it is another model, or does not go with the base model.
     """
-    source = find_source(path, key="refiner")
-    family = source.family
+    source = None if is_single_file(path) else find_source(path, key="refiner")
+    family = REFINER if source is None else source.family
     if not family.refines:
         raise SettingsError(f"refiner={path}: is a checkpoint of {family.title}; give one of a refiner.")
     if not base.family.refinable:
@@ -33,5 +34,5 @@ def load_refiner(path: str, base: Components) -> Components:
         source=path,
         guidance_scale=base.guidance_scale,
         family=family,
-        zero_empty_prompts=family.zeroes_empty_prompts(source.index),
+        zero_empty_prompts=source is not None and family.zeroes_empty_prompts(source.index),
     )

@@ -12,7 +12,8 @@ from sdmodule.families.stable_diffusion_xl import StableDiffusionXL
 from sdmodule.families.stable_diffusion_xl_refiner import StableDiffusionXLRefiner
 
 STABLE_DIFFUSION = StableDiffusion()
-FAMILIES: tuple[Family, ...] = (STABLE_DIFFUSION, StableDiffusionXL(), StableDiffusionXLRefiner())
+REFINER = StableDiffusionXLRefiner()
+FAMILIES: tuple[Family, ...] = (STABLE_DIFFUSION, StableDiffusionXL(), REFINER)
 
 
 OTHER_MODELS = {

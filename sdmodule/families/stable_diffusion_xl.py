@@ -66,7 +66,7 @@ class StableDiffusionXL(Family):
     not_a_base: ClassVar = {
         (4, 1280): "the refiner of Stable Diffusion XL, which only takes over what its base model has begun"
     }
-    text_widths: ClassVar = {2048: "Stable Diffusion XL", 1280: "the refiner of Stable Diffusion XL"}
+    text_widths: ClassVar = {2048: "Stable Diffusion XL"}
     guidance_scale = 5.0
     pools_text = True
     takes_sizes = True

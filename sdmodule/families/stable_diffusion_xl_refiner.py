@@ -31,8 +31,13 @@ class StableDiffusionXLRefiner(StableDiffusionXL):
     optional_parts = ("text_encoder", "tokenizer")
     adapter_prefixes: ClassVar = {"unet": ("lora_unet",), "text_encoder_2": ("lora_te2",)}
     adapter_headers = re.compile(r"stable-diffusion-xl-v1-refiner")
-    original_marks: ClassVar = ()  # not read from single files
-    original_configs: ClassVar = {}
+    original_prefixes: ClassVar = {
+        "unet": "model.diffusion_model.",
+        "vae": "first_stage_model.",
+        "text_encoder_2": "conditioner.embedders.0.",
+    }
+    original_marks: ClassVar = ()  # its keys are those of the base model
+    original_configs: ClassVar = {(4, 1280): "sdxl_refiner"}
     not_a_base: ClassVar = {}
     text_widths: ClassVar = {1280: "the refiner of Stable Diffusion XL"}
     refines = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from sdmodule.components.controlnet import controlnet_from_unet
 from sdmodule.components.save import save_components, save_model
 from sdmodule.components.schedulers import make_scheduler
+from sdmodule.components.write_single_file import save_single_file
 from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
 from tests.pipelines import diffusers_pipeline
@@ -190,6 +192,20 @@ def test_the_refiner(xl_checkpoint, xl, refiner, scheduler):
     second = xl_pipeline(refiner, kind=StableDiffusionXLImg2ImgPipeline)
     expected = theirs(second, denoising_start=0.6, image=latents, **common)
     assert np.array_equal(made, expected)
+
+
+def test_a_refiner_from_a_single_file(xl_checkpoint, refiner, monkeypatch, tmp_path):
+    """Its layout is that of the base model with one text encoder, whose configuration ships with the package."""
+    samples = {}
+    base = StableDiffusionModule.from_pretrained(xl_checkpoint, components={"refiner": refiner})
+    parts = replace(base.parts.refiner, scheduler=base.parts.scheduler)
+    save_single_file(parts, tmp_path)
+    monkeypatch.setattr(type(parts.family), "original_configs", {(4, 48): "."})
+    monkeypatch.setattr("sdmodule.components.shipped_configs.CONFIGS", refiner)
+    for name, place in (("folder", refiner), ("file", tmp_path / "model.safetensors")):
+        module = StableDiffusionModule.from_pretrained(xl_checkpoint, components={"refiner": place})
+        samples[name] = ours(module, num_inference_steps=5)
+    assert np.array_equal(samples["folder"], samples["file"])
 
 
 def test_a_refiner_is_no_base_and_has_one(checkpoint, xl_checkpoint, refiner):
