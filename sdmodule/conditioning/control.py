@@ -30,29 +30,40 @@ RESIDUALS = "down_block_additional_residuals", "mid_block_additional_residual"
 """Names of the UNet's arguments for the residuals of its blocks down and of its middle block."""
 
 
-def read_controls(control: Any, edges: bool, count: int, nets: int = 1) -> list[Controls]:
-    """Control images of ``count`` prompts, in RGB.
+def read_control_sets(control: Any, edges: bool, count: int, nets: int = 1) -> list[Controls]:
+    """Control images of ``count`` prompts, one for each ControlNet.
 
     Args:
-        control: a path, a PIL image, an array or a tensor; or several, one for each prompt, in a list, a folder or a
-            batch. For several ControlNets a list with one of these for each.
+        control: as `read_controls` takes it; for several ControlNets a list with one of these for each.
         edges: take the `canny_edges` of each image.
-        count: number of prompts; a single image serves all of them.
+        count: number of prompts.
         nets: number of ControlNets.
 
     Raises:
         SettingsError: for an image that cannot be read, or another number of images.
     """
     if nets == 1:
-        return [(image,) for image in _read_controls(control, edges, count, "control")]
+        return [(image,) for image in read_controls(control, edges, count)]
     if not isinstance(control, (list, tuple)) or len(control) != nets:
         given = f"{len(control)} entries" if isinstance(control, (list, tuple)) else "one image"
         raise SettingsError(f"control: {given} for {nets} ControlNets; give a list with one entry for each of them.")
-    each = [_read_controls(one, edges, count, f"control[{k}]") for k, one in enumerate(control)]
+    each = [read_controls(one, edges, count, f"control[{k}]") for k, one in enumerate(control)]
     return list(zip(*each, strict=True))
 
 
-def _read_controls(control: Any, edges: bool, count: int, name: str) -> list[Image.Image]:
+def read_controls(control: Any, edges: bool, count: int, name: str = "control") -> list[Image.Image]:
+    """Control images of ``count`` prompts, in RGB.
+
+    Args:
+        control: a path, a PIL image, an array or a tensor; or several, one for each prompt, in a list, a folder or a
+            batch.
+        edges: take the `canny_edges` of each image.
+        count: number of prompts; a single image serves all of them.
+        name: the setting that it is from, for messages.
+
+    Raises:
+        SettingsError: for an image that cannot be read, or another number of images.
+    """
     given = as_list(control, name)
     if len(given) not in (1, count):
         raise SettingsError(f"{name}: {len(given)} images for {count} prompts; give one image, or one per prompt.")

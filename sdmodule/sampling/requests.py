@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from sdmodule.conditioning.control import Controls, read_controls
+from sdmodule.conditioning.control import Controls, read_control_sets
 from sdmodule.conditioning.masked_image import MaskedImage, count_images, pair_images_and_masks, read_all, read_images
 from sdmodule.conditioning.text import parse_weights
 from sdmodule.errors import MAX_SEED, SettingsError, check_bool, check_int, check_seed
@@ -269,7 +269,7 @@ def _controls(control: Any, edges: bool, count: int, nets: int) -> Sequence[Cont
     """The control images of each of ``count`` prompts; None for each if there are none."""
     check_bool("control_edges", edges)
     if control is not None:
-        return read_controls(control, edges, count, nets)
+        return read_control_sets(control, edges, count, nets)
     if edges:
         raise SettingsError("control_edges=true: needs a photo to find edges in; give control=PHOTO.")
     return [None] * count

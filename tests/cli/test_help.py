@@ -73,7 +73,11 @@ def test_the_help_shows_the_defaults(call):
 @pytest.mark.parametrize(
     ("line", "contained", "missing"),
     [
-        ("predict --help sampler", ["sampler=ddim is chosen", "  euler_a ", "  sampler.eta=0.0"], ["tome", "prompt"]),
+        (
+            "predict --help sampler",
+            ["sampler=ddim is chosen", "  euler_a ", "  sampler.eta=0.0"],
+            ["tome", "num_images"],
+        ),
         ("predict sampler --help", ["sampler=ddim is chosen"], ["tome"]),
         ("predict --help=tome", ["  window  ", "  tome.ratio=0.0"], ["sampler"]),
         ("predict --help sampler=euler", ["sampler=euler is chosen", "sampler.scheduler=euler"], []),

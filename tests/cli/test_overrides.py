@@ -147,10 +147,29 @@ def test_adapters_are_a_path_or_a_list(typed, value):
     assert OmegaConf.to_container(OmegaConf.create({"adapters": override.value()}))["adapters"] == value
 
 
-PROMPTS = {"prompt", "negative_prompt", "data.prompt", "data.class_prompt", "tuning.placeholder", "tuning.initializer"}
-TEXT = {"image", "mask", "control", "from", "data.shards", "data.val_shards"}
-PATHS = {"pretrained", "controlnet", "prompts", "ckpt_path", "output_dir", "cache.folder", "callbacks.export.folder"}
+PROMPTS = {
+    "prompt",
+    "negative_prompt",
+    "prompt_2",
+    "negative_prompt_2",
+    "data.prompt",
+    "data.class_prompt",
+    "tuning.placeholder",
+    "tuning.initializer",
+}
+TEXT = {"image", "mask", "control", "ip_adapter_image", "from", "data.shards", "data.val_shards"}
+PATHS = {
+    "pretrained",
+    "refiner",
+    "ip_adapter",
+    "prompts",
+    "ckpt_path",
+    "output_dir",
+    "cache.folder",
+    "callbacks.export.folder",
+}
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler", "controlnet")
+PARTS += ("refiner", "ip_adapter", "image_encoder")
 PATHS |= {f"components.{part}" for part in PARTS}
 PATHS |= {"data.root", "data.val_root", "data.class_root", "data.made_in", "data.name", "data.split", "data.val_split"}
 PATHS |= {"data.subset", "data.image_column", "data.caption_column", "data.caption_key", "data.revision", "revision"}
@@ -161,7 +180,7 @@ def test_the_configuration_tags_its_text_keys():
     assert {key for key, tag in tags.items() if tag == "prompt"} == PROMPTS
     assert {key for key, tag in tags.items() if tag == "text"} == TEXT
     assert {key for key, tag in tags.items() if tag in ("path", "name")} == PATHS
-    assert {key for key, tag in tags.items() if tag == "paths"} == {"adapters"}
+    assert {key for key, tag in tags.items() if tag == "paths"} == {"adapters", "controlnet"}
 
 
 def test_a_comment_protects_a_new_key(tmp_path):

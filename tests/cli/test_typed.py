@@ -37,7 +37,7 @@ UNKNOWN_KEYS = {
     "predict guidance=7": "did you mean guidance_scale",
     "predict cfg_scale=7": "did you mean guidance_scale?",
     "predict SEED=7": "did you mean seed?",
-    "predict adapter=a.safetensors": "did you mean adapters?",
+    "predict adapter=a.safetensors": "adapters? --help",
     "predict task=inpaint": "did you mean model=inpaint?",
     "predict scheduler=euler": "did you mean sampler=euler?",
     "predict samplr=euler": "did you mean sampler=euler?",

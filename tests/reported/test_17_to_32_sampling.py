@@ -171,8 +171,8 @@ def test_row_29_control_images_may_be_a_batch(checkpoint, tmp_path, form):
     given = {"list": images, "array": array, "tensor": torch.from_numpy(array).permute(0, 3, 1, 2)}[form]
     wanted = module.infer([PROMPT, "a star"], control=images, **FAST)["samples"]
     assert np.array_equal(module.infer([PROMPT, "a star"], control=given, **FAST)["samples"], wanted)
-    with pytest.raises(SettingsError, match=r"controlnet=\['a', 'b'\]: must be one path or hub id"):
-        StableDiffusionModule(str(checkpoint), components={"controlnet": ["a", "b"]})
+    with pytest.raises(SettingsError, match=r"controlnet=\[1\]: must be one path or hub id"):
+        StableDiffusionModule(str(checkpoint), components={"controlnet": [1]})
 
 
 def test_row_40_images_as_the_model_has_them_and_diffusers_name_of_the_mask(checkpoint):
@@ -186,7 +186,7 @@ def test_row_40_images_as_the_model_has_them_and_diffusers_name_of_the_mask(chec
 
 
 def test_a_return_type_is_checked_before_sampling(module):
-    with pytest.raises(SettingsError, match="return_type=pil: unknown; choose one of image, numpy, tensor"):
+    with pytest.raises(SettingsError, match="return_type=pil: unknown; choose one of image, latent, numpy, tensor"):
         module.infer(PROMPT, num_inference_steps=900, return_type="pil")
 
 

@@ -239,7 +239,8 @@ def test_settings_that_do_not_fit_the_unet_are_an_error(engine):
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     )
     with pytest.raises(SettingsError, match=r"set tome\.max_downsample=2"):
-        TokenMerging(engine=engine).check(unet, (16, 16))
+        TokenMerging(engine=engine, max_downsample=1).check(unet, (16, 16))
+    TokenMerging(engine=engine).check(unet, (16, 16))
     TokenMerging(engine=engine, max_downsample=2).check(unet, (16, 16))
     with pytest.raises(SettingsError, match=r"those of this UNet have other norms, position embeddings"):
         TokenMerging(engine=engine).check(small_unet(attention_type="gated"), (16, 16))
