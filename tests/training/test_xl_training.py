@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 from sdmodule.callbacks.checkpoint import TrainingCheckpoint
 from sdmodule.callbacks.ema import EMA
 from sdmodule.callbacks.latent_cache import LatentCache
+from sdmodule.cli.preflight import check_compatible
 from sdmodule.data.datamodule import ImageFolderDataModule
 from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
@@ -263,3 +266,15 @@ def test_a_controlnet_is_trained_and_exported(xl_checkpoint, plain, folder, tmp_
     ours = module.infer(PROMPT, control=control, **options)["samples"]
     assert np.abs(ours - theirs).max() < 1e-5
     assert np.abs(ours - plain).max() > 1e-2
+
+
+@pytest.mark.parametrize(("size", "warns"), [((1024, 1024), False), ((832, 1216), False), ((512, 512), True)])
+def test_a_size_of_no_bucket_is_trained_with_a_warning(xl_checkpoint, size, warns):
+    module, data = module_of(xl_checkpoint), SimpleNamespace(size=size)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_compatible(module, data, [])
+        assert not caught  # the tiny checkpoint is of another size
+        module.unet.register_to_config(sample_size=1024 // module.parts.pixels_per_latent)
+        check_compatible(module, data, [])
+    assert [str(one.message).split(":")[0] for one in caught] == ["resolution=512x512 (height x width)"] * warns
