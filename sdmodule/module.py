@@ -36,7 +36,6 @@ from sdmodule.speed.compile import compile_unet
 from sdmodule.training import loss as denoising
 from sdmodule.training.accumulation import batch_size_of
 from sdmodule.training.activation_checkpointing import checkpoint_blocks
-from sdmodule.training.batch import with_image_sizes
 from sdmodule.training.frozen_weights import FrozenWeights
 from sdmodule.training.objective import Objective
 from sdmodule.training.optimizers import Optimization, parameter_groups
@@ -151,7 +150,7 @@ class StableDiffusionModule(TrainableModule):
         masks = denoising.mask_channels(self.parts, batch, generators, self.inpaint_training)
         noise = self.objective.draw_noise(latents, generators)
         with seeded(generator_for(seed, self.global_step, batch_idx, self.global_rank), self.device):  # for dropout
-            text = with_image_sizes(self.encode_captions(captions), batch, self.parts)
+            text = denoising.with_image_sizes(self.encode_captions(captions), batch, self.parts)
             conditions = denoising.Conditions(text, masks, denoising.control_guide(self.controlnet, batch))
             errors = denoising.denoising_errors(self.parts, latents, noise, timesteps, conditions, self.objective)
         loss = denoising.reduce_errors(errors, batch, masks, self.objective, self.inpaint_training)
@@ -161,15 +160,14 @@ class StableDiffusionModule(TrainableModule):
     @override
     def forward(self, latents: Tensor, timesteps: Tensor, embeddings: Conditioning | Tensor) -> Tensor:
         """The denoiser's prediction ``[B, 4, h, w]`` for noisy latents at ``timesteps`` ``[B]``, given text."""
-        text = Conditioning(embeddings) if isinstance(embeddings, Tensor) else embeddings
-        return self.unet(latents, timesteps, **self.parts.family.denoiser_arguments(text)).sample
+        return self.unet(latents, timesteps, **self.parts.family.denoiser_arguments(Conditioning.of(embeddings))).sample
 
     @override
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         batch, size = self.validation_batch(batch, batch_idx, dataloader_idx)
         seed, count = self.training_settings.seed, len(batch["caption"])
         generators = validation_generators(seed, count, batch_idx, self._trainer, dataloader_idx)
-        text = with_image_sizes(self.encode_captions(batch["caption"]), batch, self.parts)
+        text = denoising.with_image_sizes(self.encode_captions(batch["caption"]), batch, self.parts)
         losses = validation_losses(self.parts, batch, text, generators, inpainting=self.task == INPAINT)
         self.log_validation(losses, main="loss", batch_size=size)
 

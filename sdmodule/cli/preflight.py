@@ -52,6 +52,19 @@ def _check_size(model: Any, data: Any) -> None:
             f"resolution={size[0]}x{size[1]} (height x width): must be multiples of {factor}, such as {below} or "
             f"{below + factor}."
         )
+    _warn_of_size(model, (size[0], size[1]))
+
+
+def _warn_of_size(model: Any, size: tuple[int, int]) -> None:
+    """Say that a size is not one of those that the checkpoint's family was trained on, if it was on certain ones."""
+    parts: Any = getattr(model, "parts", None)
+    trained = parts.family.trained_sizes if parts else ()
+    if not trained or size in trained or (parts.resolution, parts.resolution) not in trained:
+        return
+    rank_zero_warn(
+        f"resolution={size[0]}x{size[1]} (height x width): {parts.family.title} was trained on other sizes, and needs "
+        f"many steps to adapt to this one; leave it out for {parts.resolution}."
+    )
 
 
 def _check_masks(model: Any, data: Any) -> None:

@@ -42,6 +42,11 @@ class Conditioning:
     time_ids: Tensor | None = None
     images: Tensor | None = None
 
+    @classmethod
+    def of(cls, text: Conditioning | Tensor) -> Conditioning:
+        """A conditioning as it is, or that of hidden states ``[B, L, D]`` alone."""
+        return cls(text) if isinstance(text, Tensor) else text
+
     def __len__(self) -> int:
         """B."""
         return len(self.hidden_states)

@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sdmodule.components.checkpoint import Components
 from sdmodule.errors import SettingsError
-from sdmodule.families.conditioning import Conditioning, ImageSizes
+from sdmodule.families.conditioning import ImageSizes
 
 RANGES = {"image": (-1.0, 1.0), "conditioning": (0.0, 1.0), "mask": (0.0, 1.0)}
 """Values that the tensors of a batch may have."""
@@ -69,13 +68,6 @@ def image_sizes(batch: Mapping[str, Any], pixels_per_latent: int) -> list[ImageS
     originals = _rows("original_size", batch.get("original_size", [[height, width]] * count), count, 1)
     crops = _rows("crop_top_left", batch.get("crop_top_left", [[0, 0]] * count), count, 0)
     return [ImageSizes(original, crop, (height, width)) for original, crop in zip(originals, crops, strict=True)]
-
-
-def with_image_sizes(text: Conditioning, batch: Mapping[str, Any], parts: Components) -> Conditioning:
-    """The captions of a batch with the sizes of its images, where the denoiser is told them."""
-    if not parts.family.takes_sizes:  # values on a GPU would have to be waited for
-        return text
-    return parts.family.with_sizes(text, image_sizes(batch, parts.pixels_per_latent))
 
 
 def _rows(name: str, values: Any, count: int, lowest: int) -> list[tuple[int, int]]:

@@ -18,6 +18,7 @@ from sdmodule.conditioning.random_masks import draw_masks
 from sdmodule.diffusion.noising import add_noise, per_example_loss, prediction_target, prior_preservation_loss
 from sdmodule.errors import SettingsError
 from sdmodule.families.conditioning import Conditioning
+from sdmodule.training.batch import image_sizes
 from sdmodule.training.inpaint import InpaintTraining
 from sdmodule.training.objective import SQUARED_ERROR, Noise, Objective
 from sdmodule.training.rng import Generators
@@ -99,6 +100,13 @@ def control_guide(controlnet: Any, batch: Mapping[str, Any]) -> ControlGuide | N
     if "conditioning" not in batch:
         raise SettingsError("tuning=controlnet: the data has no control images; set data.conditioning=canny or files.")
     return ControlGuide(controlnet, batch["conditioning"])
+
+
+def with_image_sizes(text: Conditioning, batch: Mapping[str, Any], parts: Components) -> Conditioning:
+    """The captions of a batch with the sizes of its images, where the denoiser is told them."""
+    if not parts.family.takes_sizes:  # values on a GPU would have to be waited for
+        return text
+    return parts.family.with_sizes(text, image_sizes(batch, parts.pixels_per_latent))
 
 
 def denoising_errors(

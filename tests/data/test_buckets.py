@@ -11,6 +11,7 @@ from PIL import Image
 
 from sdmodule.data.buckets import bucket_sizes, nearest_bucket
 from sdmodule.data.datamodule import ImageFolderDataModule
+from sdmodule.families.stable_diffusion_xl import TRAINED_SIZES
 from sdmodule.io.image_files import upright_size
 
 SHAPES = [(40, 40), (64, 32), (32, 64), (60, 31), (38, 41), (36, 72)]
@@ -43,7 +44,7 @@ def test_512_has_five_buckets():
 
 
 def test_1024_has_buckets_that_stable_diffusion_xl_was_trained_on():
-    """Podell et al. 2023, appendix I: of each ratio up to 2 the size with the most pixels."""
+    assert set(bucket_sizes((1024, 1024))) <= TRAINED_SIZES
     tall = [(1408, 704), (1344, 768), (1280, 768), (1216, 832), (1152, 896), (1088, 960)]
     assert bucket_sizes((1024, 1024)) == [*tall, (1024, 1024), *((w, h) for h, w in reversed(tall))]
 
