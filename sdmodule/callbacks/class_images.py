@@ -9,7 +9,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from sdmodule.conditioning.text import escape_prompt
+from sdmodule.conditioning.prompt_syntax import escape_prompt
 from sdmodule.errors import check_int
 from sdmodule.io.png_metadata import save_png
 from sdmodule.io.progress import progress

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from sdmodule.conditioning.text import chunks_of, encode_texts, escape_prompt
+from sdmodule.conditioning.prompt_syntax import escape_prompt
+from sdmodule.conditioning.text import chunks_of, encode_texts
 from sdmodule.data.base import TrainingData
 from sdmodule.data.buckets import Size
 from sdmodule.data.cache.latents import CachedEmbeddings, CachedMomentsDataset, ImageDataset, moments_keys

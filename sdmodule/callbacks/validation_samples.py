@@ -16,8 +16,8 @@ from sdmodule.callbacks.ema import EMA
 from sdmodule.callbacks.log_images import log_images
 from sdmodule.callbacks.validation_interval import ValidationInterval
 from sdmodule.conditioning.inpaint import mask_out
+from sdmodule.conditioning.prompt_syntax import escape_prompt
 from sdmodule.conditioning.random_masks import draw_masks
-from sdmodule.conditioning.text import escape_prompt
 from sdmodule.errors import check_int, check_seed
 from sdmodule.io.images import captioned_sheet, contact_sheet, to_images
 from sdmodule.io.png_metadata import save_png

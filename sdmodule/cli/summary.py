@@ -15,7 +15,7 @@ from typing_extensions import override
 from sdmodule.callbacks.export import Export
 from sdmodule.callbacks.timing import TimingLogger
 from sdmodule.cli.next_command import command_line, sampling_settings
-from sdmodule.conditioning.text import escape_prompt
+from sdmodule.conditioning.prompt_syntax import escape_prompt
 from sdmodule.errors import count_of
 
 PROMPT = "a red circle on a blue background"

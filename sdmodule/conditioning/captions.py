@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from sdmodule.components.checkpoint import Components
-from sdmodule.conditioning.text import chunks_of, encode_texts, escape_prompt
+from sdmodule.conditioning.prompt_syntax import escape_prompt
+from sdmodule.conditioning.text import chunks_of, encode_texts
 from sdmodule.families.conditioning import Conditioning
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdmodule.conditioning.control import Controls, read_control_sets
 from sdmodule.conditioning.masked_image import MaskedImage, count_images, pair_images_and_masks, read_all, read_images
-from sdmodule.conditioning.text import parse_weights
+from sdmodule.conditioning.prompt_syntax import parse_weights
 from sdmodule.errors import MAX_SEED, SettingsError, check_bool, check_int, check_seed
 from sdmodule.io.run_folder import IMAGES, INPUTS
 from sdmodule.sampling.prompt_files import read_prompts

@@ -20,7 +20,8 @@ from benchmarks.forked import Command, run
 from sdmodule.callbacks.latent_cache import LatentCache
 from sdmodule.callbacks.validation_samples import ValidationSamples
 from sdmodule.cli.main import train_main
-from sdmodule.conditioning.text import encode_prompts, escape_prompt
+from sdmodule.conditioning.prompt_syntax import escape_prompt
+from sdmodule.conditioning.text import encode_prompts
 from sdmodule.data.cache.latents import CachedEmbeddings
 from sdmodule.data.cache.tensor_store import TensorStore
 from sdmodule.data.datamodule import ImageFolderDataModule

@@ -11,15 +11,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from sdmodule.conditioning.text import (
-    TokenChunks,
-    apply_prompt_weights,
-    count_chunks,
-    encode_prompts,
-    escape_prompt,
-    parse_weights,
-    tokenize,
-)
+from sdmodule.conditioning.prompt_syntax import escape_prompt, parse_weights
+from sdmodule.conditioning.text import TokenChunks, apply_prompt_weights, count_chunks, encode_prompts, tokenize
 from sdmodule.errors import SettingsError
 
 WIDTH = 32

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from sdmodule.components.checkpoint import load_components
 from sdmodule.components.learned_words import add_word
 from sdmodule.components.save import save_components
-from sdmodule.conditioning.text import encode_prompts, parse_weights
+from sdmodule.conditioning.prompt_syntax import parse_weights
+from sdmodule.conditioning.text import encode_prompts
 from sdmodule.errors import SettingsError
 from sdmodule.io.images import wrap_text
 from sdmodule.module import StableDiffusionModule
