@@ -137,7 +137,7 @@ def measure(plain: Components, best: Components, settings: argparse.Namespace, s
     """Run all contenders, in turn."""
     side = size // plain.pixels_per_latent
     noise = torch.randn(batch, plain.vae.config.latent_channels, side, side, generator=torch.Generator().manual_seed(0))
-    correction = describe(plain, SamplingSettings(), inpainting=False)["guidance_rescale"]
+    correction = describe(plain, SamplingSettings(), "text2image")["guidance_rescale"]
     work = Work(size, batch, noise, settings.guidance_scale, correction)
     compile = not settings.no_compile
     listed = [*peers(plain, best, compile), *presets(plain, best, compile)]

@@ -49,6 +49,7 @@ def pair_images_and_masks(images: Any, masks: Any, count: int) -> list[MaskedIma
         SettingsError: for an image or a mask that cannot be used, or lists of different lengths.
     """
     image_list, mask_list = as_list(images, "image"), as_list(masks, "mask")
+    _check_names(image_list, mask_list)
     total = max(len(image_list), len(mask_list))
     for name, values in (("image", image_list), ("mask", mask_list)):
         if len(values) not in (1, total):
@@ -61,6 +62,17 @@ def pair_images_and_masks(images: Any, masks: Any, count: int) -> list[MaskedIma
         for k in range(total)
     ]
     return pairs * (count // total)
+
+
+def _check_names(images: Sequence[Any], masks: Sequence[Any]) -> None:
+    """Check that the files of two folders are paired by name."""
+    if not all(isinstance(one, Path) for one in (*images, *masks)) or 1 in (len(images), len(masks)):
+        return
+    names, others = ({one.stem for one in files} for files in (images, masks))
+    if lone := sorted(names ^ others):
+        raise SettingsError(
+            f"image, mask: {choices(lone[:3])} is in one of the folders only; name each mask as its image."
+        )
 
 
 def read_images(images: Any, count: int) -> list[Image.Image | torch.Tensor]:

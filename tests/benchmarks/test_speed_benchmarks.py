@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks import growth, run, sampling_speed, training_speed
+from benchmarks import growth, run, sampling_speed, training_speed, xl_step
 from sdmodule.components.checkpoint import Components, load_components
 from sdmodule.errors import SettingsError
 
@@ -31,6 +31,16 @@ def test_sampling_is_measured_beside_its_alternatives(checkpoint, tmp_path):
     assert rows["speed=turbo"]["steps"] < rows["speed=fast"]["steps"] < rows["speed=exact"]["steps"] == 50
     assert all(row["step_seconds"] > 0 and row["image_seconds"] > 0 for row in rows.values())
     assert Image.open(plot).height > 2 * 20 * len(rows) and written["quick"]
+
+
+@pytest.mark.slow
+def test_a_step_of_the_large_family_is_measured_beside_the_recipe(tmp_path):
+    written = xl_step.run(["--quick", "--json", str(tmp_path / "step.json")])
+    rows = {row["name"]: row for row in json.loads((tmp_path / "step.json").read_text())["rows"]}
+    assert len(rows) == 4 and written["quick"]
+    assert rows[xl_step.RECIPE]["speedup"] == 1.0 and rows[xl_step.RECIPE]["error"] == 0.0
+    assert 0 < rows["speed=rounding"]["error"] < 0.02
+    assert all(row["seconds"] > 0 and row["peak_gib"] > 0 for row in rows.values())
 
 
 @pytest.mark.slow

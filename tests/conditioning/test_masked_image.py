@@ -26,3 +26,17 @@ def test_lists_of_different_lengths_are_refused():
 def test_a_transparent_image_without_a_mask_suggests_its_alpha_channel():
     with pytest.raises(SettingsError, match=r"mask\[1\]: missing; give one for image\[1\], .* or mask=alpha"):
         pair_images_and_masks([IMAGE.convert("RGBA")] * 2, [MASK, None], 2)
+
+
+def test_folders_are_paired_by_name(tmp_path):
+    for folder, names in (("images", "ab"), ("masks", "ab"), ("other", "ac")):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (IMAGE if folder == "images" else MASK).save(tmp_path / folder / f"{name}.png")
+    assert len(pair_images_and_masks(tmp_path / "images", tmp_path / "masks", 2)) == 2
+    assert len(pair_images_and_masks(str(tmp_path / "images"), MASK, 2)) == 2
+    with pytest.raises(SettingsError, match="b, c is in one of the folders only; name each mask as its image"):
+        pair_images_and_masks(tmp_path / "images", tmp_path / "other", 2)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(SettingsError, match=r"image=.*none: contains no images"):
+        pair_images_and_masks(tmp_path / "none", MASK, 1)

@@ -177,6 +177,7 @@ def test_metadata_holds_the_settings(sd, checkpoint):
         "height": 32,
         "width": 32,
         "model": str(checkpoint),
+        "family": "Stable Diffusion 1.x and 2.x",
     }
     assert set(out["seconds"]) == {"text", "denoise", "decode"}
 
