@@ -12,7 +12,20 @@ from pathlib import Path
 from sdmodule.errors import SettingsError
 
 PATIENCE = 8.0
-"""Seconds to wait for the lock: data loading workers of a killed run hold it until they notice, after five."""
+"""Seconds to wait for the lock: a killed run that writes a large file takes a while to end."""
+
+_held: set[int] = set()
+"""Descriptors of the locks that this process holds."""
+
+
+def _let_go() -> None:
+    """Give up the locks in a forked process: data loading workers outlive a killed run by seconds."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
@@ -30,12 +43,15 @@ def folder_locked(folder: Path, patience: float | None = None) -> Iterator[None]
         OSError: if the folder cannot be made.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    owner, descriptor = os.getpid(), os.open(folder, os.O_RDONLY)
     try:
         _wait_for_lock(descriptor, folder, PATIENCE if patience is None else patience)
+        _held.add(descriptor)
         yield
     finally:
-        os.close(descriptor)
+        if os.getpid() == owner:  # in a forked process it is closed already
+            _held.discard(descriptor)
+            os.close(descriptor)
 
 
 def _wait_for_lock(descriptor: int, folder: Path, patience: float) -> None:
