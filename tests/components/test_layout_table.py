@@ -26,7 +26,10 @@ from sdmodule.components.peft_layout import write_peft
 from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
 
-pytestmark = pytest.mark.filterwarnings("ignore:The following alpha_pattern keys")  # diffusers' misreading
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:The following alpha_pattern keys"),  # diffusers' misreading
+]
 
 PAGE = Path(__file__).parents[2] / "docs" / "guide" / "interop.md"
 

@@ -32,6 +32,8 @@ from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
 from tests.original_layout import original_layout
 
+pytestmark = pytest.mark.slow  # each writes and reads a checkpoint
+
 PIPELINES = {
     "1.x": StableDiffusionPipeline,
     "2.x": StableDiffusionPipeline,

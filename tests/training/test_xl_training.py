@@ -25,6 +25,8 @@ from sdmodule.training.loss import encode_moments, with_image_sizes
 from tests.fitting import fit
 from tests.xl_parts import xl_pipeline
 
+pytestmark = pytest.mark.slow  # most train
+
 CAPTIONS = ["a red circle", "", "a blue star on a green background, " * 12, "a heart", "a square"]
 PROMPT = "a red circle on a blue background"
 
