@@ -191,11 +191,6 @@ def start_latents(
         raise SettingsError(f"image: latents have shape {tuple(known.shape[1:])}; give {shape}.")
     if known is not None and settings.denoising_start is not None:
         return known, None
-    if settings.denoising_start is not None:
-        raise SettingsError(
-            f"denoising_start={settings.denoising_start}: needs the latents that it goes on from; use "
-            "model=image2image and give them as image."
-        )
     noise = given.noise
     noise = draw_latents((len(requests), *shape), generators, like) if noise is None else noise.to(like)
     if known is None:

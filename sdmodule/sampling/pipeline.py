@@ -63,7 +63,7 @@ def sample(
     done = 0
     for stage in plan_stages(parts, sized_like(parts, settings, requests[0].image)):
         given = stage.continued(given, watch)
-        conditions = prepare_conditions(stage.parts, requests, stage.settings, watch, given)
+        conditions = prepare_conditions(stage.parts, stage.of(requests), stage.settings, watch, given)
         with watch.stage("denoise"):
             latents = denoise_batch(stage.parts, conditions, stage.settings, watch, after(done, on_step))
         crops, done = crops or conditions.crops, done + len(conditions.steps)
@@ -158,6 +158,8 @@ def sample_requests(
             sizes.
     """
     check_texts(parts, requests)
+    if text is not None and parts.refiner is not None:
+        raise SettingsError("prompt_embeds: are not those that the refiner attends to; give the prompt.")
     single = generator is None or isinstance(generator, torch.Generator)
     if not single and len(generator) != len(requests):  # type: ignore[arg-type]
         raise SettingsError(

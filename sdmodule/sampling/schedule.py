@@ -15,7 +15,7 @@ from sdmodule.components.checkpoint import Components
 from sdmodule.components.inpaint_unet import is_inpaint_unet
 from sdmodule.components.schedulers import make_scheduler
 from sdmodule.errors import SettingsError, is_int
-from sdmodule.sampling.requests import INPAINT
+from sdmodule.sampling.requests import IMAGE2IMAGE, INPAINT
 from sdmodule.sampling.settings import SamplingSettings
 from sdmodule.speed.attention import check_attention
 from sdmodule.speed.deep_cache import check_cache
@@ -197,6 +197,11 @@ def check_settings(parts: Components, settings: SamplingSettings, task: str) -> 
     if is_inpaint_unet(parts.unet) and task != INPAINT:
         raise SettingsError(f"pretrained={parts.source}: its UNet takes a mask; use model=inpaint.")
     _check_family(parts, settings)
+    if settings.denoising_start is not None and task != IMAGE2IMAGE:
+        raise SettingsError(
+            f"denoising_start={settings.denoising_start}: needs the latents that it goes on from; use "
+            "model=image2image and give them as image."
+        )
     _, *sides = latent_shape(parts, settings)
     settings.merging.check(parts.unet, (sides[0], sides[1]))
     check_attention(settings.speed.attention)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sdmodule.components.checkpoint import Components
 from sdmodule.errors import SettingsError
 from sdmodule.sampling.conditions import Given
 from sdmodule.sampling.hires import enlarge
+from sdmodule.sampling.requests import SampleRequest
 from sdmodule.sampling.schedule import image_size, sampling_schedule
 from sdmodule.sampling.settings import SamplingSettings
 from sdmodule.sampling.stopwatch import Stopwatch
@@ -26,6 +28,12 @@ class Stage:
     parts: Components
     settings: SamplingSettings
     enlarges: bool = False
+
+    def of(self, requests: Sequence[SampleRequest]) -> list[SampleRequest]:
+        """The requests of this stage: a refiner has no ControlNets."""
+        if not self.parts.family.refines:
+            return list(requests)
+        return [replace(request, control=None) for request in requests]
 
     def continued(self, given: Given, watch: Stopwatch) -> Given:
         """What was given, with the latents of the stage before at this stage's size."""

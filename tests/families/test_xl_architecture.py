@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.loaders import single_file_utils as ldm
 from torch import nn
 
+from benchmarks.xl_step import CONFIG
 from sdmodule.components.original_layout import build_network, to_original
 from sdmodule.components.original_names import unet_layer
 from sdmodule.components.shipped_configs import CONFIGS
@@ -17,22 +18,6 @@ from sdmodule.errors import SettingsError
 from sdmodule.families.recognize import FAMILIES
 from sdmodule.speed.deep_cache import check_cache
 from sdmodule.tome.blocks import blocks_to_merge, transformer_blocks
-
-# https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/blob/main/unet/config.json
-CONFIG = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 2,
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "use_linear_projection": True,
-    "cross_attention_dim": 2048,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 
 # the places of the attentions, and of the layers that resize, in files of kohya's scripts
 ATTENTIONS = {f"input_blocks.{k}.1" for k in (4, 5, 7, 8)} | {f"output_blocks.{k}.1" for k in range(6)}

@@ -194,6 +194,18 @@ def test_the_refiner(xl_checkpoint, xl, refiner, scheduler):
     assert np.array_equal(made, expected)
 
 
+def test_a_refiner_goes_on_after_a_controlnet_and_takes_no_embeddings(xl_checkpoint, xl, refiner, tmp_path):
+    save_model(controlnet_from_unet(xl[0].parts), tmp_path / "net")
+    places = {"refiner": refiner, "controlnet": tmp_path / "net"}
+    module = StableDiffusionModule.from_pretrained(xl_checkpoint, components=places)
+    plain = StableDiffusionModule.from_pretrained(xl_checkpoint, components={"refiner": refiner})
+    guided = ours(module, control=ramp(1, (32, 32)), num_inference_steps=5)  # by a ControlNet that adds nothing yet
+    assert np.array_equal(guided, ours(plain, num_inference_steps=5))
+    given = {"prompt_embeds": torch.zeros(1, 77, 80), "pooled_prompt_embeds": torch.zeros(1, 24)}
+    with pytest.raises(SettingsError, match="prompt_embeds: are not those that the refiner attends to"):
+        ours(plain, None, **given)
+
+
 def test_a_refiner_from_a_single_file(xl_checkpoint, refiner, monkeypatch, tmp_path):
     """Its layout is that of the base model with one text encoder, whose configuration ships with the package."""
     samples = {}
