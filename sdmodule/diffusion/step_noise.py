@@ -1,4 +1,4 @@
-"""Steps of diffusers' schedulers on a GPU that never wait for the host: noise is drawn ahead, coefficients stay there."""
+"""Steps of diffusers' schedulers on a GPU that never wait for the host: noise and coefficients are there already."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from sdmodule.diffusion.upload import upload
 
 LARGEST_UPLOAD = 2**28
 """Bytes of noise that are uploaded at once: that of all steps, but for long runs of large batches."""
@@ -37,7 +39,7 @@ def steps_on_device(
         yield nullcontext()
         return
     if isinstance(scheduler, UniPCMultistepScheduler):  # copies coefficients at each step, if they are not there yet
-        scheduler.sigmas = scheduler.sigmas.to(device)
+        scheduler.sigmas = upload(scheduler.sigmas, device)
     noise = NoiseAhead([one for one in generators if one.device.type == "cpu"], device, steps)
     try:
         yield DeviceStep(noise)
@@ -103,13 +105,12 @@ class NoiseAhead:
         dtype = dtype or torch.get_default_dtype()
         rows = len(self.generators)
         steps = min(max(self.left, 1), max(LARGEST_UPLOAD // (rows * math.prod(shape) * dtype.itemsize), 1))
-        pinned = torch.cuda.is_available()  # not with fake tensors, or on the GPU of a Mac
-        drawn = torch.empty(steps, rows, *shape, dtype=dtype, pin_memory=pinned)
+        drawn = torch.empty(steps, rows, *shape, dtype=dtype)
         self.states = []
         for step in range(steps):
             self.states.append([generator.get_state() for generator in self.generators])
             for row, generator in enumerate(self.generators):
                 torch.randn(shape, generator=generator, out=drawn[step, row])
-        self.drawn = drawn.to(self.device, non_blocking=True)
+        self.drawn = upload(drawn, self.device)
         self.used = [0] * rows
         self.left -= steps

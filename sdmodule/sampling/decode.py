@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -15,23 +18,84 @@ def decode(parts: Components, latents: Tensor) -> Tensor:
     """Images ``[B, 3, H, W]`` in [0, 1], float32, from latents ``[B, 4, h, w]``.
 
     Activations of Stable Diffusion's VAE sometimes overflow half precision, which gives black images; such a batch is
-    decoded again in float32; see `vae_precision` for a VAE that is known to overflow.
+    decoded again in float32, and those after it in float32 at once, as by a VAE that is known to overflow
+    (see `vae_precision`).
 
     Raises:
         SettingsError: if the latents, or the images even in float32, have NaNs or infs.
     """
     if not torch.isfinite(latents).all():
         raise SettingsError("the UNet produced NaNs or infs; use precision=32-true or bf16-mixed.")
-    scaled = latents / parts.vae.config.scaling_factor
-    with vae_precision(parts) as dtype:
-        images = parts.vae.decode(scaled.to(dtype)).sample
-    if not torch.isfinite(images).all():
+    images = _decode(parts, latents)
+    if not torch.isfinite(images).all() and not parts.vae_overflows:
         rank_zero_warn("The VAE overflows in half precision; such images are decoded again in float32.")
+        parts.vae_overflows = True
         with vae_in_float32(parts.vae):
-            images = parts.vae.decode(scaled.float()).sample
+            images = parts.vae.decode((latents / parts.vae.config.scaling_factor).float()).sample
     if not torch.isfinite(images).all():
         raise SettingsError(
             "the VAE produced NaNs or infs; use precision=32-true or bf16-mixed, or another checkpoint if these do "
             "not help."
         )
+    return _in_unit_range(images)
+
+
+@dataclass
+class Decoding:
+    """Images on their way from a GPU, which are decoded while the host goes on.
+
+    They are decoded on the stream of the denoising: the kernels of a VAE fill a GPU, and beside the next batch's
+    denoising its memory would be needed on top.
+
+    Attributes:
+        parts: the model.
+        latents: of the batch, ``[B, 4, h, w]``.
+        images: in pinned memory, ``[B, 3, H, W]``: float32 in [0, 1], or bytes.
+        finite: in pinned memory, whether all latents and images are.
+        done: the event that both are there.
+    """
+
+    parts: Components
+    latents: Tensor
+    images: Tensor
+    finite: Tensor
+    done: Any
+
+    @classmethod
+    def start(cls, parts: Components, latents: Tensor, as_bytes: bool) -> Decoding:
+        """Start decoding latents on a GPU; ``as_bytes`` rounds the images to 8 bits there."""
+        images = _decode(parts, latents)
+        finite = torch.isfinite(images).all() & torch.isfinite(latents).all()
+        shown = _shown(_in_unit_range(images), as_bytes)
+        host = [torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in (shown, finite)]
+        for onto, one in zip(host, (shown, finite), strict=True):
+            onto.copy_(one, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(latents.device))
+        return cls(parts, latents, *host, done)
+
+    @torch.no_grad()
+    def result(self) -> Tensor:
+        """The images, once they are there, decoded again in float32 where half precision overflowed.
+
+        Raises:
+            SettingsError: as `decode` does.
+        """
+        self.done.synchronize()
+        if self.finite:
+            return self.images
+        return _shown(decode(self.parts, self.latents), self.images.dtype == torch.uint8).cpu()
+
+
+def _decode(parts: Components, latents: Tensor) -> Tensor:
+    scaled = latents / parts.vae.config.scaling_factor
+    with vae_precision(parts) as dtype:
+        return parts.vae.decode(scaled.to(dtype)).sample
+
+
+def _in_unit_range(images: Tensor) -> Tensor:
     return (images.float() / 2 + 0.5).clamp(0, 1)
+
+
+def _shown(images: Tensor, as_bytes: bool) -> Tensor:
+    return (images * 255).round().to(torch.uint8) if as_bytes else images
