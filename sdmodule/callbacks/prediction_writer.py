@@ -77,6 +77,7 @@ class PredictionWriter(BasePredictionWriter):
             trainer.strategy.barrier("folder ready")
         except OSError as error:
             raise unwritable(self.output_dir, error.strerror) from error
+        self._sampled.clear()
         self._pool = ThreadPoolExecutor(self.workers, "images")
 
     @override

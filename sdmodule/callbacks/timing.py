@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,8 +183,8 @@ class TimingLogger(Callback):
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.batches: list[Mapping[str, float]] = []
-        self.denoising: list[Sequence[float]] = []
+        self.batches: list[Any] = []  # seconds of each stage, not read before the end
+        self.denoising: list[Any] = []
         self.images: list[int] = []
         self._predict_start = time.perf_counter()
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -40,51 +37,37 @@ def decode(parts: Components, latents: Tensor) -> Tensor:
     return _in_unit_range(images)
 
 
-@dataclass
 class Decoding:
     """Images on their way from a GPU, which are decoded while the host goes on.
 
     They are decoded on the stream of the denoising: the kernels of a VAE fill a GPU, and beside the next batch's
     denoising its memory would be needed on top.
 
-    Attributes:
+    Args:
         parts: the model.
-        latents: of the batch, ``[B, 4, h, w]``.
-        images: in pinned memory, ``[B, 3, H, W]``: float32 in [0, 1], or bytes.
-        finite: in pinned memory, whether all latents and images are.
-        done: the event that both are there.
+        latents: on a GPU, ``[B, 4, h, w]``.
+        as_bytes: round the images to 8 bits there; otherwise they are float32 in [0, 1].
     """
 
-    parts: Components
-    latents: Tensor
-    images: Tensor
-    finite: Tensor
-    done: Any
-
-    @classmethod
-    def start(cls, parts: Components, latents: Tensor, as_bytes: bool) -> Decoding:
-        """Start decoding latents on a GPU; ``as_bytes`` rounds the images to 8 bits there."""
+    def __init__(self, parts: Components, latents: Tensor, as_bytes: bool) -> None:
+        self.parts, self.latents, self.as_bytes = parts, latents, as_bytes
         images = _decode(parts, latents)
-        finite = torch.isfinite(images).all() & torch.isfinite(latents).all()
-        shown = _shown(_in_unit_range(images), as_bytes)
-        host = [torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in (shown, finite)]
-        for onto, one in zip(host, (shown, finite), strict=True):
-            onto.copy_(one, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record(torch.cuda.current_stream(latents.device))
-        return cls(parts, latents, *host, done)
+        self._finite = _to_host(torch.isfinite(images).all() & torch.isfinite(latents).all())
+        self._images = _to_host(_shown(_in_unit_range(images), as_bytes))
+        self._done = torch.cuda.Event()
+        self._done.record(torch.cuda.current_stream(latents.device))
 
     @torch.no_grad()
     def result(self) -> Tensor:
-        """The images, once they are there, decoded again in float32 where half precision overflowed.
+        """The images ``[B, 3, H, W]``, once they are there, decoded again in float32 where half precision overflowed.
 
         Raises:
             SettingsError: as `decode` does.
         """
-        self.done.synchronize()
-        if self.finite:
-            return self.images
-        return _shown(decode(self.parts, self.latents), self.images.dtype == torch.uint8).cpu()
+        self._done.synchronize()
+        if self._finite:
+            return self._images
+        return _shown(decode(self.parts, self.latents), self.as_bytes).cpu()
 
 
 def _decode(parts: Components, latents: Tensor) -> Tensor:
@@ -99,3 +82,8 @@ def _in_unit_range(images: Tensor) -> Tensor:
 
 def _shown(images: Tensor, as_bytes: bool) -> Tensor:
     return (images * 255).round().to(torch.uint8) if as_bytes else images
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy in pinned memory, which is not waited for."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

@@ -77,7 +77,7 @@ def sample(
     if not latent:
         with watch.stage("decode"):
             on_gpu = latents.device.type == "cuda"
-            made = Decoding.start(parts, latents, as_bytes) if on_gpu else decode(parts, latents).cpu()
+            made = Decoding(parts, latents, as_bytes) if on_gpu else decode(parts, latents).cpu()
     return Samples(
         made,
         list(requests),

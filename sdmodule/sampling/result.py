@@ -16,6 +16,7 @@ from sdmodule.io.images import convert_images, image_to_tensor, in_unit_range, t
 from sdmodule.io.transparency import on_white
 from sdmodule.sampling.decode import Decoding
 from sdmodule.sampling.requests import SampleRequest
+from sdmodule.sampling.stopwatch import StageSeconds, StepSeconds
 
 
 @dataclass
@@ -37,11 +38,11 @@ class Samples:
 
     made: Tensor | list[Tensor] | Decoding | None
     requests: list[SampleRequest]
-    seconds: Mapping[str, float]
+    seconds: Mapping[str, float] | StageSeconds
     metadata: dict[str, Any] = field(default_factory=dict)
     crops: list[InpaintCrop] = field(default_factory=list)
     places: list[tuple[int, int]] = field(default_factory=list)
-    step_seconds: Sequence[float] = field(default_factory=list)
+    step_seconds: Sequence[float] | StepSeconds = field(default_factory=list)
     latents: Tensor | None = None
 
     @property

@@ -6,10 +6,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, overload
+from typing import Any
 
 import torch
-from typing_extensions import override
 
 Span = tuple[Any, Any]
 """Start and end: seconds of the host's clock, or events of a GPU."""
@@ -44,11 +43,11 @@ class Stopwatch:
         self.marks[-1].append(self._now())
 
     @property
-    def seconds(self) -> Mapping[str, float]:
+    def seconds(self) -> StageSeconds:
         """Seconds of each stage that has ended."""
         return StageSeconds(self.stages)
 
-    def steps(self) -> Sequence[float]:
+    def steps(self) -> StepSeconds:
         """Seconds of each step."""
         return StepSeconds([pair for marks in self.marks for pair in pairwise(marks)])
 
@@ -60,42 +59,39 @@ class Stopwatch:
         return event
 
 
-class StageSeconds(Mapping[str, float]):
-    """Seconds of each stage, worked out when they are read."""
+class StageSeconds:
+    """Seconds of each stage, worked out when they are read.
+
+    Not a ``Mapping``, which Lightning would read through when it collects predictions.
+    """
 
     def __init__(self, stages: Mapping[str, Sequence[Span]]) -> None:
         self.stages = stages
 
-    @override
     def __getitem__(self, name: str) -> float:
         return sum(map(elapsed, self.stages[name]))
 
-    @override
     def __iter__(self) -> Iterator[str]:
         return iter(self.stages)
 
-    @override
-    def __len__(self) -> int:
-        return len(self.stages)
+    def keys(self) -> Iterator[str]:
+        """Names of the stages."""
+        return iter(self.stages)
+
+    def values(self) -> list[float]:
+        """Seconds of the stages."""
+        return [self[name] for name in self.stages]
 
 
-class StepSeconds(Sequence[float]):
-    """Seconds of each step, worked out when they are read."""
+class StepSeconds:
+    """Seconds of each step, worked out when they are read; for the same reason not a ``Sequence``."""
 
     def __init__(self, spans: Sequence[Span]) -> None:
         self.spans = spans
 
-    @overload
-    def __getitem__(self, index: int) -> float: ...
+    def __iter__(self) -> Iterator[float]:
+        return map(elapsed, self.spans)
 
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[float]: ...
-
-    @override
-    def __getitem__(self, index: int | slice) -> float | Sequence[float]:
-        return StepSeconds(self.spans[index]) if isinstance(index, slice) else elapsed(self.spans[index])
-
-    @override
     def __len__(self) -> int:
         return len(self.spans)
 

@@ -76,7 +76,7 @@ def test_after_one_overflow_batches_are_decoded_once_and_in_float32(module, monk
     with fake_cuda(), torch.no_grad(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         module.vae.to("cuda")
-        batches = [Decoding.start(module.parts, latents.to("cuda"), as_bytes=True).result() for _ in range(3)]
+        batches = [Decoding(module.parts, latents.to("cuda"), as_bytes=True).result() for _ in range(3)]
     assert [str(one.message).count("again in float32") for one in caught] == [1]
     assert dtypes == [torch.float16, torch.float16, torch.float32, torch.float32, torch.float32]
     assert batches[0].dtype == torch.uint8 and torch.equal(values_of(batches[0]), values_of(batches[2]))
