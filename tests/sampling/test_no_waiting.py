@@ -18,6 +18,9 @@ from sdmodule.components.inpaint_unet import convert_to_inpaint
 from sdmodule.components.schedulers import SHORT_NAMES
 from sdmodule.sampling.infer import infer
 from sdmodule.sampling.settings import SamplingSettings
+from sdmodule.speed.apply import apply_speed
+from sdmodule.speed.layout import is_channels_last
+from sdmodule.speed.speed_settings import SpeedSettings
 from tests.fake_cuda import Crossing, FakeCuda, fake_cuda, values_of
 
 PROMPT = "a red circle on a blue background"
@@ -133,3 +136,23 @@ def test_in_16_bits_latents_and_scheduler_are_in_float32(models, kind):
         sampled, inside = sample(moved(models[1], torch.float16)[model], task, settings, cuda)
     assert inside == [] and sampled.dtype == torch.float32
     assert 0 < (values_of(sampled) - expected).norm() < 0.02 * expected.norm()
+
+
+def test_a_controlnet_has_layout_attention_and_caches_of_the_unet(models):
+    """But for layout and attention on a CPU, where its images stay those of earlier releases."""
+    calls = []
+    for model in models:
+        embedding = model["control"].controlnet.controlnet_cond_embedding
+        embedding.register_forward_hook(lambda *_: calls.append("embedding"))
+    settings = SpeedSettings(attention="math", channels_last=True)
+    for parts, speed in zip(
+        [model["control"] for model in models], ("AttnProcessor2_0", "NamedAttention"), strict=True
+    ):
+        net, on_gpu = parts.controlnet, speed == "NamedAttention"
+        with fake_cuda() as cuda, apply_speed(parts, settings):
+            assert {type(one).__name__ for one in net.attn_processors.values()} == {speed}
+            assert is_channels_last(net) == on_gpu
+            calls.clear()
+            sample(parts, "text2image", {"control": PHOTO}, cuda)
+            assert calls == ["embedding"]
+        assert {type(one).__name__ for one in net.attn_processors.values()} == {"AttnProcessor2_0"}
