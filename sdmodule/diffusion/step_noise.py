@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from diffusers import UniPCMultistepScheduler
+from diffusers import LMSDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -40,6 +40,8 @@ def steps_on_device(
         return
     if isinstance(scheduler, UniPCMultistepScheduler):  # copies coefficients at each step, if they are not there yet
         scheduler.sigmas = upload(scheduler.sigmas, device)
+    if isinstance(scheduler, LMSDiscreteScheduler):  # integrates coefficients, which with tensors outlasts a UNet call
+        scheduler.sigmas = scheduler.sigmas.tolist()
     noise = NoiseAhead([one for one in generators if one.device.type == "cpu"], device, steps)
     try:
         yield DeviceStep(noise)
