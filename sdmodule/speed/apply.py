@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
@@ -26,24 +27,33 @@ def apply_speed(parts: Components, settings: SpeedSettings) -> Iterator[None]:
     Raises:
         SettingsError: for an attention backend that this machine does not have.
     """
-    device = parts.unet.device.type
+    device, networks = parts.unet.device.type, accelerated(parts)
     with ExitStack() as stack:
         if parts.refiner is not None:
             stack.enter_context(apply_speed(parts.refiner, settings))
         if settings.keep_memory and device == "cpu":
             stack.enter_context(retain_freed_memory())
         if settings.channels_last_in(parts.unet.dtype, device):
-            stack.enter_context(channels_last(parts.unet, parts.vae))
+            stack.enter_context(channels_last(*networks, parts.vae))
         stack.enter_context(vae_slicing(parts.vae, settings.decode))
-        stack.enter_context(attention_backend(parts.unet, settings.attention))
+        stack.enter_context(attention_backend(settings.attention, *networks))
         if settings.fastest_on(device):
             stack.enter_context(fastest_kernels(parts.unet))
             if parts.vae.dtype == torch.float32:  # a VAE in 16 bits may switch to float32 while it decodes
                 stack.enter_context(fastest_convolutions(parts.vae))
         which = settings.compile_on(device)
-        if which != "none":
-            stack.enter_context(compiled(parts.unet, which))
+        for network in networks if which != "none" else ():
+            stack.enter_context(compiled(network, which))
         yield
+
+
+def accelerated(parts: Components) -> list[Any]:
+    """The networks that run at every step: the UNet, and on a GPU its ControlNets.
+
+    On a CPU these stay as they are, so that their images are those of earlier releases to the bit.
+    """
+    nets = [] if parts.unet.device.type == "cpu" else parts.controlnets
+    return [parts.unet, *(net for net in nets if hasattr(net, "attn_processors"))]  # a T2I-Adapter runs once
 
 
 @contextmanager
