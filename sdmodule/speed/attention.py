@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from typing_extensions import override
 
 from sdmodule.errors import SettingsError, choices
 
@@ -35,7 +37,23 @@ IN_THIS_BUILD = {
 
 
 class NamedAttention(AttnProcessor2_0):
-    """Torch's attention, asked for by name: a type of its own, so that ``speed.cpu`` does not replace it."""
+    """Torch's attention by a backend asked for by name; a type of its own, so that ``speed.cpu`` does not replace it.
+
+    The backend is chosen inside the call, where compiled code sees it: code compiled for one backend is then not run
+    for another. Nor does the choice hold for the text encoder and the VAE, whose heads a backend may not support.
+
+    Args:
+        backend: the backend.
+    """
+
+    def __init__(self, backend: SDPBackend) -> None:
+        super().__init__()
+        self.backend = backend
+
+    @override
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        with sdpa_kernel(self.backend):
+            return super().__call__(*args, **kwargs)
 
 
 @contextmanager
@@ -54,10 +72,9 @@ def attention_backend(unet: Any, name: str) -> Iterator[None]:
         return
     check_attention(name, unet.device.type)
     before = unet.attn_processors
-    unet.set_attn_processor(PROCESSORS.get(name, NamedAttention)())
+    unet.set_attn_processor(NamedAttention(SDPA_BACKENDS[name]) if name in SDPA_BACKENDS else PROCESSORS[name]())
     try:
-        with sdpa_kernel(SDPA_BACKENDS[name]) if name in SDPA_BACKENDS else nullcontext():
-            yield
+        yield
     finally:
         unet.set_attn_processor(before)
 
