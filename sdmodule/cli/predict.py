@@ -20,6 +20,7 @@ def predict(cfg: DictConfig) -> None:
     from sdmodule.cli.resume_predict import find_finished
     from sdmodule.cli.summary import sampling_summary
     from sdmodule.cli.unknown_words import unknown_words
+    from sdmodule.sampling.stages import work_ahead
     from sdmodule.sampling.text_conditions import check_texts
 
     check_bool("resume", cfg.resume)
@@ -31,7 +32,9 @@ def predict(cfg: DictConfig) -> None:
     if cfg.resume:
         data.done = find_finished(output_dir, data.requests, model.describe() | {"precision": str(trainer.precision)})
     speed = model.sampling.speed
-    echo_device(trainer, attention=speed.attention, compile=speed.compile_on(trainer.strategy.root_device.type))
+    work = work_ahead(model.parts, model.sampling, len(data.requests) / trainer.world_size)
+    compiled = speed.compile_on(trainer.strategy.root_device.type, work)
+    echo_device(trainer, attention=speed.attention, compile=compiled)
     if cfg.resume:
         echo(f"Resuming: {len(data.done)} of {len(data.requests)} images are there")
     if speed.effect:

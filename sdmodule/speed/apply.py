@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -19,10 +20,15 @@ from sdmodule.speed.vae_slicing import vae_slicing
 
 
 @contextmanager
-def apply_speed(parts: Components, settings: SpeedSettings) -> Iterator[None]:
+def apply_speed(parts: Components, settings: SpeedSettings, work: float = math.inf) -> Iterator[None]:
     """Apply speed settings to a model inside a ``with`` block, and restore the model afterwards.
 
     What differs from step to step (guidance interval, DeepCache) is applied by the sampling loop.
+
+    Args:
+        parts: the model.
+        settings: what to apply.
+        work: denoising steps of images of 512 pixels that are ahead.
 
     Raises:
         SettingsError: for an attention backend that this machine does not have.
@@ -30,7 +36,7 @@ def apply_speed(parts: Components, settings: SpeedSettings) -> Iterator[None]:
     device, networks = parts.unet.device.type, accelerated(parts)
     with ExitStack() as stack:
         if parts.refiner is not None:
-            stack.enter_context(apply_speed(parts.refiner, settings))
+            stack.enter_context(apply_speed(parts.refiner, settings, work))
         if settings.keep_memory and device == "cpu":
             stack.enter_context(retain_freed_memory())
         if settings.channels_last_in(parts.unet.dtype, device):
@@ -41,7 +47,7 @@ def apply_speed(parts: Components, settings: SpeedSettings) -> Iterator[None]:
             stack.enter_context(fastest_kernels(parts.unet))
             if parts.vae.dtype == torch.float32:  # a VAE in 16 bits may switch to float32 while it decodes
                 stack.enter_context(fastest_convolutions(parts.vae))
-        which = settings.compile_on(device)
+        which = settings.compile_on(device, work)
         for network in networks if which != "none" else ():
             stack.enter_context(compiled(network, which))
         yield
