@@ -74,10 +74,12 @@ def fit(cfg: DictConfig, trainer: Any, model: Any, data: Any, output_dir: Path) 
 def announce(cfg: DictConfig, trainer: Any, model: Any, output_dir: Path) -> None:
     """Say what the training computes on, what its settings set elsewhere, and how much it trains."""
     from sdmodule.speed.apply import training_attention
+    from sdmodule.speed.tf32 import uses_tf32
 
-    attention = training_attention(trainer.strategy.root_device.type, str(trainer.precision))
+    device = trainer.strategy.root_device.type
+    attention = training_attention(device, str(trainer.precision))
     compiled = {"compile": cfg.training.compile} if "training" in cfg.model else {}
-    echo_device(trainer, attention=attention, **compiled)
+    echo_device(trainer, uses_tf32(device), attention=attention, **compiled)
     if effects := side_effects(cfg, "tuning"):
         echo(effects)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

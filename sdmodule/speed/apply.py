@@ -16,6 +16,7 @@ from sdmodule.speed.cpu.kernels import fastest_convolutions, fastest_kernels
 from sdmodule.speed.layout import channels_last
 from sdmodule.speed.memory import retain_freed_memory
 from sdmodule.speed.speed_settings import SpeedSettings
+from sdmodule.speed.tf32 import tf32, uses_tf32
 from sdmodule.speed.vae_slicing import vae_slicing
 
 
@@ -37,6 +38,8 @@ def apply_speed(parts: Components, settings: SpeedSettings, work: float = math.i
     with ExitStack() as stack:
         if parts.refiner is not None:
             stack.enter_context(apply_speed(parts.refiner, settings, work))
+        if uses_tf32(device, settings):
+            stack.enter_context(tf32())
         if settings.keep_memory and device == "cpu":
             stack.enter_context(retain_freed_memory())
         if settings.channels_last_in(parts.unet.dtype, device):
@@ -64,7 +67,9 @@ def accelerated(parts: Components) -> list[Any]:
 
 @contextmanager
 def apply_training_speed(parts: Components, device: str, precision: str) -> Iterator[None]:
-    """Make a model train faster inside a ``with`` block: on a CPU, keep freed memory, and plain attention in bfloat16.
+    """Make a model train faster inside a ``with`` block.
+
+    On a GPU, float32 matrices are multiplied in TF32. On a CPU, freed memory is kept, and attention in bfloat16 is plain.
 
     Args:
         parts: the model.
@@ -72,6 +77,8 @@ def apply_training_speed(parts: Components, device: str, precision: str) -> Iter
         precision: the trainer's.
     """
     with ExitStack() as stack:
+        if uses_tf32(device):
+            stack.enter_context(tf32())
         if device == "cpu":
             stack.enter_context(retain_freed_memory())
         if training_attention(device, precision) == "plain":
