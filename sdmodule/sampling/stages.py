@@ -85,7 +85,7 @@ def work_ahead(parts: Components, settings: SamplingSettings, images: float) -> 
 
 def images_ahead(loader: Any) -> float:
     """Images that a data loader of ``Trainer.predict`` asks for, those that fill batches up too; inf if unknown."""
-    data = getattr(loader, "dataset", None)
+    data: Any = getattr(loader, "dataset", None)
     if hasattr(data, "batches"):
         return sum(len(batch) for batch in data.batches)
     return len(data) if isinstance(data, Sized) else math.inf
