@@ -126,7 +126,7 @@ class StableDiffusionModule(TrainableModule):
 
     @override
     def setup(self, stage: str) -> None:
-        check_stage(self.parts, stage, self.task)
+        check_stage(self.parts, stage, self.task, self._trainer)
         if stage != "fit":
             return
         self.check_fit()
