@@ -1,4 +1,4 @@
-"""Steps of diffusers' schedulers on a GPU that never wait for the host: noise and coefficients are there already."""
+"""Steps of schedulers on a GPU that never wait for the host: noise is drawn ahead, coefficients stay on the device."""
 
 from __future__ import annotations
 

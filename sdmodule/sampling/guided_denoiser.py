@@ -13,6 +13,7 @@ from torch import Tensor
 from sdmodule.components.checkpoint import Components
 from sdmodule.diffusion.guidance import classifier_free_guidance, rescale_guidance
 from sdmodule.sampling.conditions import BatchConditions
+from sdmodule.speed.compile import any_length
 
 
 @dataclass
@@ -31,6 +32,7 @@ class GuidedDenoiser:
     start_merging: Callable[[int], None]
     start_caching: Callable[[bool], None]
     _calls: Any = field(default_factory=count, init=False, repr=False)
+    _texts: dict[int, dict[str, Any]] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
         """The guided prediction for latents ``[B, C, h, w]``, of the same shape."""
@@ -58,4 +60,8 @@ class GuidedDenoiser:
 
     def _told(self, rows: int) -> dict[str, Any]:
         """What the denoiser is told of the last rows of the batch, where the prompts are."""
-        return self.parts.family.denoiser_arguments(self.conditions.text[-rows:])
+        if rows not in self._texts:
+            text = self.conditions.text[-rows:]
+            any_length(text.hidden_states)
+            self._texts[rows] = self.parts.family.denoiser_arguments(text)
+        return self._texts[rows]

@@ -29,6 +29,7 @@ from sdmodule.sampling.stopwatch import Stopwatch
 from sdmodule.sampling.text_conditions import GivenText, check_texts, chunks_needed
 from sdmodule.speed.apply import accelerated
 from sdmodule.speed.attention import check_kernels
+from sdmodule.speed.batch_sizes import rows_to_compute
 from sdmodule.speed.deep_cache import deep_cache, run_all_layers
 from sdmodule.speed.hint_cache import hint_cache
 from sdmodule.speed.text_kv_cache import text_kv_cache
@@ -51,6 +52,7 @@ def sample(
     *,
     latent: bool = False,
     as_bytes: bool = False,
+    rows: int | None = None,
 ) -> Samples:
     """Sample one batch of images, all of the same size and length of text.
 
@@ -62,7 +64,11 @@ def sample(
         on_step: called after each denoising step.
         latent: return the latents, and decode nothing.
         as_bytes: images are needed in 8 bits only; a GPU rounds them before they leave it.
+        rows: rows of the batch that is denoised, B or more; the last image fills those that are left.
     """
+    wanted, rows = list(requests), rows or len(requests)
+    requests = [*wanted, *[wanted[-1]] * (rows - len(wanted))]
+    on_step = seeing(len(wanted), rows, on_step)
     watch = Stopwatch(parts.unet.device)
     crops: list[InpaintCrop] = []
     done = 0
@@ -73,6 +79,7 @@ def sample(
             latents = denoise_batch(stage.parts, conditions, stage.settings, watch, after(done, on_step))
         crops, done = crops or conditions.crops, done + len(conditions.steps)
         given = replace(given, noise=None, latents=latents, generators=conditions.generators)
+    latents = latents[: len(wanted)]
     made: Any = None
     if not latent:
         with watch.stage("decode"):
@@ -80,11 +87,11 @@ def sample(
             made = Decoding(parts, latents, as_bytes) if on_gpu else decode(parts, latents).cpu()
     return Samples(
         made,
-        list(requests),
+        wanted,
         watch.seconds,
-        describe(parts, settings, task_of(requests[0])),
-        crops,
-        [(row, len(requests)) for row in range(len(requests))],
+        describe(parts, settings, task_of(wanted[0])),
+        crops[: len(wanted)],
+        [(row, rows) for row in range(len(wanted))],
         watch.steps(),
         latents,
     )
@@ -93,6 +100,18 @@ def sample(
 def after(done: int, on_step: OnStep | None) -> OnStep | None:
     """``on_step`` with the steps of earlier stages counted."""
     return on_step if on_step is None or not done else lambda step, latents: on_step(done + step, latents)
+
+
+def seeing(count: int, rows: int, on_step: OnStep | None) -> OnStep | None:
+    """``on_step`` for the first ``count`` of the rows of a batch."""
+    if on_step is None or count == rows:
+        return on_step
+
+    def seen(step: int, latents: Tensor) -> Tensor | None:
+        changed = on_step(step, latents[:count])
+        return None if changed is None else torch.cat([changed, latents[count:]])
+
+    return seen
 
 
 def denoise_batch(
@@ -186,6 +205,7 @@ def sample_requests(
         raise SettingsError(f"latents: have shape {tuple(noise.shape)}; give {' and '.join(map(str, sorted(shapes)))}.")
     if latent and len(shapes) > 1:
         raise SettingsError("return_type='latent': images must be of one size; give height and width.")
+    drawn = noise is None and generator is None and text is None
     batches = [
         sample(
             parts,
@@ -199,8 +219,9 @@ def sample_requests(
             on_step,
             latent=latent,
             as_bytes=as_bytes,
+            rows=rows_to_compute(parts.unet, shape, len(positions)) if drawn else None,
         )
-        for positions in groups.values()
+        for (shape, _), positions in groups.items()
     ]
     order = torch.tensor([p for positions in groups.values() for p in positions]).argsort().tolist()
     return batches[0] if len(batches) == 1 else Samples.joined(batches, list(requests), order)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -15,14 +16,20 @@ from sdmodule.speed.cpu.kernels import fastest_convolutions, fastest_kernels
 from sdmodule.speed.layout import channels_last
 from sdmodule.speed.memory import retain_freed_memory
 from sdmodule.speed.speed_settings import SpeedSettings
+from sdmodule.speed.tf32 import tf32, uses_tf32
 from sdmodule.speed.vae_slicing import vae_slicing
 
 
 @contextmanager
-def apply_speed(parts: Components, settings: SpeedSettings) -> Iterator[None]:
+def apply_speed(parts: Components, settings: SpeedSettings, work: float = math.inf) -> Iterator[None]:
     """Apply speed settings to a model inside a ``with`` block, and restore the model afterwards.
 
     What differs from step to step (guidance interval, DeepCache) is applied by the sampling loop.
+
+    Args:
+        parts: the model.
+        settings: what to apply.
+        work: denoising steps of images of 512 pixels that are ahead.
 
     Raises:
         SettingsError: for an attention backend that this machine does not have.
@@ -30,7 +37,9 @@ def apply_speed(parts: Components, settings: SpeedSettings) -> Iterator[None]:
     device, networks = parts.unet.device.type, accelerated(parts)
     with ExitStack() as stack:
         if parts.refiner is not None:
-            stack.enter_context(apply_speed(parts.refiner, settings))
+            stack.enter_context(apply_speed(parts.refiner, settings, work))
+        if uses_tf32(device, settings):
+            stack.enter_context(tf32())
         if settings.keep_memory and device == "cpu":
             stack.enter_context(retain_freed_memory())
         if settings.channels_last_in(parts.unet.dtype, device):
@@ -41,7 +50,7 @@ def apply_speed(parts: Components, settings: SpeedSettings) -> Iterator[None]:
             stack.enter_context(fastest_kernels(parts.unet))
             if parts.vae.dtype == torch.float32:  # a VAE in 16 bits may switch to float32 while it decodes
                 stack.enter_context(fastest_convolutions(parts.vae))
-        which = settings.compile_on(device)
+        which = settings.compile_on(device, work)
         for network in networks if which != "none" else ():
             stack.enter_context(compiled(network, which))
         yield
@@ -58,7 +67,10 @@ def accelerated(parts: Components) -> list[Any]:
 
 @contextmanager
 def apply_training_speed(parts: Components, device: str, precision: str) -> Iterator[None]:
-    """Make a model train faster inside a ``with`` block: on a CPU, keep freed memory, and plain attention in bfloat16.
+    """Make a model train faster inside a ``with`` block.
+
+    On a GPU, float32 matrices are multiplied in TF32. On a CPU, freed memory is kept, and attention in bfloat16 is
+    plain.
 
     Args:
         parts: the model.
@@ -66,6 +78,8 @@ def apply_training_speed(parts: Components, device: str, precision: str) -> Iter
         precision: the trainer's.
     """
     with ExitStack() as stack:
+        if uses_tf32(device):
+            stack.enter_context(tf32())
         if device == "cpu":
             stack.enter_context(retain_freed_memory())
         if training_attention(device, precision) == "plain":

@@ -9,6 +9,8 @@ from typing import Any
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
+from sdmodule.speed.compile import any_length
+
 
 class CachedProjection(nn.Module):
     """A stand-in for a key or value projection that returns its cached result.
@@ -45,7 +47,7 @@ def text_kv_cache(networks: Sequence[Any], embeddings: Tensor) -> Iterator[None]
             for name in ("to_k", "to_v"):
                 layer = getattr(attention, name)
                 layers.append((attention, name, layer))
-                setattr(attention, name, CachedProjection(layer, layer(embeddings)))
+                setattr(attention, name, CachedProjection(layer, any_length(layer(embeddings))))
         yield
     finally:
         for attention, name, layer in layers:
