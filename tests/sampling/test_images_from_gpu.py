@@ -45,7 +45,8 @@ class MarkingWriter(PredictionWriter):
 def predict(checkpoint: Path, folder: Path, accelerator: str, writer: PredictionWriter) -> list[np.ndarray]:
     module = StableDiffusionModule(str(checkpoint), sampling={"steps": 2, "scheduler": "euler_a"})
     data = PromptDataModule(prompt=["a red circle", "a star", "a heart"], batch_size=1)
-    trainer = make_trainer(accelerator, callbacks=[writer], logger=False, devices=1, inference_mode=False)
+    settings = {"precision": "32-true", "logger": False, "devices": 1, "inference_mode": False}
+    trainer = make_trainer(accelerator, callbacks=[writer], **settings)
     trainer.predict(module, datamodule=data, return_predictions=False)
     return [np.asarray(Image.open(file)) for file in sorted((folder / "images").glob("*.png"))]
 
