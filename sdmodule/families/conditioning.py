@@ -81,7 +81,7 @@ class Conditioning:
         """The text of these rows replaced by zeros."""
         if not rows:
             return self
-        index = torch.tensor(rows, device=self.hidden_states.device)
+        index = upload(torch.tensor(rows), self.hidden_states.device)
         return self._with_text(lambda text: text.index_fill(0, index, 0.0))
 
     def _with_text(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
