@@ -122,6 +122,18 @@ class FakeCudaTensor(Tensor):
     def data_ptr(self) -> int:
         return self.values.data_ptr()
 
+    @property
+    def data(self) -> FakeCudaTensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, other: FakeCudaTensor) -> None:
+        Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
+        self.values = _values(other)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.values.detach().__reduce_ex__(protocol)  # files hold the values
+
     def __deepcopy__(self, memo: dict[int, Any]) -> FakeCudaTensor:
         copy = memo[id(self)] = self.detach().clone().requires_grad_(self.requires_grad)
         copy.__dict__.update({name: value for name, value in self.__dict__.items() if name != "values"})
@@ -300,6 +312,8 @@ class _Indexed(TorchFunctionMode):
             return FakeCudaTensor(func(*args, **kwargs), index)
         if func is Tensor.cuda:
             return args[0].to(torch.device("cuda", _index(args[1] if len(args) > 1 else kwargs.get("device"))))
+        if func is torch.device and len(args) == 2:
+            return func(*args)
         args = tuple(_with_index(one) for one in args)
         kwargs = {name: _with_index(one) for name, one in kwargs.items()}
         return func(*args, **kwargs)

@@ -113,9 +113,10 @@ def make_trainer(
 def resolve_precision(precision: str | None, accelerator: str) -> str:
     """Lightning's name of a precision.
 
-    ``auto`` is bf16-mixed if the device computes in bfloat16, else 16-mixed on a GPU and 32-true on a CPU. ``auto-true``,
-    for sampling, is 16-true on a GPU of NVIDIA or AMD: as fast as bf16-true there, and nearer to float32. Elsewhere it
-    is bf16-true if the device computes in it, else 32-true. None is ``auto`` on such a GPU, and else 32-true.
+    ``auto`` is bf16-mixed if the device computes in bfloat16, else 16-mixed on a GPU and 32-true on a CPU.
+    ``auto-true``, for sampling, is 16-true on a GPU of NVIDIA or AMD: as fast as bf16-true there, and nearer to
+    float32. Elsewhere it is bf16-true if the device computes in it, else 32-true. None is ``auto`` on such a GPU, and
+    else 32-true.
     """
     cuda = accelerator == "gpu" and torch.cuda.is_available()
     if precision is None:

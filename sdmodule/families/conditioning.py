@@ -62,9 +62,9 @@ class Conditioning:
         pooled = None if self.pooled is None or other.pooled is None else torch.cat([self.pooled, other.pooled])
         return Conditioning(torch.cat([self.hidden_states, other.hidden_states]), pooled)
 
-    def with_time_ids(self, time_ids: Tensor) -> Conditioning:
-        """The same with the sizes of each image."""
-        return replace(self, time_ids=time_ids.to(self.hidden_states.device))
+    def with_time_ids(self, time_ids: Tensor | None) -> Conditioning:
+        """The same with the sizes of each image, if any."""
+        return self if time_ids is None else replace(self, time_ids=time_ids.to(self.hidden_states.device))
 
     def to(self, dtype: torch.dtype) -> Conditioning:
         """The text as ``dtype``; sizes stay in float32, since 16 bits would round them."""
@@ -75,12 +75,10 @@ class Conditioning:
         sizes = None if self.time_ids is None else self.time_ids.to(device)
         return replace(self._with_text(lambda text: text.to(device)), time_ids=sizes)
 
-    def zeroed(self, rows: Sequence[int]) -> Conditioning:
+    def zeroed(self, rows: Sequence[int] | Tensor) -> Conditioning:
         """The text of these rows replaced by zeros."""
-        if not rows:
-            return self
-        index = torch.tensor(rows, device=self.hidden_states.device)
-        return self._with_text(lambda text: text.index_fill(0, index, 0.0))
+        index = torch.as_tensor(rows, dtype=torch.int64, device=self.hidden_states.device)
+        return self._with_text(lambda text: text.index_fill(0, index, 0.0)) if len(index) else self
 
     def _with_text(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
         pooled = None if self.pooled is None else change(self.pooled)

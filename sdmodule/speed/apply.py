@@ -53,7 +53,8 @@ def apply_speed(parts: Components, settings: SpeedSettings) -> Iterator[None]:
 def apply_training_speed(parts: Components, device: str, precision: str) -> Iterator[None]:
     """Make a model train faster inside a ``with`` block.
 
-    On a GPU, float32 matrices are multiplied in TF32. On a CPU, freed memory is kept, and attention in bfloat16 is plain.
+    On a GPU, float32 matrices are multiplied in TF32. On a CPU, freed memory is kept, and attention in bfloat16 is
+    plain.
 
     Args:
         parts: the model.

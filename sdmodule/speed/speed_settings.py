@@ -32,9 +32,9 @@ class SpeedSettings:
             ``blocks`` on a GPU, and ``none`` on CPU, where compiling takes longer than most runs.
         attention: attention backend: ``sdpa`` lets torch choose; ``flash``, ``efficient``, ``cudnn`` and ``math`` are
             torch's own by name; ``plain`` is two matrix products; ``xformers`` needs that package.
-        kernels: ``torch``, or ``fastest``: on a GPU, TF32 for what is in float32; on CPU, where nothing is compiled, the
-            kernel of ``speed.cpu`` that was fastest on this machine. In bfloat16, large blocks that merge tokens do so either way; see
-            ``tome.apply.apply_merging``.
+        kernels: ``torch``, or ``fastest``: on a GPU, TF32 for what is in float32; on CPU, where nothing is compiled,
+            the kernel of ``speed.cpu`` that was fastest on this machine. In bfloat16, large blocks that merge tokens do
+            so either way; see ``tome.apply.apply_merging``.
         decode: what the VAE decodes at once: the ``whole`` batch, one image (``sliced``), or one tile of an image
             (``tiled``, with blended seams); each needs less memory than the one before.
         keep_memory: on CPU, do not return freed memory to the system between layers.

@@ -43,7 +43,9 @@ class FusedMixedPrecision(MixedPrecision):
         super().__init__(precision, device)
 
     @override
-    def optimizer_step(self, optimizer: Any, model: LightningModule, closure: Callable[[], Any], **kwargs: Any) -> Any:
+    def optimizer_step(  # type: ignore[override]
+        self, optimizer: Any, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
+    ) -> Any:
         scaler = self.scaler
         if scaler is None or not updates_on_device(optimizer):
             return super().optimizer_step(optimizer, model, closure, **kwargs)
