@@ -30,6 +30,7 @@ from sdmodule.sampling.requests import INPAINT, TASKS, TEXT2IMAGE, SampleRequest
 from sdmodule.sampling.result import Samples
 from sdmodule.sampling.schedule import check_settings
 from sdmodule.sampling.settings import SamplingSettings
+from sdmodule.sampling.stages import images_ahead, work_ahead
 from sdmodule.speed.apply import apply_speed, apply_training_speed
 from sdmodule.speed.compile import compile_unet
 from sdmodule.training import loss as denoising
@@ -125,7 +126,7 @@ class StableDiffusionModule(TrainableModule):
 
     @override
     def setup(self, stage: str) -> None:
-        check_stage(self.parts, stage, self.task)
+        check_stage(self.parts, stage, self.task, self._trainer)
         if stage != "fit":
             return
         self.check_fit()
@@ -144,16 +145,13 @@ class StableDiffusionModule(TrainableModule):
         batch = self.read_batch(batch, batch_idx)
         seed, size, parts = self.training_settings.seed, len(batch["caption"]), self.parts
         generators = per_example_generators(seed, size, batch_idx, self._trainer, pairs="prior" in batch)
-        drawn = step_inputs(parts, batch, generators, self.objective, self.inpaint_training, self._cached_embeddings)
-        drawn = drawn.on(self.device)
-        latents = denoising.encode_images(parts, batch, drawn.latent_noise)
-        masks = denoising.mask_channels(parts, batch, drawn.masks)
+        step = step_inputs(parts, batch, generators, self.objective, self.inpaint_training, self._cached_embeddings)
+        latents = denoising.encode_images(parts, batch, step.latent_noise)
+        masks = denoising.mask_channels(parts, batch, step.masks)
         with seeded(generator_for(seed, self.global_step, batch_idx, self.global_rank), self.device):  # for dropout
-            text = self._embed(drawn.text).with_time_ids(drawn.time_ids)
+            text = self.encode_captions(step.text).with_time_ids(step.time_ids)
             conditions = denoising.Conditions(text, masks, denoising.control_guide(self.controlnet, batch))
-            errors = denoising.denoising_errors(
-                parts, latents, drawn.noise, drawn.timesteps, conditions, self.objective
-            )
+            errors = denoising.denoising_errors(parts, latents, step.noise, step.timesteps, conditions, self.objective)
         loss = denoising.reduce_errors(errors, batch, masks, self.objective, self.inpaint_training)
         self.log_training("loss", loss)
         return self.weighted(loss, size // 2 if "prior" in batch else size)
@@ -179,11 +177,10 @@ class StableDiffusionModule(TrainableModule):
             for _, encoder in self.parts.text_encoders:
                 encoder.zero_grad()
 
-    def encode_captions(self, captions: Sequence[str]) -> Conditioning:
+    def encode_captions(self, captions: Sequence[str] | CaptionInputs) -> Conditioning:
         """Text embeddings of captions, cached or computed; see `conditioning.captions.encode_captions`."""
-        return self._embed(caption_inputs(captions, self.parts, self._cached_embeddings))
-
-    def _embed(self, captions: CaptionInputs) -> Conditioning:
+        if not isinstance(captions, CaptionInputs):
+            captions = caption_inputs(captions, self.parts, self._cached_embeddings)
         # DDP waits for all gradients, even those that are dropped after text_encoder_stop
         distributed = self._trainer is not None and self._trainer.world_size > 1
         learns = self.tuning.text_encoder_learns(0 if distributed else self.global_step)
@@ -218,13 +215,14 @@ class StableDiffusionModule(TrainableModule):
 
     @override
     def on_predict_start(self) -> None:
-        self.switched.enter_context(apply_speed(self.parts, self.sampling.speed))
+        work = work_ahead(self.parts, self.sampling, images_ahead(self.trainer.predict_dataloaders))
+        self.switched.enter_context(apply_speed(self.parts, self.sampling.speed, work))
 
     @override
     def predict_step(self, batch: list[SampleRequest], batch_idx: int) -> Samples:
         """Algorithm 2 of Ho et al. 2020, guided and decoded; writing the images is the callbacks' work."""
         requests = as_requests(batch, batch_idx, batch_size_of(self.trainer.predict_dataloaders))
-        return sample_requests(self.parts, requests, self.sampling, on_step=self._on_step)
+        return sample_requests(self.parts, requests, self.sampling, on_step=self._on_step, as_bytes=True)
 
     def step_reports(self, on_step: OnStep) -> AbstractContextManager[None]:
         """Call ``on_step`` after each denoising step of ``predict_step`` inside a ``with`` block."""

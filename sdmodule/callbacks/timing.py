@@ -183,8 +183,8 @@ class TimingLogger(Callback):
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.batches: list[dict[str, float]] = []
-        self.denoising: list[list[float]] = []
+        self.batches: list[Any] = []  # seconds of each stage, not read before the end
+        self.denoising: list[Any] = []
         self.images: list[int] = []
         self._predict_start = time.perf_counter()
 
@@ -237,7 +237,7 @@ class TimingLogger(Callback):
             "seconds_total": total,
             "step_seconds": median_and_p95([step for steps in self.denoising[skip:] for step in steps]),
             "images_per_second": rate,
-            "warmup": {"images": self.images[0], "seconds": self.batches[0]} if skip else None,
+            "warmup": {"images": self.images[0], "seconds": dict(self.batches[0])} if skip else None,
             "peak_memory_bytes": max(one["peak_memory"] for one in devices),
             "device": str(pl_module.device),
             "devices": trainer.world_size,

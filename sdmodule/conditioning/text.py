@@ -18,6 +18,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from sdmodule.components.checkpoint import Components
 from sdmodule.components.learned_words import multi_vector_tokens
 from sdmodule.conditioning.prompt_syntax import parse_weights, split_at_breaks
+from sdmodule.diffusion.upload import upload
 from sdmodule.errors import SettingsError
 from sdmodule.families.conditioning import Conditioning
 from sdmodule.families.recognize import STABLE_DIFFUSION
@@ -215,7 +216,7 @@ def _encode(
 ) -> tuple[Tensor, Tensor | None]:
     """Hidden states ``[B, chunks * L, D]`` by one text encoder, and the pooled embedding of each first chunk."""
     device = text_encoder.device
-    ids, mask, weights = (None if each is None else each.to(device) for each in tokens)
+    ids, mask, weights = (None if each is None else upload(each, device) for each in tokens)
     hidden, pooled = encode(text_encoder, ids, mask)  # type: ignore[arg-type]
     if weights is not None:
         hidden = apply_prompt_weights(hidden, weights)

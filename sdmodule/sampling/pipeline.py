@@ -16,7 +16,7 @@ from sdmodule.conditioning.inpaint_crop import InpaintCrop
 from sdmodule.diffusion.sampler import denoise
 from sdmodule.errors import SettingsError
 from sdmodule.sampling.conditions import NOTHING_GIVEN, BatchConditions, Given, prepare_conditions
-from sdmodule.sampling.decode import decode
+from sdmodule.sampling.decode import Decoding, decode
 from sdmodule.sampling.freeu import freeu_applied
 from sdmodule.sampling.guided_denoiser import GuidedDenoiser
 from sdmodule.sampling.metadata import describe
@@ -27,7 +27,11 @@ from sdmodule.sampling.settings import SamplingSettings
 from sdmodule.sampling.stages import plan_stages
 from sdmodule.sampling.stopwatch import Stopwatch
 from sdmodule.sampling.text_conditions import GivenText, check_texts, chunks_needed
+from sdmodule.speed.apply import accelerated
+from sdmodule.speed.attention import check_kernels
+from sdmodule.speed.batch_sizes import rows_to_compute
 from sdmodule.speed.deep_cache import deep_cache, run_all_layers
+from sdmodule.speed.hint_cache import hint_cache
 from sdmodule.speed.text_kv_cache import text_kv_cache
 from sdmodule.tome.apply import apply_merging
 
@@ -47,6 +51,8 @@ def sample(
     on_step: OnStep | None = None,
     *,
     latent: bool = False,
+    as_bytes: bool = False,
+    rows: int | None = None,
 ) -> Samples:
     """Sample one batch of images, all of the same size and length of text.
 
@@ -57,7 +63,12 @@ def sample(
         given: what is given instead of being drawn or encoded.
         on_step: called after each denoising step.
         latent: return the latents, and decode nothing.
+        as_bytes: images are needed in 8 bits only; a GPU rounds them before they leave it.
+        rows: rows of the batch that is denoised, B or more; the last image fills those that are left.
     """
+    wanted, rows = list(requests), rows or len(requests)
+    requests = [*wanted, *[wanted[-1]] * (rows - len(wanted))]
+    on_step = seeing(len(wanted), rows, on_step)
     watch = Stopwatch(parts.unet.device)
     crops: list[InpaintCrop] = []
     done = 0
@@ -68,17 +79,19 @@ def sample(
             latents = denoise_batch(stage.parts, conditions, stage.settings, watch, after(done, on_step))
         crops, done = crops or conditions.crops, done + len(conditions.steps)
         given = replace(given, noise=None, latents=latents, generators=conditions.generators)
-    decoded = None
+    latents = latents[: len(wanted)]
+    made: Any = None
     if not latent:
         with watch.stage("decode"):
-            decoded = decode(parts, latents).cpu()
+            on_gpu = latents.device.type == "cuda"
+            made = Decoding(parts, latents, as_bytes) if on_gpu else decode(parts, latents).cpu()
     return Samples(
-        decoded,
-        list(requests),
+        made,
+        wanted,
         watch.seconds,
-        describe(parts, settings, task_of(requests[0])),
-        crops,
-        [(row, len(requests)) for row in range(len(requests))],
+        describe(parts, settings, task_of(wanted[0])),
+        crops[: len(wanted)],
+        [(row, rows) for row in range(len(wanted))],
         watch.steps(),
         latents,
     )
@@ -87,6 +100,18 @@ def sample(
 def after(done: int, on_step: OnStep | None) -> OnStep | None:
     """``on_step`` with the steps of earlier stages counted."""
     return on_step if on_step is None or not done else lambda step, latents: on_step(done + step, latents)
+
+
+def seeing(count: int, rows: int, on_step: OnStep | None) -> OnStep | None:
+    """``on_step`` for the first ``count`` of the rows of a batch."""
+    if on_step is None or count == rows:
+        return on_step
+
+    def seen(step: int, latents: Tensor) -> Tensor | None:
+        changed = on_step(step, latents[:count])
+        return None if changed is None else torch.cat([changed, latents[count:]])
+
+    return seen
 
 
 def denoise_batch(
@@ -102,6 +127,8 @@ def denoise_batch(
         watch.mark()
         return None if on_step is None else on_step(done, latents)
 
+    for network in accelerated(parts):
+        check_kernels(settings.speed.attention, network)
     if parts.image_prompts is not None:
         set_scale(parts.unet, settings.ip_adapter_scale)
     merging = apply_merging(
@@ -111,7 +138,8 @@ def denoise_batch(
     with (
         merging as start_merging,
         cached or nullcontext(run_all_layers) as start_caching,
-        text_kv_cache(parts.unet, conditions.text.hidden_states),
+        text_kv_cache(accelerated(parts), conditions.text.hidden_states),
+        hint_cache(parts.controlnets),
         freeu_applied(parts.unet, settings.freeu),
     ):
         watch.start()
@@ -122,7 +150,7 @@ def denoise_batch(
             conditions.generators,
             settings.eta,
             timesteps=conditions.schedule.timesteps,
-            keep=None if conditions.inpaint is None else conditions.restore_known_region,
+            keep=conditions.restore_known_region if conditions.noise_levels else None,
             on_step=after_step,
         )
 
@@ -137,6 +165,7 @@ def sample_requests(
     text: GivenText | None = None,
     on_step: OnStep | None = None,
     latent: bool = False,
+    as_bytes: bool = False,
 ) -> Samples:
     """Sample images of any sizes and lengths of text, and return them in the order asked for.
 
@@ -152,6 +181,7 @@ def sample_requests(
         text: embeddings of the prompts, instead of those of ``requests``.
         on_step: called after each denoising step.
         latent: return latents, and decode nothing.
+        as_bytes: images are needed in 8 bits only.
 
     Raises:
         SettingsError: for noise of another shape, another number of generators or embeddings, or latents of several
@@ -175,6 +205,7 @@ def sample_requests(
         raise SettingsError(f"latents: have shape {tuple(noise.shape)}; give {' and '.join(map(str, sorted(shapes)))}.")
     if latent and len(shapes) > 1:
         raise SettingsError("return_type='latent': images must be of one size; give height and width.")
+    drawn = noise is None and generator is None and text is None
     batches = [
         sample(
             parts,
@@ -187,8 +218,10 @@ def sample_requests(
             ),
             on_step,
             latent=latent,
+            as_bytes=as_bytes,
+            rows=rows_to_compute(parts.unet, shape, len(positions)) if drawn else None,
         )
-        for positions in groups.values()
+        for (shape, _), positions in groups.items()
     ]
     order = torch.tensor([p for positions in groups.values() for p in positions]).argsort().tolist()
     return batches[0] if len(batches) == 1 else Samples.joined(batches, list(requests), order)

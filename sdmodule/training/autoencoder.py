@@ -15,6 +15,7 @@ from typing_extensions import override
 from sdmodule.components.checkpoint import load_part
 from sdmodule.components.save import save_part
 from sdmodule.components.write_single_file import save_single_vae
+from sdmodule.diffusion.upload import upload
 from sdmodule.errors import SettingsError, check_seed
 from sdmodule.io.redact import shorten_home
 from sdmodule.training.full import FullTuning
@@ -22,7 +23,6 @@ from sdmodule.training.optimizers import Optimization
 from sdmodule.training.rng import Generators, per_example_generators
 from sdmodule.training.trainable import TrainableModule
 from sdmodule.training.tuning import check_layout, choose_tuning
-from sdmodule.training.upload import upload
 
 
 class AutoencoderModule(TrainableModule):

@@ -43,7 +43,7 @@ class FusedMixedPrecision(MixedPrecision):
         super().__init__(precision, device)
 
     @override
-    def optimizer_step(  # type: ignore[override]
+    def optimizer_step(  # type: ignore[override]  # as in the class above
         self, optimizer: Any, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
     ) -> Any:
         scaler = self.scaler

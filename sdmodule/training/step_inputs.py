@@ -16,7 +16,7 @@ from sdmodule.training.batch import image_sizes
 from sdmodule.training.inpaint import InpaintTraining
 from sdmodule.training.objective import Noise, Objective
 from sdmodule.training.rng import Generators
-from sdmodule.training.upload import upload
+from sdmodule.training.upload import upload_together
 
 
 class StepInputs(NamedTuple):
@@ -37,10 +37,6 @@ class StepInputs(NamedTuple):
     noise: Noise
     text: CaptionInputs
     time_ids: Tensor | None
-
-    def on(self, device: torch.device) -> StepInputs:
-        """The same on a device; see `upload`."""
-        return upload(self, device)
 
 
 class MaskInputs(NamedTuple):
@@ -63,7 +59,7 @@ def step_inputs(
     inpaint: InpaintTraining | None = None,
     cached: Any = None,
 ) -> StepInputs:
-    """Draw what a training step needs, on the CPU.
+    """Draw what a training step needs, on the CPU, and bring it to the model's device in one copy.
 
     Args:
         parts: the model.
@@ -79,7 +75,8 @@ def step_inputs(
     masks = draw_mask_inputs(parts, batch, generators, inpaint)
     noise = objective.draw_noise(latent_noise, generators)
     text = caption_inputs(captions, parts, cached)
-    return StepInputs(latent_noise, timesteps, masks, noise, text, time_ids(parts, batch))
+    drawn = StepInputs(latent_noise, timesteps, masks, noise, text, time_ids(parts, batch))
+    return upload_together(drawn, parts.unet.device)
 
 
 def draw_latent_noise(parts: Components, batch: Mapping[str, Any], generator: Generators) -> Tensor:

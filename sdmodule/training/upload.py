@@ -17,7 +17,7 @@ ALIGNMENT = 64
 """Bytes of which each tensor starts at a multiple."""
 
 
-def upload(tensors: Tensors, device: torch.device) -> Tensors:
+def upload_together(tensors: Tensors, device: torch.device) -> Tensors:
     """The same on a device.
 
     To a GPU all tensors are copied at once, from pinned memory, and neither the host nor the GPU waits: not for each of
@@ -27,11 +27,11 @@ def upload(tensors: Tensors, device: torch.device) -> Tensors:
         return apply_to_collection(tensors, Tensor, lambda one: one.to(device))
     found: list[Tensor] = []
     apply_to_collection(tensors, Tensor, found.append)
-    there = iter(_upload(found, device))
+    there = iter(_copied(found, device))
     return apply_to_collection(tensors, Tensor, lambda _: next(there))
 
 
-def _upload(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+def _copied(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     sizes = [-(-one.nbytes // ALIGNMENT) * ALIGNMENT for one in tensors]
     starts = [0, *accumulate(sizes)]
     host = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=True)

@@ -15,7 +15,7 @@ from sdmodule.speed.layout import TokensInPlace
 from sdmodule.tome import apply
 from sdmodule.tome.apply import apply_merging
 from sdmodule.tome.destinations import draw_destinations
-from sdmodule.tome.exact import ExactMatching
+from sdmodule.tome.exact import ExactMatching, sort_by_counting
 from sdmodule.tome.merged_block import BlockMerging, MergedBlock
 from sdmodule.tome.plan import Plan
 from sdmodule.tome.token_merging import TokenMerging
@@ -31,7 +31,7 @@ def tokens(grid, channels=32, batch=2):
 
 def matching(grid, ratio, stride, use_rand=True, seed=5):
     found = ExactMatching(grid, ratio, stride, stride)
-    found.use(draw_destinations([grid], [seed], 1, stride, stride, use_rand)[0][0], torch.device("cpu"))
+    found.use(draw_destinations([grid], [seed], 1, stride, stride, use_rand)[0][0])
     return found
 
 
@@ -139,7 +139,7 @@ def test_in_bfloat16_merged_blocks_run_the_fastest_kernels(in_bfloat16, tiles, e
             found = {name: processor is FASTEST_ATTENTION for name, processor in unet.attn_processors.items()}
             by_tiles = unet(*inputs).sample.float()
         assert unet.attn_processors == before
-        with attention_backend(unet, "math"), apply_merging(unet, TokenMerging(engine=engine), [7]):
+        with attention_backend("math", unet), apply_merging(unet, TokenMerging(engine=engine), [7]):
             by_torch = unet(*inputs).sample.float()
     assert any(found.values()) and not any(here for name, here in found.items() if "mid_block" in name)
     assert 0 < (by_tiles - by_torch).norm() < 0.05 * by_torch.norm()
@@ -161,7 +161,7 @@ def test_in_bfloat16_gradients_reach_the_attention_weights(in_bfloat16, tiles):
 
 def test_an_attention_backend_asked_for_by_name_stays(in_bfloat16):
     unet, _ = in_bfloat16
-    with attention_backend(unet, "math"):
+    with attention_backend("math", unet):
         asked = unet.attn_processors
         with apply_merging(unet, TokenMerging()):
             assert unet.attn_processors == asked
@@ -178,3 +178,22 @@ def test_in_channels_last_transformers_keep_the_format(unet, inputs):
             seen = unet(*inputs).sample
     assert torch.allclose(seen, wanted, atol=1e-5)
     assert [type(part) for part in unet.modules()] == before
+
+
+def test_sorted_segments_have_the_means_of_a_merge():
+    """A GPU averages so, always in the same order."""
+    x = tokens((12, 10))
+    found = matching((12, 10), 0.5, 2, True)
+    positions = found.positions(x)
+    plan, sorted_plan = (Plan.of(positions, found.merged, by_segments=segments) for segments in (False, True))
+    assert torch.allclose(sorted_plan.merge(x, 2), plan.merge(x, 2), rtol=0, atol=1e-6)
+    half = sorted_plan.merge(x.half(), 2)  # summed in float32
+    assert half.dtype == torch.float16 and torch.equal(half, sorted_plan.merge(x.half().float(), 2).half())
+
+
+def test_counting_sorts_as_sorting_does():
+    mask = torch.rand(3, 40, generator=torch.Generator().manual_seed(0)) < 0.25
+    mask = mask.scatter(1, mask.int().argsort(dim=1, descending=True)[:, :2], True)
+    order, place = sort_by_counting(mask)
+    expected = mask.int().argsort(dim=1, descending=True, stable=True)
+    assert torch.equal(order, expected) and torch.equal(place, expected.argsort(dim=1))

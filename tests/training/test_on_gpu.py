@@ -22,12 +22,12 @@ from sdmodule.families.conditioning import Conditioning
 from sdmodule.module import StableDiffusionModule
 from sdmodule.training.autoencoder import AutoencoderModule
 from sdmodule.training.optimizers import Optimization
-from tests.fake_cuda import fake_cuda, fill_gradients, values_of
+from tests.fake_cuda import fake_cuda, values_of
 
 pytestmark = pytest.mark.slow  # each test trains
 
 ALLOWED = {
-    "training/upload.py _upload": "random numbers and tokens of the step, in one copy",
+    "training/upload.py _copied": "random numbers and tokens of the step, in one copy",
     "training/trainable.py TrainableModule.transfer_batch_to_device": "the next batch, while the GPU computes",
     "training/host_copy.py HostCopy.__init__": "whether the loss is finite, which is read a step later",
 }
@@ -111,22 +111,14 @@ class Marks(Callback):
         self.at.append(len(self.cuda.crossings) if self.cuda else 0)
 
 
-def learns_from_ones(kind: type) -> type:
-    """The module with gradients of ones, as fake tensors have no backward, and losses of NaN in some steps."""
+class NaNLosses(StableDiffusionModule):
+    """A module whose loss is NaN in some steps."""
 
-    class Learner(kind):  # type: ignore[misc]
-        nan_at: tuple[int, ...] = ()
+    nan_at: tuple[int, ...] = ()
 
-        def training_step(self, batch, batch_idx):
-            loss = super().training_step(batch, batch_idx)
-            return loss * float("nan") if self.global_step + 1 in self.nan_at else loss
-
-        def backward(self, loss, *args, **kwargs) -> None:
-            assert loss.requires_grad
-            fill_gradients(self)
-
-    Learner.training_step.__module__ = kind.__module__
-    return Learner
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("nan") if self.global_step + 1 in self.nan_at else loss
 
 
 @contextmanager
@@ -157,8 +149,8 @@ def build(kind, checkpoint, xl_checkpoint):
     settings = {name: value for name, value in KINDS[kind].items() if name not in ("data", "precision")}
     torch.manual_seed(0)
     if kind == "autoencoder":
-        return learns_from_ones(AutoencoderModule)(str(checkpoint))
-    return learns_from_ones(StableDiffusionModule)(str(xl_checkpoint if kind == "XL" else checkpoint), **settings)
+        return AutoencoderModule(str(checkpoint))
+    return StableDiffusionModule(str(xl_checkpoint if kind == "XL" else checkpoint), **settings)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -184,7 +176,7 @@ def test_no_step_makes_anyone_wait(checkpoint, xl_checkpoint, tmp_path, monkeypa
 def nan_losses(checkpoint, folder, monkeypatch, *steps: int, every: int) -> Iterator[tuple[Any, ...]]:
     """A module whose loss is NaN at some steps, on a GPU, and callbacks that record and save."""
     with on_gpu(monkeypatch) as cuda:
-        module = build("lora", checkpoint, None)
+        module = NaNLosses(str(checkpoint), tuning=LORA)
         module.nan_at = steps
         settings = {"every_n_train_steps": every, "save_top_k": -1, "save_last": True, "save_on_exception": True}
         yield module, Examples([]), Marks(cuda), TrainingCheckpoint(folder, filename="{step}", **settings)

@@ -3,7 +3,7 @@
 import torch
 
 from sdmodule.training.objective import Noise
-from sdmodule.training.upload import upload
+from sdmodule.training.upload import upload_together
 from tests.fake_cuda import fake_cuda, values_of
 
 TENSORS = (
@@ -20,7 +20,7 @@ def leaves(tensors):
 
 def test_all_tensors_travel_in_one_copy_that_nobody_waits_for():
     with fake_cuda() as cuda:
-        there = upload(TENSORS, torch.device("cuda", 0))
+        there = upload_together(TENSORS, torch.device("cuda", 0))
     assert [(one.kind, one.waits) for one in cuda.crossings] == [("to device", False)]
     found, others = leaves(there)
     assert isinstance(there[1][0], Noise) and others == [None, "text", 3]
@@ -30,5 +30,5 @@ def test_all_tensors_travel_in_one_copy_that_nobody_waits_for():
 
 
 def test_on_a_cpu_nothing_is_copied():
-    there = upload(TENSORS, torch.device("cpu"))
+    there = upload_together(TENSORS, torch.device("cpu"))
     assert all(ours.data_ptr() == theirs.data_ptr() for ours, theirs in zip(leaves(TENSORS)[0], leaves(there)[0]))
