@@ -130,12 +130,12 @@ def on_gpu(monkeypatch) -> Iterator[Any]:
         yield cuda
 
 
-def train(folder, module, data, marks, *callbacks, gpu=True, steps=3, precision=None, **settings):
+def train(folder, module, data, *callbacks, gpu=True, steps=3, precision=None, **settings):
     trainer = make_trainer(
         "gpu" if gpu else "cpu",
         max_steps=steps,
         precision=precision,
-        callbacks=[EMA(start_step=1), marks, *callbacks],
+        callbacks=[EMA(start_step=1), *callbacks],
         logger=False,
         default_root_dir=folder,
         gradient_clip_val=1.0,
@@ -226,3 +226,40 @@ def test_with_another_optimizer_a_nan_loss_stops_the_training_at_once(checkpoint
         with pytest.raises(SettingsError, match="loss is NaN or inf at step 3;"):
             train(tmp_path, module, data, marks, saving, steps=5)
     assert len(marks.losses) == 3 and load(tmp_path / "last.ckpt")["global_step"] == 2
+
+
+class Strict(Callback):
+    """From the third step on, torch raises where the host waits for the GPU."""
+
+    def on_train_batch_start(self, trainer, *_: Any) -> None:
+        torch.cuda.set_sync_debug_mode("error" if trainer.global_step >= 2 else "default")
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+    def on_exception(self, *_: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_step_of_a_real_gpu_waits(checkpoint, xl_checkpoint, tmp_path, kind):
+    names, precision = KINDS[kind].get("data", []), KINDS[kind].get("precision")
+    module = build(kind, checkpoint, xl_checkpoint)
+    with module.cached_embeddings(Embeddings()) if "moments" in names else nullcontext():
+        train(tmp_path, module, Examples(names), Strict(), precision=precision, steps=5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_a_real_gpu_never_learns_a_nan_loss(checkpoint, tmp_path, precision):
+    module = NaNLosses(str(checkpoint), tuning=LORA)
+    module.nan_at = (3,)
+    saving = TrainingCheckpoint(
+        tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1, save_on_exception=True
+    )
+    with pytest.raises(SettingsError, match="loss is NaN or inf at step 3;"):
+        train(tmp_path, module, Examples([]), saving, steps=6, precision=precision)
+    assert same_weights(load(tmp_path / "step=2.ckpt"), load(tmp_path / "step=3.ckpt"))
