@@ -14,12 +14,15 @@ from sdmodule.speed.compile import compiled
 from sdmodule.speed.cpu.kernels import fastest_convolutions, fastest_kernels
 from sdmodule.speed.layout import channels_last
 from sdmodule.speed.memory import retain_freed_memory
+from sdmodule.speed.offload import check_offload, groups_of, offloaded
 from sdmodule.speed.speed_settings import SpeedSettings
 from sdmodule.speed.vae_slicing import vae_slicing
 
 
 @contextmanager
-def apply_speed(parts: Components, settings: SpeedSettings, work: float = math.inf) -> Iterator[None]:
+def apply_speed(
+    parts: Components, settings: SpeedSettings, work: float = math.inf, device: torch.device | None = None
+) -> Iterator[None]:
     """Apply speed settings to a model inside a ``with`` block, and restore the model afterwards.
 
     What differs from step to step (guidance interval, DeepCache) is applied by the sampling loop.
@@ -28,18 +31,34 @@ def apply_speed(parts: Components, settings: SpeedSettings, work: float = math.i
         parts: the model.
         settings: what to apply.
         work: denoising steps of images of 512 pixels that are ahead.
+        device: where weights that are offloaded compute; if None, where the model is, or a GPU.
 
     Raises:
-        SettingsError: for an attention backend that this machine does not have.
+        SettingsError: for an attention backend that this machine does not have, or offloading without a GPU.
     """
+    place = device or parts.unet.device
+    if settings.offload != "none":
+        if device is None and place.type == "cpu" and torch.cuda.is_available():
+            place = torch.device(f"cuda:{torch.cuda.current_device()}")
+        check_offload(settings.offload, place.type)
+    with ExitStack() as stack:
+        for one in (parts, parts.refiner) if parts.refiner is not None else (parts,):
+            if settings.channels_last_in(one.unet.dtype, place.type):
+                stack.enter_context(channels_last(one.unet, one.vae))
+        if settings.offload != "none":
+            stack.enter_context(offloaded(groups_of(parts), place, settings.offload))
+        for one in (parts, parts.refiner) if parts.refiner is not None else (parts,):
+            stack.enter_context(_applied(one, settings, work))
+        yield
+
+
+@contextmanager
+def _applied(parts: Components, settings: SpeedSettings, work: float) -> Iterator[None]:
+    """What is applied to one model once its weights are where they belong."""
     device = parts.unet.device.type
     with ExitStack() as stack:
-        if parts.refiner is not None:
-            stack.enter_context(apply_speed(parts.refiner, settings, work))
         if settings.keep_memory and device == "cpu":
             stack.enter_context(retain_freed_memory())
-        if settings.channels_last_in(parts.unet.dtype, device):
-            stack.enter_context(channels_last(parts.unet, parts.vae))
         stack.enter_context(vae_slicing(parts.vae, settings.decode))
         stack.enter_context(attention_backend(parts.unet, settings.attention))
         if settings.fastest_on(device):

@@ -15,7 +15,8 @@ COMPILE = ("none", "blocks", "whole", "auto")
 KERNELS = ("torch", "fastest")
 DECODE = ("whole", "sliced", "tiled")
 ATTENTION = ("sdpa", "flash", "efficient", "cudnn", "math", "plain", "xformers")
-CHOICES = {"compile": COMPILE, "attention": ATTENTION, "kernels": KERNELS, "decode": DECODE}
+OFFLOAD = ("none", "model", "sequential")
+CHOICES = {"compile": COMPILE, "attention": ATTENTION, "kernels": KERNELS, "decode": DECODE, "offload": OFFLOAD}
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class SpeedSettings:
             ``tome.apply.apply_merging``.
         decode: what the VAE decodes at once: the ``whole`` batch, one image (``sliced``), or one tile of an image
             (``tiled``, with blended seams); each needs less memory than the one before.
+        offload: what waits in the host's memory until it is needed, to save that of a GPU: ``none``; ``model``, the
+            networks that are not in use; or ``sequential``, all but a few layers, which takes many times as long.
         keep_memory: on CPU, do not return freed memory to the system between layers.
         effect: one line for the user on what a preset does to images.
 
@@ -54,6 +57,7 @@ class SpeedSettings:
     attention: str = "sdpa"
     kernels: str = "torch"
     decode: str = "whole"
+    offload: str = "none"
     keep_memory: bool = False
     effect: str = ""
 
@@ -77,6 +81,12 @@ class SpeedSettings:
             raise SettingsError(f"speed.channels_last={self.channels_last}: must be true, false or auto.")
         for name, allowed in CHOICES.items():
             check_choice(f"speed.{name}", getattr(self, name), allowed)
+        compiles = {"model": ("whole",), "sequential": ("whole", "blocks")}.get(self.offload, ())
+        if self.compile in compiles:
+            raise SettingsError(
+                f"speed.offload={self.offload}, speed.compile={self.compile}: compiled code cannot fetch weights; set "
+                "speed.compile=none."
+            )
 
     def compile_on(self, device: str, work: float = math.inf) -> str:
         """What to compile on a type of device: ``none``, ``blocks`` or ``whole``.
@@ -86,6 +96,7 @@ class SpeedSettings:
             work: denoising steps of images of 512 pixels that are ahead.
         """
         if self.compile == "auto":
+            work = 0.0 if self.offload == "sequential" else work
             return "blocks" if device == "cuda" and work >= PAYS else "none"
         return self.compile
 
@@ -104,7 +115,7 @@ class SpeedSettings:
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
-            if value != getattr(EXACT, name) and name not in ("keep_memory", "effect")
+            if value != getattr(EXACT, name) and name not in ("keep_memory", "offload", "effect")
         }
 
 
