@@ -126,7 +126,7 @@ class StableDiffusionModule(TrainableModule):
 
     @override
     def setup(self, stage: str) -> None:
-        check_stage(self.parts, stage, self.task)
+        check_stage(self.parts, stage, self.task, self._trainer)
         if stage == "predict":
             self.switched.enter_context(awaiting_use(self.parts, self.sampling))
         elif stage == "fit":

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from lightning import Callback, Trainer
 from torch import nn
 
-from tests.fake_cuda import FakeCudaTensor, fake_cuda, fill_gradients, values_of
+from sdmodule.data.toy.dataset import ShapesDataModule
+from tests.fake_cuda import FakeCudaTensor, fake_cuda, values_of
 
 
 def test_sampling_has_the_images_of_the_cpu_and_names_what_reads_a_value(module):
@@ -79,6 +81,31 @@ def test_tensors_of_two_devices_do_not_mix():
             torch.randn(3, device="cuda", generator=torch.Generator())
 
 
+def test_a_training_runs_through_lightning(module, tmp_path):
+    class Marks(Callback):
+        def on_train_batch_start(self, *arguments):
+            marks.append(len(cuda.crossings))
+
+    marks = []
+    before = module.unet.conv_in.weight.detach().clone()
+    with fake_cuda() as cuda:
+        trainer = Trainer(
+            accelerator="gpu",
+            devices=1,
+            max_steps=3,
+            limit_val_batches=0,
+            callbacks=[Marks()],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            default_root_dir=tmp_path,
+        )
+        trainer.fit(module, ShapesDataModule(batch_size=2, train_length=6, val_length=2, size=32))
+    assert len(marks) == 3
+    assert "training/loss.py encode_images" in {one.place for one in cuda.crossings[marks[1] : marks[2]]}
+    assert not torch.equal(module.unet.conv_in.weight, before)
+
+
 def test_an_optimizer_steps_as_on_the_cpu():
     layers = [nn.Linear(3, 3)]
     with fake_cuda() as cuda:
@@ -86,7 +113,8 @@ def test_an_optimizer_steps_as_on_the_cpu():
         layers[1].load_state_dict(layers[0].state_dict())
         start = len(cuda.crossings)
         for layer in layers:
-            fill_gradients(layer)
+            for parameter in layer.parameters():
+                parameter.grad = torch.ones_like(parameter)
             torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True).step()
         assert cuda.crossings[start:] == []
         with torch.autocast("cuda", torch.float16):

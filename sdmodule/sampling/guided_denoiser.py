@@ -49,11 +49,14 @@ class GuidedDenoiser:
         return rescale_guidance(prediction, conditional, rescale) if rescale else prediction
 
     def _predict(self, call: int, latents: Tensor, timestep: Tensor, guided: bool) -> Tensor:
-        seen, control = self.conditions.denoiser_input(latents), self.conditions.control
+        unet, control = self.parts.unet, self.conditions.control
+        seen = self.conditions.denoiser_input(latents).to(unet.dtype)
         residuals = {} if control is None else control.residuals(call, seen, timestep, self._told, guided)
         embedding = self.conditions.guidance_embedding
         distilled = {} if embedding is None else {"timestep_cond": embedding}
-        return self.parts.unet(seen, timestep, **residuals, **self._told(len(seen)), **distilled).sample
+        prediction = unet(seen, timestep, **residuals, **self._told(len(seen)), **distilled).sample
+        # on a GPU guidance and the scheduler compute in float32, as the latents are kept
+        return prediction if prediction.device.type == "cpu" else prediction.float()
 
     def _told(self, rows: int) -> dict[str, Any]:
         """What the denoiser is told of the last rows of the batch, where the prompts are."""

@@ -27,8 +27,11 @@ from sdmodule.sampling.settings import SamplingSettings
 from sdmodule.sampling.stages import plan_stages
 from sdmodule.sampling.stopwatch import Stopwatch
 from sdmodule.sampling.text_conditions import GivenText, check_texts, chunks_needed
+from sdmodule.speed.apply import accelerated
+from sdmodule.speed.attention import check_kernels
 from sdmodule.speed.batch_sizes import rows_to_compute
 from sdmodule.speed.deep_cache import deep_cache, run_all_layers
+from sdmodule.speed.hint_cache import hint_cache
 from sdmodule.speed.text_kv_cache import text_kv_cache
 from sdmodule.tome.apply import apply_merging
 
@@ -120,6 +123,8 @@ def denoise_batch(
         watch.mark()
         return None if on_step is None else on_step(done, latents)
 
+    for network in accelerated(parts):
+        check_kernels(settings.speed.attention, network)
     if parts.image_prompts is not None:
         set_scale(parts.unet, settings.ip_adapter_scale)
     merging = apply_merging(
@@ -129,7 +134,8 @@ def denoise_batch(
     with (
         merging as start_merging,
         cached or nullcontext(run_all_layers) as start_caching,
-        text_kv_cache(parts.unet, conditions.text.hidden_states),
+        text_kv_cache(accelerated(parts), conditions.text.hidden_states),
+        hint_cache(parts.controlnets),
         freeu_applied(parts.unet, settings.freeu),
     ):
         watch.start()
@@ -140,7 +146,7 @@ def denoise_batch(
             conditions.generators,
             settings.eta,
             timesteps=conditions.schedule.timesteps,
-            keep=None if conditions.inpaint is None else conditions.restore_known_region,
+            keep=conditions.restore_known_region if conditions.noise_levels else None,
             on_step=after_step,
         )
 

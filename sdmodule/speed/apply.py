@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from sdmodule.speed.layout import channels_last
 from sdmodule.speed.memory import retain_freed_memory
 from sdmodule.speed.offload import check_offload, groups_of, offloaded
 from sdmodule.speed.speed_settings import SpeedSettings
+from sdmodule.speed.tf32 import tf32, uses_tf32
 from sdmodule.speed.vae_slicing import vae_slicing
 
 
@@ -36,19 +38,22 @@ def apply_speed(
     Raises:
         SettingsError: for an attention backend that this machine does not have, or offloading without a GPU.
     """
+    models = (parts,) if parts.refiner is None else (parts, parts.refiner)
     place = device or parts.unet.device
     if settings.offload != "none":
         if device is None and place.type == "cpu" and torch.cuda.is_available():
             place = torch.device(f"cuda:{torch.cuda.current_device()}")
         check_offload(settings.offload, place.type)
     with ExitStack() as stack:
-        for one in (parts, parts.refiner) if parts.refiner is not None else (parts,):
-            if settings.channels_last_in(one.unet.dtype, place.type):
-                stack.enter_context(channels_last(one.unet, one.vae))
+        if uses_tf32(place.type, settings):
+            stack.enter_context(tf32())
+        for model in models:
+            if settings.channels_last_in(model.unet.dtype, place.type):
+                stack.enter_context(channels_last(*accelerated(model, place.type), model.vae))
         if settings.offload != "none":
             stack.enter_context(offloaded(groups_of(parts), place, settings.offload))
-        for one in (parts, parts.refiner) if parts.refiner is not None else (parts,):
-            stack.enter_context(_applied(one, settings, work))
+        for model in models:
+            stack.enter_context(_applied(model, settings, work))
         yield
 
 
@@ -56,24 +61,41 @@ def apply_speed(
 def _applied(parts: Components, settings: SpeedSettings, work: float) -> Iterator[None]:
     """What is applied to one model once its weights are where they belong."""
     device = parts.unet.device.type
+    networks = accelerated(parts)
     with ExitStack() as stack:
         if settings.keep_memory and device == "cpu":
             stack.enter_context(retain_freed_memory())
         stack.enter_context(vae_slicing(parts.vae, settings.decode))
-        stack.enter_context(attention_backend(parts.unet, settings.attention))
+        stack.enter_context(attention_backend(settings.attention, *networks))
         if settings.fastest_on(device):
             stack.enter_context(fastest_kernels(parts.unet))
             if parts.vae.dtype == torch.float32:  # a VAE in 16 bits may switch to float32 while it decodes
                 stack.enter_context(fastest_convolutions(parts.vae))
         which = settings.compile_on(device, work)
-        if which != "none":
-            stack.enter_context(compiled(parts.unet, which))
+        for network in networks if which != "none" else ():
+            stack.enter_context(compiled(network, which))
         yield
+
+
+def accelerated(parts: Components, device: str | None = None) -> list[Any]:
+    """The networks that run at every step: the UNet, and on a GPU its ControlNets.
+
+    On a CPU these stay as they are, so that their images are those of earlier releases to the bit.
+
+    Args:
+        parts: the model.
+        device: type of the device that it computes on; where its UNet is if None.
+    """
+    nets = [] if (device or parts.unet.device.type) == "cpu" else parts.controlnets
+    return [parts.unet, *(net for net in nets if hasattr(net, "attn_processors"))]  # a T2I-Adapter runs once
 
 
 @contextmanager
 def apply_training_speed(parts: Components, device: str, precision: str) -> Iterator[None]:
-    """Make a model train faster inside a ``with`` block: on a CPU, keep freed memory, and plain attention in bfloat16.
+    """Make a model train faster inside a ``with`` block.
+
+    On a GPU, float32 matrices are multiplied in TF32. On a CPU, freed memory is kept, and attention in bfloat16 is
+    plain.
 
     Args:
         parts: the model.
@@ -81,6 +103,8 @@ def apply_training_speed(parts: Components, device: str, precision: str) -> Iter
         precision: the trainer's.
     """
     with ExitStack() as stack:
+        if uses_tf32(device):
+            stack.enter_context(tf32())
         if device == "cpu":
             stack.enter_context(retain_freed_memory())
         if training_attention(device, precision) == "plain":

@@ -35,9 +35,9 @@ class SpeedSettings:
             ``blocks`` for many images on a GPU, see `compile.PAYS`, and else ``none``.
         attention: attention backend: ``sdpa`` lets torch choose; ``flash``, ``efficient``, ``cudnn`` and ``math`` are
             torch's own by name; ``plain`` is two matrix products; ``xformers`` needs that package.
-        kernels: ``torch``, or ``fastest``: on CPU, where nothing is compiled, the kernel of ``speed.cpu`` that was
-            fastest on this machine. In bfloat16, large blocks that merge tokens do so either way; see
-            ``tome.apply.apply_merging``.
+        kernels: ``torch``, or ``fastest``: on a GPU, TF32 for what is in float32; on CPU, where nothing is compiled,
+            the kernel of ``speed.cpu`` that was fastest on this machine. In bfloat16, large blocks that merge tokens do
+            so either way; see ``tome.apply.apply_merging``.
         decode: what the VAE decodes at once: the ``whole`` batch, one image (``sliced``), or one tile of an image
             (``tiled``, with blended seams); each needs less memory than the one before.
         offload: what waits in the host's memory until it is needed, to save that of a GPU: ``none``; ``model``, the

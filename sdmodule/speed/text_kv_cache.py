@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,17 +32,18 @@ class CachedProjection(nn.Module):
 
 
 @contextmanager
-def text_kv_cache(unet: Any, embeddings: Tensor) -> Iterator[None]:
-    """Compute keys and values of the text once for all calls of a UNet inside a ``with`` block.
+def text_kv_cache(networks: Sequence[Any], embeddings: Tensor) -> Iterator[None]:
+    """Compute keys and values of the text once for all calls of networks inside a ``with`` block.
 
     Args:
-        unet: a ``UNet2DConditionModel``.
+        networks: UNets and ControlNets.
         embeddings: the ``encoder_hidden_states`` of every call, ``[B, L, D]``; a call may also get its last rows.
     """
-    bring(unet)
+    for network in networks:
+        bring(network)
     layers: list[tuple[nn.Module, str, nn.Module]] = []
     try:
-        for block in unet.modules():
+        for block in (block for network in networks for block in network.modules()):
             attention = block.attn2 if isinstance(block, BasicTransformerBlock) else None
             if attention is None or attention.norm_cross:
                 continue
