@@ -17,6 +17,7 @@ from sdmodule.speed.layout import channels_last
 from sdmodule.speed.memory import retain_freed_memory
 from sdmodule.speed.offload import check_offload, groups_of, offloaded
 from sdmodule.speed.speed_settings import SpeedSettings
+from sdmodule.speed.step_graphs import recording_steps
 from sdmodule.speed.tf32 import tf32, uses_tf32
 from sdmodule.speed.vae_slicing import vae_slicing
 
@@ -74,6 +75,10 @@ def _applied(parts: Components, settings: SpeedSettings, work: float) -> Iterato
         which = settings.compile_on(device, work)
         for network in networks if which != "none" else ():
             stack.enter_context(compiled(network, which))
+        if settings.cuda_graphs and device == "cuda":
+            graphs = stack.enter_context(recording_steps(parts.unet))
+            if settings.offload != "none":
+                graphs.give_up(f"not with speed.offload={settings.offload}")
         yield
 
 
