@@ -26,12 +26,12 @@ from sdmodule.io.redact import shorten_home
 from sdmodule.sampling.infer import InferOptions, Prompts, infer
 from sdmodule.sampling.metadata import describe
 from sdmodule.sampling.pipeline import OnStep, sample_requests
+from sdmodule.sampling.predicting import awaiting_use, sped_up
 from sdmodule.sampling.requests import INPAINT, TASKS, TEXT2IMAGE, SampleRequest, as_requests
 from sdmodule.sampling.result import Samples
 from sdmodule.sampling.schedule import check_settings
 from sdmodule.sampling.settings import SamplingSettings
-from sdmodule.sampling.stages import images_ahead, work_ahead
-from sdmodule.speed.apply import apply_speed, apply_training_speed
+from sdmodule.speed.apply import apply_training_speed
 from sdmodule.speed.compile import compile_unet
 from sdmodule.training import loss as denoising
 from sdmodule.training.accumulation import batch_size_of
@@ -127,13 +127,14 @@ class StableDiffusionModule(TrainableModule):
     @override
     def setup(self, stage: str) -> None:
         check_stage(self.parts, stage, self.task, self._trainer)
-        if stage != "fit":
-            return
-        self.check_fit()
-        self.tuning.check_trainer(self._trainer)
-        self.base_model.identify()
-        if self.inpaint_training is not None:
-            self.inpaint_training.prepare(self.unet, self.parts.source, self.tuning)
+        if stage == "predict":
+            self.switched.enter_context(awaiting_use(self.parts, self.sampling))
+        elif stage == "fit":
+            self.check_fit()
+            self.tuning.check_trainer(self._trainer)
+            self.base_model.identify()
+            if self.inpaint_training is not None:
+                self.inpaint_training.prepare(self.unet, self.parts.source, self.tuning)
 
     @override
     def on_fit_start(self) -> None:
@@ -215,8 +216,7 @@ class StableDiffusionModule(TrainableModule):
 
     @override
     def on_predict_start(self) -> None:
-        work = work_ahead(self.parts, self.sampling, images_ahead(self.trainer.predict_dataloaders))
-        self.switched.enter_context(apply_speed(self.parts, self.sampling.speed, work))
+        self.switched.enter_context(sped_up(self.parts, self.sampling, self.trainer, self.device))
 
     @override
     def predict_step(self, batch: list[SampleRequest], batch_idx: int) -> Samples:
