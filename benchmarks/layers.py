@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.report import Parser, check_counts, main, print_table, report, write_json
 from sdmodule.speed.cpu.autotune import TORCH
 from sdmodule.speed.cpu.kernels import fastest_convolutions, fastest_linears
-from sdmodule.speed.cpu.layers import CONVOLUTIONS, GEGLUS, LINEARS, TILED_CONVOLUTIONS
+from sdmodule.speed.cpu.layers import CONVOLUTIONS, TILED_CONVOLUTIONS, geglu_kernels, linear_kernels
 from sdmodule.speed.cpu.prepacked import prepacked_convolution
 from sdmodule.speed.memory import retain_freed_memory
 
@@ -87,11 +87,11 @@ def measure(settings: argparse.Namespace) -> list[dict[str, Any]]:
         rows += [{"layer": "3x3 convolution", "shape": f"{channels} to {out}, {side}x{side}", **row} for row in found]
     for channels, out, tokens in LINEAR_SHAPES[:count]:
         inputs, layer = torch.randn(2, tokens, channels).to(dtype), nn.Linear(channels, out).to(dtype)
-        found = measure_layer(layer, inputs, LINEARS, settings.rounds)
+        found = measure_layer(layer, inputs, linear_kernels(inputs, layer), settings.rounds)
         rows += [{"layer": "linear", "shape": f"{channels} to {out}, {tokens} tokens", **row} for row in found]
     for channels, out, tokens in GEGLU_SHAPES[:count] if dtype == torch.bfloat16 else ():
         inputs, layer = torch.randn(2, tokens, channels).to(dtype), GEGLU(channels, out).to(dtype)
-        found = measure_layer(layer, inputs, GEGLUS, settings.rounds)
+        found = measure_layer(layer, inputs, geglu_kernels(inputs, layer.proj), settings.rounds)
         rows += [{"layer": "GEGLU", "shape": f"{channels} to {out}, {tokens} tokens", **row} for row in found]
     return rows
 

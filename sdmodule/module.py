@@ -31,6 +31,7 @@ from sdmodule.sampling.requests import INPAINT, TASKS, TEXT2IMAGE, SampleRequest
 from sdmodule.sampling.result import Samples
 from sdmodule.sampling.schedule import check_settings
 from sdmodule.sampling.settings import SamplingSettings
+from sdmodule.sampling.stages import images_ahead, work_ahead
 from sdmodule.speed.apply import apply_speed, apply_training_speed
 from sdmodule.speed.compile import compile_unet
 from sdmodule.training import loss as denoising
@@ -125,7 +126,7 @@ class StableDiffusionModule(TrainableModule):
 
     @override
     def setup(self, stage: str) -> None:
-        check_stage(self.parts, stage, self.task)
+        check_stage(self.parts, stage, self.task, self._trainer)
         if stage != "fit":
             return
         self.check_fit()
@@ -214,7 +215,8 @@ class StableDiffusionModule(TrainableModule):
 
     @override
     def on_predict_start(self) -> None:
-        self.switched.enter_context(apply_speed(self.parts, self.sampling.speed))
+        work = work_ahead(self.parts, self.sampling, images_ahead(self.trainer.predict_dataloaders))
+        self.switched.enter_context(apply_speed(self.parts, self.sampling.speed, work))
 
     @override
     def predict_step(self, batch: list[SampleRequest], batch_idx: int) -> Samples:

@@ -9,6 +9,7 @@ from sdmodule.io.lazy import lazy_attribute
 MODULES = {
     "CastFrozenWeights": "frozen_weights",
     "ClassImages": "class_images",
+    "CudnnBenchmark": "cudnn_benchmark",
     "EMA": "ema",
     "Export": "export",
     "HTMLReport": "html_report",

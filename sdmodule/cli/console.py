@@ -19,11 +19,12 @@ def echo(text: str) -> None:
         print(text, flush=True)
 
 
-def echo_device(trainer: Trainer, **in_effect: str) -> None:
+def echo_device(trainer: Trainer, tf32: bool, **in_effect: str) -> None:
     """Print what a run computes on and how, the first line that every run prints.
 
     Args:
         trainer: of the run.
+        tf32: whether float32 matrices are multiplied in TF32.
         in_effect: further settings as they take effect on the device, such as the attention backend.
     """
     import torch
@@ -32,7 +33,7 @@ def echo_device(trainer: Trainer, **in_effect: str) -> None:
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     name = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else name
     count = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
-    settings = {"precision": str(trainer.precision), **in_effect}
+    settings = {"precision": f"{trainer.precision}{' with TF32' if tf32 else ''}", **in_effect}
     echo(f"On {count}{device.type}{name}: {', '.join(f'{key} {value}' for key, value in settings.items())}")
 
 

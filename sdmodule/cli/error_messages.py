@@ -27,7 +27,7 @@ WORKER_DIED = re.compile(r"DataLoader worker \(pid")
 
 PREDICT_MEMORY = (
     ("batch_size", 1, "batch_size={} to 1"),
-    ("precision", "16-mixed", "precision={} to 16-mixed on a GPU"),
+    ("precision", "16-true", "precision={} to 16-true on a GPU"),
     ("height", None, "height and width"),
 )
 TRAIN_MEMORY = (
@@ -153,7 +153,7 @@ def memory_advice(cfg: DictConfig) -> list[str]:
     advice = []
     for key, lowest, text in TRAIN_MEMORY if "ckpt_path" in cfg else PREDICT_MEMORY:
         value = OmegaConf.select(cfg, key)
-        reduced = key.endswith("precision") and "16" in str(value)
+        reduced = key.endswith("precision") and (value is None or "16" in str(value))  # None is 16 bits on a GPU
         if (value == lowest and lowest is not None) or (key == "cache" and value) or reduced:
             continue
         advice.append(text.format(value))

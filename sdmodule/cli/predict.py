@@ -20,7 +20,9 @@ def predict(cfg: DictConfig) -> None:
     from sdmodule.cli.resume_predict import find_finished
     from sdmodule.cli.summary import sampling_summary
     from sdmodule.cli.unknown_words import unknown_words
+    from sdmodule.sampling.stages import work_ahead
     from sdmodule.sampling.text_conditions import check_texts
+    from sdmodule.speed.tf32 import uses_tf32
 
     check_bool("resume", cfg.resume)
     output_dir = prepare_output_dir(cfg)
@@ -30,8 +32,9 @@ def predict(cfg: DictConfig) -> None:
     check_texts(model.parts, data.requests)
     if cfg.resume:
         data.done = find_finished(output_dir, data.requests, model.describe() | {"precision": str(trainer.precision)})
-    speed = model.sampling.speed
-    echo_device(trainer, attention=speed.attention, compile=speed.compile_on(trainer.strategy.root_device.type))
+    speed, device = model.sampling.speed, trainer.strategy.root_device.type
+    work = work_ahead(model.parts, model.sampling, len(data.requests) / trainer.world_size)
+    echo_device(trainer, uses_tf32(device, speed), attention=speed.attention, compile=speed.compile_on(device, work))
     if cfg.resume:
         echo(f"Resuming: {len(data.done)} of {len(data.requests)} images are there")
     if speed.effect:

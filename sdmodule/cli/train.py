@@ -47,7 +47,7 @@ def train(cfg: DictConfig) -> None:
     model.setup("fit")
     check_compatible(model, data, trainer.callbacks)  # type: ignore[attr-defined]
     if cfg.ckpt_path:
-        check_fits(cfg.ckpt_path, model, trainer)
+        check_fits(cfg.ckpt_path, model)
 
     with output_dir_locked(output_dir):
         fit(cfg, trainer, model, data, output_dir)
@@ -74,10 +74,12 @@ def fit(cfg: DictConfig, trainer: Any, model: Any, data: Any, output_dir: Path) 
 def announce(cfg: DictConfig, trainer: Any, model: Any, output_dir: Path) -> None:
     """Say what the training computes on, what its settings set elsewhere, and how much it trains."""
     from sdmodule.speed.apply import training_attention
+    from sdmodule.speed.tf32 import uses_tf32
 
-    attention = training_attention(trainer.strategy.root_device.type, str(trainer.precision))
+    device = trainer.strategy.root_device.type
+    attention = training_attention(device, str(trainer.precision))
     compiled = {"compile": cfg.training.compile} if "training" in cfg.model else {}
-    echo_device(trainer, attention=attention, **compiled)
+    echo_device(trainer, uses_tf32(device), attention=attention, **compiled)
     if effects := side_effects(cfg, "tuning"):
         echo(effects)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -9,20 +9,21 @@ from typing import Any, Final
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
-from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim import Optimizer
-from typing_extensions import override
 
+from sdmodule.callbacks.cudnn_benchmark import CudnnBenchmark
 from sdmodule.callbacks.finite_loss import STOP, NonFiniteLoss
 from sdmodule.callbacks.frozen_weights import CastFrozenWeights
 from sdmodule.callbacks.validation_interval import ValidationInterval
 from sdmodule.errors import SettingsError, check_int
 from sdmodule.training.checkpoint_io import AtomicCheckpointIO
+from sdmodule.training.precision import FusedMixedPrecision
+from sdmodule.training.strategies import check_strategy
 
 BF16_MIXED: Final = "bf16-mixed"
+MIXED = (BF16_MIXED, "16-mixed")
 
 
 def make_trainer(
@@ -30,7 +31,7 @@ def make_trainer(
     max_steps: int = 1000,
     val_check_interval: int = 250,
     accumulate_grad_batches: int = 1,
-    precision: str = "32-true",
+    precision: str | None = None,
     log_every_n_steps: int = 10,
     nan_loss: str = STOP,
     callbacks: Sequence[Callback] = (),
@@ -44,16 +45,16 @@ def make_trainer(
         val_check_interval: optimizer steps between validations, counted across epochs; a shorter training validates
             once, at its end.
         accumulate_grad_batches: batches per optimizer step.
-        precision: one of Lightning's; or ``auto``: bf16-mixed if the device computes in bfloat16, else 32-true; or, for
-            sampling, ``auto-true``: bf16-true if it does, else 16-true on a GPU and 32-true on a CPU.
+        precision: one of Lightning's, or one that `resolve_precision` knows.
         log_every_n_steps: optimizer steps between logged metrics.
         nan_loss: what to do with a step whose loss is NaN or inf: ``stop`` or ``skip``.
         callbacks: all callbacks; without one of the kind there are no checkpoints and no progress bar.
         settings: further arguments of ``lightning.Trainer``.
 
     Raises:
-        SettingsError: if there is no GPU to use, or Lightning refuses the settings.
+        SettingsError: if there is no GPU to use, the strategy shards the model, or Lightning refuses the settings.
     """
+    check_strategy(settings.get("strategy"))
     has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     if accelerator == "auto":
         accelerator = "gpu" if has_gpu else "cpu"
@@ -70,14 +71,13 @@ def make_trainer(
             "use precision=32-true."
         )
     plugins = list(settings.pop("plugins", None) or [])
-    strategy = str(settings.get("strategy"))
-    if "deepspeed" not in strategy:  # DeepSpeed writes its own checkpoints
-        plugins.append(AtomicCheckpointIO())
-    own_precision = "deepspeed" in strategy or "fsdp" in strategy  # both come with their precision plugin
-    if precision == BF16_MIXED and accelerator in ("cpu", "gpu") and not own_precision:
-        plugins.append(BFloat16Mixed("cpu" if accelerator == "cpu" else "cuda" if torch.cuda.is_available() else "mps"))
+    plugins.append(AtomicCheckpointIO())
+    if precision in MIXED and accelerator in ("cpu", "gpu"):
+        device = "cpu" if accelerator == "cpu" else "cuda" if torch.cuda.is_available() else "mps"
+        plugins.append(FusedMixedPrecision(precision, device))  # type: ignore[arg-type]
     # Lightning's dry run validates at its end anyway
     interval = [] if settings.get("fast_dev_run") else [ValidationInterval(min(val_check_interval, max_steps))]
+    measured = [] if settings.get("deterministic") or settings.get("benchmark") is not None else [CudnnBenchmark()]
     try:
         trainer = Trainer(
             accelerator=accelerator,
@@ -87,8 +87,8 @@ def make_trainer(
             accumulate_grad_batches=accumulate_grad_batches,
             precision=None if any(isinstance(plugin, Precision) for plugin in plugins) else precision,  # type: ignore[arg-type]
             log_every_n_steps=min(log_every_n_steps, max_steps),
-            # first, so that weights are float32 again before any other callback validates or exports them
-            callbacks=[CastFrozenWeights(), *callbacks, *interval, NonFiniteLoss(nan_loss)],
+            # first, so that a bad loss is known and weights are float32 again before others validate or export them
+            callbacks=[NonFiniteLoss(nan_loss), CastFrozenWeights(), *measured, *callbacks, *interval],
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
             enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
             enable_model_summary=False,
@@ -103,51 +103,33 @@ def make_trainer(
     started = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
     if started > 1 and trainer.world_size == 1:  # each of them would do the whole work, in one folder
         raise SettingsError(
-            f"trainer.strategy={strategy}: torchrun started {started} processes, and each would train alone; add "
-            f"trainer.strategy=ddp and trainer.devices, or trainer=ddp."
+            f"trainer.strategy={settings.get('strategy')}: torchrun started {started} processes, and each would train "
+            "alone; add trainer.strategy=ddp and trainer.devices, or trainer=ddp."
         )
     return trainer
 
 
-def resolve_precision(precision: str, accelerator: str) -> str:
-    """Lightning's name of a precision, with ``auto`` and ``auto-true`` resolved for the device."""
+def resolve_precision(precision: str | None, accelerator: str) -> str:
+    """Lightning's name of a precision.
+
+    ``auto`` is bf16-mixed if the device computes in bfloat16, else 16-mixed on a GPU and 32-true on a CPU.
+    ``auto-true``, for sampling, is 16-true on a GPU of NVIDIA or AMD: as fast as bf16-true there, and nearer to
+    float32. Elsewhere it is bf16-true if the device computes in it, else 32-true. None is ``auto`` on such a GPU, and
+    else 32-true.
+    """
+    cuda = accelerator == "gpu" and torch.cuda.is_available()
+    if precision is None:
+        precision = "auto" if cuda else "32-true"
     if precision == "auto":
-        return BF16_MIXED if supports_bfloat16(accelerator) else "32-true"
+        return BF16_MIXED if supports_bfloat16(accelerator) else "16-mixed" if cuda else "32-true"
     if precision == "auto-true":
-        return "bf16-true" if supports_bfloat16(accelerator) else "16-true" if accelerator == "gpu" else "32-true"
+        return "16-true" if cuda else "bf16-true" if supports_bfloat16(accelerator) else "32-true"
     if str(precision) in ("16", "bf16"):  # the names of Lightning 1
         precision = f"{precision}-mixed"
     if precision == "16-mixed" and accelerator == "cpu":
         rank_zero_warn(f"precision=16-mixed: not available on CPU; using {BF16_MIXED}.")
         return BF16_MIXED
     return precision
-
-
-class BFloat16Mixed(MixedPrecision):
-    """``bf16-mixed`` in which gradients can be clipped with a fused optimizer too.
-
-    Lightning refuses this in every mixed precision, because a fused optimizer unscales float16 gradients itself.
-    bfloat16 gradients are never scaled.
-
-    Args:
-        device: ``cpu``, ``cuda`` or ``mps``.
-    """
-
-    def __init__(self, device: str) -> None:
-        super().__init__(BF16_MIXED, device)
-
-    @override
-    def clip_gradients(self, *arguments: Any, **options: Any) -> None:
-        Precision.clip_gradients(self, *arguments, **options)
-
-    @override
-    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
-        """Clip gradients as `torch.nn.utils.clip_grad_norm_` does, but on CPU skip the multiplication by 1."""
-        weights = list(self.main_params(optimizer))
-        norm = get_total_norm([weight.grad for weight in weights if weight.grad is not None])
-        if norm.device.type == "cpu" and norm + 1e-6 <= clip_val:
-            return
-        clip_grads_with_norm_(weights, clip_val, norm)
 
 
 def supports_bfloat16(accelerator: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sdmodule.components.checkpoint import Components
+from sdmodule.components.precision import computes_in
 
 
 @contextmanager
@@ -17,17 +18,11 @@ def vae_precision(parts: Components) -> Iterator[torch.dtype]:
 
     The VAE of a family with ``upcasts_vae`` computes in float32 instead of float16 if its configuration asks for it.
     """
-    if parts.family.upcasts_vae and parts.vae.config.force_upcast and _computes_in(parts.vae) == torch.float16:
+    if parts.family.upcasts_vae and parts.vae.config.force_upcast and computes_in(parts.vae) == torch.float16:
         with vae_in_float32(parts.vae):
             yield torch.float32
     else:
         yield parts.vae.dtype
-
-
-def _computes_in(vae: Any) -> torch.dtype:
-    """What the VAE computes in: the dtype of its weights, or that of autocast."""
-    device = vae.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else vae.dtype
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from sdmodule.components.checkpoint import Components
+from sdmodule.components.precision import latents_dtype
 from sdmodule.components.vae_precision import vae_precision
 from sdmodule.diffusion.sampler import Generators
 from sdmodule.errors import SettingsError
@@ -39,13 +40,13 @@ def image_latents(
     if given and len(given) < len(images):
         raise SettingsError("image: some are images and others latents; give all as images, or all as latents.")
     if given:
-        return torch.stack(given).to(unet.device, unet.dtype)
+        return torch.stack(given).to(unet.device, latents_dtype(unet))
     height, width = size
     resized = [
         image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
         for image in images
         if isinstance(image, Image.Image)
     ]
-    pixels = torch.stack([image_to_tensor(image) for image in resized]).to(unet.device, unet.dtype)
+    pixels = torch.stack([image_to_tensor(image) for image in resized]).to(unet.device, latents_dtype(unet))
     # channels_last as in diffusers, so that sums round alike
     return encode_pixels(parts, pixels.to(memory_format=torch.channels_last), generators)

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from sdmodule.components.checkpoint import Components
 from sdmodule.components.inpaint_unet import is_inpaint_unet
+from sdmodule.components.precision import latents_dtype
 from sdmodule.conditioning.image_latents import encode_pixels
 from sdmodule.conditioning.inpaint import inpaint_channels, mask_out, masks_to_latents
 from sdmodule.conditioning.inpaint_crop import InpaintCrop
+from sdmodule.diffusion.noise_level import NoiseLevel
 from sdmodule.diffusion.sampler import Generators, draw_latents
 from sdmodule.errors import SettingsError
 
@@ -39,11 +41,11 @@ class InpaintLatents:
     known: Tensor | None
     channels: Tensor | None
 
-    def start(self, scheduler: Any, timesteps: Tensor, whole: bool) -> Tensor:
-        """Initial latents ``[B, 4, h, w]``: pure noise for the ``whole`` schedule, else the noised image."""
+    def start(self, scheduler: Any, level: NoiseLevel, whole: bool) -> Tensor:
+        """Initial latents ``[B, 4, h, w]``: pure noise for the ``whole`` schedule, else the image at a noise level."""
         if whole or self.known is None:
             return self.noise * scheduler.init_noise_sigma
-        return scheduler.add_noise(self.known, self.noise, timesteps[:1])
+        return level.noised(self.known, self.noise)
 
     def denoiser_input(self, latents: Tensor) -> Tensor:
         """Input of the UNet: the latents, with the mask and masked latents for an inpainting UNet."""
@@ -52,13 +54,15 @@ class InpaintLatents:
         channels = self.channels.repeat(len(latents) // len(self.channels), 1, 1, 1)  # twice with guidance
         return torch.cat([latents, channels], dim=1)
 
-    def restore_known_region(self, latents: Tensor, upcoming: Tensor | None, scheduler: Any) -> Tensor:
-        """Restore the known region at the noise level of the ``upcoming`` timestep; inpainting UNets do not need it."""
-        if self.channels is not None or self.known is None:
-            return latents
-        known = self.known
-        if upcoming is not None:
-            known = scheduler.add_noise(known, self.noise, upcoming.reshape(1))
+    @property
+    def restores(self) -> bool:
+        """Whether the known region is restored after each step; inpainting UNets do not need it."""
+        return self.channels is None and self.known is not None
+
+    def restore_known_region(self, latents: Tensor, level: NoiseLevel | None) -> Tensor:
+        """Restore the known region at the noise level of the next step; without noise after the last."""
+        assert self.known is not None
+        known = self.known if level is None else level.noised(self.known, self.noise)
         return (1 - self.masks) * known + self.masks * latents
 
 
@@ -84,7 +88,7 @@ def prepare_inpaint_latents(
         SettingsError: for a mask that is empty at the latents' size.
     """
     unet = parts.unet
-    images = torch.stack([crop.image for crop in crops]).to(unet.device, unet.dtype)
+    images = torch.stack([crop.image for crop in crops]).to(unet.device, latents_dtype(unet))
     images = images.to(memory_format=torch.channels_last)  # as in diffusers, so that sums round alike
     masks = torch.stack([crop.mask for crop in crops]).to(images)
     is_inpaint = is_inpaint_unet(unet)

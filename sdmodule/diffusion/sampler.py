@@ -10,6 +10,8 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from sdmodule.diffusion.step_noise import steps_on_device
+
 Generators = torch.Generator | Sequence[torch.Generator]
 """Source of the noise of a batch: one for each image, or one for all."""
 
@@ -39,19 +41,19 @@ def denoise(
     eta: float = 0.0,
     *,
     timesteps: Tensor | None = None,
-    keep: Callable[[Tensor, Tensor | None], Tensor] | None = None,
+    keep: Callable[[Tensor, int], Tensor] | None = None,
     on_step: Callable[[int, Tensor], Tensor | None] | None = None,
 ) -> Tensor:
     """Denoise latents step by step (Ho et al. 2020, algorithm 2, with the scheduler's update).
 
     Args:
-        predict: guided prediction of the model.
+        predict: guided prediction of the model; gets the timestep on the latents' device.
         latents: initial latents at the noise level of the first timestep, ``[B, C, h, w]``.
         scheduler: a diffusers scheduler with its timesteps set.
         generators: one per image, or one for all, for schedulers that add noise at each step.
         eta: amount of noise in DDIM (Song et al. 2021, equation 16); other schedulers ignore it.
         timesteps: the timesteps to denoise at, a range of the scheduler's; all of them if None.
-        keep: changes the latents after each step, given the next timestep, or None after the last.
+        keep: changes the latents after each step, given the number of steps done.
         on_step: called after each step with the number of steps done and the latents; it may return others.
 
     Returns:
@@ -61,12 +63,16 @@ def denoise(
     source = generators if isinstance(generators, torch.Generator) else list(generators)
     extra = {k: v for k, v in {"eta": eta, "generator": source}.items() if k in accepted}
     timesteps = scheduler.timesteps if timesteps is None else timesteps
-    for index, timestep in enumerate(timesteps):
-        prediction = predict(scheduler.scale_model_input(latents, timestep), timestep)
-        latents = scheduler.step(prediction, timestep, latents, **extra, return_dict=False)[0]
-        if keep is not None:
-            latents = keep(latents, timesteps[index + 1] if index + 1 < len(timesteps) else None)
-        if on_step is not None:
-            changed = on_step(index + 1, latents)
-            latents = latents if changed is None else changed
+    on_device = timesteps.to(latents.device)  # at once: the scheduler looks coefficients up on the CPU, step by step
+    each = [source] if isinstance(source, torch.Generator) else source
+    with steps_on_device(scheduler, latents.device, each, len(timesteps)) as stepping:
+        for index, timestep in enumerate(timesteps):
+            prediction = predict(scheduler.scale_model_input(latents, timestep), on_device[index])
+            with stepping:
+                latents = scheduler.step(prediction, timestep, latents, **extra, return_dict=False)[0]
+            if keep is not None:
+                latents = keep(latents, index + 1)
+            if on_step is not None:
+                changed = on_step(index + 1, latents)
+                latents = latents if changed is None else changed
     return latents

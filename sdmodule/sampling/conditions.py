@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from sdmodule.components.checkpoint import Components
+from sdmodule.components.precision import latents_dtype
 from sdmodule.conditioning.control import ControlStack, prepare_control
 from sdmodule.conditioning.image_latents import image_latents
 from sdmodule.conditioning.inpaint_crop import InpaintCrop, crop_for_inpainting
 from sdmodule.conditioning.inpaint_latents import InpaintLatents, prepare_inpaint_latents
 from sdmodule.diffusion.guidance import embed_guidance_scale
+from sdmodule.diffusion.noise_level import NoiseLevel
 from sdmodule.diffusion.sampler import Generators, draw_latents, seed_generators
 from sdmodule.errors import SettingsError
 from sdmodule.families.conditioning import Conditioning
@@ -44,6 +46,7 @@ class BatchConditions:
         merge_seeds: seeds of its draws.
         control: the ControlNet with its control images.
         inpaint: masks and known latents.
+        noise_levels: that each step starts from, if the known region is restored.
         crops: the part of each masked image that is inpainted.
     """
 
@@ -59,6 +62,7 @@ class BatchConditions:
     merge_seeds: Sequence[int]
     control: ControlStack | None
     inpaint: InpaintLatents | None
+    noise_levels: Sequence[NoiseLevel]
     crops: list[InpaintCrop]
 
     @property
@@ -70,13 +74,11 @@ class BatchConditions:
         """What the denoiser is given: the latents, with the mask's channels if it takes them."""
         return latents if self.inpaint is None else self.inpaint.denoiser_input(latents)
 
-    def restore_known_region(self, latents: Tensor, upcoming: Tensor | None) -> Tensor:
-        """Latents with the unmasked area put back, as noisy as the ``upcoming`` timestep; see `InpaintLatents`."""
-        return (
-            latents
-            if self.inpaint is None
-            else self.inpaint.restore_known_region(latents, upcoming, self.schedule.scheduler)
-        )
+    def restore_known_region(self, latents: Tensor, done: int) -> Tensor:
+        """Latents with the unmasked area put back, as noisy as they are after ``done`` steps; see `InpaintLatents`."""
+        assert self.inpaint is not None
+        level = self.noise_levels[done] if done < len(self.noise_levels) else None
+        return self.inpaint.restore_known_region(latents, level)
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,10 @@ def prepare_conditions(
     latents, inpaint = start_latents(parts, requests, settings, schedule, crops, given, watch)
     guidance_embedding = None
     if embedded is not None:
-        guidance_embedding = embed_guidance_scale(scale, embedded).to(latents).expand(len(requests), -1)
+        unet = parts.unet
+        guidance_embedding = embed_guidance_scale(scale, embedded).to(unet.device, unet.dtype).expand(len(seeds), -1)
+    restores = inpaint is not None and inpaint.restores
+    levels = [schedule.noise_level(step, latents.dtype) for step in range(len(steps))] if restores else []
     return BatchConditions(
         text=text,
         guidance_embedding=guidance_embedding,
@@ -154,6 +159,7 @@ def prepare_conditions(
         merge_seeds=merge_seeds,
         control=control,
         inpaint=inpaint,
+        noise_levels=levels,
         crops=crops,
     )
 
@@ -172,8 +178,9 @@ def start_latents(
     That is pure noise; or an image, its latents or those of an earlier stage, with as much noise as the first timestep
     has. Noisy latents of an earlier stage are taken as they are.
     """
-    shape, scheduler, first = latent_shape(parts, settings), schedule.scheduler, schedule.timesteps[:1]
-    like = torch.empty(0, device=parts.unet.device, dtype=parts.unet.dtype)
+    shape, scheduler = latent_shape(parts, settings), schedule.scheduler
+    like = torch.empty(0, device=parts.unet.device, dtype=latents_dtype(parts.unet))
+    level = schedule.noise_level(0, like.dtype)
     images = [request.image for request in requests if request.image is not None]
     generators = given.generators
     assert generators is not None
@@ -181,7 +188,7 @@ def start_latents(
         from_noise = settings.inpaint.strength >= 1.0
         with watch.stage("encode"):
             inpaint = prepare_inpaint_latents(parts, crops, given.noise, shape, generators, from_noise)
-        return inpaint.start(scheduler, first, from_noise), inpaint
+        return inpaint.start(scheduler, level, from_noise), inpaint
 
     known = given.latents
     if known is None and images:
@@ -195,7 +202,7 @@ def start_latents(
     noise = draw_latents((len(requests), *shape), generators, like) if noise is None else noise.to(like)
     if known is None:
         return noise * scheduler.init_noise_sigma, None
-    return scheduler.add_noise(known, noise, first), None
+    return level.noised(known, noise), None
 
 
 def crop_all(parts: Components, requests: Sequence[SampleRequest], settings: SamplingSettings) -> list[InpaintCrop]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from sdmodule.components.checkpoint import Components
 from sdmodule.diffusion.guidance import classifier_free_guidance, rescale_guidance
 from sdmodule.sampling.conditions import BatchConditions
+from sdmodule.speed.compile import any_length
 
 
 @dataclass
@@ -31,6 +32,7 @@ class GuidedDenoiser:
     start_merging: Callable[[int], None]
     start_caching: Callable[[bool], None]
     _calls: Any = field(default_factory=count, init=False, repr=False)
+    _texts: dict[int, dict[str, Any]] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
         """The guided prediction for latents ``[B, C, h, w]``, of the same shape."""
@@ -47,12 +49,19 @@ class GuidedDenoiser:
         return rescale_guidance(prediction, conditional, rescale) if rescale else prediction
 
     def _predict(self, call: int, latents: Tensor, timestep: Tensor, guided: bool) -> Tensor:
-        seen, control = self.conditions.denoiser_input(latents), self.conditions.control
+        unet, control = self.parts.unet, self.conditions.control
+        seen = self.conditions.denoiser_input(latents).to(unet.dtype)
         residuals = {} if control is None else control.residuals(call, seen, timestep, self._told, guided)
         embedding = self.conditions.guidance_embedding
         distilled = {} if embedding is None else {"timestep_cond": embedding}
-        return self.parts.unet(seen, timestep, **residuals, **self._told(len(seen)), **distilled).sample
+        prediction = unet(seen, timestep, **residuals, **self._told(len(seen)), **distilled).sample
+        # on a GPU guidance and the scheduler compute in float32, as the latents are kept
+        return prediction if prediction.device.type == "cpu" else prediction.float()
 
     def _told(self, rows: int) -> dict[str, Any]:
         """What the denoiser is told of the last rows of the batch, where the prompts are."""
-        return self.parts.family.denoiser_arguments(self.conditions.text[-rows:])
+        if rows not in self._texts:
+            text = self.conditions.text[-rows:]
+            any_length(text.hidden_states)
+            self._texts[rows] = self.parts.family.denoiser_arguments(text)
+        return self._texts[rows]

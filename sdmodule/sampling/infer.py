@@ -22,7 +22,7 @@ from sdmodule.sampling.requests import build_requests
 from sdmodule.sampling.schedule import check_settings, sized_like
 from sdmodule.sampling.settings import SamplingSettings, freeu_of
 from sdmodule.sampling.size_conditions import Size
-from sdmodule.sampling.stages import total_steps
+from sdmodule.sampling.stages import total_steps, work_ahead
 from sdmodule.sampling.text_conditions import given_text
 from sdmodule.speed.apply import apply_speed
 from sdmodule.speed.speed_settings import SpeedSettings
@@ -238,8 +238,10 @@ def infer(
     )
     if text is not None:
         text = text[[row // num_images_per_prompt for row in range(len(requests))]]
-    bar = denoising_bar(total_steps(parts, sized_like(parts, settings, requests[0].image)), show_progress)
-    with evaluating(parts), apply_speed(parts, settings.speed), bar as on_bar:
+    first = sized_like(parts, settings, requests[0].image)
+    work = work_ahead(parts, first, len(requests))
+    bar = denoising_bar(total_steps(parts, first), show_progress)
+    with evaluating(parts), apply_speed(parts, settings.speed, work), bar as on_bar:
         samples = sample_requests(
             parts,
             requests,

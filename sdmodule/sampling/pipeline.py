@@ -27,7 +27,11 @@ from sdmodule.sampling.settings import SamplingSettings
 from sdmodule.sampling.stages import plan_stages
 from sdmodule.sampling.stopwatch import Stopwatch
 from sdmodule.sampling.text_conditions import GivenText, check_texts, chunks_needed
+from sdmodule.speed.apply import accelerated
+from sdmodule.speed.attention import check_kernels
+from sdmodule.speed.batch_sizes import rows_to_compute
 from sdmodule.speed.deep_cache import deep_cache, run_all_layers
+from sdmodule.speed.hint_cache import hint_cache
 from sdmodule.speed.text_kv_cache import text_kv_cache
 from sdmodule.tome.apply import apply_merging
 
@@ -47,6 +51,7 @@ def sample(
     on_step: OnStep | None = None,
     *,
     latent: bool = False,
+    rows: int | None = None,
 ) -> Samples:
     """Sample one batch of images, all of the same size and length of text.
 
@@ -57,7 +62,11 @@ def sample(
         given: what is given instead of being drawn or encoded.
         on_step: called after each denoising step.
         latent: return the latents, and decode nothing.
+        rows: rows of the batch that is denoised, B or more; the last image fills those that are left.
     """
+    wanted, rows = list(requests), rows or len(requests)
+    requests = [*wanted, *[wanted[-1]] * (rows - len(wanted))]
+    on_step = seeing(len(wanted), rows, on_step)
     watch = Stopwatch(parts.unet.device)
     crops: list[InpaintCrop] = []
     done = 0
@@ -68,17 +77,17 @@ def sample(
             latents = denoise_batch(stage.parts, conditions, stage.settings, watch, after(done, on_step))
         crops, done = crops or conditions.crops, done + len(conditions.steps)
         given = replace(given, noise=None, latents=latents, generators=conditions.generators)
-    decoded = None
+    decoded, latents = None, latents[: len(wanted)]
     if not latent:
         with watch.stage("decode"):
             decoded = decode(parts, latents).cpu()
     return Samples(
         decoded,
-        list(requests),
+        wanted,
         watch.seconds,
-        describe(parts, settings, task_of(requests[0])),
-        crops,
-        [(row, len(requests)) for row in range(len(requests))],
+        describe(parts, settings, task_of(wanted[0])),
+        crops[: len(wanted)],
+        [(row, rows) for row in range(len(wanted))],
         watch.steps(),
         latents,
     )
@@ -87,6 +96,18 @@ def sample(
 def after(done: int, on_step: OnStep | None) -> OnStep | None:
     """``on_step`` with the steps of earlier stages counted."""
     return on_step if on_step is None or not done else lambda step, latents: on_step(done + step, latents)
+
+
+def seeing(count: int, rows: int, on_step: OnStep | None) -> OnStep | None:
+    """``on_step`` for the first ``count`` of the rows of a batch."""
+    if on_step is None or count == rows:
+        return on_step
+
+    def seen(step: int, latents: Tensor) -> Tensor | None:
+        changed = on_step(step, latents[:count])
+        return None if changed is None else torch.cat([changed, latents[count:]])
+
+    return seen
 
 
 def denoise_batch(
@@ -102,6 +123,8 @@ def denoise_batch(
         watch.mark()
         return None if on_step is None else on_step(done, latents)
 
+    for network in accelerated(parts):
+        check_kernels(settings.speed.attention, network)
     if parts.image_prompts is not None:
         set_scale(parts.unet, settings.ip_adapter_scale)
     merging = apply_merging(
@@ -111,7 +134,8 @@ def denoise_batch(
     with (
         merging as start_merging,
         cached or nullcontext(run_all_layers) as start_caching,
-        text_kv_cache(parts.unet, conditions.text.hidden_states),
+        text_kv_cache(accelerated(parts), conditions.text.hidden_states),
+        hint_cache(parts.controlnets),
         freeu_applied(parts.unet, settings.freeu),
     ):
         watch.start()
@@ -122,7 +146,7 @@ def denoise_batch(
             conditions.generators,
             settings.eta,
             timesteps=conditions.schedule.timesteps,
-            keep=None if conditions.inpaint is None else conditions.restore_known_region,
+            keep=conditions.restore_known_region if conditions.noise_levels else None,
             on_step=after_step,
         )
 
@@ -175,6 +199,7 @@ def sample_requests(
         raise SettingsError(f"latents: have shape {tuple(noise.shape)}; give {' and '.join(map(str, sorted(shapes)))}.")
     if latent and len(shapes) > 1:
         raise SettingsError("return_type='latent': images must be of one size; give height and width.")
+    drawn = noise is None and generator is None and text is None
     batches = [
         sample(
             parts,
@@ -187,8 +212,9 @@ def sample_requests(
             ),
             on_step,
             latent=latent,
+            rows=rows_to_compute(parts.unet, shape, len(positions)) if drawn else None,
         )
-        for positions in groups.values()
+        for (shape, _), positions in groups.items()
     ]
     order = torch.tensor([p for positions in groups.values() for p in positions]).argsort().tolist()
     return batches[0] if len(batches) == 1 else Samples.joined(batches, list(requests), order)

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from sdmodule.components.checkpoint import Components
 from sdmodule.components.inpaint_unet import is_inpaint_unet
 from sdmodule.components.schedulers import make_scheduler
+from sdmodule.diffusion.noise_level import NoiseLevel
 from sdmodule.errors import SettingsError, is_int
 from sdmodule.sampling.requests import IMAGE2IMAGE, INPAINT
 from sdmodule.sampling.settings import SamplingSettings
@@ -83,10 +85,16 @@ class Schedule:
     Attributes:
         scheduler: a scheduler of diffusers, begun at the first of them.
         timesteps: from noise to image.
+        first: index of the first of them among the scheduler's.
     """
 
     scheduler: Any
     timesteps: Tensor
+    first: int = 0
+
+    def noise_level(self, step: int, dtype: torch.dtype) -> NoiseLevel:
+        """The noise level that a step starts from; to be asked for before the first step."""
+        return NoiseLevel.of(self.scheduler, self.timesteps[step : step + 1], self.first + step, dtype)
 
 
 def sampling_schedule(parts: Components, settings: SamplingSettings) -> Schedule:
@@ -110,7 +118,7 @@ def sampling_schedule(parts: Components, settings: SamplingSettings) -> Schedule
         raise _no_step_left(settings)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
-    return Schedule(scheduler, timesteps)
+    return Schedule(scheduler, timesteps, first)
 
 
 def _set_timesteps(scheduler: Any, settings: SamplingSettings) -> None:

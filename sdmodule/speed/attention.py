@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
+from torch import Tensor
+from torch.backends.cuda import SDPAParams
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from typing_extensions import override
 
+from sdmodule.components.precision import computes_in
 from sdmodule.errors import SettingsError, choices
 
 SDPA_BACKENDS = {
@@ -33,18 +38,41 @@ IN_THIS_BUILD = {
 }
 """Whether this build of torch has a backend that a CUDA build may lack."""
 
+CAN_USE = {
+    "flash": torch.backends.cuda.can_use_flash_attention,
+    "efficient": torch.backends.cuda.can_use_efficient_attention,
+    "cudnn": torch.backends.cuda.can_use_cudnn_attention,
+}
+"""Whether the GPU has a kernel of a backend for certain queries, keys and values."""
+
 
 class NamedAttention(AttnProcessor2_0):
-    """Torch's attention, asked for by name: a type of its own, so that ``speed.cpu`` does not replace it."""
+    """Torch's attention with one of its backends.
+
+    The backend is chosen around each call: the VAE, whose only head is too wide for most kernels, keeps torch's choice,
+    and compiled code is that of its backend.
+
+    Args:
+        backend: the backend.
+    """
+
+    def __init__(self, backend: SDPBackend) -> None:
+        super().__init__()
+        self.backend = backend
+
+    @override
+    def __call__(self, *arguments: Any, **options: Any) -> Tensor:
+        with sdpa_kernel(self.backend):
+            return super().__call__(*arguments, **options)
 
 
 @contextmanager
-def attention_backend(unet: Any, name: str) -> Iterator[None]:
-    """Compute a UNet's attention with one backend inside a ``with`` block.
+def attention_backend(name: str, *networks: Any) -> Iterator[None]:
+    """Compute the attention of networks with one backend inside a ``with`` block.
 
     Args:
-        unet: a ``UNet2DConditionModel``, already on its device.
         name: one of ``speed_settings.ATTENTION``; ``sdpa`` changes nothing.
+        networks: UNets and ControlNets, already on their device.
 
     Raises:
         SettingsError: if this machine does not have the backend.
@@ -52,14 +80,17 @@ def attention_backend(unet: Any, name: str) -> Iterator[None]:
     if name == "sdpa":
         yield
         return
-    check_attention(name, unet.device.type)
-    before = unet.attn_processors
-    unet.set_attn_processor(PROCESSORS.get(name, NamedAttention)())
+    before = [network.attn_processors for network in networks]
+    for network in networks:
+        check_attention(name, network.device.type)
+        network.set_attn_processor(PROCESSORS[name]() if name in PROCESSORS else NamedAttention(SDPA_BACKENDS[name]))
     try:
-        with sdpa_kernel(SDPA_BACKENDS[name]) if name in SDPA_BACKENDS else nullcontext():
+        # every head has this one kernel, so text encoders and VAE take it too, as they always did
+        with sdpa_kernel(SDPBackend.MATH) if name == "math" else nullcontext():
             yield
     finally:
-        unet.set_attn_processor(before)
+        for network, processors in zip(networks, before, strict=True):
+            network.set_attn_processor(processors)
 
 
 @contextmanager
@@ -111,3 +142,36 @@ def check_attention(name: str, device: str | None = None) -> None:
         )
     if device == "cuda" and name in IN_THIS_BUILD and not IN_THIS_BUILD[name]():
         raise SettingsError(f"speed.attention={name}: not in this build of torch; use sdpa.")
+
+
+def check_kernels(name: str, network: Any) -> None:
+    """Check that the GPU has a backend's kernel for the heads of a network in the precision that it computes in.
+
+    Args:
+        name: one of ``speed_settings.ATTENTION``.
+        network: a UNet or ControlNet, already on its device, inside autocast if it runs there.
+
+    Raises:
+        SettingsError: if a kernel is missing, with torch's reason.
+    """
+    if network.device.type != "cuda" or name not in CAN_USE:
+        return
+    dtype = computes_in(network)
+    for width in head_widths(network):
+        heads = torch.empty(1, 1, 64, width, device=network.device, dtype=dtype)
+        params = SDPAParams(heads, heads, heads, None, 0.0, False, False)
+        if CAN_USE[name](params):
+            continue
+        with warnings.catch_warnings(record=True) as reasons:
+            warnings.simplefilter("always")
+            CAN_USE[name](params, debug=True)
+        said = "; ".join(str(reason.message).partition(" (Triggered")[0].rstrip(".") for reason in reasons)
+        raise SettingsError(
+            f"speed.attention={name}: this GPU has no such kernel for heads of {width} in "
+            f"{str(dtype).removeprefix('torch.')}; use sdpa{f' (torch says: {said})' if said else ''}."
+        )
+
+
+def head_widths(network: Any) -> list[int]:
+    """Widths of the attention heads of a network."""
+    return sorted({layer.inner_dim // layer.heads for layer in network.modules() if isinstance(layer, Attention)})

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from sdmodule.errors import SettingsError, check_bool, check_choice, check_int, is_number
+from sdmodule.speed.compile import PAYS
 
 COMPILE = ("none", "blocks", "whole", "auto")
 KERNELS = ("torch", "fastest")
@@ -29,12 +31,12 @@ class SpeedSettings:
         channels_last: keep UNet and VAE in channels_last, the fastest layout for convolutions in 16 bits; ``auto`` does
             so in 16 bits, and in float32 where ``kernels=fastest`` takes effect.
         compile: ``none``; ``blocks``, the UNet's blocks one by one; ``whole``, the UNet as one graph; or ``auto``:
-            ``blocks`` on a GPU, and ``none`` on CPU, where compiling takes longer than most runs.
+            ``blocks`` for many images on a GPU, see `compile.PAYS`, and else ``none``.
         attention: attention backend: ``sdpa`` lets torch choose; ``flash``, ``efficient``, ``cudnn`` and ``math`` are
             torch's own by name; ``plain`` is two matrix products; ``xformers`` needs that package.
-        kernels: ``torch``, or ``fastest``: on CPU, where nothing is compiled, the kernel of ``speed.cpu`` that was
-            fastest on this machine. In bfloat16, large blocks that merge tokens do so either way; see
-            ``tome.apply.apply_merging``.
+        kernels: ``torch``, or ``fastest``: on a GPU, TF32 for what is in float32; on CPU, where nothing is compiled,
+            the kernel of ``speed.cpu`` that was fastest on this machine. In bfloat16, large blocks that merge tokens do
+            so either way; see ``tome.apply.apply_merging``.
         decode: what the VAE decodes at once: the ``whole`` batch, one image (``sliced``), or one tile of an image
             (``tiled``, with blended seams); each needs less memory than the one before.
         keep_memory: on CPU, do not return freed memory to the system between layers.
@@ -76,10 +78,15 @@ class SpeedSettings:
         for name, allowed in CHOICES.items():
             check_choice(f"speed.{name}", getattr(self, name), allowed)
 
-    def compile_on(self, device: str) -> str:
-        """What to compile on a type of device (``cpu``, ``cuda``): ``none``, ``blocks`` or ``whole``."""
+    def compile_on(self, device: str, work: float = math.inf) -> str:
+        """What to compile on a type of device: ``none``, ``blocks`` or ``whole``.
+
+        Args:
+            device: ``cpu`` or ``cuda``.
+            work: denoising steps of images of 512 pixels that are ahead.
+        """
         if self.compile == "auto":
-            return "blocks" if device == "cuda" else "none"
+            return "blocks" if device == "cuda" and work >= PAYS else "none"
         return self.compile
 
     def fastest_on(self, device: str) -> bool:

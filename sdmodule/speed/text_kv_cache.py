@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
+
+from sdmodule.speed.compile import any_length
 
 
 class CachedProjection(nn.Module):
@@ -29,23 +31,23 @@ class CachedProjection(nn.Module):
 
 
 @contextmanager
-def text_kv_cache(unet: Any, embeddings: Tensor) -> Iterator[None]:
-    """Compute keys and values of the text once for all calls of a UNet inside a ``with`` block.
+def text_kv_cache(networks: Sequence[Any], embeddings: Tensor) -> Iterator[None]:
+    """Compute keys and values of the text once for all calls of networks inside a ``with`` block.
 
     Args:
-        unet: a ``UNet2DConditionModel``.
+        networks: UNets and ControlNets.
         embeddings: the ``encoder_hidden_states`` of every call, ``[B, L, D]``; a call may also get its last rows.
     """
     layers: list[tuple[nn.Module, str, nn.Module]] = []
     try:
-        for block in unet.modules():
+        for block in (block for network in networks for block in network.modules()):
             attention = block.attn2 if isinstance(block, BasicTransformerBlock) else None
             if attention is None or attention.norm_cross:
                 continue
             for name in ("to_k", "to_v"):
                 layer = getattr(attention, name)
                 layers.append((attention, name, layer))
-                setattr(attention, name, CachedProjection(layer, layer(embeddings)))
+                setattr(attention, name, CachedProjection(layer, any_length(layer(embeddings))))
         yield
     finally:
         for attention, name, layer in layers:

@@ -81,7 +81,10 @@ def _merge(unet: Any, merging: TokenMerging, seeds: Sequence[int], size: Grid, s
         if matching.removed:  # with few tokens a small ratio merges none
             pairs.append((placed, matching))
     grids = [matching.grid for _, matching in pairs]
-    draws = draw_destinations(grids, seeds, steps, merging.sx, merging.sy, merging.use_rand)
+    draws = [
+        drawn.to(unet.device)  # those of all steps, before the first
+        for drawn in draw_destinations(grids, seeds, steps, merging.sx, merging.sy, merging.use_rand)
+    ]
 
     def start_step(step: int) -> None:
         fresh = step % merging.reuse_steps == 0
@@ -89,7 +92,7 @@ def _merge(unet: Any, merging: TokenMerging, seeds: Sequence[int], size: Grid, s
             placed.block.merging.fresh = fresh
             if fresh:
                 placed.block.merging.plan = None  # DeepCache may skip a leader at this step
-                matching.use(drawn[step], unet.device)
+                matching.use(drawn[step])
 
     blocks = [placed.block for placed, _ in pairs]
     before = [(block.__class__, block.__dict__.get("merging")) for block in blocks]

@@ -57,8 +57,8 @@ def destination_mask(draws: Tensor, grid: Grid, sx: int, sy: int) -> Tensor:
     """
     h, w = grid
     images, rows, columns = draws.shape
-    inside = torch.arange(sy * sx) == draws[..., None]
-    mask = torch.zeros(images, h, w, dtype=torch.bool)
+    inside = torch.arange(sy * sx, device=draws.device) == draws[..., None]
+    mask = torch.zeros(images, h, w, dtype=torch.bool, device=draws.device)
     mask[:, : rows * sy, : columns * sx] = (
         inside.view(images, rows, columns, sy, sx).transpose(2, 3).reshape(images, rows * sy, columns * sx)
     )

@@ -36,12 +36,15 @@ class ExactMatching:
         self.merged = tokens - self.removed
         self.order = self.place = torch.empty(0, dtype=torch.int64)
 
-    def use(self, draws: Tensor, device: torch.device) -> None:
+    def use(self, draws: Tensor) -> None:
         """Set the destinations ``[R, h // sy, w // sx]`` of a step, outside the UNet's graph, which needs no sort."""
         mask = destination_mask(draws, self.grid, self.sx, self.sy)
+        if mask.device.type != "cpu":
+            self.order, self.place = sort_by_counting(mask)
+            return
         # an unstable sort of the same values as in tomesd: equal ones are in arbitrary order, but in the same order
-        order = mask.to(torch.int64).neg().argsort(dim=1)
-        self.order, self.place = order.to(device), order.argsort(dim=1).to(device)
+        self.order = mask.to(torch.int64).neg().argsort(dim=1)
+        self.place = self.order.argsort(dim=1)
 
     def positions(self, tokens: Tensor) -> Tensor:
         """Index of the merged token of each token ``[B, N, C]``: ``[B, N]``. Destinations have the last indices."""
@@ -65,6 +68,20 @@ class ExactMatching:
         leavers = torch.empty_like(chosen).scatter_(1, ranked, chosen)
         stayers = torch.arange(kept, self.merged, device=tokens.device).expand(batch, -1)
         return torch.cat([stayers, leavers], dim=1).gather(1, place)
+
+
+def sort_by_counting(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of the tokens of a mask ``[R, N]`` with the masked ones first, and the place of each token among them.
+
+    A GPU counts many times faster than it sorts.
+
+    Returns:
+        Two tensors ``[R, N]``.
+    """
+    masked = mask.cumsum(dim=1)
+    tokens = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    place = torch.where(mask, masked - 1, masked[:, -1:] + tokens - masked)
+    return torch.empty_like(place).scatter_(1, place, tokens), place
 
 
 def most_similar(tokens: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:

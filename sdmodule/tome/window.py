@@ -73,11 +73,11 @@ class WindowMatching:
         self.place = torch.cat([inside, outside]).argsort()
         self.stays = torch.empty(0, dtype=torch.bool)
 
-    def use(self, draws: Tensor, device: torch.device) -> None:
+    def use(self, draws: Tensor) -> None:
         """Set the destinations ``[R, h // sy, w // sx]`` of a step."""
+        self.inside, self.place = self.inside.to(draws.device), self.place.to(draws.device)  # once
         mask = destination_mask(draws, self.grid, self.sx, self.sy)
-        self.stays = mask[:, self.inside.cpu()].view(len(draws), self.windows, self.size).to(device)
-        self.inside, self.place = self.inside.to(device), self.place.to(device)
+        self.stays = mask.index_select(1, self.inside).view(len(draws), self.windows, self.size)
 
     def positions(self, tokens: Tensor) -> Tensor:
         """Index of the merged token of each token ``[B, N, C]``: ``[B, N]``. Tokens outside windows come last."""

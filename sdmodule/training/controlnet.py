@@ -36,8 +36,8 @@ class ControlNetTuning:
         """Add a ControlNet, its new layers initialized from ``seed``, and freeze everything else."""
         parts.unet.requires_grad_(False)
         freeze_text_encoders(parts)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):  # layers are made on the CPU; GPUs are none of its business
+            torch.default_generator.manual_seed(seed)
             parts.controlnet = controlnet_from_unet(parts).requires_grad_(True)
 
     def export(self, parts: Components, folder: str | Path, dtype: str, layout: str) -> None:

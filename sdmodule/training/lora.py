@@ -91,8 +91,8 @@ class LoraTuning(TextEncoderTraining):
         """
         trained = self.choose_text_encoders(parts)
         freeze_text_encoders(parts)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):  # layers are made on the CPU; GPUs are none of its business
+            torch.default_generator.manual_seed(seed)
             self._adapt(parts.unet.requires_grad_(False), "target_modules")
             for name in sorted(trained):
                 self._adapt(getattr(parts, name), "text_target_modules")

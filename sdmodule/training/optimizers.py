@@ -47,14 +47,14 @@ class Optimization:
         settings: dict[str, Any] = {"betas": (0.9, 0.999), "weight_decay": 0.01, **self.usual}
         return partial(torch.optim.AdamW, **settings)
 
-    def configure(self, parameters: Iterable[Any], precision: str = "") -> Any:
+    def configure(self, parameters: Iterable[Any], fused: bool = True) -> Any:
         """What ``configure_optimizers`` returns.
 
         Args:
             parameters: what is trained, or groups of it.
-            precision: the trainer's.
+            fused: whether the optimizer may be fused.
         """
-        optimizer = build_optimizer(self.make, parameters, precision)
+        optimizer = build_optimizer(self.make, parameters, fused)
         if self.lr_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
@@ -154,19 +154,18 @@ def name_optimizers(checkpoint: dict[str, Any], trainer: Trainer | None) -> None
 
 
 def build_optimizer(
-    make: Callable[..., torch.optim.Optimizer], parameters: Iterable[nn.Parameter], precision: str
+    make: Callable[..., torch.optim.Optimizer], parameters: Iterable[nn.Parameter], fused: bool = True
 ) -> torch.optim.Optimizer:
     """Build an optimizer, fused unless its settings say otherwise.
 
     Args:
         make: takes parameters; a class, or a ``partial`` of one.
         parameters: what is trained.
-        precision: the trainer's. A fused optimizer unscales the gradients of ``16-mixed`` itself, and then Lightning
-            cannot clip them, so with that precision the optimizer is not fused.
+        fused: whether it may be fused: Lightning's own ``16-mixed`` cannot clip the gradients of a fused optimizer.
     """
     kind, given = (make.func, make.keywords) if isinstance(make, partial) else (make, {})
     options: dict[str, Any] = {}
-    if kind in FUSABLE and not given.keys() & {"fused", "foreach"} and precision != "16-mixed":
+    if fused and kind in FUSABLE and not given.keys() & {"fused", "foreach"}:
         options["fused"] = True
     return make(parameters, **options)
 

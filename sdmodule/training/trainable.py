@@ -18,7 +18,7 @@ from sdmodule.training.accumulation import GradientMean
 from sdmodule.training.batch import read_batch
 from sdmodule.training.checkpoint_io import check_weights
 from sdmodule.training.optimizers import Optimization, name_optimizers
-from sdmodule.training.precision import check_training_precision
+from sdmodule.training.precision import allows_fused, check_training_precision
 from sdmodule.training.validation import without_repeats
 
 TRAINED_COUNT = "trained_weights"
@@ -67,7 +67,7 @@ class TrainableModule(LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        return self.optimization.configure(self.parameter_groups, str(self._trainer.precision) if self._trainer else "")
+        return self.optimization.configure(self.parameter_groups, fused=allows_fused(self._trainer))
 
     def validation_batch(self, batch: Any, batch_idx: int, dataloader_idx: int) -> tuple[dict[str, Any], int]:
         """A batch as a mapping, without repeated examples, and how many it counts; see `without_repeats`."""

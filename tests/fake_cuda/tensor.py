@@ -24,6 +24,7 @@ READS = {
     aten.unique_consecutive.default: "the host needs the number of values",
     aten.bincount.default: "the host needs the largest value",
     aten.repeat_interleave.Tensor: "the host needs the sum of repeats",
+    aten._linalg_check_errors.default: "the host needs to know whether a matrix was singular",
 }
 """Operations that wait for the device, and why."""
 

@@ -189,7 +189,7 @@ def test_a_prediction_that_runs_out_of_memory_says_what_to_lower(checkpoint, tmp
     settings += [f"pretrained={checkpoint}", f"output_dir={tmp_path / 'out'}"]
     little = partial(limit_memory, 2**29)
     one = Command("predict", *settings, log=tmp_path / "log", preparation=little)
-    assert_error(*one.wait(), "batch_size=8 to 1, then precision=32-true to 16-mixed on a GPU, then height and width")
+    assert_error(*one.wait(), "batch_size=8 to 1, then precision=32-true to 16-true on a GPU, then height and width")
 
 
 def test_a_training_that_runs_out_of_memory_says_what_to_lower(training, tmp_path):

@@ -31,7 +31,7 @@ def tokens(grid, channels=32, batch=2):
 
 def matching(grid, ratio, stride, use_rand=True, seed=5):
     found = ExactMatching(grid, ratio, stride, stride)
-    found.use(draw_destinations([grid], [seed], 1, stride, stride, use_rand)[0][0], torch.device("cpu"))
+    found.use(draw_destinations([grid], [seed], 1, stride, stride, use_rand)[0][0])
     return found
 
 
@@ -139,7 +139,7 @@ def test_in_bfloat16_merged_blocks_run_the_fastest_kernels(in_bfloat16, tiles, e
             found = {name: processor is FASTEST_ATTENTION for name, processor in unet.attn_processors.items()}
             by_tiles = unet(*inputs).sample.float()
         assert unet.attn_processors == before
-        with attention_backend(unet, "math"), apply_merging(unet, TokenMerging(engine=engine), [7]):
+        with attention_backend("math", unet), apply_merging(unet, TokenMerging(engine=engine), [7]):
             by_torch = unet(*inputs).sample.float()
     assert any(found.values()) and not any(here for name, here in found.items() if "mid_block" in name)
     assert 0 < (by_tiles - by_torch).norm() < 0.05 * by_torch.norm()
@@ -161,7 +161,7 @@ def test_in_bfloat16_gradients_reach_the_attention_weights(in_bfloat16, tiles):
 
 def test_an_attention_backend_asked_for_by_name_stays(in_bfloat16):
     unet, _ = in_bfloat16
-    with attention_backend(unet, "math"):
+    with attention_backend("math", unet):
         asked = unet.attn_processors
         with apply_merging(unet, TokenMerging()):
             assert unet.attn_processors == asked

@@ -17,7 +17,7 @@ from sdmodule.tome.window import WindowMatching
 def plan_of(tokens, grid, ratio, stride=2, seed=0):
     matching = WindowMatching(grid, ratio, stride, stride)
     draws = draw_destinations([grid], [seed], 1, stride, stride, True)[0][0]
-    matching.use(draws, torch.device("cpu"))
+    matching.use(draws)
     return Plan.of(matching.positions(tokens), matching.merged), matching, destination_mask(draws, grid, stride, stride)
 
 

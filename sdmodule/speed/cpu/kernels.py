@@ -27,6 +27,8 @@ from torch import nn
 from sdmodule.speed.cpu.layers import (
     CONVOLUTION_CACHE,
     FASTEST_ATTENTION,
+    GEGLU_CACHE,
+    LINEAR_CACHE,
     FastestConv2d,
     FastestGEGLU,
     FastestLinear,
@@ -67,7 +69,7 @@ def fastest_linears(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Run linear and GEGLU layers of modules with the fastest kernels inside a ``with`` block."""
     layers = [layer for module in modules for layer in module.modules()]
     linears, gated = ([layer for layer in layers if type(layer) is kind] for kind in (nn.Linear, GEGLU))
-    with swap_class(FastestLinear, linears, keeps=("packed",)), swap_class(FastestGEGLU, gated, keeps=("halves",)):
+    with swap_class(FastestLinear, linears, keeps=LINEAR_CACHE), swap_class(FastestGEGLU, gated, keeps=GEGLU_CACHE):
         yield
 
 

@@ -13,9 +13,10 @@ from typing_extensions import override
 
 from sdmodule.speed.cpu import winograd, winograd_tiles
 from sdmodule.speed.cpu.autotune import TORCH, Candidates, fastest
-from sdmodule.speed.cpu.native import attention
+from sdmodule.speed.cpu.native import attention, linear
 from sdmodule.speed.cpu.native.attention import native_attention
 from sdmodule.speed.cpu.native.jit_build import is_available
+from sdmodule.speed.cpu.native.linear import native_geglu, native_linear
 from sdmodule.speed.cpu.padded_attention import padded_attention
 from sdmodule.speed.cpu.prepacked import fused_geglu, prepacked_convolution, prepacked_linear, supports_prepacking
 from sdmodule.speed.cpu.tiled_attention import ALIGNED, tiled_attention
@@ -26,6 +27,16 @@ def attention_kernels(query: Tensor, key: Tensor, value: Tensor) -> Candidates:
     kernels = PADDED_ATTENTIONS if key.shape[2] % ALIGNED else ATTENTIONS
     native = attention.supports(query, key, value) and is_available(attention.SOURCE)
     return {**kernels, "native": native_attention} if native else kernels
+
+
+def linear_kernels(tokens: Tensor, layer: nn.Linear) -> Candidates:
+    """The kernels that compute a linear layer for such tokens ``[B, L, C]`` on this machine."""
+    return {**LINEARS, "native": native_linear} if _runs_natively(tokens, layer) else LINEARS
+
+
+def geglu_kernels(tokens: Tensor, layer: nn.Linear) -> Candidates:
+    """The kernels that compute a GEGLU with such a projection for such tokens ``[B, L, C]`` on this machine."""
+    return {**GEGLUS, "native": native_geglu} if _runs_natively(tokens, layer) else GEGLUS
 
 
 def torch_linear(tokens: Tensor, layer: nn.Linear) -> Tensor:
@@ -59,7 +70,9 @@ GEGLUS: Candidates = {TORCH: torch_geglu, "fused": fused_geglu}
 CONVOLUTIONS: Candidates = {TORCH: prepacked_convolution, "winograd": winograd_convolution}
 TILED_CONVOLUTIONS: Candidates = {**CONVOLUTIONS, "winograd tiles": winograd_tiles_convolution}
 CONVOLUTION_CACHE = ("packed", "rows", "matrices")
-"""Attributes in which convolutions cache transformed weights, one for each kernel."""
+LINEAR_CACHE = ("packed", "panels")
+GEGLU_CACHE = ("halves", "panels")
+"""Attributes in which layers cache transformed weights, one for each kernel."""
 
 
 class FastestAttention(AttnProcessor2_0):
@@ -100,29 +113,32 @@ class FastestLinear(nn.Linear):
     """A ``Linear`` that runs the fastest kernel; assigned through ``__class__``."""
 
     packed: Tensor | None = None
+    panels: linear.Panels | None = None
 
     @override
     def forward(self, input: Tensor) -> Tensor:
         """Tokens ``[B, L, C]`` to ``[B, L, D]``."""
-        if _uses_torch(self, "packed") or input.ndim != 3:
+        if _uses_torch(self, *LINEAR_CACHE) or input.ndim != 3:
             return super().forward(input)
         if _is_mixed(input, self.weight) or not supports_prepacking(input.dtype):
             return super().forward(input)
-        return fastest(LINEARS, ("linear", input.shape[1:], self.out_features, input.dtype), input, self)
+        shape = ("linear", input.shape[1:], self.out_features, input.dtype)
+        return fastest(linear_kernels(input, self), shape, input, self)
 
 
 class FastestGEGLU(GEGLU):
     """A ``GEGLU`` (Shazeer 2020) that in bfloat16 runs the fastest kernel; assigned through ``__class__``."""
 
     halves: list[tuple[Tensor, Tensor | None]] | None = None
+    panels: linear.Panels | None = None
 
     @override
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Tokens ``[B, L, C]`` to ``[B, L, D]``."""
-        if _uses_torch(self, "halves") or args or kwargs or not self._can_fuse(hidden_states):
+        if _uses_torch(self, *GEGLU_CACHE) or args or kwargs or not self._can_fuse(hidden_states):
             return super().forward(hidden_states, *args, **kwargs)
         shape = ("geglu", hidden_states.shape[1:], self.proj.out_features, hidden_states.dtype)
-        return fastest(GEGLUS, shape, hidden_states, self)
+        return fastest(geglu_kernels(hidden_states, self.proj), shape, hidden_states, self)
 
     def _can_fuse(self, tokens: Tensor) -> bool:
         """Whether the projection is a plain linear layer in bfloat16, without hooks and adapters."""
@@ -172,6 +188,11 @@ def _uses_torch(layer: nn.Module, *cached: str) -> bool:
             layer.__dict__.pop(name, None)
         return True
     return False
+
+
+def _runs_natively(tokens: Tensor, layer: nn.Linear) -> bool:
+    """Whether this machine can run the C++ kernel of a linear layer."""
+    return linear.supports(tokens, layer) and is_available(linear.SOURCE)
 
 
 def _is_mixed(tokens: Tensor, weight: Tensor) -> bool:

@@ -209,7 +209,7 @@ int attention(const bfloat16* query, const bfloat16* key, const bfloat16* value,
       pack_keys(key + at(1, head, 0), strides[1].token, sizes, keys.get() + head * key_size);
       pack_values(value + at(2, head, 0), strides[2].token, sizes, values.get() + head * value_size);
     }
-#pragma omp for
+#pragma omp for schedule(dynamic)  // a busy core must not hold up the others
     for (long block = 0; block < heads * blocks; block++) {
       const long head = block / blocks, begin = block % blocks * QUERIES;
       const long count = std::min(QUERIES, sizes.queries - begin);

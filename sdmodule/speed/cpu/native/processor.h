@@ -73,10 +73,11 @@ struct Unit {
 
 #endif
 
-// The left operand of a product: tiles that are `along` lines apart in the summed dimension and `down` in the other.
+// The left operand of a product: tiles that are `along` lines apart in the summed dimension and `down` in the other, and
+// whose own lines are `line` apart.
 struct Left {
   const Line* tiles;
-  long along, down;
+  long along, down, line = 1;
 };
 
 #ifdef __AMX_BF16__
@@ -104,13 +105,13 @@ void multiply(float* sums, Left left, const Line* right, long rows, long pairs) 
     }
     const Line* tile = left.tiles + row / 16 * left.down;
     for (long step = 0; step * 16 < pairs; step++, tile += left.along) {
-      _tile_loadd(4, tile, sizeof(Line));
+      _tile_loadd(4, tile, left.line * sizeof(Line));
       _tile_loadd(6, right + step * 2 * TILE, sizeof(Line));
       _tile_loadd(7, right + (step * 2 + 1) * TILE, sizeof(Line));
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 4, 7);
       if (both) {
-        _tile_loadd(5, tile + left.down, sizeof(Line));
+        _tile_loadd(5, tile + left.down, left.line * sizeof(Line));
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
       }
@@ -136,13 +137,13 @@ void multiply(float* sums, Left left, const Line* right, long rows, long pairs) 
     for (long i = 0; i < TOGETHER; i++)
       for (long half = 0; half < 2; half++)
         sum[i][half] = ADD ? _mm512_load_ps(to + i * QUERIES + half * 16) : _mm512_setzero_ps();
-    const Line* tile = left.tiles + row / 16 * left.down + row % 16;
+    const Line* tile = left.tiles + row / 16 * left.down + row % 16 * left.line;
     for (long pair = 0; pair < pairs; pair++) {
       const Line* line = right + pair / 16 * 2 * TILE + pair % 16;
       const __m512bh one = (__m512bh)_mm512_load_si512(line), other = (__m512bh)_mm512_load_si512(line + TILE);
       const Line* numbers = tile + pair / 16 * left.along;
       for (long i = 0; i < TOGETHER; i++) {
-        const __m512bh both = (__m512bh)_mm512_set1_epi32(((const int*)(numbers + i))[pair % 16]);
+        const __m512bh both = (__m512bh)_mm512_set1_epi32(((const int*)(numbers + i * left.line))[pair % 16]);
         sum[i][0] = _mm512_dpbf16_ps(sum[i][0], one, both);
         sum[i][1] = _mm512_dpbf16_ps(sum[i][1], other, both);
       }
