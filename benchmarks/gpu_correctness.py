@@ -141,7 +141,10 @@ def marked_tests(run: GpuRun) -> None:
     """The tests that need a GPU, in a process of their own."""
     if run.dry or not run.fits("tests -m gpu", 20):
         return
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider"]
+    files = [
+        str(file) for file in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in file.read_text(encoding="utf-8")
+    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu", *files]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(run.left, 10))
     except subprocess.TimeoutExpired:

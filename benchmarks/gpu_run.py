@@ -93,10 +93,9 @@ class GpuRun:
     @cached_property
     def _model(self) -> Components:
         """Stable Diffusion 1.5's architecture with random weights, or the embedded model, in float32 on the CPU."""
-        with patch.object(torch.cuda, "is_available", lambda: False):
-            parts = load("tiny" if self.dry else None, "float32")
-        for network in parts.networks.values():  # as after ``from_pretrained``
-            network.to(memory_format=torch.contiguous_format)
+        parts = load("tiny" if self.dry else None, "float32")
+        for network in parts.networks.values():  # in the format of ``from_pretrained``
+            network.to("cpu", memory_format=torch.contiguous_format)
         return parts
 
     def model(self, precision: str) -> Components:

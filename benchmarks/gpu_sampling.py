@@ -35,6 +35,7 @@ from sdmodule.speed.layout import channels_last
 OURS = (
     "speed=exact",
     "speed=rounding",
+    "speed=rounding speed.compile=none",
     "speed=fast",
     "speed=turbo",
     "speed=rounding tome=window",
@@ -92,12 +93,12 @@ def contenders(run: GpuRun) -> list[Contender]:
 def ours(run: GpuRun, words: str) -> Contender:
     """This package with overrides of ``predict``; nothing is compiled in a dry run."""
     name, *more = words.split()
-    overrides = [*more, "sampler.eta=0", *(["speed.compile=none"] if run.dry else [])]
+    overrides = [*more, "sampler.eta=0", *(["speed.compile=none"] if run.dry else [])]  # the last one counts
     name = name.removeprefix("speed=")
     chosen = preset(name, *overrides)
     settings = SamplingSettings.from_groups(chosen["sampling"], chosen["tome"], chosen["speed"])
     precision = str(dtype(name, run.trainer)).removeprefix("torch.")
-    exact = name == "exact"
+    exact, compiles = name == "exact", settings.speed.compile_on(run.device) != "none"
 
     @contextmanager
     def ready(parts: Components) -> Iterator[tuple[Sample, int]]:
@@ -116,7 +117,7 @@ def ours(run: GpuRun, words: str) -> Contender:
         with apply_speed(parts, settings.speed):
             yield sample, own.steps
 
-    return Contender(words, precision, ready, 20 if exact else 30, everywhere=not exact, tf32=not exact)
+    return Contender(words, precision, ready, 30 if compiles else 15, everywhere=not exact, tf32=not exact)
 
 
 @contextmanager

