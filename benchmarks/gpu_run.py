@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import re
 import sys
 import time
 import traceback
@@ -21,6 +22,9 @@ import torch
 import sdmodule
 from benchmarks.tome_runs import load
 from sdmodule.components.checkpoint import Components
+
+HINT = "HYDRA_FULL_ERROR"
+"""In the line below an error."""
 
 PACKAGE = str(Path(sdmodule.__file__).parent)
 
@@ -127,7 +131,7 @@ class GpuRun:
         """Run one of the two commands in this process.
 
         Raises:
-            RuntimeError: with the last line of its output, if it fails.
+            RuntimeError: with the last line of its output that names an error, if it fails.
         """
         output = io.StringIO()
         trainer = [] if any(word.startswith("trainer=") for word in overrides) else [f"trainer={self.trainer}"]
@@ -141,7 +145,8 @@ class GpuRun:
             except SystemExit as end:
                 if end.code:
                     lines = output.getvalue().strip().splitlines() or [str(end.code)]
-                    raise RuntimeError(lines[-1]) from end
+                    told = [line for line in lines if re.search("error", line, re.IGNORECASE) and HINT not in line]
+                    raise RuntimeError((told or lines)[-1]) from end
 
     @property
     def trainer(self) -> str:

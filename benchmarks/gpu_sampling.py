@@ -1,7 +1,8 @@
 """Section ``sampling`` of ``benchmarks/gpu.py``: this package beside diffusers and tomesd.
 
 Each contender samples whole batches, decoded; the first is the warm-up, which compiles. ``it_per_second`` is the number
-of steps over the seconds of the latents alone, and PSNR compares with the images of diffusers in float32.
+of steps over the seconds of the latents alone. PSNR compares with the images of the first contender at that size:
+diffusers, in float32 at the first size.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def ours(run: GpuRun, words: str) -> Contender:
     name = name.removeprefix("speed=")
     chosen = preset(name, *overrides)
     settings = SamplingSettings.from_groups(chosen["sampling"], chosen["tome"], chosen["speed"])
-    precision = str(dtype(name, run.trainer)).removeprefix("torch.")
+    precision = str(dtype(name, run.trainer, *overrides)).removeprefix("torch.")
     exact, compiles = name == "exact", settings.speed.compile_on(run.device) != "none"
 
     @contextmanager

@@ -22,9 +22,9 @@ def preset(name: str, *overrides: str) -> dict[str, Any]:
     return {key: model[key] for key in GROUPS}
 
 
-def dtype(name: str, accelerator: str = "cpu") -> torch.dtype:
-    """The dtype of the weights with ``python predict.py speed=NAME``, on a ``cpu`` or ``gpu``."""
-    return DTYPES[resolve_precision(_compose(name).trainer.precision, accelerator)]
+def dtype(name: str, accelerator: str = "cpu", *overrides: str) -> torch.dtype:
+    """The dtype of the weights with ``python predict.py speed=NAME …``, on a ``cpu`` or ``gpu``."""
+    return DTYPES[resolve_precision(_compose(name, *overrides).trainer.precision, accelerator)]
 
 
 @cache
