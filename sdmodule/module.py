@@ -222,7 +222,7 @@ class StableDiffusionModule(TrainableModule):
     def predict_step(self, batch: list[SampleRequest], batch_idx: int) -> Samples:
         """Algorithm 2 of Ho et al. 2020, guided and decoded; writing the images is the callbacks' work."""
         requests = as_requests(batch, batch_idx, batch_size_of(self.trainer.predict_dataloaders))
-        return sample_requests(self.parts, requests, self.sampling, on_step=self._on_step)
+        return sample_requests(self.parts, requests, self.sampling, on_step=self._on_step, as_bytes=True)
 
     def step_reports(self, on_step: OnStep) -> AbstractContextManager[None]:
         """Call ``on_step`` after each denoising step of ``predict_step`` inside a ``with`` block."""

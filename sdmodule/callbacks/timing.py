@@ -185,8 +185,8 @@ class TimingLogger(Callback):
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.batches: list[dict[str, float]] = []
-        self.denoising: list[list[float]] = []
+        self.batches: list[Any] = []  # seconds of each stage, not read before the end
+        self.denoising: list[Any] = []
         self.images: list[int] = []
         reset_peak_memory(pl_module.device)
         self._predict_start = time.perf_counter()
@@ -249,7 +249,6 @@ class TimingLogger(Callback):
 
     def _own_figures(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """What this device has sampled, and in what time."""
-        total = time.perf_counter() - self._predict_start
         skip = 1 if len(self.batches) > 1 else 0
         stages = (
             {name: sum(batch[name] for batch in self.batches[skip:]) for name in self.batches[0]}
@@ -262,7 +261,7 @@ class TimingLogger(Callback):
             "rate": sum(self.images[skip:]) / sum(stages.values()) if stages else 0.0,
             "peak_memory": peak_memory(pl_module.device),
             "seconds": {**stages, "save": sum(saved)} if stages else {},
-            "total": total,
+            "total": time.perf_counter() - self._predict_start,  # stages are read above, once the device is done
             "step_seconds": median_and_p95([step for steps in self.denoising[skip:] for step in steps]),
             "warmup_images": self.images[0] if skip else 0,
             "warmup_seconds": dict(self.batches[0]) if skip else {},

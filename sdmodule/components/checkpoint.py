@@ -46,6 +46,7 @@ class Components:
         text_encoder_2: the second text encoder of a family that has two.
         tokenizer_2: its tokenizer.
         zero_empty_prompts: whether an empty negative prompt has embeddings of zeros.
+        vae_overflows: whether the VAE overflowed float16 once, and computes in float32 from then on.
     """
 
     unet: UNet2DConditionModel
@@ -63,6 +64,7 @@ class Components:
     text_encoder_2: Any = None
     tokenizer_2: CLIPTokenizer | None = None
     zero_empty_prompts: bool = False
+    vae_overflows: bool = False
 
     @property
     def networks(self) -> dict[str, nn.Module]:

@@ -16,9 +16,10 @@ from sdmodule.components.precision import computes_in
 def vae_precision(parts: Components) -> Iterator[torch.dtype]:
     """The dtype of the VAE's input and weights inside the block.
 
-    The VAE of a family with ``upcasts_vae`` computes in float32 instead of float16 if its configuration asks for it.
+    The VAE of a family with ``upcasts_vae`` computes in float32 instead of float16 if its configuration asks for it,
+    and so does one that overflowed before.
     """
-    if parts.family.upcasts_vae and parts.vae.config.force_upcast and computes_in(parts.vae) == torch.float16:
+    if (parts.upcasts_vae or parts.vae_overflows) and computes_in(parts.vae) == torch.float16:
         with vae_in_float32(parts.vae):
             yield torch.float32
     else:

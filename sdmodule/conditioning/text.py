@@ -19,6 +19,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from sdmodule.components.checkpoint import Components
 from sdmodule.components.learned_words import multi_vector_tokens
 from sdmodule.conditioning.prompt_syntax import parse_weights, split_at_breaks
+from sdmodule.diffusion.upload import upload
 from sdmodule.errors import SettingsError
 from sdmodule.families.conditioning import Conditioning
 from sdmodule.families.recognize import STABLE_DIFFUSION
@@ -192,11 +193,11 @@ def _encode(
     use_mask = getattr(
         text_encoder.config, "use_attention_mask", False
     )  # Stable Diffusion's encoders attend to padding
-    mask = tokens.attention_mask.flatten(0, 1).to(device) if use_mask else None
-    hidden, pooled = encode(text_encoder, tokens.input_ids.flatten(0, 1).to(device), mask)
+    mask = upload(tokens.attention_mask.flatten(0, 1), device) if use_mask else None
+    hidden, pooled = encode(text_encoder, upload(tokens.input_ids.flatten(0, 1), device), mask)
     weights = tokens.weights.flatten(0, 1)
     if (weights != 1).any():
-        hidden = apply_prompt_weights(hidden, weights.to(device))
+        hidden = apply_prompt_weights(hidden, upload(weights, device))
     hidden = hidden.to(text_encoder.dtype).reshape(len(prompts), -1, hidden.shape[-1])
     return hidden, None if pooled is None else pooled.unflatten(0, (len(prompts), -1))[:, 0]
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sdmodule.diffusion.upload import upload
+
 
 @dataclass(frozen=True)
 class ImageSizes:
@@ -51,7 +53,7 @@ class Conditioning:
         """B."""
         return len(self.hidden_states)
 
-    def __getitem__(self, rows: slice | Sequence[int]) -> Conditioning:
+    def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> Conditioning:
         """These rows, in this order."""
         beside = {"pooled": self.pooled, "time_ids": self.time_ids, "images": self.images}
         chosen = {name: None if value is None else value[rows] for name, value in beside.items()}
@@ -64,7 +66,7 @@ class Conditioning:
 
     def with_time_ids(self, time_ids: Tensor) -> Conditioning:
         """The same with the sizes of each image."""
-        return replace(self, time_ids=time_ids.to(self.hidden_states.device))
+        return replace(self, time_ids=upload(time_ids, self.hidden_states.device))
 
     def to(self, dtype: torch.dtype) -> Conditioning:
         """The text as ``dtype``; sizes stay in float32, since 16 bits would round them."""
