@@ -17,7 +17,7 @@ os.environ.update(OFFLINE)  # huggingface_hub reads it when it is imported
 # torch and what needs it are imported in the fixtures: the process that hands out the tests has no use for them
 
 
-MARKED_FOLDERS = {"benchmarks": "slow", "faults": "faults", "speed/cpu": "slow"}
+MARKED_FOLDERS = {"benchmarks": "slow", "faults": "faults", "gpu": "gpu", "speed/cpu": "slow"}
 """Markers of all tests in a folder."""
 
 

@@ -97,6 +97,7 @@ def test_a_training_runs_through_lightning(module, tmp_path):
             callbacks=[Marks()],
             logger=False,
             enable_checkpointing=False,
+            enable_model_summary=False,
             enable_progress_bar=False,
             default_root_dir=tmp_path,
         )
