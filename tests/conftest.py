@@ -47,13 +47,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Exempt all that is imported from garbage collection, which would look through it again and again.
-
-    It also runs more seldom: by default it takes a sixteenth of the time of tests that train.
-    """
+    """Exempt all that is imported from garbage collection, which would look through it again and again."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(5000)
 
 
 @pytest.fixture(autouse=True)
@@ -67,8 +63,11 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(autouse=True, scope="session")
 def done_once() -> Iterator[None]:
     """Files are composed and networks are read once in this process; processes of commands do it as ever."""
+    from benchmarks.forked import FORKED, PRELOADED
+    from tests import seldom_collected
     from tests.isolation import fast_composition, networks_read_once
 
+    FORKED.set_forkserver_preload([*PRELOADED, seldom_collected.__name__])
     with fast_composition(), networks_read_once():
         yield
 
