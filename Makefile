@@ -34,7 +34,7 @@ test: lint
 	$(PYTEST) --durations 10 -m "not gpu"
 
 gpu: install
-	$(BIN)/python benchmarks/gpu.py
+	@$(BIN)/python benchmarks/gpu.py
 
 docs: install
 	$(BIN)/sphinx-build -W --keep-going -b html -d docs/_build/doctrees docs docs/_build/html
