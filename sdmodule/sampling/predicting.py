@@ -33,7 +33,7 @@ def sped_up(
 
 def images_ahead(loader: Any) -> float:
     """Images that a data loader of prediction asks for, those that fill batches up too; inf if it does not say."""
-    data = getattr(loader, "dataset", None)
+    data: Any = getattr(loader, "dataset", None)
     if hasattr(data, "batches"):
         return sum(len(batch) for batch in data.batches)
     return len(data) if isinstance(data, Sized) else math.inf

@@ -16,7 +16,15 @@ KERNELS = ("torch", "fastest")
 DECODE = ("whole", "sliced", "tiled")
 ATTENTION = ("sdpa", "flash", "efficient", "cudnn", "math", "plain", "xformers")
 OFFLOAD = ("none", "model", "sequential")
-CHOICES = {"compile": COMPILE, "attention": ATTENTION, "kernels": KERNELS, "decode": DECODE, "offload": OFFLOAD}
+QUANTIZE = ("none", "int8", "fp8")
+CHOICES = {
+    "compile": COMPILE,
+    "attention": ATTENTION,
+    "kernels": KERNELS,
+    "decode": DECODE,
+    "offload": OFFLOAD,
+    "quantize": QUANTIZE,
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,8 @@ class SpeedSettings:
             so either way; see ``tome.apply.apply_merging``.
         decode: what the VAE decodes at once: the ``whole`` batch, one image (``sliced``), or one tile of an image
             (``tiled``, with blended seams); each needs less memory than the one before.
+        quantize: type in which linear layers of the UNet's transformer blocks multiply: ``none``, their own; ``int8``;
+            or ``fp8``, on GPUs from compute capability 8.9 on. Needs torchao. On CPU it sets ``kernels=torch``.
         cuda_graphs: on a GPU, record the kernels of a step once and launch them together, which changes no bit.
         offload: what waits in the host's memory until it is needed, to save that of a GPU: ``none``; ``model``, the
             networks that are not in use; or ``sequential``, all but a few layers, which takes many times as long.
@@ -58,6 +68,7 @@ class SpeedSettings:
     attention: str = "sdpa"
     kernels: str = "torch"
     decode: str = "whole"
+    quantize: str = "none"
     cuda_graphs: bool = False
     offload: str = "none"
     keep_memory: bool = False
@@ -84,6 +95,10 @@ class SpeedSettings:
             raise SettingsError(f"speed.channels_last={self.channels_last}: must be true, false or auto.")
         for name, allowed in CHOICES.items():
             check_choice(f"speed.{name}", getattr(self, name), allowed)
+        if self.quantize != "none" and self.offload != "none":
+            raise SettingsError(
+                f"speed.quantize={self.quantize}, speed.offload={self.offload}: exclude each other; give one of them."
+            )
         compiles = {"model": ("whole",), "sequential": ("whole", "blocks")}.get(self.offload, ())
         if self.compile in compiles:
             raise SettingsError(
@@ -105,7 +120,8 @@ class SpeedSettings:
 
     def fastest_on(self, device: str) -> bool:
         """Whether the kernels of ``speed.cpu`` are used on a type of device."""
-        return self.kernels == "fastest" and device == "cpu" and self.compile_on(device) == "none"
+        plain = self.quantize == "none" and self.compile_on(device) == "none"
+        return self.kernels == "fastest" and device == "cpu" and plain
 
     def channels_last_in(self, dtype: torch.dtype, device: str) -> bool:
         """Whether weights of a dtype are kept in channels_last on a type of device."""
