@@ -11,7 +11,7 @@ import torch
 from sdmodule.errors import SettingsError, check_bool, check_choice, check_int, is_number
 from sdmodule.speed.compile import PAYS
 
-COMPILE = ("none", "blocks", "whole", "auto")
+COMPILE = ("none", "blocks", "autotuned", "whole", "auto")
 KERNELS = ("torch", "fastest")
 DECODE = ("whole", "sliced", "tiled")
 ATTENTION = ("sdpa", "flash", "efficient", "cudnn", "math", "plain", "xformers")
@@ -39,7 +39,8 @@ class SpeedSettings:
         cache_layers: layers that run at every step, counted from the input and from the output.
         channels_last: keep UNet and VAE in channels_last, the fastest layout for convolutions in 16 bits; ``auto`` does
             so in 16 bits, and in float32 where ``kernels=fastest`` takes effect.
-        compile: ``none``; ``blocks``, the UNet's blocks one by one; ``whole``, the UNet as one graph; or ``auto``:
+        compile: ``none``; ``blocks``, the UNet's blocks one by one; ``autotuned``, these with every
+            matrix product and convolution timed in several forms; ``whole``, the UNet as one graph; or ``auto``:
             ``blocks`` for many images on a GPU, see `compile.PAYS`, and else ``none``.
         attention: attention backend: ``sdpa`` lets torch choose; ``flash``, ``efficient``, ``cudnn`` and ``math`` are
             torch's own by name; ``plain`` is two matrix products; ``xformers`` needs that package.
@@ -99,7 +100,7 @@ class SpeedSettings:
             raise SettingsError(
                 f"speed.quantize={self.quantize}, speed.offload={self.offload}: exclude each other; give one of them."
             )
-        compiles = {"model": ("whole",), "sequential": ("whole", "blocks")}.get(self.offload, ())
+        compiles = {"model": ("whole",), "sequential": ("whole", "blocks", "autotuned")}.get(self.offload, ())
         if self.compile in compiles:
             raise SettingsError(
                 f"speed.offload={self.offload}, speed.compile={self.compile}: compiled code cannot fetch weights; set "
@@ -107,7 +108,7 @@ class SpeedSettings:
             )
 
     def compile_on(self, device: str, work: float = math.inf) -> str:
-        """What to compile on a type of device: ``none``, ``blocks`` or ``whole``.
+        """What to compile on a type of device: ``none``, ``blocks``, ``autotuned`` or ``whole``.
 
         Args:
             device: ``cpu`` or ``cuda``.
