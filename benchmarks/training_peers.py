@@ -129,15 +129,15 @@ def _script(parts: Components, task: Task, steps: int) -> list[float]:
             start = time.perf_counter()
 
 
-def ours(module: StableDiffusionModule, task: Task, steps: int) -> list[float]:
-    """Seconds of each step of ``train.py cache=all``, without those of filling the cache."""
+def ours(module: StableDiffusionModule, task: Task, steps: int, cache: str = "all") -> list[float]:
+    """Seconds of each step of ``train.py cache=all`` or ``cache=none``, without those of filling the cache."""
     timing = TimingLogger(task.work, warmup_steps=0, synchronize=True)
     trainer = make_trainer(
         "gpu" if torch.cuda.is_available() else "cpu",
         max_steps=steps,
         val_check_interval=steps,
         precision=task.precision,
-        callbacks=[timing, LatentCache(task.work / "cache", "all")],
+        callbacks=[timing, *([LatentCache(task.work / "cache", cache)] if cache != "none" else [])],
         gradient_clip_val=1.0,
         limit_val_batches=0,
         logger=False,

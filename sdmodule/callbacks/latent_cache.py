@@ -23,6 +23,7 @@ from sdmodule.data.buckets import Size
 from sdmodule.data.cache.latents import CachedEmbeddings, CachedMomentsDataset, ImageDataset, moments_keys
 from sdmodule.data.cache.tensor_store import TensorStore
 from sdmodule.data.example import View
+from sdmodule.data.worker_processes import loading_options
 from sdmodule.errors import SettingsError, check_choice
 from sdmodule.io.fingerprint import fingerprint, model_fingerprint
 from sdmodule.io.progress import LONG_TASK, progress
@@ -161,11 +162,12 @@ class LatentCache(Callback):
             loader = DataLoader(
                 _KeyedImages(images, share),
                 batch_sampler=_batches_of_one_size([images.size_of(index) for _, index, _ in share]),
-                num_workers=getattr(data, "num_workers", 0),
                 generator=torch.Generator(),
+                **loading_options(getattr(data, "num_workers", 0), trainer),
             )
             for batch in loader:
-                moments = encode_moments(module.parts, batch["image"].to(module.device)).cpu()
+                images_on_device = batch["image"].to(module.device, non_blocking=True)
+                moments = encode_moments(module.parts, images_on_device).cpu()
                 yield len(moments), {key: moments[k] for k, key in enumerate(batch["key"])}
 
         self._fill(trainer, store, list(missing.values()), encode, "Encoding images")
