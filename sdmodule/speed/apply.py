@@ -16,6 +16,7 @@ from sdmodule.speed.cpu.kernels import fastest_convolutions, fastest_kernels
 from sdmodule.speed.layout import channels_last
 from sdmodule.speed.memory import retain_freed_memory
 from sdmodule.speed.offload import check_offload, groups_of, offloaded
+from sdmodule.speed.quantize import quantized
 from sdmodule.speed.speed_settings import SpeedSettings
 from sdmodule.speed.step_graphs import recording_steps
 from sdmodule.speed.tf32 import tf32, uses_tf32
@@ -72,6 +73,7 @@ def _applied(parts: Components, settings: SpeedSettings, work: float) -> Iterato
             stack.enter_context(fastest_kernels(parts.unet))
             if parts.vae.dtype == torch.float32:  # a VAE in 16 bits may switch to float32 while it decodes
                 stack.enter_context(fastest_convolutions(parts.vae))
+        stack.enter_context(quantized(parts.unet, settings.quantize))
         which = settings.compile_on(device, work)
         for network in networks if which != "none" else ():
             stack.enter_context(compiled(network, which))

@@ -31,18 +31,29 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Recordings as CUDA graphs, which run one at a time and so share the memory of what they compute in between."""
+    """Recordings as CUDA graphs, which run one at a time and so share the memory of what they compute in between.
 
-    def __init__(self) -> None:
+    Args:
+        device: the GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._pool: Any = None
 
     def record(self, run: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
         """See `Recorder`."""
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # other threads, such as those that pin memory, may call CUDA meanwhile
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
             outputs = run()
-        return graph.replay, outputs
+
+        def replay() -> None:
+            with torch.cuda.device(self.device):
+                graph.replay()
+
+        return replay, outputs
 
 
 class Slot(NamedTuple):
@@ -169,14 +180,14 @@ _graphs: WeakKeyDictionary[nn.Module, StepGraphs] = WeakKeyDictionary()
 
 
 @contextmanager
-def recording_steps(unet: nn.Module, recorder: Recorder | None = None) -> Iterator[StepGraphs]:
+def recording_steps(unet: Any, recorder: Recorder | None = None) -> Iterator[StepGraphs]:
     """Record the calls of a UNet that `graphs_of` finds inside a ``with`` block; its weights must not move meanwhile.
 
     Args:
         unet: a ``UNet2DConditionModel``.
         recorder: makes recordings; CUDA's if None.
     """
-    graphs = _graphs[unet] = StepGraphs(recorder or CudaRecorder())
+    graphs = _graphs[unet] = StepGraphs(recorder or CudaRecorder(unet.device))
     try:
         yield graphs
     finally:

@@ -25,7 +25,8 @@ def graphs(monkeypatch, tmp_path) -> list[torch.fx.GraphModule]:
     """The graphs that torch has traced, which then run as they are."""
     made: list[torch.fx.GraphModule] = []
 
-    def backend(graph, inputs):
+    def backend(graph, inputs, mode=None):
+        graph.meta["mode"] = mode
         made.append(graph)
         return graph.forward
 
@@ -71,6 +72,11 @@ def test_attention_backends_share_no_graph(sd, graphs):
     assert counts[0] < counts[1] == counts[2] == counts[3]
     asked = [str(node.args) for graph in graphs for node in graph.graph.nodes if "_backend_from_string" in str(node)]
     assert {"('MATH',)", "('FLASH_ATTENTION',)"} <= set(asked)
+
+
+def test_autotuned_blocks_are_compiled_in_that_mode(sd, graphs):
+    images(sd, ["a star"], speed={"compile": "autotuned"}, num_inference_steps=1)
+    assert {graph.meta["mode"] for graph in graphs} == {"max-autotune-no-cudagraphs"}
 
 
 def test_hitting_the_limit_is_said_once(sd, graphs, monkeypatch, recwarn):
