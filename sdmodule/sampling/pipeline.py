@@ -32,6 +32,7 @@ from sdmodule.speed.attention import check_kernels
 from sdmodule.speed.batch_sizes import rows_to_compute
 from sdmodule.speed.deep_cache import deep_cache, run_all_layers
 from sdmodule.speed.hint_cache import hint_cache
+from sdmodule.speed.step_graphs import graphs_of
 from sdmodule.speed.text_kv_cache import text_kv_cache
 from sdmodule.tome.apply import apply_merging
 
@@ -135,6 +136,13 @@ def denoise_batch(
         parts.unet, conditions.merging, conditions.merge_seeds, conditions.latent_size, len(conditions.steps)
     )
     cached = deep_cache(parts.unet, settings.speed.cache_layers) if settings.speed.cache_every > 1 else None
+    merges = conditions.merging.ratio > 0
+    obstacles = {
+        "freeu": settings.freeu is not None,
+        "tome.engine=tomesd": merges and conditions.merging.engine == "tomesd",
+        "tome.reuse_steps above 1": merges and conditions.merging.reuse_steps > 1,
+        "mixed precision": torch.is_autocast_enabled(parts.unet.device.type),
+    }
     with (
         merging as start_merging,
         cached or nullcontext(run_all_layers) as start_caching,
@@ -144,7 +152,7 @@ def denoise_batch(
     ):
         watch.start()
         return denoise(
-            GuidedDenoiser(parts, conditions, start_merging, start_caching),
+            GuidedDenoiser(parts, conditions, start_merging, start_caching, graphs_of(parts.unet, obstacles)),
             conditions.latents,
             conditions.schedule.scheduler,
             conditions.generators,

@@ -15,7 +15,8 @@ COMPILE = ("none", "blocks", "whole", "auto")
 KERNELS = ("torch", "fastest")
 DECODE = ("whole", "sliced", "tiled")
 ATTENTION = ("sdpa", "flash", "efficient", "cudnn", "math", "plain", "xformers")
-CHOICES = {"compile": COMPILE, "attention": ATTENTION, "kernels": KERNELS, "decode": DECODE}
+OFFLOAD = ("none", "model", "sequential")
+CHOICES = {"compile": COMPILE, "attention": ATTENTION, "kernels": KERNELS, "decode": DECODE, "offload": OFFLOAD}
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class SpeedSettings:
             so either way; see ``tome.apply.apply_merging``.
         decode: what the VAE decodes at once: the ``whole`` batch, one image (``sliced``), or one tile of an image
             (``tiled``, with blended seams); each needs less memory than the one before.
+        cuda_graphs: on a GPU, record the kernels of a step once and launch them together, which changes no bit.
+        offload: what waits in the host's memory until it is needed, to save that of a GPU: ``none``; ``model``, the
+            networks that are not in use; or ``sequential``, all but a few layers, which takes many times as long.
         keep_memory: on CPU, do not return freed memory to the system between layers.
         effect: one line for the user on what a preset does to images.
 
@@ -54,6 +58,8 @@ class SpeedSettings:
     attention: str = "sdpa"
     kernels: str = "torch"
     decode: str = "whole"
+    cuda_graphs: bool = False
+    offload: str = "none"
     keep_memory: bool = False
     effect: str = ""
 
@@ -73,10 +79,17 @@ class SpeedSettings:
         for name in ("cache_every", "cache_layers"):
             check_int(f"speed.{name}", getattr(self, name))
         check_bool("speed.keep_memory", self.keep_memory)
+        check_bool("speed.cuda_graphs", self.cuda_graphs)
         if not isinstance(self.channels_last, bool) and self.channels_last != "auto":
             raise SettingsError(f"speed.channels_last={self.channels_last}: must be true, false or auto.")
         for name, allowed in CHOICES.items():
             check_choice(f"speed.{name}", getattr(self, name), allowed)
+        compiles = {"model": ("whole",), "sequential": ("whole", "blocks")}.get(self.offload, ())
+        if self.compile in compiles:
+            raise SettingsError(
+                f"speed.offload={self.offload}, speed.compile={self.compile}: compiled code cannot fetch weights; set "
+                "speed.compile=none."
+            )
 
     def compile_on(self, device: str, work: float = math.inf) -> str:
         """What to compile on a type of device: ``none``, ``blocks`` or ``whole``.
@@ -86,6 +99,7 @@ class SpeedSettings:
             work: denoising steps of images of 512 pixels that are ahead.
         """
         if self.compile == "auto":
+            work = 0.0 if self.offload == "sequential" else work
             return "blocks" if device == "cuda" and work >= PAYS else "none"
         return self.compile
 
@@ -104,7 +118,7 @@ class SpeedSettings:
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
-            if value != getattr(EXACT, name) and name not in ("keep_memory", "effect")
+            if value != getattr(EXACT, name) and name not in ("keep_memory", "offload", "cuda_graphs", "effect")
         }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 
 from sdmodule.module import StableDiffusionModule
 from sdmodule.speed.batch_sizes import PATIENCE, BatchSizes
@@ -16,23 +15,9 @@ DEEP = {"cache_every": 2, "guidance_interval": [0.0, 0.75]}
 WINDOW = {"engine": "window", "merge_crossattn": True, "merge_mlp": True}
 
 
-@pytest.fixture(scope="module")
-def sd(checkpoint) -> StableDiffusionModule:
-    """A model with few blocks, since torch traces each for seconds."""
-    sd = StableDiffusionModule.from_pretrained(str(checkpoint), sampling={"steps": 3, "guidance_scale": 5.0})
-    torch.manual_seed(0)
-    sd.parts.unet = sd.unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16,),
-        down_block_types=("CrossAttnDownBlock2D",),
-        mid_block_type=None,
-        up_block_types=("CrossAttnUpBlock2D",),
-        layers_per_block=1,
-        attention_head_dim=2,
-        cross_attention_dim=32,
-        norm_num_groups=8,
-    )
-    return sd
+@pytest.fixture
+def sd(few_blocks) -> StableDiffusionModule:
+    return few_blocks
 
 
 @pytest.fixture
