@@ -3,13 +3,38 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from typing import Any
+
+from lightning import Callback
 
 from benchmarks.gpu_run import GpuRun
-from benchmarks.training_peers import Task, make_module, ours, prepare_unet, script, write_images
+from benchmarks.training_peers import Task, make_module, prepare_unet, script, train_ours, write_images
+from sdmodule.callbacks.latent_cache import LatentCache
+from sdmodule.components.checkpoint import Components
 
 WARMUP = 3
 """First steps of each, which are not counted."""
+
+VARIANTS = ("diffusers' script", "ours", "ours, cache=all")
+
+
+class Span(Callback):
+    """Seconds from the end of one step to the end of another; the device is waited for at these two alone.
+
+    Args:
+        run: whose clock is read.
+        first: number of the first of them.
+        last: of the second.
+    """
+
+    def __init__(self, run: GpuRun, first: int, last: int) -> None:
+        self.run, self.ends = run, (first, last)
+        self.times: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Read the clock."""
+        if trainer.global_step in self.ends:
+            self.times.append(self.run.now())
 
 
 def training(run: GpuRun) -> None:
@@ -19,18 +44,11 @@ def training(run: GpuRun) -> None:
     write_images(folder, 2 * batch, size, ["a red circle", "a star"])
     for lora in (False, True):
         task = Task(folder, size, batch, lora, "32-true" if run.dry else "bf16-mixed", run.folder)
-        kind = "LoRA" if lora else "full"
-        variants: dict[str, Callable[[int], list[float]]] = {
-            "diffusers' script": lambda count, task=task: script(trained(run, task), task, count),  # type: ignore[misc]
-            "ours": lambda count, task=task: ours(make_module(trained(run, task)), task, count, cache="none"),  # type: ignore[misc]
-            "ours, cache=all": lambda count, task=task: ours(make_module(trained(run, task)), task, count),  # type: ignore[misc]
-        }
-        for name, measured in variants.items():
-            what = f"{kind}, {name}"
-            if run.fits(what, 0 if run.dry else 12):
+        for variant in VARIANTS:
+            what = f"{'LoRA' if lora else 'full'}, {variant}"
+            if run.fits(what, 0 if run.dry else 10):
                 with run.attempt(what):
-                    seconds = measured(WARMUP + steps if not run.dry else steps)
-                    step = statistics.median(seconds[0 if run.dry else WARMUP :])
+                    step = measure(run, task, variant, steps)
                     run.row(
                         what,
                         size=size,
@@ -42,7 +60,19 @@ def training(run: GpuRun) -> None:
                     )
 
 
-def trained(run: GpuRun, task: Task):  # noqa: ANN201
+def measure(run: GpuRun, task: Task, variant: str, steps: int) -> float:
+    """Seconds of a step after the first ones."""
+    parts, warmup = trained(run, task), 1 if run.dry else WARMUP
+    if variant == VARIANTS[0]:
+        return statistics.median(script(parts, task, warmup + steps)[warmup:])
+    span = Span(run, warmup, warmup + steps)
+    cache = [LatentCache(task.work / "cache", "all")] if "cache" in variant else []
+    train_ours(make_module(parts), task, warmup + steps, [span, *cache])
+    start, end = span.times
+    return (end - start) / steps
+
+
+def trained(run: GpuRun, task: Task) -> Components:
     """The model, ready to be trained."""
     parts = run.model("float32")
     prepare_unet(parts.unet, task.lora)
