@@ -115,7 +115,9 @@ class StepGraphs:
         static = {name: self._filled(name, one) for name, one in given.items()}
         for name in held:
             setattr(*slots[name], static[name])
-        if key not in self._recorded:
+        if key in self._recorded:
+            _tell_hooks(unet, args, kwargs)
+        else:
             inputs = [static.get(f"input {k}", leaf) for k, leaf in enumerate(leaves)]
             try:
                 self._recorded[key] = self.recorder.record(lambda: _call(unet, tree_unflatten(inputs, tree), fresh))
@@ -170,6 +172,12 @@ def _call(unet: Any, arguments: tuple[tuple[Any, ...], dict[str, Any]], fresh: b
     args, kwargs = arguments
     prediction = unet(*args, **kwargs).sample
     return prediction, unet.deep.features if fresh and hasattr(unet, "deep") else None
+
+
+def _tell_hooks(unet: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Run what counts a UNet's calls, since a recording calls nothing."""
+    for key, hook in unet._forward_pre_hooks.items():
+        hook(unet, tuple(args), dict(kwargs)) if key in unet._forward_pre_hooks_with_kwargs else hook(unet, tuple(args))
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from sdmodule.callbacks.model_flops import CallRecorder
 from sdmodule.module import StableDiffusionModule
 from sdmodule.speed.step_graphs import recording_steps
 
@@ -73,6 +74,16 @@ def test_recorded_steps_have_the_bits_of_others_in_this_batch_and_the_next(sd, k
         assert torch.equal(sampled(sd, seed=5, **settings), second)
     assert 0 < traces.made <= kinds and traces.runs > 6
     assert torch.equal(sampled(sd, seed=0, **settings), first)
+
+
+def test_recorded_steps_count_as_calls(sd):
+    with CallRecorder(sd) as eager:
+        sampled(sd)
+    traces = Traces()
+    with recording_steps(sd.unet, traces), CallRecorder(sd) as recorded:
+        sampled(sd)
+    assert traces.runs > 0
+    assert recorded.calls.total() == eager.calls.total() + traces.made  # to trace a call takes a second one
 
 
 def test_other_prompts_and_sizes_are_not_those_that_were_recorded(sd):
