@@ -81,8 +81,8 @@ def test_autotuned_blocks_are_compiled_in_that_mode(sd, graphs):
 
 def test_hitting_the_limit_is_said_once(sd, graphs, monkeypatch, recwarn):
     monkeypatch.setattr("sdmodule.speed.compile.RECOMPILE_LIMIT", 1)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-    images(sd, ["a star"])
+    with torch._dynamo.config.patch(recompile_limit=1):
+        images(sd, ["a star"])
     said = [str(warning.message) for warning in recwarn if "speed.compile" in str(warning.message)]
     assert len(said) == 1 and "its limit" in said[0]
 
