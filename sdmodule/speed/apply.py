@@ -13,6 +13,7 @@ from sdmodule.components.checkpoint import Components
 from sdmodule.speed.attention import attention_backend, plain_attention
 from sdmodule.speed.compile import compiled
 from sdmodule.speed.cpu.kernels import fastest_convolutions, fastest_kernels
+from sdmodule.speed.fused_qkv import fused_qkv
 from sdmodule.speed.layout import channels_last
 from sdmodule.speed.memory import retain_freed_memory
 from sdmodule.speed.offload import check_offload, groups_of, offloaded
@@ -69,6 +70,8 @@ def _applied(parts: Components, settings: SpeedSettings, work: float) -> Iterato
             stack.enter_context(retain_freed_memory())
         stack.enter_context(vae_slicing(parts.vae, settings.decode))
         stack.enter_context(attention_backend(settings.attention, *networks))
+        if settings.kernels == "fastest" and settings.quantize == settings.offload == "none":
+            stack.enter_context(fused_qkv(parts.unet))
         if settings.fastest_on(device):
             stack.enter_context(fastest_kernels(parts.unet))
             if parts.vae.dtype == torch.float32:  # a VAE in 16 bits may switch to float32 while it decodes
