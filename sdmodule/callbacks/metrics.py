@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -70,16 +71,20 @@ class QualityMetrics(Callback):
         self._start = time.perf_counter()
         self._loaded: Scorer | None = None
         self._texts: list[str] = []  # what this device samples, as the scorer reads it
-        self._real: list[Tensor] = []  # features of images of the data, on all devices
+        self._real: Tensor | None = None  # features of images of the data, from all devices
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
+        if stage not in ("fit", "validate") or self._loaded is not None:  # validate_first=true has loaded it already
             return
         if getattr(pl_module, "task", None) != TEXT2IMAGE or pl_module.controlnet is not None:
             raise SettingsError(
                 "callbacks=[…,metrics]: samples from prompts alone, which this model does not; leave it out, or use "
                 "model=text2image without a ControlNet."
+            )
+        if isinstance(trainer.strategy, FSDPStrategy):
+            raise SettingsError(
+                "callbacks=[…,metrics]: samples with the whole model on each device; use trainer=ddp, or leave it out."
             )
         if self.scorer is None:
             raise SettingsError(
@@ -99,7 +104,7 @@ class QualityMetrics(Callback):
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+        if trainer.sanity_checking:
             return
         share = self.seconds / (time.perf_counter() - self._start)
         if trainer.strategy.broadcast(share > self.max_share):
@@ -117,23 +122,23 @@ class QualityMetrics(Callback):
         now = time.perf_counter()
         self.seconds += now - began
         listed = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        spent = f"{now - began:.1f} s, {self.seconds / (now - self._start):.0%} of the training so far"
-        _say(trainer, f"metrics at step {trainer.global_step}: {listed} ({spent})")
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        share_now = f", {self.seconds / (now - self._start):.0%} of the training so far" if fitting else ""
+        _say(trainer, f"metrics at step {trainer.global_step}: {listed} ({now - began:.1f} s{share_now})")
 
     def _measure(self, trainer: Trainer, pl_module: Any) -> dict[str, float]:
         assert self._loaded is not None
-        if not self._texts:
-            self._read_data(trainer)
+        if self._real is None:
+            self._real = self._read_data(trainer)
         own = self._sampled(trainer, pl_module)
         texts = self._loaded.text_features(self._texts) if self._texts else torch.empty(0)
         gathered = on_all_devices((own, texts), trainer)
         images = torch.cat([features for features, _ in gathered if len(features)])
         prompts = torch.cat([features for _, features in gathered if len(features)])
         figures = {"clip_score": float(clip_scores(images, prompts).mean())}
-        real = torch.cat(self._real) if self._real else torch.empty(0)
-        if len(real) > 1 and len(images) > 1:
-            figures["fid"] = frechet_distance(images, real)
-            figures["kid"] = float(kernel_distance(images, real))
+        if len(self._real) > 1 and len(images) > 1:
+            figures["fid"] = frechet_distance(images, self._real)
+            figures["kid"] = float(kernel_distance(images, self._real))
         return figures
 
     def _sampled(self, trainer: Trainer, pl_module: Any) -> Tensor:
@@ -153,8 +158,8 @@ class QualityMetrics(Callback):
         """How many images a device samples; the last one may have fewer."""
         return -(-(len(self.prompts) or self.num_prompts) // trainer.world_size)
 
-    def _read_data(self, trainer: Trainer) -> None:
-        """Take this device's prompts, and the features of as many images of its validation data."""
+    def _read_data(self, trainer: Trainer) -> Tensor:
+        """Take this device's prompts; returns the features of as many images of the validation data of all devices."""
         assert self._loaded is not None
         share = self._share(trainer)
         self._texts = self.prompts[share * trainer.global_rank :][:share]
@@ -167,9 +172,11 @@ class QualityMetrics(Callback):
             captions += islice(batch["caption"], left)
             if "image" in batch:
                 features.append(self._loaded.image_features(to_images(batch["image"][:left].float().cpu() / 2 + 0.5)))
-        self._texts = self._texts or captions
+        if not self.prompts:
+            self._texts = captions
         own = torch.cat(features) if features else torch.empty(0)
-        self._real = [rows for rows in on_all_devices(own, trainer) if len(rows)]
+        gathered = [rows for rows in on_all_devices(own, trainer) if len(rows)]
+        return torch.cat(gathered) if gathered else own
 
 
 def _say(trainer: Trainer, line: str) -> None:

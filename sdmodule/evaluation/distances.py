@@ -34,7 +34,7 @@ def frechet_distance(one: Tensor, other: Tensor, weights: Tensor | None = None, 
     _check_sets(one, other)
     (mean, factor), (other_mean, other_factor) = _moments(one, weights), _moments(other, others)
     traces = factor.square().sum() + other_factor.square().sum() - 2 * _trace_of_root(factor, other_factor)
-    return float((mean - other_mean).square().sum() + traces)
+    return max(float((mean - other_mean).square().sum() + traces), 0.0)  # rounding may end below
 
 
 def kernel_distance(one: Tensor, other: Tensor, weights: Tensor | None = None, others: Tensor | None = None) -> Tensor:

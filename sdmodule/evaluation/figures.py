@@ -107,6 +107,8 @@ def evaluate(
         paired = images.is_paired_with(against)
         _compare_scores(scores, clip_scores(other.features[0], texts), mine, other, paired, result)
     _compare_sets(mine.to(device), other.to(device), result)
+    if distance_features is None and len(images) > 1 < len(against):
+        result.notes.append("FID and KID are of the scorer's features, so they do not compare with published ones.")
     return result
 
 

@@ -91,8 +91,7 @@ def read_image_set(folder: str | Path, key: str = "run") -> ImageSet:
     files = sorted(file for file in place.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
     if not files:
         raise SettingsError(f"{key}={folder}: has no images; give the folder of a predict run, or one of images.")
-    prompts = _prompts_in_png(files)
-    return ImageSet(place, key, tuple(files), prompts)
+    return ImageSet(place, key, tuple(files), *_prompts_in_png(files))
 
 
 def _run(folder: Path, key: str) -> ImageSet:
@@ -128,16 +127,15 @@ def _check_kind(folder: Path, key: str) -> None:
         raise SettingsError(f"{key}={folder}: has {count_of(len(jobs), 'run')}; give one of them, such as {jobs[0]}.")
 
 
-def _prompts_in_png(files: list[Path]) -> tuple[str, ...] | None:
-    """The prompts in the PNG text of images; None if one has none."""
+def _prompts_in_png(files: list[Path]) -> tuple[tuple[str, ...] | None, tuple[int, ...] | None]:
+    """The prompts and seeds in the PNG text of images; None if one has none."""
     prompts: list[str] = []
+    seeds: list[int] = []
     for file in files:
         try:
             with open_image(file) as image:
-                prompt = image.info.get("prompt")
-        except Exception:  # said when its pixels are read
-            return None
-        if not isinstance(prompt, str):
-            return None
-        prompts.append(str(prompt))
-    return tuple(prompts)
+                prompts.append(str(image.info["prompt"]))
+                seeds.append(int(image.info["seed"]))
+        except Exception:  # without either, or damaged, which is said when its pixels are read
+            return None, None
+    return tuple(prompts), tuple(seeds)

@@ -56,7 +56,7 @@ class InceptionFeatures:
             ) from error
         self.network = network.eval().to(self.device)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def image_features(self, images: Sequence[Image.Image]) -> Tensor:
         """Features ``[N, 2048]`` of N RGB images; the network resizes them to 299 pixels itself."""
         rows = [self._same_size(list(group)) for _, group in groupby(images, key=lambda image: image.size)]
@@ -65,4 +65,4 @@ class InceptionFeatures:
     def _same_size(self, images: list[Image.Image]) -> Tensor:
         pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
         [features] = self.network(pixels.to(self.device))
-        return features.float().cpu().clone()
+        return features.float().cpu()

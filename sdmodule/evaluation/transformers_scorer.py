@@ -38,13 +38,13 @@ class TransformersScorer:
         self._fixed_length = self.model.config.model_type.startswith("siglip")
         self._length = text_config.max_position_embeddings
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def image_features(self, images: Sequence[Image.Image]) -> Tensor:
         """Features ``[N, D]`` of N RGB images, resized and cropped as the model's own processor does."""
         inputs = self.image_processor(images=list(images), return_tensors="pt").to(self.device)
         return _pooled(self.model.get_image_features(**inputs))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """Features ``[N, D]`` of N texts; what is longer than the model reads, 77 tokens for CLIP, is cut off."""
         padding = "max_length" if self._fixed_length else True
@@ -60,7 +60,7 @@ class TransformersScorer:
 def _pooled(output: Any) -> Tensor:
     """The features in what a model returns: a tensor in transformers 4, a named output in 5."""
     features = output if isinstance(output, Tensor) else output.pooler_output
-    return features.float().cpu().clone()  # an inference tensor could not be changed in place later
+    return features.float().cpu()
 
 
 def _load(location: str, given: str) -> tuple[Any, Any, Any]:

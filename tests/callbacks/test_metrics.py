@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.forked import run, run_ranks
+from benchmarks.forked import run_ranks
 from sdmodule.callbacks.checkpoint import TrainingCheckpoint
 from sdmodule.callbacks.ema import EMA
 from sdmodule.callbacks.metrics import QualityMetrics
@@ -46,6 +46,16 @@ def test_training_is_the_same_with_and_without(checkpoint, clip_folder, capsys):
     assert all(math.isfinite(trainer.callback_metrics[f"val/{name}"]) for name in ("clip_score", "fid", "kid"))
     printed = capsys.readouterr().out
     assert "metrics at step 2: clip_score " in printed and "% of the training so far" in printed
+
+
+def test_the_model_is_measured_before_its_first_step_too(call, checkpoint, clip_folder, photos, tmp_path):
+    command = [f"pretrained={checkpoint}", f"data.root={photos}", f"output_dir={tmp_path / 'out'}", "resolution=32"]
+    command += ["callbacks=[metrics]", f"callbacks.metrics.scorer={clip_folder}", "callbacks.metrics.num_prompts=2"]
+    command += ["validate_first=true", "trainer.max_steps=1", "trainer.val_check_interval=1", "sampler.steps=1"]
+    command += ["data.val_fraction=0.5", "callbacks.metrics.max_share=1"]
+    status, printed, error = call(train_main, *command)
+    assert status == 0, error
+    assert "metrics at step 0: clip_score" in printed and "metrics at step 1: clip_score" in printed
 
 
 def test_the_figures_are_those_of_the_averaged_weights(checkpoint, clip_folder):
@@ -99,16 +109,17 @@ def test_what_cannot_be_measured_is_said_before_training(call, checkpoint, clip_
         assert status == 1 and message in error and error.count("\n") == 1, error
 
 
-def test_two_devices_sample_a_share_each(checkpoint, clip_folder, photos, tmp_path):
+def test_two_devices_sample_a_share_each(call, checkpoint, clip_folder, photos, tmp_path):
     command = [f"pretrained={checkpoint}", f"data.root={photos}", "data.val_fraction=0", f"data.val_root={photos}"]
     command += ["resolution=32", "trainer.max_steps=1", "trainer.val_check_interval=1", "sampler.steps=1"]
     command += ["model.optimizer.lr=1e-6", "callbacks=[metrics]", f"callbacks.metrics.scorer={clip_folder}"]
     command += ['callbacks.metrics.prompts=["a red circle", "a blue star", "a green heart"]']
     figures = {}
-    for name, start, size in (("alone", run, 2), ("shared", run_ranks, 1)):
-        out = tmp_path / name
-        start("train", *command, f"data.batch_size={size}", f"output_dir={out}", log=tmp_path / f"{name}.log")
-        with (out / "metrics.csv").open() as file:
+    assert call(train_main, *command, "data.batch_size=2", f"output_dir={tmp_path / 'alone'}")[0] == 0
+    shared = [*command, "data.batch_size=1", f"output_dir={tmp_path / 'shared'}"]
+    run_ranks("train", *shared, log=tmp_path / "shared.log")
+    for name in ("alone", "shared"):
+        with (tmp_path / name / "metrics.csv").open() as file:
             [figures[name]] = [row for row in csv.DictReader(file) if row["val/clip_score"]]
     for figure in ("val/clip_score", "val/fid"):
         assert math.isfinite(float(figures["shared"][figure]))

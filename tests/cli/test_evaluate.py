@@ -101,8 +101,9 @@ def test_images_without_prompts_are_compared_alone(evaluated, photos, runs, tmp_
 
 def test_images_moved_out_of_a_run_keep_their_prompts(evaluated, runs, tmp_path):
     shutil.copytree(runs / "one" / "images", tmp_path / "images")
-    evaluated(f"run={tmp_path / 'images'}")
+    printed, _ = evaluated(f"run={tmp_path / 'images'}", f"against={runs / 'two'}")
     assert json.loads((tmp_path / "images" / "evaluation.json").read_text())["prompts"] == 3
+    assert "not of the same prompts" not in printed
 
 
 def test_differing_runs_are_said_to_differ(evaluated, runs, tmp_path):
