@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from sdmodule.cli.trainer import resolve_precision
 
 GROUPS = ("sampling", "tome", "speed")
-DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16}
+DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
 def preset(name: str, *overrides: str) -> dict[str, Any]:
@@ -21,11 +22,12 @@ def preset(name: str, *overrides: str) -> dict[str, Any]:
     return {key: model[key] for key in GROUPS}
 
 
-def dtype(name: str) -> torch.dtype:
-    """The dtype of the weights with ``python predict.py speed=NAME`` on a CPU."""
-    return DTYPES[resolve_precision(_compose(name).trainer.precision, "cpu")]
+def dtype(name: str, accelerator: str = "cpu", *overrides: str) -> torch.dtype:
+    """The dtype of the weights with ``python predict.py speed=NAME …``, on a ``cpu`` or ``gpu``."""
+    return DTYPES[resolve_precision(_compose(name, *overrides).trainer.precision, accelerator)]
 
 
+@cache
 def _compose(name: str, *overrides: str) -> DictConfig:
     with initialize_config_module("sdmodule.conf", version_base="1.3"):
         return compose("predict", ["prompt=", f"speed={name}", *overrides])

@@ -57,12 +57,14 @@ class Soak:
     Args:
         folder: folder to work in.
         rng: source of all draws.
-        quick: train for two steps only, and disturb no training.
+        quick: train for two steps only, sample four images, and disturb no training.
     """
 
     def __init__(self, folder: Path, rng: random.Random, quick: bool) -> None:
         self.folder = folder
         self.train = [*TRAIN, *(["trainer.max_steps=2"] if quick else KILLED)]
+        self.predict = [*PREDICT, *(["num_images_per_prompt=2"] if quick else [])]
+        self.kill_after = (0.2, 1.2) if quick else (1.0, 6.0)
         self.quick = quick
         self.rng = rng
         self.counts: Counter[str] = Counter()
@@ -72,7 +74,7 @@ class Soak:
 
     def _run_undisturbed(self, kind: str) -> dict[str, Any]:
         out = self.folder / f"undisturbed-{kind}"
-        settings = self.train if kind == "train" else PREDICT
+        settings = self.train if kind == "train" else self.predict
         status, words = Command(kind, *settings, f"output_dir={out}", log=self.folder / "log").wait()
         if status:
             raise RuntimeError(words)
@@ -98,11 +100,11 @@ class Soak:
         """A run that is killed and damaged, on a disk that may be full at first, compared with the undisturbed one."""
         for attempt in range(40):
             resume = ["ckpt_path=last"] if kind == "train" and list(out.glob("checkpoints/*.ckpt")) else []
-            settings = [*self.train, *resume] if kind == "train" else PREDICT
+            settings = [*self.train, *resume] if kind == "train" else self.predict
             command = Command(kind, *settings, f"output_dir={out}", log=self.folder / "log")
             self.counts["resumes"] += attempt > 0
             number = self.rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-            command.process.join(self.rng.uniform(1, 6) if attempt < 6 and enlarged is None else 120)
+            command.process.join(self.rng.uniform(*self.kill_after) if attempt < 6 and enlarged is None else 120)
             if command.process.is_alive():
                 command.send(number)
                 self.counts["kills"] += 1

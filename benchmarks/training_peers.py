@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.optimization import get_scheduler
+from lightning import Callback
 from peft import LoraConfig
 from PIL import Image
 
@@ -24,6 +25,7 @@ from sdmodule.components.schedulers import make_scheduler
 from sdmodule.data.datamodule import ImageFolderDataModule
 from sdmodule.module import StableDiffusionModule
 from sdmodule.speed.compile import compile_unet
+from sdmodule.training.frozen_weights import FrozenWeights
 
 ADAPTER = LoraConfig(
     r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=["to_k", "to_q", "to_v", "to_out.0"]
@@ -132,25 +134,31 @@ def _script(parts: Components, task: Task, steps: int) -> list[float]:
 def ours(module: StableDiffusionModule, task: Task, steps: int) -> list[float]:
     """Seconds of each step of ``train.py cache=all``, without those of filling the cache."""
     timing = TimingLogger(task.work, warmup_steps=0, synchronize=True)
+    train_ours(module, task, steps, [timing, LatentCache(task.work / "cache", "all")])
+    return [step.seconds for step in timing.steps]
+
+
+def train_ours(module: StableDiffusionModule, task: Task, steps: int, callbacks: Sequence[Callback]) -> None:
+    """Train as ``train.py`` does, without validation."""
     trainer = make_trainer(
         "gpu" if torch.cuda.is_available() else "cpu",
         max_steps=steps,
         val_check_interval=steps,
         precision=task.precision,
-        callbacks=[timing, LatentCache(task.work / "cache", "all")],
+        callbacks=callbacks,
         gradient_clip_val=1.0,
         limit_val_batches=0,
         logger=False,
         default_root_dir=task.work,
     )
     trainer.fit(module, make_data(task))
-    return [step.seconds for step in timing.steps]
 
 
 def make_module(parts: Components, compile: str = "none") -> StableDiffusionModule:
     """This package's module around loaded parts; ``compile`` is that of ``training.compile``."""
     module = StableDiffusionModule("tiny", optimizer=partial(torch.optim.AdamW, lr=LEARNING_RATE, weight_decay=1e-2))
     module.parts, module.unet, module.vae, module.text_encoder = parts, parts.unet, parts.vae, parts.text_encoder
+    module.frozen_weights = FrozenWeights.of(parts)
     compile_unet(module.unet, compile)
     return module
 

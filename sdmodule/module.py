@@ -14,12 +14,11 @@ from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor
-from torch.nn import ModuleDict
 from typing_extensions import override
 
 from sdmodule.components.adapters import AdapterSettings
 from sdmodule.components.load_model import load_model, place_names
-from sdmodule.conditioning.captions import encode_captions
+from sdmodule.conditioning.captions import CaptionInputs, caption_inputs, embed_captions
 from sdmodule.conditioning.inpaint_crop import check_inpaint_settings
 from sdmodule.errors import build_settings, check_choice
 from sdmodule.families.conditioning import Conditioning
@@ -27,12 +26,12 @@ from sdmodule.io.redact import shorten_home
 from sdmodule.sampling.infer import InferOptions, Prompts, infer
 from sdmodule.sampling.metadata import describe
 from sdmodule.sampling.pipeline import OnStep, sample_requests
+from sdmodule.sampling.predicting import awaiting_use, sped_up
 from sdmodule.sampling.requests import INPAINT, TASKS, TEXT2IMAGE, SampleRequest, as_requests
 from sdmodule.sampling.result import Samples
 from sdmodule.sampling.schedule import check_settings
 from sdmodule.sampling.settings import SamplingSettings
-from sdmodule.sampling.stages import images_ahead, work_ahead
-from sdmodule.speed.apply import apply_speed, apply_training_speed
+from sdmodule.speed.apply import apply_training_speed
 from sdmodule.speed.compile import compile_unet
 from sdmodule.training import loss as denoising
 from sdmodule.training.accumulation import batch_size_of
@@ -42,6 +41,7 @@ from sdmodule.training.objective import Objective
 from sdmodule.training.optimizers import Optimization, parameter_groups
 from sdmodule.training.rng import generator_for, per_example_generators, seeded, validation_generators
 from sdmodule.training.settings import TrainingSettings
+from sdmodule.training.step_inputs import step_inputs
 from sdmodule.training.trainable import TrainableModule, replaced
 from sdmodule.training.tuning import check_scratch, check_stage, choose_tuning, export
 from sdmodule.training.validation import validation_losses
@@ -113,7 +113,7 @@ class StableDiffusionModule(TrainableModule):
         self.parts = parts
         self.unet, self.controlnet = parts.unet, parts.controlnet
         self.text_encoder, self.text_encoder_2 = parts.text_encoder, parts.text_encoder_2
-        self.vae, self.beside = parts.vae.eval().requires_grad_(False), ModuleDict(parts.beside)
+        self.vae, self.beside = parts.vae.eval().requires_grad_(False), torch.nn.ModuleDict(parts.beside)
         self.frozen_weights = FrozenWeights.of(parts)
         self._cached_embeddings, self._on_step = None, None
         checkpoint_blocks((self.unet, self.controlnet), self.training_settings.checkpointing)
@@ -126,14 +126,15 @@ class StableDiffusionModule(TrainableModule):
 
     @override
     def setup(self, stage: str) -> None:
-        check_stage(self.parts, stage, self.task)
-        if stage != "fit":
-            return
-        self.check_fit()
-        self.tuning.check_trainer(self._trainer)
-        self.base_model.identify()
-        if self.inpaint_training is not None:
-            self.inpaint_training.prepare(self.unet, self.parts.source, self.tuning)
+        check_stage(self.parts, stage, self.task, self._trainer)
+        if stage == "predict":
+            self.switched.enter_context(awaiting_use(self.parts, self.sampling))
+        elif stage == "fit":
+            self.check_fit()
+            self.tuning.check_trainer(self._trainer)
+            self.base_model.identify()
+            if self.inpaint_training is not None:
+                self.inpaint_training.prepare(self.unet, self.parts.source, self.tuning)
 
     @override
     def on_fit_start(self) -> None:
@@ -143,19 +144,17 @@ class StableDiffusionModule(TrainableModule):
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Algorithm 1 of Ho et al. 2020: add noise to each image at a timestep of its own, predict it, compare."""
         batch = self.read_batch(batch, batch_idx)
-        seed, size = self.training_settings.seed, len(batch["caption"])
+        seed, size, parts = self.training_settings.seed, len(batch["caption"]), self.parts
         generators = per_example_generators(seed, size, batch_idx, self._trainer, pairs="prior" in batch)
-        latents = denoising.encode_images(self.parts, batch, generators)
-        timesteps = self.objective.draw_timesteps(generators, self.parts.num_timesteps).to(self.device)
-        captions = denoising.drop_captions(batch["caption"], self.objective.caption_dropout, generators)
-        masks = denoising.mask_channels(self.parts, batch, generators, self.inpaint_training)
-        noise = self.objective.draw_noise(latents, generators)
+        step = step_inputs(parts, batch, generators, self.objective, self.inpaint_training, self._cached_embeddings)
+        latents = denoising.encode_images(parts, batch, step.latent_noise)
+        masks = denoising.mask_channels(parts, batch, step.masks)
         with seeded(generator_for(seed, self.global_step, batch_idx, self.global_rank), self.device):  # for dropout
-            text = denoising.with_image_sizes(self.encode_captions(captions), batch, self.parts)
+            text = self.encode_captions(step.text).with_time_ids(step.time_ids)
             conditions = denoising.Conditions(text, masks, denoising.control_guide(self.controlnet, batch))
-            errors = denoising.denoising_errors(self.parts, latents, noise, timesteps, conditions, self.objective)
+            errors = denoising.denoising_errors(parts, latents, step.noise, step.timesteps, conditions, self.objective)
         loss = denoising.reduce_errors(errors, batch, masks, self.objective, self.inpaint_training)
-        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True, batch_size=size)
+        self.log_training("loss", loss)
         return self.weighted(loss, size // 2 if "prior" in batch else size)
 
     @override
@@ -179,13 +178,15 @@ class StableDiffusionModule(TrainableModule):
             for _, encoder in self.parts.text_encoders:
                 encoder.zero_grad()
 
-    def encode_captions(self, captions: Sequence[str]) -> Conditioning:
+    def encode_captions(self, captions: Sequence[str] | CaptionInputs) -> Conditioning:
         """Text embeddings of captions, cached or computed; see `conditioning.captions.encode_captions`."""
+        if not isinstance(captions, CaptionInputs):
+            captions = caption_inputs(captions, self.parts, self._cached_embeddings)
         # DDP waits for all gradients, even those that are dropped after text_encoder_stop
         distributed = self._trainer is not None and self._trainer.world_size > 1
         learns = self.tuning.text_encoder_learns(0 if distributed else self.global_step)
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-            return encode_captions(captions, self.parts, self._cached_embeddings)
+            return embed_captions(captions, self.parts)
 
     def cached_embeddings(self, embeddings: Any) -> AbstractContextManager[None]:
         """Look up text embeddings inside a ``with`` block; see `data.cache.latents.CachedEmbeddings`."""
@@ -206,7 +207,7 @@ class StableDiffusionModule(TrainableModule):
         self, prompt: Prompts = None, image: Any = None, mask: Any = None, **options: Unpack[InferOptions]
     ) -> dict[str, Any]:
         """Sample images: ``infer("a star", height=512)["samples"][0]``; see `sampling.infer.infer` for all options."""
-        with self.frozen_weights.full_precision():
+        with self.frozen_weights.sampling():
             return infer(self.parts, self.sampling, self.task, prompt, image, mask, **options)
 
     def set_adapters(self, scales: Sequence[float]) -> None:
@@ -215,14 +216,13 @@ class StableDiffusionModule(TrainableModule):
 
     @override
     def on_predict_start(self) -> None:
-        work = work_ahead(self.parts, self.sampling, images_ahead(self.trainer.predict_dataloaders))
-        self.switched.enter_context(apply_speed(self.parts, self.sampling.speed, work))
+        self.switched.enter_context(sped_up(self.parts, self.sampling, self.trainer, self.device))
 
     @override
     def predict_step(self, batch: list[SampleRequest], batch_idx: int) -> Samples:
         """Algorithm 2 of Ho et al. 2020, guided and decoded; writing the images is the callbacks' work."""
         requests = as_requests(batch, batch_idx, batch_size_of(self.trainer.predict_dataloaders))
-        return sample_requests(self.parts, requests, self.sampling, on_step=self._on_step)
+        return sample_requests(self.parts, requests, self.sampling, on_step=self._on_step, as_bytes=True)
 
     def step_reports(self, on_step: OnStep) -> AbstractContextManager[None]:
         """Call ``on_step`` after each denoising step of ``predict_step`` inside a ``with`` block."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import getpass
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +16,14 @@ import pytest
 OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
 os.environ.update(OFFLINE)  # huggingface_hub reads it when it is imported
 
+# torch's own default, so that tests, and the commands that they start, compile the same code once
+COMPILED = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(COMPILED))
+
 # torch and what needs it are imported in the fixtures: the process that hands out the tests has no use for them
 
 
-MARKED_FOLDERS = {"benchmarks": "slow", "faults": "faults", "speed/cpu": "slow"}
+MARKED_FOLDERS = {"benchmarks": "slow", "faults": "faults", "gpu": "gpu", "speed/cpu": "slow"}
 """Markers of all tests in a folder."""
 
 
@@ -57,8 +63,11 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(autouse=True, scope="session")
 def done_once() -> Iterator[None]:
     """Files are composed and networks are read once in this process; processes of commands do it as ever."""
+    from benchmarks.forked import FORKED, PRELOADED
+    from tests import seldom_collected
     from tests.isolation import fast_composition, networks_read_once
 
+    FORKED.set_forkserver_preload([*PRELOADED, seldom_collected.__name__])
     with fast_composition(), networks_read_once():
         yield
 

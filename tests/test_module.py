@@ -128,13 +128,14 @@ def test_training_depends_on_its_seed_alone(build):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", [3, 4], ids=["at the end of an epoch", "within an epoch"])
-def test_a_resumed_training_equals_an_uninterrupted_one(build, tmp_path, stop):
-    uninterrupted, resumed = build(tuning=WITH_TEXT_ENCODER), build(tuning=WITH_TEXT_ENCODER)
+def test_a_resumed_training_equals_an_uninterrupted_one(build, tmp_path):
+    uninterrupted = build(tuning=WITH_TEXT_ENCODER)
     every_step = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     train(uninterrupted, 7, every_step)
-    train(resumed, 7, resume=tmp_path / f"step={stop}.ckpt")
-    assert equal(weights(resumed), weights(uninterrupted))
+    for stop, where in ((3, "at the end of an epoch"), (4, "within an epoch")):
+        resumed = build(tuning=WITH_TEXT_ENCODER)
+        train(resumed, 7, resume=tmp_path / f"step={stop}.ckpt")
+        assert equal(weights(resumed), weights(uninterrupted)), where
 
 
 @pytest.mark.slow
@@ -206,27 +207,37 @@ def test_resuming_on_a_copy_of_the_base_model_works(saved, checkpoint, tmp_path)
     assert equal(weights(resumed), weights(uninterrupted))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
-def test_resuming_on_a_base_model_with_other_weights_is_refused(saved, checkpoint, tmp_path, part):
-    _, file = saved
+def with_other_weights(checkpoint: Path, part: str, folder: Path) -> Path:
+    """A copy of the checkpoint of which one weight differs."""
     other = StableDiffusionModule(str(checkpoint))
     with torch.no_grad():
         next(getattr(other, part).parameters()).flatten()[0] += 1e-3
-    other.save_pretrained(tmp_path / "other")
-    with pytest.raises(
-        SettingsError, match=rf"pretrained=.*other: the weights of {part} differ .*pretrained={checkpoint},"
-    ):
-        train(StableDiffusionModule(str(tmp_path / "other"), tuning=WITH_TEXT_ENCODER), 3, resume=file)
+    other.save_pretrained(folder)
+    return folder
 
+
+@pytest.mark.slow
+def test_resuming_on_a_base_model_with_other_weights_is_refused(saved, checkpoint, tmp_path):
+    _, file = saved
+    for part in ("unet", "vae", "text_encoder"):
+        other = with_other_weights(checkpoint, part, tmp_path / f"other {part}")
+        words = rf"pretrained=.*other {part}: the weights of {part} differ .*pretrained={checkpoint},"
+        with pytest.raises(SettingsError, match=words):
+            train(StableDiffusionModule(str(other), tuning=WITH_TEXT_ENCODER), 3, resume=file)
+
+
+@pytest.mark.slow
+def test_a_base_model_whose_weights_have_changed_since_is_refused(checkpoint, tmp_path):
     mine = shutil.copytree(checkpoint, tmp_path / "mine")
     train(StableDiffusionModule(str(mine)), 1).save_checkpoint(tmp_path / "mine.ckpt")
-    shutil.rmtree(mine)
-    (tmp_path / "other").rename(mine)
-    with pytest.raises(SettingsError, match=rf"the weights of {part} differ .*; give that base model"):
-        train(StableDiffusionModule(str(mine)), 2, resume=tmp_path / "mine.ckpt")
-    with pytest.raises(SettingsError, match=rf"the weights of {part} differ .*; give that base model"):
-        StableDiffusionModule.load_from_checkpoint(tmp_path / "mine.ckpt", weights_only=True)
+    for part in ("unet", "vae", "text_encoder"):
+        shutil.rmtree(mine)
+        with_other_weights(checkpoint, part, mine)
+        words = rf"the weights of {part} differ .*; give that base model"
+        with pytest.raises(SettingsError, match=words):
+            train(StableDiffusionModule(str(mine)), 2, resume=tmp_path / "mine.ckpt")
+        with pytest.raises(SettingsError, match=words):
+            StableDiffusionModule.load_from_checkpoint(tmp_path / "mine.ckpt", weights_only=True)
 
 
 def test_training_from_scratch_resumes_without_base_weights(build, tmp_path):

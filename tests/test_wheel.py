@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -11,6 +12,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+
+LETTERS = "50% off = {fun}, ünïcode 'it\\'s' \"q\" \\ ${x} $5 [a] ??? 🦊\n #x: \\"
+"""What a shell, Python and Hydra would each like to read in a way of its own."""
 
 pytestmark = pytest.mark.slow
 
@@ -64,16 +68,20 @@ def test_the_wheel_holds_configurations_and_assets(wheel):
     }
 
 
-def test_the_commands_run_from_another_folder(installed, checkpoint, tmp_path):
+def test_the_commands_run_from_another_folder_and_the_printed_one_in_a_shell(installed, tmp_path):
     place = run(installed / "python", "-c", "import sdmodule; print(sdmodule.__file__)", cwd=tmp_path).strip()
     assert Path(place).is_relative_to(installed.parent)
     about = run(installed / "sdmodule", cwd=tmp_path)
     assert "tiny, tiny-inpaint" in about and "sdmodule-predict prompt=" in about
     assert "sampler=ddim" in run(installed / "sdmodule-predict", "--help", cwd=tmp_path)
     assert "prompt: null" in run(installed / "sdmodule-predict", "--cfg", "job", cwd=tmp_path)
-    trained = run(installed / "sdmodule-train", "experiment=demo", "trainer.max_steps=1", cwd=tmp_path)
+    short = ["trainer.max_steps=1", "++steps=2"]
+    trained = run(installed / "sdmodule-train", "experiment=demo", "output_dir=my run", *short, cwd=tmp_path)
     assert "Trained 1 step in " in trained
-    run(installed / "sdmodule-predict", "prompt=a red circle", f"pretrained={checkpoint}", "steps=2", cwd=tmp_path)
+    printed = trained.splitlines()[-1].removeprefix("Sample with it: ")
+    assert printed.startswith(f"{installed}/sdmodule-predict 'pretrained=my run/export' 'prompt=")
+    run("sh", "-c", f"{printed} steps=2 {shlex.quote(f'negative_prompt={LETTERS}')}", cwd=tmp_path)
     [records] = tmp_path.glob("outputs/predict/*/*/predictions.jsonl")
-    assert json.loads(records.read_text())["prompt"] == "a red circle"
-    assert os.listdir(tmp_path) == ["outputs"]
+    record = json.loads(records.read_text(encoding="utf-8"))
+    assert (record["model"], record["negative_prompt"]) == ("my run/export", LETTERS)
+    assert (records.parent / "grid.png").is_file() and sorted(os.listdir(tmp_path)) == ["my run", "outputs"]

@@ -33,10 +33,17 @@ PAGES = {
         "How often the embedded model follows its prompt: the share of 400 images (200 for inpainting) in which image "
         "analysis finds what the prompt says. The analysis is checked on rendered scenes first.",
     ),
+    "gpu": (
+        "On a GPU",
+        "What `make gpu` has checked and measured on a card: first what must be right, then sampling and training "
+        "beside diffusers. *Psnr db* is the distance from the images of plain diffusers.",
+    ),
     "growth": ("Growth, overhead and endurance", "What a run costs beyond one image."),
     "other": ("Other results", "Results that no other page describes yet."),
 }
 """Title and introduction of each page."""
+
+NO_GPU = " No GPU has been measured yet."
 
 LEFT_OUT = ("label", "met", "at_least", "at_most", "around_seconds_first")
 """Columns that serve the benchmark and not the reader."""
@@ -55,7 +62,7 @@ def benchmark_pages(results: Path, notes: Mapping[str, Mapping[str, str]], versi
     for name in [*(name for name in notes if name in files), *(name for name in files if name not in notes)]:
         content, note = json.loads(files[name].read_text(encoding="utf-8")), notes.get(name, {})
         if isinstance(content, dict) and "rows" in content:
-            page = note.get("page", "other")
+            page = note.get("page", "gpu" if name.startswith("gpu_") else "other")
             sections[page].append(_section(name, content, note, version))
     pages = {}
     for name, parts in sections.items():
@@ -65,7 +72,7 @@ def benchmark_pages(results: Path, notes: Mapping[str, Mapping[str, str]], versi
     intro = (
         "# Benchmarks\n\n"
         "Every figure in this documentation comes from these pages, and these pages come from `benchmarks/results/`. "
-        "Each table names its command, machine, day and versions. No GPU has been measured yet.\n\n"
+        f"Each table names its command, machine, day and versions.{'' if sections['gpu'] else NO_GPU}\n\n"
         "`python benchmarks/run.py sampling|training|growth|all` measures again, `--quick` in minutes. The scripts "
         "take `--json PATH`.\n\n"
         "A table marked **stale** was measured with an earlier method or an earlier minor version.\n\n"
@@ -117,14 +124,15 @@ def _origin(name: str, content: Mapping[str, Any], note: Mapping[str, str]) -> s
 
 
 def _tables(rows: Sequence[Mapping[str, Any]]) -> list[list[dict[str, str]]]:
-    """Rows as tables: those that follow one another with like columns share one."""
+    """Rows as tables: those of one section that follow one another with like columns share one."""
     tables: list[list[dict[str, str]]] = []
     heads: set[str] = set()
+    section = None
     for row in rows:
         cells = {key.replace("_", " "): cell(value) for key, value in row.items() if key not in LEFT_OUT}
-        if not tables or len(heads & cells.keys()) < len(cells) / 2:
+        if not tables or row.get("section") != section or len(heads & cells.keys()) < len(cells) / 2:
             tables.append([])
-            heads = set()
+            heads, section = set(), row.get("section")
         heads |= cells.keys()
         tables[-1].append(cells)
     return tables

@@ -19,7 +19,7 @@ from typing_extensions import override
 from sdmodule.errors import SettingsError, choices
 from sdmodule.io.redact import redact
 from sdmodule.training.loop_state import LoopState, write_loop_state
-from sdmodule.training.signal_guard import SignalGuard
+from sdmodule.training.signal_guard import SignalGuard, SignalPoll
 
 
 class StoppedBySignal(SystemExit):
@@ -38,7 +38,7 @@ class TrainingCheckpoint(ModelCheckpoint):
 
     Ctrl-C and SIGTERM save a checkpoint too and then end the training: at once, even in a validation or while waiting
     for data, but not within an optimizer step, which finishes first. Several devices stop together after the step or
-    validation batch that they are at. A second Ctrl-C ends without a checkpoint.
+    validation batch that they are at, on GPUs within seconds. A second Ctrl-C ends without a checkpoint.
 
     With ``monitor="val/fid"``, or another metric of the validation, the checkpoint that is kept beside ``last.ckpt`` is
     that of the best validation.
@@ -51,6 +51,7 @@ class TrainingCheckpoint(ModelCheckpoint):
     _defer_signals = False
     _signal: int | None = None
     _guard: SignalGuard | None = None
+    _poll = SignalPoll()
 
     # ---------------------------------------------------------------------------------------------- steps
 
@@ -58,7 +59,7 @@ class TrainingCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._loop_state, self._in_step, self._defer_signals, self._signal = None, False, False, None
-        self._start_step = trainer.global_step
+        self._start_step, self._poll = trainer.global_step, SignalPoll()
         self._install_signal_handlers(trainer)
 
     @override
@@ -117,7 +118,8 @@ class TrainingCheckpoint(ModelCheckpoint):
             save = self._save_last_checkpoint if self.save_last else self._save_topk_checkpoint
             save(trainer, self._monitor_candidates(trainer))
         self._defer_signals = False
-        self._stop_if_signalled(trainer)
+        if self._poll.due(trainer):
+            self._stop_if_signalled(trainer)
 
     def _save_if_best(self, trainer: Trainer) -> None:
         """Save after a validation that was better than those before, whatever ``every_n_train_steps`` is.
@@ -216,7 +218,7 @@ class TrainingCheckpoint(ModelCheckpoint):
 
     def _stop_if_signalled(self, trainer: Trainer) -> None:
         """End the training, on all devices if one of them received a signal."""
-        if trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False):
+        if self._poll.ask(trainer, self._signal is not None):
             raise StoppedBySignal(self._signal or signal.SIGTERM)
 
     @contextmanager

@@ -9,6 +9,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from sdmodule.callbacks.frozen_weights import sampling_precision
 from sdmodule.conditioning.prompt_syntax import escape_prompt
 from sdmodule.errors import check_int
 from sdmodule.io.png_metadata import save_png
@@ -40,10 +41,11 @@ class ClassImages(Callback):
         if share:
             share[0].parent.mkdir(parents=True, exist_ok=True)
             with progress(len(share), f"Sampling images of {data.class_prompt!r} into {data.class_root}") as on_done:
-                for start in range(0, len(share), self.batch_size):
-                    batch = share[start : start + self.batch_size]
-                    self._sample(pl_module, data, batch)
-                    on_done(len(batch))
+                with sampling_precision(trainer, pl_module):
+                    for start in range(0, len(share), self.batch_size):
+                        batch = share[start : start + self.batch_size]
+                        self._sample(pl_module, data, batch)
+                        on_done(len(batch))
         trainer.strategy.barrier("class images sampled")
 
     def _sample(self, module: Any, data: Any, files: list[Path]) -> None:

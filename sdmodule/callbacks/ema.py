@@ -76,16 +76,23 @@ class EMA(Callback):
     def _swap_in(self, module: LightningModule) -> None:
         if not self.average or self._raw is not None:
             return
-        weights = trainable_parameters(module)
-        self._raw = {name: value.detach().clone() for name, value in weights.items()}
-        for name, value in weights.items():
-            value.data.copy_(self.average[name])
+        self._raw = {}
+        for name, value in trainable_parameters(module).items():
+            average = self.average[name]
+            if owns_memory(value) and value.stride() == average.stride():
+                self._raw[name], value.data = value.data, average  # nothing is copied
+            else:
+                self._raw[name] = value.detach().clone()
+                value.data.copy_(average)
 
     def _swap_out(self, module: LightningModule) -> None:
         if self._raw is None:
             return
         for name, value in trainable_parameters(module).items():
-            value.data.copy_(self._raw[name])
+            if value.data_ptr() == self.average[name].data_ptr():
+                value.data = self._raw[name]
+            else:
+                value.data.copy_(self._raw[name])
         self._raw = None
 
     @override
@@ -127,6 +134,12 @@ class EMA(Callback):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self.average = dict(state_dict["average"])
         self.updates = state_dict["updates"]
+
+
+def owns_memory(weight: Tensor) -> bool:
+    """Whether a weight is a tensor with memory of its own: strategies that shard a model keep views or parts of it."""
+    data = weight.data
+    return type(data) is Tensor and data.untyped_storage().nbytes() == data.nbytes
 
 
 def load_average(module: LightningModule, checkpoint: str | Path) -> None:

@@ -1,14 +1,17 @@
-"""Keep frozen weights in 16 bits while mixed precision trains."""
+"""Keep frozen weights in 16 bits while mixed precision trains, and sample in that precision."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from typing_extensions import override
+
+from sdmodule.training.frozen_weights import FrozenWeights
 
 DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """What each mixed precision computes in."""
@@ -20,8 +23,9 @@ STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
 class CastFrozenWeights(Callback):
     """In mixed precision, hold frozen linear and convolution weights in 16 bits during training steps.
 
-    They are back in full precision for validation, at the end, and whenever ``infer`` or ``save_pretrained`` is called.
-    A module without ``frozen_weights`` is left alone. See `training.frozen_weights.FrozenWeights`.
+    They are back in full precision at the end, whenever ``infer`` or ``save_pretrained`` is called, and, on a CPU, for
+    validation; on a GPU validation computes with the 16 bits that autocast would round to anyway. A module without
+    ``frozen_weights`` is left alone. See `training.frozen_weights.FrozenWeights`.
     """
 
     def __init__(self) -> None:
@@ -29,16 +33,14 @@ class CastFrozenWeights(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        dtype = DTYPES.get(str(trainer.precision))
-        frozen: Any = getattr(pl_module, "frozen_weights", None)
-        if self._cast or frozen is None or dtype is None or type(trainer.strategy) not in STRATEGIES:
-            return
-        self._cast = ExitStack()
-        self._cast.enter_context(frozen.cast(dtype))
+        if self._cast is None:
+            self._cast = ExitStack()
+            self._cast.enter_context(frozen_weights_cast(trainer, pl_module))
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end()
+        if trainer.strategy.root_device.type == "cpu":
+            self._end()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -54,3 +56,23 @@ class CastFrozenWeights(Callback):
         if self._cast is not None:
             self._cast.close()
             self._cast = None
+
+
+def frozen_weights_cast(trainer: Trainer, module: Any) -> AbstractContextManager[None]:
+    """Hold frozen weights in the 16 bits of mixed precision inside a ``with`` block, where a module has some whole."""
+    dtype = DTYPES.get(str(trainer.precision))
+    frozen: FrozenWeights | None = getattr(module, "frozen_weights", None)
+    if frozen is None or frozen.dtype is not None or dtype is None or type(trainer.strategy) not in STRATEGIES:
+        return nullcontext()
+    return frozen.cast(dtype)
+
+
+@contextmanager
+def sampling_precision(trainer: Trainer, module: Any) -> Iterator[None]:
+    """Sample in the mixed precision of a training inside the block, if it is on a GPU; on a CPU in float32."""
+    device, dtype = trainer.strategy.root_device.type, DTYPES.get(str(trainer.precision))
+    if device == "cpu" or dtype is None:
+        yield
+        return
+    with frozen_weights_cast(trainer, module), torch.autocast(device, dtype):
+        yield

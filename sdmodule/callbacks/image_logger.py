@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
@@ -31,9 +32,11 @@ class ImageLogger(Callback):
         check_int("callbacks.images.most", most)
         self.most = most
         self.sampled = 0
+        self._not_logged: deque[Samples] = deque()
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._not_logged.clear()
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and trainer.is_global_zero:
                 logger.experiment.define_metric("predict/images")
@@ -51,7 +54,13 @@ class ImageLogger(Callback):
     ) -> None:
         if not trainer.is_global_zero or not trainer.loggers:
             return
-        pairs = zip(outputs.requests, outputs.images(), strict=True)
+        # images of a GPU are taken once the next batch is under way there
+        self._not_logged.append(outputs)
+        while len(self._not_logged) > int(outputs.on_their_way):
+            self._log(trainer, self._not_logged.popleft())
+
+    def _log(self, trainer: Trainer, sampled: Samples) -> None:
+        pairs = zip(sampled.requests, sampled.images(), strict=True)
         kept = [(request, image) for request, image in pairs if request.kept]
         self.sampled += len(kept)
         images = [image for _, image in kept[: self.most]]
@@ -62,6 +71,8 @@ class ImageLogger(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
+        while self._not_logged:
+            self._log(trainer, self._not_logged.popleft())
         for writer in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(writer, PredictionWriter):
                 log_table(trainer.loggers, writer.records, writer.output_dir)

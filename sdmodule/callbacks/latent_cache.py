@@ -23,16 +23,20 @@ from sdmodule.data.buckets import Size
 from sdmodule.data.cache.latents import CachedEmbeddings, CachedMomentsDataset, ImageDataset, moments_keys
 from sdmodule.data.cache.tensor_store import TensorStore
 from sdmodule.data.example import View
+from sdmodule.data.worker_processes import loading_options
 from sdmodule.errors import SettingsError, check_choice
 from sdmodule.io.fingerprint import fingerprint, model_fingerprint
 from sdmodule.io.progress import LONG_TASK, progress
 from sdmodule.sampling.requests import INPAINT
+from sdmodule.speed.offload import Card, offloaded
 from sdmodule.training.loss import encode_moments
 
 LATENTS, ALL = CHOICES = ("latents", "all")
 PIXELS_PER_BATCH = 8 * 512 * 512
 IMAGES_PER_BATCH = 64
 CAPTIONS_PER_BATCH = 64
+SAVES_MEMORY_OF = ("cuda",)
+"""Types of devices that networks leave when training does not use them."""
 
 KeyedView = tuple[str, int, View]
 """The key of an image's moments, the image's index, and how it is transformed."""
@@ -48,7 +52,7 @@ class LatentCache(Callback):
     training is the same as without a cache. Entries are keyed by what they are computed from: moments by the image's
     bytes, its size and whether it is mirrored; embeddings by the caption; both in a folder per model, named by a
     fingerprint of its weights. So only what has changed is computed, each device a share of it, and an interrupted run
-    leaves what it has finished.
+    leaves what it has finished. On a GPU, the networks that are no longer needed wait in the host's memory.
 
     Args:
         folder: folder of the cache, shared by all runs; with several machines, one that all of them can read.
@@ -63,6 +67,7 @@ class LatentCache(Callback):
         self.folder = Path(folder).expanduser()
         self.what = what
         self._switched = ExitStack()
+        self._cards: list[Card] = []
 
     def check(self, data: Any, module: Any) -> None:
         """Check that the data and the model can be cached, without reading or writing anything.
@@ -113,7 +118,21 @@ class LatentCache(Callback):
             if self.what == ALL:
                 embeddings = self._cached_embeddings(trainer, pl_module, cached.images)
                 switched.enter_context(pl_module.cached_embeddings(embeddings))  # type: ignore[operator]
+            if pl_module.device.type in SAVES_MEMORY_OF:
+                unused = self.unused_networks(pl_module)
+                self._cards = [switched.enter_context(offloaded([[one]], pl_module.device)) for one in unused]
             self._switched = switched.pop_all()
+
+    def unused_networks(self, module: Any) -> list[Any]:
+        """The networks that training does not use, which leave a GPU and come back for validation alone."""
+        encodes_masks = module.task == INPAINT  # the masked image, at every step
+        encoders = [encoder for _, encoder in module.parts.text_encoders] if self.what == ALL else []
+        return encoders if encodes_masks else [*encoders, module.vae]
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        for card in self._cards:
+            card.clear()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -143,11 +162,12 @@ class LatentCache(Callback):
             loader = DataLoader(
                 _KeyedImages(images, share),
                 batch_sampler=_batches_of_one_size([images.size_of(index) for _, index, _ in share]),
-                num_workers=getattr(data, "num_workers", 0),
                 generator=torch.Generator(),
+                **loading_options(getattr(data, "num_workers", 0), trainer),
             )
             for batch in loader:
-                moments = encode_moments(module.parts, batch["image"].to(module.device)).cpu()
+                images_on_device = batch["image"].to(module.device, non_blocking=True)
+                moments = encode_moments(module.parts, images_on_device).cpu()
                 yield len(moments), {key: moments[k] for k, key in enumerate(batch["key"])}
 
         self._fill(trainer, store, list(missing.values()), encode, "Encoding images")

@@ -59,6 +59,7 @@ class PredictionWriter(BasePredictionWriter):
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
         self._pending: deque[Future[None]] = deque()  # in the order of submission
+        self._sampled: deque[Samples] = deque()  # not submitted yet
 
     @property
     def records(self) -> Iterator[dict[str, Any]]:
@@ -76,6 +77,7 @@ class PredictionWriter(BasePredictionWriter):
             trainer.strategy.barrier("folder ready")
         except OSError as error:
             raise unwritable(self.output_dir, error.strerror) from error
+        self._sampled.clear()
         self._pool = ThreadPoolExecutor(self.workers, "images")
 
     @override
@@ -89,6 +91,14 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
+        # images of a GPU are taken once the next batch is under way there
+        self._sampled.append(prediction)
+        while len(self._sampled) > int(prediction.on_their_way):
+            self._submit(trainer, pl_module, self._sampled.popleft())
+        self._wait(at_most=8 * self.workers)
+
+    def _submit(self, trainer: Trainer, pl_module: LightningModule, prediction: Samples) -> None:
+        """Let the threads write a batch."""
         assert self._pool is not None
         file = self._file(trainer.global_rank)
         shared = {
@@ -104,7 +114,10 @@ class PredictionWriter(BasePredictionWriter):
             if request.kept:
                 metadata = {**shared, "batch_size": rows, "batch_row": row}
                 self._pending.append(self._pool.submit(self._write, file, request, image, metadata))
-        self._wait(at_most=8 * self.workers)
+
+    def _submit_rest(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        while self._sampled:
+            self._submit(trainer, pl_module, self._sampled.popleft())
 
     def _write(self, file: Path, request: SampleRequest, image: Image.Image, metadata: dict[str, Any]) -> None:
         """Write an image's files: inputs, image, record, in this order, so that a record's image always exists."""
@@ -137,6 +150,7 @@ class PredictionWriter(BasePredictionWriter):
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._submit_rest(trainer, pl_module)
         self._wait()
         self._close()
         trainer.strategy.barrier("predictions written")
@@ -150,7 +164,11 @@ class PredictionWriter(BasePredictionWriter):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._close()  # finish writing what was sampled
+        try:  # finish writing what was sampled
+            if self._pool is not None:
+                self._submit_rest(trainer, pl_module)
+        finally:
+            self._close()
 
     def _close(self) -> None:
         if self._pool is not None:

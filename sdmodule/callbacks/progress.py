@@ -16,6 +16,7 @@ from sdmodule.callbacks.timing import TimingLogger
 from sdmodule.io.progress import LINE_SECONDS, Progress
 from sdmodule.sampling.result import Samples
 from sdmodule.sampling.stages import total_steps
+from sdmodule.training.host_copy import HostCopy
 
 
 class ProgressBar(callbacks.ProgressBar):
@@ -27,7 +28,12 @@ class ProgressBar(callbacks.ProgressBar):
     Args:
         show: False shows nothing.
         every: seconds between lines if the output is not a terminal.
+
+    Attributes:
+        waits_for_metrics: whether a GPU is waited for in each step to have its metrics; see `log_training`.
     """
+
+    waits_for_metrics = False
 
     def __init__(self, show: bool = True, every: float = LINE_SECONDS) -> None:
         super().__init__()
@@ -37,6 +43,7 @@ class ProgressBar(callbacks.ProgressBar):
         self.validation: Progress | None = None
         self._step_reports = ExitStack()
         self._batches_done, self._batch_images = 0, 0
+        self._loss: HostCopy | None = None
 
     @override
     def disable(self) -> None:
@@ -65,13 +72,17 @@ class ProgressBar(callbacks.ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self.bar is not None and trainer.global_step > self.bar.done:
-            self.bar.update(trainer.global_step, lambda: self._training_figures(trainer, pl_module))
+            terminal = self.bar.terminal
+            self.bar.update(trainer.global_step, lambda: self._training_figures(trainer, pl_module, terminal))
 
-    @staticmethod
-    def _training_figures(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
+    def _training_figures(self, trainer: Trainer, pl_module: LightningModule, often: bool) -> dict[str, str]:
         figures = {"epoch": epoch_of(trainer)} if trainer.num_training_batches > 1 else {}
         if (loss := trainer.callback_metrics.get("train/loss")) is not None:
-            figures["loss"] = f"{loss:.4f}"  # waits for the GPU
+            before, self._loss = self._loss, HostCopy(loss)
+            # a bar shows that of its last update, which a GPU has computed meanwhile
+            shown = before if often and loss.device.type != "cpu" else self._loss
+            if shown is not None:
+                figures["loss"] = f"{shown.read():.4f}"
         timing = next((c for c in trainer.callbacks if isinstance(c, TimingLogger)), None)  # type: ignore[attr-defined]
         if timing is not None and timing.steps:
             recent = timing.training_figures(trainer, pl_module, 50)

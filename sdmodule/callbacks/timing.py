@@ -12,18 +12,19 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.fabric.utilities.throughput import get_available_flops
-from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
+from sdmodule.callbacks.model_flops import CallRecorder
+from sdmodule.callbacks.peak_flops import peak_flops
 from sdmodule.callbacks.prediction_writer import PredictionWriter
 from sdmodule.callbacks.timing_figures import (
     batch_length,
     flatten,
-    is_compiled,
     median_and_p95,
     on_all_devices,
     peak_memory,
+    reset_peak_memory,
+    slowest,
 )
 from sdmodule.errors import check_bool, check_int, check_number
 from sdmodule.io.atomic import atomic_write_text
@@ -48,11 +49,12 @@ class TimingLogger(Callback):
 
     Sampling: seconds of each stage (text, denoise, decode, save) and of each denoising step, and images per second.
     Training: samples per second, seconds per step, and the share of time spent waiting for data. Both: peak memory and,
-    if the device's peak FLOPS are known, model FLOPs utilization (MFU, Chowdhery et al. 2022, appendix B).
+    if the device's peak FLOPS are known, model FLOPs utilization (MFU, Chowdhery et al. 2022, appendix B): the share of
+    the peak that the model's own operations make up. What token merging, feature caching or cached text leaves out
+    counts as done. A UNet that is compiled as a whole is not counted.
 
-    A step is one of the optimizer, with all batches that are accumulated for it. With several devices, images and
-    images per second are those of all together, and peak memory is that of the device with the most; the seconds of
-    the stages of sampling are the first device's.
+    A step is one of the optimizer, with all batches that are accumulated for it. With several devices, images, images
+    per second and MFU are those of all together, and times and peak memory those of the device that has the most.
 
     Warm-up, which includes compilation, is reported separately: the first batch of sampling, unless it is the only
     one, and the first steps of training.
@@ -84,12 +86,14 @@ class TimingLogger(Callback):
         self.synchronize = synchronize
         self.peak_flops = peak_flops
         self.flops: int | None = None
-        self._counting = ExitStack()
+        self._recording = ExitStack()
+        self._recorder: CallRecorder | None = None
 
     # ---------------------------------------------------------------------------------------------- training
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        reset_peak_memory(pl_module.device)
         self.steps: list[StepTime] = []
         self._step = StepTime()
         self._steps_done = trainer.global_step
@@ -98,8 +102,8 @@ class TimingLogger(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._batch_start = time.perf_counter()
-        if self._counts_flops(trainer, pl_module) and not self._step.images:
-            self._counter = self._counting.enter_context(FlopCounterMode(display=False))
+        if len(self.steps) == 1 and not self._step.images:
+            self._record_calls(trainer, pl_module)
 
     @override
     def on_train_batch_end(
@@ -115,9 +119,9 @@ class TimingLogger(Callback):
         if trainer.global_step == self._steps_done:  # gradients are accumulated
             return
         self._steps_done = trainer.global_step
-        if self._counts_flops(trainer, pl_module):
-            self._counting.close()
-            self.flops = self._counter.get_total_flops()
+        if len(self.steps) == 1:
+            self._count_flops()
+            self._batch_end = time.perf_counter()
         self.steps.append(self._step)
         self._step = StepTime()
         if trainer.global_step % trainer.log_every_n_steps == 0 and len(self.steps) > self.warmup_steps:  # type: ignore[attr-defined]
@@ -130,10 +134,6 @@ class TimingLogger(Callback):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._batch_end = time.perf_counter()  # validation is not waiting for data
-
-    def _counts_flops(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        """Whether this step's operations are counted: those of the second step are."""
-        return len(self.steps) == 1 and bool(self._peak(trainer, pl_module)) and not is_compiled(pl_module)
 
     def training_figures(self, trainer: Trainer, pl_module: LightningModule, last: int | None = None) -> dict[str, Any]:
         """Figures of the steps after warm-up, or of the ``last`` ones among them; all devices must ask for them.
@@ -149,6 +149,7 @@ class TimingLogger(Callback):
             "step_seconds": median_and_p95([step.seconds for step in steps]),
             "data_wait": sum(step.waiting for step in steps) / seconds,
             "peak_memory": peak_memory(pl_module.device),
+            "flops": self.flops,
         }
         devices = on_all_devices(own, trainer)
         figures: dict[str, Any] = {
@@ -158,8 +159,9 @@ class TimingLogger(Callback):
             "peak_memory_gib": max(one["peak_memory"] for one in devices) / 2**30,
         }
         peak = self._peak(trainer, pl_module)
-        if peak and self.flops:
-            figures["mfu"] = self.flops * len(steps) / seconds / peak
+        if peak and all(one["flops"] for one in devices):
+            done = len(steps) * sum(one["flops"] for one in devices)
+            figures["mfu"] = done / max(one["seconds"] for one in devices) / peak / len(devices)
         return figures
 
     @override
@@ -183,17 +185,18 @@ class TimingLogger(Callback):
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.batches: list[dict[str, float]] = []
-        self.denoising: list[list[float]] = []
+        self.batches: list[Any] = []  # seconds of each stage, not read before the end
+        self.denoising: list[Any] = []
         self.images: list[int] = []
+        reset_peak_memory(pl_module.device)
         self._predict_start = time.perf_counter()
 
     @override
     def on_predict_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if batch_idx == 0 and self._peak(trainer, pl_module) and not is_compiled(pl_module):
-            self._counter = self._counting.enter_context(FlopCounterMode(display=False))
+        if batch_idx == 0:
+            self._record_calls(trainer, pl_module)
 
     @override
     def on_predict_batch_end(
@@ -205,45 +208,37 @@ class TimingLogger(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._counting.close()
-        if batch_idx == 0 and self._peak(trainer, pl_module) and not is_compiled(pl_module):
-            self.flops = self._counter.get_total_flops() // len(outputs.requests)
+        self._recording.close()
         self.batches.append(outputs.seconds)
         self.denoising.append(outputs.step_seconds)
         self.images.append(len(outputs.requests))
 
     @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        total = time.perf_counter() - self._predict_start
-        skip = 1 if len(self.batches) > 1 else 0
-        stages = (
-            {name: sum(batch[name] for batch in self.batches[skip:]) for name in self.batches[0]}
-            if self.batches
-            else {}
-        )
-        saved = [c.seconds for c in trainer.callbacks if isinstance(c, PredictionWriter)]  # type: ignore[attr-defined]
-        own = {
-            "images": sum(self.images),
-            "rate": sum(self.images[skip:]) / sum(stages.values()) if stages else 0.0,
-            "peak_memory": peak_memory(pl_module.device),
-        }
-        devices = on_all_devices(own, trainer)
+        devices = on_all_devices(self._own_figures(trainer, pl_module), trainer)
         if not trainer.is_global_zero or not self.batches:
             return
         rate = sum(one["rate"] for one in devices)
         timings: dict[str, Any] = {
             "images": sum(one["images"] for one in devices),
-            "seconds": {**stages, "save": sum(saved)},
-            "seconds_total": total,
-            "step_seconds": median_and_p95([step for steps in self.denoising[skip:] for step in steps]),
+            "seconds": slowest([one["seconds"] for one in devices]),
+            "seconds_total": max(one["total"] for one in devices),
+            "step_seconds": slowest([one["step_seconds"] for one in devices]),
             "images_per_second": rate,
-            "warmup": {"images": self.images[0], "seconds": self.batches[0]} if skip else None,
+            "warmup": {
+                "images": sum(one["warmup_images"] for one in devices),
+                "seconds": slowest([one["warmup_seconds"] for one in devices]),
+            }
+            if len(self.batches) > 1
+            else None,
             "peak_memory_bytes": max(one["peak_memory"] for one in devices),
             "device": str(pl_module.device),
             "devices": trainer.world_size,
         }
         peak = self._peak(trainer, pl_module)
+        self._count_flops()
         if peak and self.flops:
+            self.flops //= self.images[0]
             timings |= {"flops_per_image": self.flops, "mfu": self.flops * rate / peak / trainer.world_size}
         self._write(timings)
         names = ("seconds", "step_seconds", "images_per_second", "mfu")
@@ -252,18 +247,46 @@ class TimingLogger(Callback):
             logger.log_metrics({f"predict/{name}": value for name, value in flatten(logged)})
             logger.save()
 
+    def _own_figures(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """What this device has sampled, and in what time."""
+        skip = 1 if len(self.batches) > 1 else 0
+        stages = (
+            {name: sum(batch[name] for batch in self.batches[skip:]) for name in self.batches[0]}
+            if self.batches
+            else {}
+        )
+        saved = [c.seconds for c in trainer.callbacks if isinstance(c, PredictionWriter)]  # type: ignore[attr-defined]
+        return {
+            "images": sum(self.images),
+            "rate": sum(self.images[skip:]) / sum(stages.values()) if stages else 0.0,
+            "peak_memory": peak_memory(pl_module.device),
+            "seconds": {**stages, "save": sum(saved)} if stages else {},
+            "total": time.perf_counter() - self._predict_start,  # stages are read above, once the device is done
+            "step_seconds": median_and_p95([step for steps in self.denoising[skip:] for step in steps]),
+            "warmup_images": self.images[0] if skip else 0,
+            "warmup_seconds": dict(self.batches[0]) if skip else {},
+        }
+
     # ---------------------------------------------------------------------------------------------- both
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._counting.close()
+        self._recording.close()
+
+    def _record_calls(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the calls of the model from here on, if the device's peak is known."""
+        if self._peak(trainer, pl_module):
+            self._recorder = self._recording.enter_context(CallRecorder(pl_module))
+
+    def _count_flops(self) -> None:
+        """Count the operations of the calls that were noted."""
+        self._recording.close()
+        self.flops = None if self._recorder is None else self._recorder.flops()
 
     def _peak(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
         """Peak floating-point operations per second of the device; None or 0 if unknown."""
         if self.peak_flops is None and pl_module.device.type == "cuda":
-            dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float16
-            dtype = torch.float32 if "32" in str(trainer.precision) else dtype
-            self.peak_flops = get_available_flops(pl_module.device, dtype) or 0.0
+            self.peak_flops = peak_flops(pl_module.device, str(trainer.precision)) or 0.0
         return self.peak_flops
 
     def _write(self, timings: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 
 
 def on_all_devices(own: Any, trainer: Trainer) -> list[Any]:
@@ -43,13 +43,20 @@ def batch_length(batch: Any) -> int:
     return len(first)
 
 
-def is_compiled(module: LightningModule) -> bool:
-    """Whether any part is compiled; operations inside compiled code cannot be counted."""
-    return any(getattr(part, "_compiled_call_impl", None) is not None for part in module.modules())
+def slowest(times: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of each time, that of the device where it is longest."""
+    names = dict.fromkeys(name for one in times for name in one)
+    return {name: max(one[name] for one in times if name in one) for name in names}
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Forget the GPU's peak of earlier runs in this process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak memory so far in bytes: allocated on the GPU, or resident on the CPU."""
+    """Peak memory in bytes: allocated on the GPU since `reset_peak_memory`, or resident on the CPU so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

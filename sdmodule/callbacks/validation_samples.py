@@ -13,6 +13,7 @@ from PIL import Image
 from typing_extensions import override
 
 from sdmodule.callbacks.ema import EMA
+from sdmodule.callbacks.frozen_weights import sampling_precision
 from sdmodule.callbacks.log_images import log_images
 from sdmodule.callbacks.validation_interval import ValidationInterval
 from sdmodule.conditioning.inpaint import mask_out
@@ -101,18 +102,21 @@ class ValidationSamples(Callback):
             self._captions = self._first_captions(trainer)
         texts = self.prompts or self._captions
         prompts = self.prompts or [escape_prompt(caption) for caption in texts]
-        if pl_module.task == INPAINT:
-            images, columns = self._inpaint(trainer, pl_module, prompts), 3
-        elif pl_module.controlnet is not None:
-            images, columns = self._control(trainer, pl_module, prompts), 2
-        else:
-            out = pl_module.infer(prompts, seed=self.seed, show_progress=shows_progress(trainer))  # type: ignore[operator]
-            images, columns = out["samples"], 1
+        with sampling_precision(trainer, pl_module):
+            images, columns = self._images(trainer, pl_module, prompts)
         captions = [f"{text} · seed {self.seed + k}" for k, text in enumerate(texts)]
         self.output_dir.mkdir(parents=True, exist_ok=True)
         file = self.output_dir / f"{trainer.global_step:06d}.png"
         save_png(captioned_sheet(images, captions, columns * TILE), file, {})
         log_images(trainer.loggers, "val/samples", images, captions, trainer.global_step)
+
+    def _images(self, trainer: Trainer, pl_module: Any, prompts: Sequence[str]) -> tuple[list[Image.Image], int]:
+        """For each prompt a sample, with what belongs beside it, and how many images that is."""
+        if pl_module.task == INPAINT:
+            return self._inpaint(trainer, pl_module, prompts), 3
+        if pl_module.controlnet is not None:
+            return self._control(trainer, pl_module, prompts), 2
+        return pl_module.infer(prompts, seed=self.seed, show_progress=shows_progress(trainer))["samples"], 1
 
     def _inpaint(self, trainer: Trainer, pl_module: Any, prompts: Sequence[str]) -> list[Image.Image]:
         """For each prompt, side by side: an image of the data, the image masked, and the image inpainted."""

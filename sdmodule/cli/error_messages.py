@@ -129,9 +129,12 @@ def report_resource_errors(cfg: DictConfig) -> Iterator[None]:
             advice = ", then ".join(memory_advice(cfg))
             raise SettingsError(f"out of memory; lower, in this order: {advice}.") from error
         if WORKER_DIED.search(str(error)):
+            from sdmodule.data.worker_processes import default_workers
+
+            workers = OmegaConf.select(cfg, "data.num_workers")
             raise SettingsError(
                 "a data loading process died, probably out of memory; resume with ckpt_path=last and data.num_workers="
-                f"{max(0, OmegaConf.select(cfg, 'data.num_workers', default=0) // 2)}."
+                f"{(default_workers() if workers is None else workers) // 2}."
             ) from error
         raise
     except OSError as error:

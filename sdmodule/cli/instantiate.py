@@ -18,7 +18,7 @@ from sdmodule.errors import SettingsError
 if TYPE_CHECKING:
     from lightning import Trainer
 
-EXTRAS = ("bitsandbytes", "deepspeed", "mlflow", "tensorboard")
+EXTRAS = ("bitsandbytes", "mlflow", "tensorboard")
 """Packages that some settings need and that only an extra of sdmodule installs."""
 
 

@@ -100,6 +100,7 @@ def filter_library_messages() -> None:
         "infer the batch indices",
         "across ranks is zero",
         "was called before the ``update`` method",  # of metrics, where a signal ends a validation
+        "overridden `transfer_batch_to_device`",  # ours serves any data module
         "Already found a `peft_config`",  # when a second adapter is added beside the first
     ):
         warnings.filterwarnings("ignore", message=f".*{part}.*")

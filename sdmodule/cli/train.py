@@ -47,7 +47,7 @@ def train(cfg: DictConfig) -> None:
     model.setup("fit")
     check_compatible(model, data, trainer.callbacks)  # type: ignore[attr-defined]
     if cfg.ckpt_path:
-        check_fits(cfg.ckpt_path, model, trainer)
+        check_fits(cfg.ckpt_path, model)
 
     with output_dir_locked(output_dir):
         fit(cfg, trainer, model, data, output_dir)

@@ -20,6 +20,7 @@ from sdmodule.callbacks.validation_interval import ValidationInterval
 from sdmodule.errors import SettingsError, check_int
 from sdmodule.training.checkpoint_io import AtomicCheckpointIO
 from sdmodule.training.precision import FusedMixedPrecision
+from sdmodule.training.strategies import check_strategy
 
 BF16_MIXED: Final = "bf16-mixed"
 MIXED = (BF16_MIXED, "16-mixed")
@@ -51,8 +52,9 @@ def make_trainer(
         settings: further arguments of ``lightning.Trainer``.
 
     Raises:
-        SettingsError: if there is no GPU to use, or Lightning refuses the settings.
+        SettingsError: if there is no GPU to use, the strategy shards the model, or Lightning refuses the settings.
     """
+    check_strategy(settings.get("strategy"))
     has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     if accelerator == "auto":
         accelerator = "gpu" if has_gpu else "cpu"
@@ -69,11 +71,8 @@ def make_trainer(
             "use precision=32-true."
         )
     plugins = list(settings.pop("plugins", None) or [])
-    strategy = str(settings.get("strategy"))
-    if "deepspeed" not in strategy:  # DeepSpeed writes its own checkpoints
-        plugins.append(AtomicCheckpointIO())
-    own_precision = "deepspeed" in strategy or "fsdp" in strategy  # both come with their precision plugin
-    if precision in MIXED and accelerator in ("cpu", "gpu") and not own_precision:
+    plugins.append(AtomicCheckpointIO())
+    if precision in MIXED and accelerator in ("cpu", "gpu"):
         device = "cpu" if accelerator == "cpu" else "cuda" if torch.cuda.is_available() else "mps"
         plugins.append(FusedMixedPrecision(precision, device))  # type: ignore[arg-type]
     # Lightning's dry run validates at its end anyway
@@ -104,8 +103,8 @@ def make_trainer(
     started = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
     if started > 1 and trainer.world_size == 1:  # each of them would do the whole work, in one folder
         raise SettingsError(
-            f"trainer.strategy={strategy}: torchrun started {started} processes, and each would train alone; add "
-            f"trainer.strategy=ddp and trainer.devices, or trainer=ddp."
+            f"trainer.strategy={settings.get('strategy')}: torchrun started {started} processes, and each would train "
+            "alone; add trainer.strategy=ddp and trainer.devices, or trainer=ddp."
         )
     return trainer
 

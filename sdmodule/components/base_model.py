@@ -13,6 +13,9 @@ from torch import Tensor
 from sdmodule.components.checkpoint import Components
 from sdmodule.errors import SettingsError, choices
 
+THREADS_FROM = 2**25
+"""Bytes from which on threads hash weights faster than they are started."""
+
 
 class BaseModel:
     """The identity of a base model, stored in training checkpoints instead of its frozen weights.
@@ -70,5 +73,8 @@ def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
         hashed.update(content.reshape(-1).view(torch.uint8).numpy().data)
         return hashed.digest()
 
+    ordered = [weights[name] for name in sorted(weights)]
+    if sum(weight.nbytes for weight in ordered) < THREADS_FROM:
+        return hashlib.sha256(b"".join(map(digest, ordered))).hexdigest()
     with ThreadPoolExecutor() as pool:
-        return hashlib.sha256(b"".join(pool.map(digest, (weights[name] for name in sorted(weights))))).hexdigest()
+        return hashlib.sha256(b"".join(pool.map(digest, ordered))).hexdigest()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from huggingface_hub import hf_hub_download
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 
@@ -46,6 +46,7 @@ class Components:
         text_encoder_2: the second text encoder of a family that has two.
         tokenizer_2: its tokenizer.
         zero_empty_prompts: whether an empty negative prompt has embeddings of zeros.
+        vae_overflows: whether the VAE overflowed float16 once, and computes in float32 from then on.
     """
 
     unet: UNet2DConditionModel
@@ -63,6 +64,16 @@ class Components:
     text_encoder_2: Any = None
     tokenizer_2: CLIPTokenizer | None = None
     zero_empty_prompts: bool = False
+    vae_overflows: bool = False
+    _schedules: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+
+    def schedule_on(self, device: torch.device) -> Tensor:
+        """The noise schedule ``alphas_cumprod`` ``[T]`` on a device, copied there once."""
+        own = self.scheduler.alphas_cumprod
+        known, copy = self._schedules.get(device, (None, None))
+        if copy is None or known is not own:
+            self._schedules[device] = own, (copy := own.to(device))
+        return copy
 
     @property
     def networks(self) -> dict[str, nn.Module]:

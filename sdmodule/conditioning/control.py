@@ -20,6 +20,7 @@ from sdmodule.conditioning.canny import canny_edges
 from sdmodule.conditioning.control_settings import ControlSettings, spread
 from sdmodule.conditioning.masked_image import as_list, read_image
 from sdmodule.conditioning.t2i_adapter import T2IGuide, t2i_guide
+from sdmodule.diffusion.upload import upload
 from sdmodule.errors import SettingsError
 from sdmodule.io.transparency import on_white
 
@@ -204,7 +205,7 @@ def guide_of(
     net: Any, images: Sequence[Image.Image], size: tuple[int, int], scale: float, unet: Any
 ) -> ControlGuide | T2IGuide:
     """A ControlNet or T2I-Adapter with its control images."""
-    tensor = controls_to_tensor(images, size).to(unet.device)
+    tensor = upload(controls_to_tensor(images, size), unet.device)
     if isinstance(net, T2IAdapter):
         return t2i_guide(net, tensor.to(unet.dtype), scale)
     return ControlGuide(net, tensor, scale)

@@ -22,6 +22,7 @@ from sdmodule.conditioning.inpaint import inpaint_channels, mask_out, masks_to_l
 from sdmodule.conditioning.inpaint_crop import InpaintCrop
 from sdmodule.diffusion.noise_level import NoiseLevel
 from sdmodule.diffusion.sampler import Generators, draw_latents
+from sdmodule.diffusion.upload import upload
 from sdmodule.errors import SettingsError
 
 
@@ -88,9 +89,11 @@ def prepare_inpaint_latents(
         SettingsError: for a mask that is empty at the latents' size.
     """
     unet = parts.unet
-    images = torch.stack([crop.image for crop in crops]).to(unet.device, latents_dtype(unet))
+    masks = torch.stack([crop.mask for crop in crops])
+    _check_masks(masks, shape[1:])
+    images = upload(torch.stack([crop.image for crop in crops]), unet.device).to(latents_dtype(unet))
     images = images.to(memory_format=torch.channels_last)  # as in diffusers, so that sums round alike
-    masks = torch.stack([crop.mask for crop in crops]).to(images)
+    masks = upload(masks, unet.device).to(images)
     is_inpaint = is_inpaint_unet(unet)
     # the order of these draws is that of diffusers' pipeline
     known = None if is_inpaint and whole else encode_pixels(parts, images, generators).contiguous()
@@ -102,10 +105,14 @@ def prepare_inpaint_latents(
     else:
         channels = inpaint_channels(masks, encode_pixels(parts, mask_out(images, masks), generators))
     latent_masks = masks_to_latents(masks, noise.shape[-2:])
-    if not latent_masks.flatten(1).any(dim=1).all():
-        height, width = images.shape[-2:]
-        raise SettingsError(
-            f"mask: too small, since nothing of it is left at the model's size of {width}x{height} pixels; "
-            "use only_masked=true, or paint a larger mask."
-        )
     return InpaintLatents(latent_masks, noise, known, channels)
+
+
+def _check_masks(masks: Tensor, size: Sequence[int]) -> None:
+    if masks_to_latents(masks, size).flatten(1).any(dim=1).all():
+        return
+    height, width = masks.shape[-2:]
+    raise SettingsError(
+        f"mask: too small, since nothing of it is left at the model's size of {width}x{height} pixels; "
+        "use only_masked=true, or paint a larger mask."
+    )

@@ -7,10 +7,9 @@ For a prompt without weights and of at most 75 tokens, the embeddings equal thos
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from textwrap import shorten
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from sdmodule.components.checkpoint import Components
 from sdmodule.components.learned_words import multi_vector_tokens
 from sdmodule.conditioning.prompt_syntax import parse_weights, split_at_breaks
+from sdmodule.diffusion.upload import upload
 from sdmodule.errors import SettingsError
 from sdmodule.families.conditioning import Conditioning
 from sdmodule.families.recognize import STABLE_DIFFUSION
@@ -27,8 +27,7 @@ COMMA_REACH = 20
 """A long prompt is split after a comma, if there is one among this many last tokens of a chunk."""
 
 
-@dataclass(frozen=True)
-class TokenChunks:
+class TokenChunks(NamedTuple):
     """Prompts as chunks of tokens, each with its own start, end and padding tokens.
 
     Attributes:
@@ -40,6 +39,10 @@ class TokenChunks:
     input_ids: Tensor
     attention_mask: Tensor
     weights: Tensor
+
+
+Tokens = tuple[Tensor, Tensor | None, Tensor | None]
+"""Ids of N chunks, ``[N, L]``; their attention mask if the text encoder uses it; their weights if not all are 1."""
 
 
 def count_chunks(prompt: str, tokenizer: CLIPTokenizer) -> int:
@@ -139,7 +142,8 @@ def encode_prompts(
         SettingsError: if a prompt needs more than ``chunks`` or has a weight out of range, or if the tokenizer's length
             exceeds the text encoder's.
     """
-    return _encode(prompts, tokenizer, text_encoder, STABLE_DIFFUSION.encode, chunks)[0]
+    tokens = encoder_input(prompts, tokenizer, text_encoder, chunks)
+    return _encode(tokens, len(prompts), text_encoder, STABLE_DIFFUSION.encode)[0]
 
 
 def encode_texts(
@@ -161,9 +165,22 @@ def encode_texts(
     Raises:
         SettingsError: as `encode_prompts` does.
     """
-    encode = partial(parts.family.encode, clip_skip=clip_skip)
+    return encode_tokens(tokenize_texts(prompts, parts, chunks, second), len(prompts), parts, clip_skip)
+
+
+def tokenize_texts(
+    prompts: Sequence[str], parts: Components, chunks: int, second: Sequence[str] | None = None
+) -> tuple[Tokens, ...]:
+    """Tokens of prompts for each text encoder of a model, on the CPU; the arguments are those of `encode_texts`."""
     texts = [prompts, prompts if second is None else second]
-    encoded = [_encode(each, *pair, encode, chunks) for each, pair in zip(texts, parts.text_encoders, strict=False)]
+    return tuple(encoder_input(each, *pair, chunks) for each, pair in zip(texts, parts.text_encoders, strict=False))
+
+
+def encode_tokens(tokens: Sequence[Tokens], count: int, parts: Components, clip_skip: int = 0) -> Conditioning:
+    """Embeddings of ``count`` prompts from their tokens for each text encoder; see `encode_texts`."""
+    encode = partial(parts.family.encode, clip_skip=clip_skip)
+    pairs = zip(tokens, parts.text_encoders, strict=True)
+    encoded = [_encode(each, count, encoder, encode) for each, (_, encoder) in pairs]
     pooled = [embedding for _, embedding in encoded if embedding is not None]
     return Conditioning(torch.cat([hidden for hidden, _ in encoded], dim=-1), pooled[-1] if pooled else None)
 
@@ -173,32 +190,38 @@ def chunks_of(prompts: Sequence[str], parts: Components) -> int:
     return max(count_chunks(prompt, tokenizer) for prompt in prompts for tokenizer, _ in parts.text_encoders)
 
 
-def _encode(
-    prompts: Sequence[str],
-    tokenizer: CLIPTokenizer,
-    text_encoder: Any,
-    encode: Callable[[Any, Tensor, Tensor | None], tuple[Tensor, Tensor | None]],
-    chunks: int | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Hidden states ``[B, chunks * L, D]`` by one text encoder, and the pooled embedding of each first chunk."""
+def encoder_input(prompts: Sequence[str], tokenizer: CLIPTokenizer, text_encoder: Any, chunks: int | None) -> Tokens:
+    """What a text encoder reads of prompts, on the CPU.
+
+    Raises:
+        SettingsError: as `encode_prompts` does.
+    """
     length, positions = tokenizer.model_max_length, text_encoder.config.max_position_embeddings
     if length > positions:
         raise SettingsError(
             f"tokenizer.model_max_length={length}: the text encoder reads {positions} tokens; "
             f"set model_max_length to {positions} in tokenizer_config.json."
         )
-    tokens = tokenize(prompts, tokenizer, chunks)
+    ids, mask, weights = (each.flatten(0, 1) for each in tokenize(prompts, tokenizer, chunks))
+    # Stable Diffusion's encoders attend to padding
+    uses_mask = getattr(text_encoder.config, "use_attention_mask", False)
+    return ids, mask if uses_mask else None, weights if (weights != 1).any() else None
+
+
+def _encode(
+    tokens: Tokens,
+    count: int,
+    text_encoder: Any,
+    encode: Callable[[Any, Tensor, Tensor | None], tuple[Tensor, Tensor | None]],
+) -> tuple[Tensor, Tensor | None]:
+    """Hidden states ``[B, chunks * L, D]`` by one text encoder, and the pooled embedding of each first chunk."""
     device = text_encoder.device
-    use_mask = getattr(
-        text_encoder.config, "use_attention_mask", False
-    )  # Stable Diffusion's encoders attend to padding
-    mask = tokens.attention_mask.flatten(0, 1).to(device) if use_mask else None
-    hidden, pooled = encode(text_encoder, tokens.input_ids.flatten(0, 1).to(device), mask)
-    weights = tokens.weights.flatten(0, 1)
-    if (weights != 1).any():
-        hidden = apply_prompt_weights(hidden, weights.to(device))
-    hidden = hidden.to(text_encoder.dtype).reshape(len(prompts), -1, hidden.shape[-1])
-    return hidden, None if pooled is None else pooled.unflatten(0, (len(prompts), -1))[:, 0]
+    ids, mask, weights = (None if each is None else upload(each, device) for each in tokens)
+    hidden, pooled = encode(text_encoder, ids, mask)  # type: ignore[arg-type]
+    if weights is not None:
+        hidden = apply_prompt_weights(hidden, weights)
+    hidden = hidden.to(text_encoder.dtype).reshape(count, -1, hidden.shape[-1])
+    return hidden, None if pooled is None else pooled.unflatten(0, (count, -1))[:, 0]
 
 
 def apply_prompt_weights(hidden: Tensor, weights: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from sdmodule.data.sources.folder import Folder
 from sdmodule.data.sources.huggingface import HuggingFaceData
 from sdmodule.data.sources.mix import WeightedSource, mix_sources, parse_source
 from sdmodule.data.sources.tar_shards import Shards
+from sdmodule.data.worker_processes import check_workers, loading_options
 from sdmodule.errors import SettingsError, check_bool, check_choice, check_int, check_number, check_seed, is_int
 
 
@@ -45,7 +46,7 @@ class ImageDataModule(TrainingData):
         conditioning: control images for a ControlNet, ``conditioning`` ``[B, 3, H, W]`` in [0, 1]: ``canny`` for the
             edges of the images, ``files`` for the control images that the metadata name.
         skip_bad: leave unreadable files out with a warning instead of an error.
-        num_workers: worker processes that load images; 0 loads in the training process.
+        num_workers: processes that load images; 0 loads in the training's own; None is by device: `loading_options`.
         seed: seed of the order, the crops, the flips and the shuffled tags.
 
     Raises:
@@ -64,7 +65,7 @@ class ImageDataModule(TrainingData):
         buckets: bool = False,
         conditioning: str | None = None,
         skip_bad: bool = False,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -76,7 +77,7 @@ class ImageDataModule(TrainingData):
                 f"data.resolution={resolution}: must be a whole number of at least 1, or two as [height, width]."
             )
         check_int("data.batch_size", batch_size)
-        check_int("data.num_workers", num_workers, minimum=0)
+        check_workers(num_workers)
         check_seed("data.seed", seed)
         check_bool("data.center_crop", center_crop)
         check_bool("data.random_flip", random_flip)
@@ -144,7 +145,9 @@ class ImageDataModule(TrainingData):
         assert self.val_set is not None
         if not len(self.val_set):
             return []
-        return DataLoader(self.val_set, batch_size=self.batch_size, num_workers=self.num_workers)
+        batches = -(-len(self.val_set) // self.batch_size)
+        options = loading_options(self.num_workers, self.trainer, batches)
+        return DataLoader(self.val_set, batch_size=self.batch_size, **options)
 
 
 def _check_control_files(images: ImageFolderDataset) -> None:

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
 
+from sdmodule.data.worker_processes import loading_options
 from sdmodule.errors import MAX_SEED
 from sdmodule.training.loop_state import renumber_batches, resumed_batch
 
@@ -111,7 +112,7 @@ def training_loader(
     data: Dataset[Any],
     batch_size: int,
     seed: int,
-    workers: int,
+    workers: int | None,
     trainer: Trainer | None,
     groups: Sequence[Sequence[int]] | None = None,
     collate: Callable[[Sequence[Any]], Any] | None = None,
@@ -123,7 +124,7 @@ def training_loader(
         data: the examples; if they are fewer than a batch, the batch is smaller.
         batch_size: examples per batch on each device.
         seed: seed of the order.
-        workers: number of worker processes; 0 loads in the training process.
+        workers: number of worker processes; 0 loads in the training process; None is by device, see `loading_options`.
         trainer: gives the number of devices and the progress of training.
         groups: indices of examples that may share a batch; None for a single group of all.
         collate: makes a batch of examples; None for torch's default.
@@ -140,13 +141,14 @@ def training_loader(
             f"data.batch_size={batch_size}: there are only {count} training images, so the batch size is "
             f"{device_batch_size}."
         )
+    options = loading_options(workers, trainer, sampler.batches)
     loader = DataLoader(
         data,
         batch_size=device_batch_size,
         sampler=sampler,
-        num_workers=workers,
         collate_fn=collate,
-        persistent_workers=workers > 0,
+        persistent_workers=options["num_workers"] > 0,
+        **options,
         # without its own generator, the loader would advance the global RNG
         generator=torch.Generator().manual_seed(seed),
     )

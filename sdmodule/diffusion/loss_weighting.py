@@ -22,7 +22,7 @@ def signal_to_noise(alphas_cumprod: Tensor) -> Tensor:
     ``1 / sqrt(SNR)`` finite.
     """
     snr = alphas_cumprod / (1.0 - alphas_cumprod)
-    return snr.clamp(min=snr[snr > 0].min())
+    return snr.clamp(min=torch.where(snr > 0, snr, torch.inf).min())  # of GPUs no value is waited for
 
 
 def loss_weights(

@@ -74,7 +74,12 @@ def prior_preservation_loss(losses: Tensor, prior: Tensor, weight: float) -> Ten
         prior: which examples are class images rather than instance images, ``[B]``; both occur.
         weight: weight of the class images' loss, lambda in the paper.
     """
-    return losses[~prior].mean() + weight * losses[prior].mean()
+    count = len(prior) // 2
+    if prior.device.type == "cpu" and prior.tolist() == [False] * count + [True] * count:  # no GPU has to be asked
+        instances, others = losses.chunk(2)
+    else:
+        instances, others = losses[~prior], losses[prior]
+    return instances.mean() + weight * others.mean()
 
 
 def draw_timesteps(count: int, total: int, generator: torch.Generator, shift: float = 1.0) -> Tensor:

@@ -11,6 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from sdmodule.diffusion.step_noise import steps_on_device
+from sdmodule.diffusion.upload import upload
 
 Generators = torch.Generator | Sequence[torch.Generator]
 """Source of the noise of a batch: one for each image, or one for all."""
@@ -30,7 +31,8 @@ def draw_latents(shape: tuple[int, ...], generators: Generators, like: Tensor) -
     Row k is drawn from generator k; a single generator draws all rows at once, as in diffusers' pipelines.
     """
     source = generators if isinstance(generators, torch.Generator) else list(generators)
-    return randn_tensor(shape, generator=source, device=like.device, dtype=like.dtype)
+    drawn_on = source.device if isinstance(source, torch.Generator) else source[0].device
+    return upload(randn_tensor(shape, generator=source, device=drawn_on, dtype=like.dtype), like.device)
 
 
 def denoise(
@@ -63,7 +65,7 @@ def denoise(
     source = generators if isinstance(generators, torch.Generator) else list(generators)
     extra = {k: v for k, v in {"eta": eta, "generator": source}.items() if k in accepted}
     timesteps = scheduler.timesteps if timesteps is None else timesteps
-    on_device = timesteps.to(latents.device)  # at once: the scheduler looks coefficients up on the CPU, step by step
+    on_device = upload(timesteps, latents.device)  # at once; the scheduler takes those on the CPU
     each = [source] if isinstance(source, torch.Generator) else source
     with steps_on_device(scheduler, latents.device, each, len(timesteps)) as stepping:
         for index, timestep in enumerate(timesteps):

@@ -8,9 +8,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from diffusers import UniPCMultistepScheduler
+from diffusers import LMSDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from sdmodule.diffusion.upload import upload
 
 LARGEST_UPLOAD = 2**28
 """Bytes of noise that are uploaded at once: that of all steps, but for long runs of large batches."""
@@ -37,7 +39,9 @@ def steps_on_device(
         yield nullcontext()
         return
     if isinstance(scheduler, UniPCMultistepScheduler):  # copies coefficients at each step, if they are not there yet
-        scheduler.sigmas = scheduler.sigmas.to(device)
+        scheduler.sigmas = upload(scheduler.sigmas, device)
+    if isinstance(scheduler, LMSDiscreteScheduler):  # integrates coefficients, which with tensors outlasts a UNet call
+        scheduler.sigmas = scheduler.sigmas.tolist()
     noise = NoiseAhead([one for one in generators if one.device.type == "cpu"], device, steps)
     try:
         yield DeviceStep(noise)
@@ -59,7 +63,7 @@ class DeviceStep(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The result of a function of torch."""
         kwargs = kwargs or {}
-        if func is torch.randn and kwargs.get("generator") in self.noise.generators:
+        if func is torch.randn and kwargs.get("generator") in self.noise.used:
             return self.noise.draw(tuple(args[0]), kwargs["generator"], kwargs.get("dtype"))
         if func is torch.linalg.solve:
             return torch.linalg.solve_ex(*args, **kwargs).result
@@ -74,7 +78,7 @@ class NoiseAhead:
     Args:
         generators: one for each image, or one for all.
         device: where the noise is needed.
-        steps: at most that many times each generator draws.
+        steps: at most that many times the noise of a step is drawn.
     """
 
     def __init__(self, generators: Sequence[torch.Generator], device: torch.device, steps: int) -> None:
@@ -82,34 +86,36 @@ class NoiseAhead:
         self.device = device
         self.left = steps
         self.drawn = torch.empty(0)  # [steps, generators, *shape]
-        self.used = [0] * len(self.generators)
         self.states: list[list[Tensor]] = []  # of each generator before each step
+        self.used = {generator: 0 for generator in self.generators}
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype | None) -> Tensor:
         """The next noise of a generator, of ``shape``, on the device."""
-        row = self.generators.index(generator)
-        if self.used[row] == len(self.drawn):
+        rows = [row for row, one in enumerate(self.generators) if one is generator]
+        step, turn = divmod(self.used[generator], len(rows))
+        if step == len(self.drawn):
             self._draw_ahead(shape, dtype)
-        self.used[row] += 1
-        return self.drawn[self.used[row] - 1, row]
+            step = 0
+        self.used[generator] += 1
+        return self.drawn[step, rows[turn]]
 
     def rewind(self) -> None:
         """Set each generator back to where it was before the noise that nobody asked for."""
-        for row, generator in enumerate(self.generators):
-            if self.used[row] < len(self.states):
-                generator.set_state(self.states[self.used[row]][row])
+        for generator, used in self.used.items():
+            step = used // self.generators.count(generator)
+            if step < len(self.states):
+                generator.set_state(self.states[step][self.generators.index(generator)])
 
     def _draw_ahead(self, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
         dtype = dtype or torch.get_default_dtype()
         rows = len(self.generators)
         steps = min(max(self.left, 1), max(LARGEST_UPLOAD // (rows * math.prod(shape) * dtype.itemsize), 1))
-        pinned = torch.cuda.is_available()  # not with fake tensors, or on the GPU of a Mac
-        drawn = torch.empty(steps, rows, *shape, dtype=dtype, pin_memory=pinned)
+        drawn = torch.empty(steps, rows, *shape, dtype=dtype)
         self.states = []
         for step in range(steps):
             self.states.append([generator.get_state() for generator in self.generators])
             for row, generator in enumerate(self.generators):
                 torch.randn(shape, generator=generator, out=drawn[step, row])
-        self.drawn = drawn.to(self.device, non_blocking=True)
-        self.used = [0] * rows
+        self.drawn = upload(drawn, self.device)
+        self.used = dict.fromkeys(self.used, 0)
         self.left -= steps

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sdmodule.diffusion.upload import upload
+
 
 @dataclass(frozen=True)
 class ImageSizes:
@@ -51,7 +53,7 @@ class Conditioning:
         """B."""
         return len(self.hidden_states)
 
-    def __getitem__(self, rows: slice | Sequence[int]) -> Conditioning:
+    def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> Conditioning:
         """These rows, in this order."""
         beside = {"pooled": self.pooled, "time_ids": self.time_ids, "images": self.images}
         chosen = {name: None if value is None else value[rows] for name, value in beside.items()}
@@ -62,9 +64,9 @@ class Conditioning:
         pooled = None if self.pooled is None or other.pooled is None else torch.cat([self.pooled, other.pooled])
         return Conditioning(torch.cat([self.hidden_states, other.hidden_states]), pooled)
 
-    def with_time_ids(self, time_ids: Tensor) -> Conditioning:
-        """The same with the sizes of each image."""
-        return replace(self, time_ids=time_ids.to(self.hidden_states.device))
+    def with_time_ids(self, time_ids: Tensor | None) -> Conditioning:
+        """The same with the sizes of each image, if any."""
+        return self if time_ids is None else replace(self, time_ids=upload(time_ids, self.hidden_states.device))
 
     def to(self, dtype: torch.dtype) -> Conditioning:
         """The text as ``dtype``; sizes stay in float32, since 16 bits would round them."""
@@ -75,11 +77,11 @@ class Conditioning:
         sizes = None if self.time_ids is None else self.time_ids.to(device)
         return replace(self._with_text(lambda text: text.to(device)), time_ids=sizes)
 
-    def zeroed(self, rows: Sequence[int]) -> Conditioning:
+    def zeroed(self, rows: Sequence[int] | Tensor) -> Conditioning:
         """The text of these rows replaced by zeros."""
-        if not rows:
+        if not len(rows):
             return self
-        index = torch.tensor(rows, device=self.hidden_states.device)
+        index = rows if isinstance(rows, Tensor) else upload(torch.tensor(rows), self.hidden_states.device)
         return self._with_text(lambda text: text.index_fill(0, index, 0.0))
 
     def _with_text(self, change: Callable[[Tensor], Tensor]) -> Conditioning:

@@ -104,9 +104,13 @@ class Family(ABC):
         ``clip_skip`` more layers than usual are skipped at the end of the text encoder.
         """
 
+    def time_ids(self, sizes: Sequence[ImageSizes]) -> Tensor | None:
+        """What the denoiser is told of the sizes of B images, ``[B, 6]`` on the CPU; None where it is told none."""
+        return None
+
     def with_sizes(self, conditioning: Conditioning, sizes: Sequence[ImageSizes]) -> Conditioning:
         """The conditioning of B images with the sizes of each, or as it is where the denoiser takes none."""
-        return conditioning
+        return conditioning.with_time_ids(self.time_ids(sizes))
 
     def denoiser_arguments(self, conditioning: Conditioning) -> dict[str, Any]:
         """Keyword arguments of the denoiser beside latents and timestep."""

@@ -105,10 +105,9 @@ class StableDiffusionXL(Family):
         output = text_encoder(tokens, attention_mask=attention_mask, output_hidden_states=True)
         return output.hidden_states[-(clip_skip + 2)], getattr(output, "text_embeds", None)
 
-    def with_sizes(self, conditioning: Conditioning, sizes: Sequence[ImageSizes]) -> Conditioning:
+    def time_ids(self, sizes: Sequence[ImageSizes]) -> Tensor:
         """Original size, crop and target size of each image (section 2.2)."""
-        rows = [[*one.original, *one.crop, *one.target] for one in sizes]
-        return conditioning.with_time_ids(torch.tensor(rows, dtype=torch.float32))
+        return torch.tensor([[*one.original, *one.crop, *one.target] for one in sizes], dtype=torch.float32)
 
     def unused_layers(self, part: str, network: Any) -> list[Any]:
         """Behind the last layer but one, the first text encoder is not asked for anything."""

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
 from transformers import CLIPTextModelWithProjection
 
-from sdmodule.families.conditioning import Conditioning, ImageSizes
+from sdmodule.families.conditioning import ImageSizes
 from sdmodule.families.stable_diffusion_xl import StableDiffusionXL
 
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
@@ -59,8 +60,8 @@ class StableDiffusionXLRefiner(StableDiffusionXL):
         """The refiner."""
         return "stable-diffusion-xl-v1-refiner", "https://github.com/Stability-AI/generative-models"
 
-    def with_sizes(self, conditioning: Conditioning, sizes: Sequence[ImageSizes]) -> Conditioning:
+    def time_ids(self, sizes: Sequence[ImageSizes]) -> Tensor:
         """Original size, crop and aesthetic score of each image."""
         scores = [NEGATIVE_AESTHETIC_SCORE if one.negative else AESTHETIC_SCORE for one in sizes]
         rows = [[*one.original, *one.crop, score] for one, score in zip(sizes, scores, strict=True)]
-        return conditioning.with_time_ids(torch.tensor(rows, dtype=torch.float32))
+        return torch.tensor(rows, dtype=torch.float32)

@@ -29,9 +29,16 @@ def image_to_tensor(image: Image.Image) -> Tensor:
 
 
 def to_images(images: Tensor) -> list[Image.Image]:
-    """Images ``[B, 3, H, W]`` in [0, 1] as PIL images; values are rounded, not truncated, to 8 bits."""
-    arrays = (images.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
+    """Images ``[B, 3, H, W]`` in [0, 1] as PIL images; values but bytes are rounded, not truncated, to 8 bits."""
+    arrays = images.permute(0, 2, 3, 1).numpy()
+    if arrays.dtype != np.uint8:
+        arrays = (arrays * 255).round().astype(np.uint8)
     return [Image.fromarray(array) for array in arrays]
+
+
+def in_unit_range(images: Tensor) -> Tensor:
+    """Images in [0, 1], float32, from such or from bytes."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 def convert_images(images: Tensor, return_type: str) -> Any:
@@ -45,9 +52,10 @@ def convert_images(images: Tensor, return_type: str) -> Any:
         SettingsError: for another return type.
     """
     check_choice("return_type", return_type, RETURN_TYPES)
-    if return_type == "tensor":
-        return images
-    return to_images(images) if return_type == "image" else images.permute(0, 2, 3, 1).numpy()
+    if return_type == "image":
+        return to_images(images)
+    images = in_unit_range(images)
+    return images if return_type == "tensor" else images.permute(0, 2, 3, 1).numpy()
 
 
 def contact_sheet(images: list[Image.Image], columns: int) -> Image.Image:

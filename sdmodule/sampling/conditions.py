@@ -17,6 +17,7 @@ from sdmodule.conditioning.inpaint_latents import InpaintLatents, prepare_inpain
 from sdmodule.diffusion.guidance import embed_guidance_scale
 from sdmodule.diffusion.noise_level import NoiseLevel
 from sdmodule.diffusion.sampler import Generators, draw_latents, seed_generators
+from sdmodule.diffusion.upload import upload
 from sdmodule.errors import SettingsError
 from sdmodule.families.conditioning import Conditioning
 from sdmodule.sampling.metadata import guidance
@@ -199,7 +200,11 @@ def start_latents(
     if known is not None and settings.denoising_start is not None:
         return known, None
     noise = given.noise
-    noise = draw_latents((len(requests), *shape), generators, like) if noise is None else noise.to(like)
+    noise = (
+        draw_latents((len(requests), *shape), generators, like)
+        if noise is None
+        else upload(noise, like.device).to(like)
+    )
     if known is None:
         return noise * scheduler.init_noise_sigma, None
     return level.noised(known, noise), None

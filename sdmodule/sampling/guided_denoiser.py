@@ -14,6 +14,7 @@ from sdmodule.components.checkpoint import Components
 from sdmodule.diffusion.guidance import classifier_free_guidance, rescale_guidance
 from sdmodule.sampling.conditions import BatchConditions
 from sdmodule.speed.compile import any_length
+from sdmodule.speed.step_graphs import Slot, StepGraphs, held_tensors
 
 
 @dataclass
@@ -25,14 +26,21 @@ class GuidedDenoiser:
         conditions: of the batch.
         start_merging: called with the number of each step before it.
         start_caching: called before each step with whether all layers run.
+        graphs: recordings of the denoiser's calls, if there are any.
     """
 
     parts: Components
     conditions: BatchConditions
     start_merging: Callable[[int], None]
     start_caching: Callable[[bool], None]
+    graphs: StepGraphs | None = None
     _calls: Any = field(default_factory=count, init=False, repr=False)
     _texts: dict[int, dict[str, Any]] = field(default_factory=dict, init=False, repr=False)
+    _slots: dict[str, Slot] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.graphs is not None:
+            self._slots = held_tensors(self.parts.unet)
 
     def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
         """The guided prediction for latents ``[B, C, h, w]``, of the same shape."""
@@ -54,7 +62,12 @@ class GuidedDenoiser:
         residuals = {} if control is None else control.residuals(call, seen, timestep, self._told, guided)
         embedding = self.conditions.guidance_embedding
         distilled = {} if embedding is None else {"timestep_cond": embedding}
-        prediction = unet(seen, timestep, **residuals, **self._told(len(seen)), **distilled).sample
+        given = {**residuals, **self._told(len(seen)), **distilled}
+        if self.graphs is None:
+            prediction = unet(seen, timestep, **given).sample
+        else:
+            fresh = self.conditions.steps[call].fresh
+            prediction = self.graphs.run(unet, self._slots, fresh, (seen, timestep), given)
         # on a GPU guidance and the scheduler compute in float32, as the latents are kept
         return prediction if prediction.device.type == "cpu" else prediction.float()
 

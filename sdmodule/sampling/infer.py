@@ -251,12 +251,14 @@ def infer(
             text=text,
             on_step=both(on_bar, callback_on_step_end),
             latent=return_type == "latent",
+            as_bytes=return_type == "image",
         )
+        converted = samples.converted(return_type)
     return {
-        "samples": samples.converted(return_type),
+        "samples": converted,
         "prompts": [request.prompt for request in requests],
         "seeds": [request.seed for request in requests],
-        "seconds": samples.seconds,
+        "seconds": dict(samples.seconds),
         "metadata": samples.metadata,
     }
 

@@ -16,7 +16,7 @@ from sdmodule.conditioning.inpaint_crop import InpaintCrop
 from sdmodule.diffusion.sampler import denoise
 from sdmodule.errors import SettingsError
 from sdmodule.sampling.conditions import NOTHING_GIVEN, BatchConditions, Given, prepare_conditions
-from sdmodule.sampling.decode import decode
+from sdmodule.sampling.decode import Decoding, decode
 from sdmodule.sampling.freeu import freeu_applied
 from sdmodule.sampling.guided_denoiser import GuidedDenoiser
 from sdmodule.sampling.metadata import describe
@@ -32,6 +32,7 @@ from sdmodule.speed.attention import check_kernels
 from sdmodule.speed.batch_sizes import rows_to_compute
 from sdmodule.speed.deep_cache import deep_cache, run_all_layers
 from sdmodule.speed.hint_cache import hint_cache
+from sdmodule.speed.step_graphs import graphs_of
 from sdmodule.speed.text_kv_cache import text_kv_cache
 from sdmodule.tome.apply import apply_merging
 
@@ -51,6 +52,7 @@ def sample(
     on_step: OnStep | None = None,
     *,
     latent: bool = False,
+    as_bytes: bool = False,
     rows: int | None = None,
 ) -> Samples:
     """Sample one batch of images, all of the same size and length of text.
@@ -62,6 +64,7 @@ def sample(
         given: what is given instead of being drawn or encoded.
         on_step: called after each denoising step.
         latent: return the latents, and decode nothing.
+        as_bytes: images are needed in 8 bits only; a GPU rounds them before they leave it.
         rows: rows of the batch that is denoised, B or more; the last image fills those that are left.
     """
     wanted, rows = list(requests), rows or len(requests)
@@ -77,12 +80,14 @@ def sample(
             latents = denoise_batch(stage.parts, conditions, stage.settings, watch, after(done, on_step))
         crops, done = crops or conditions.crops, done + len(conditions.steps)
         given = replace(given, noise=None, latents=latents, generators=conditions.generators)
-    decoded, latents = None, latents[: len(wanted)]
+    latents = latents[: len(wanted)]
+    made: Any = None
     if not latent:
         with watch.stage("decode"):
-            decoded = decode(parts, latents).cpu()
+            on_gpu = latents.device.type == "cuda"
+            made = Decoding(parts, latents, as_bytes) if on_gpu else decode(parts, latents).cpu()
     return Samples(
-        decoded,
+        made,
         wanted,
         watch.seconds,
         describe(parts, settings, task_of(wanted[0])),
@@ -131,6 +136,13 @@ def denoise_batch(
         parts.unet, conditions.merging, conditions.merge_seeds, conditions.latent_size, len(conditions.steps)
     )
     cached = deep_cache(parts.unet, settings.speed.cache_layers) if settings.speed.cache_every > 1 else None
+    merges = conditions.merging.ratio > 0
+    obstacles = {
+        "freeu": settings.freeu is not None,
+        "tome.engine=tomesd": merges and conditions.merging.engine == "tomesd",
+        "tome.reuse_steps above 1": merges and conditions.merging.reuse_steps > 1,
+        "mixed precision": torch.is_autocast_enabled(parts.unet.device.type),
+    }
     with (
         merging as start_merging,
         cached or nullcontext(run_all_layers) as start_caching,
@@ -140,7 +152,7 @@ def denoise_batch(
     ):
         watch.start()
         return denoise(
-            GuidedDenoiser(parts, conditions, start_merging, start_caching),
+            GuidedDenoiser(parts, conditions, start_merging, start_caching, graphs_of(parts.unet, obstacles)),
             conditions.latents,
             conditions.schedule.scheduler,
             conditions.generators,
@@ -161,6 +173,7 @@ def sample_requests(
     text: GivenText | None = None,
     on_step: OnStep | None = None,
     latent: bool = False,
+    as_bytes: bool = False,
 ) -> Samples:
     """Sample images of any sizes and lengths of text, and return them in the order asked for.
 
@@ -176,6 +189,7 @@ def sample_requests(
         text: embeddings of the prompts, instead of those of ``requests``.
         on_step: called after each denoising step.
         latent: return latents, and decode nothing.
+        as_bytes: images are needed in 8 bits only.
 
     Raises:
         SettingsError: for noise of another shape, another number of generators or embeddings, or latents of several
@@ -212,6 +226,7 @@ def sample_requests(
             ),
             on_step,
             latent=latent,
+            as_bytes=as_bytes,
             rows=rows_to_compute(parts.unet, shape, len(positions)) if drawn else None,
         )
         for (shape, _), positions in groups.items()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +12,11 @@ from torch import Tensor
 
 from sdmodule.conditioning.inpaint_crop import InpaintCrop, paste_back
 from sdmodule.errors import SettingsError
-from sdmodule.io.images import convert_images, image_to_tensor, to_images
+from sdmodule.io.images import convert_images, image_to_tensor, in_unit_range, to_images
 from sdmodule.io.transparency import on_white
+from sdmodule.sampling.decode import Decoding
 from sdmodule.sampling.requests import SampleRequest
+from sdmodule.sampling.stopwatch import StageSeconds, StepSeconds
 
 
 @dataclass
@@ -22,8 +24,8 @@ class Samples:
     """Images of one batch.
 
     Attributes:
-        decoded: what the VAE returned, ``[B, 3, H, W]`` in [0, 1], float32, on the CPU; or a list of images of
-            different sizes; None if nothing was decoded.
+        made: what the VAE returned, ``[B, 3, H, W]`` on the CPU, in [0, 1] or as bytes, or on its way there; or a list
+            of images of different sizes; None if nothing was decoded.
         requests: what was asked for, one per image.
         seconds: time of each stage: ``text``, ``encode`` for input images, ``denoise``, ``decode``.
         metadata: settings that hold for the whole batch, in plain types.
@@ -34,14 +36,32 @@ class Samples:
         latents: before decoding, ``[B, 4, h, w]``; None for images of different sizes.
     """
 
-    decoded: Tensor | list[Tensor] | None
+    made: Tensor | list[Tensor] | Decoding | None
     requests: list[SampleRequest]
-    seconds: dict[str, float]
+    seconds: Mapping[str, float] | StageSeconds
     metadata: dict[str, Any] = field(default_factory=dict)
     crops: list[InpaintCrop] = field(default_factory=list)
     places: list[tuple[int, int]] = field(default_factory=list)
-    step_seconds: list[float] = field(default_factory=list)
+    step_seconds: Sequence[float] | StepSeconds = field(default_factory=list)
     latents: Tensor | None = None
+
+    @property
+    def on_their_way(self) -> bool:
+        """Whether the images are still on their way from a GPU, which to read them waits for."""
+        return isinstance(self.made, Decoding)
+
+    @property
+    def decoded(self) -> Tensor | list[Tensor] | None:
+        """The images in [0, 1], float32: ``[B, 3, H, W]``, or a list of different sizes; None if there are none."""
+        arrived = self._arrived()
+        if isinstance(arrived, list):
+            return [in_unit_range(one) for one in arrived]
+        return None if arrived is None else in_unit_range(arrived)
+
+    def _arrived(self) -> Tensor | list[Tensor] | None:
+        if isinstance(self.made, Decoding):
+            self.made = self.made.result()
+        return self.made
 
     @classmethod
     def joined(cls, batches: Sequence[Samples], requests: list[SampleRequest], order: Sequence[int]) -> Samples:
@@ -55,7 +75,7 @@ class Samples:
         crops = [crop for batch in batches for crop in batch.crops]
         places = [place for batch in batches for place in batch.places]
         return cls(
-            _together([batch.decoded for batch in batches], order),
+            _together([batch._arrived() for batch in batches], order),
             requests,
             {stage: sum(batch.seconds[stage] for batch in batches) for stage in batches[0].seconds},
             batches[0].metadata,
@@ -67,8 +87,9 @@ class Samples:
 
     def images(self) -> list[Image.Image]:
         """The finished images; an inpainted one is pasted into its original, at the original's size."""
-        assert self.decoded is not None
-        made = [to_images(one[None])[0] for one in self.decoded]
+        arrived = self._arrived()
+        assert arrived is not None
+        made = [to_images(one[None])[0] for one in arrived]
         if not self.crops:
             return made
         originals = [request.masked.image for request in self.requests if request.masked is not None]
@@ -82,8 +103,9 @@ class Samples:
         """
         if return_type == "latent":
             return self.latents
-        if isinstance(self.decoded, Tensor) and not self.crops:
-            return convert_images(self.decoded, return_type)
+        arrived = self._arrived()
+        if isinstance(arrived, Tensor) and not self.crops:
+            return convert_images(arrived, return_type)
         images = self.images()
         if return_type == "image":
             return images

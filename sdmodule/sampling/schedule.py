@@ -21,6 +21,8 @@ from sdmodule.sampling.requests import IMAGE2IMAGE, INPAINT
 from sdmodule.sampling.settings import SamplingSettings
 from sdmodule.speed.attention import check_attention
 from sdmodule.speed.deep_cache import check_cache
+from sdmodule.speed.offload import check_offload
+from sdmodule.speed.quantize import check_quantize
 
 LARGEST_SIDE = 65536
 """Pixels of an image's side; attention over a larger one would need petabytes."""
@@ -213,6 +215,8 @@ def check_settings(parts: Components, settings: SamplingSettings, task: str) -> 
     _, *sides = latent_shape(parts, settings)
     settings.merging.check(parts.unet, (sides[0], sides[1]))
     check_attention(settings.speed.attention)
+    check_offload(settings.speed.offload)
+    check_quantize(settings.speed.quantize)
     if parts.image_prompts is not None and settings.speed.attention != "sdpa":
         raise SettingsError(f"speed.attention={settings.speed.attention}: an IP-Adapter has its own; leave it out.")
     if settings.speed.cache_every > 1:

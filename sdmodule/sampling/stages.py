@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from sdmodule.components.checkpoint import Components
 from sdmodule.errors import SettingsError
@@ -75,17 +73,9 @@ def total_steps(parts: Components, settings: SamplingSettings) -> int:
 
 
 def work_ahead(parts: Components, settings: SamplingSettings, images: float) -> float:
-    """Denoising steps of images of 512 pixels that take as long as ``images`` images, all stages together."""
+    """Denoising steps of ``images`` images, all stages together, counted in images of 512 pixels."""
     each = 0.0
     for stage in plan_stages(parts, settings):
         height, width = image_size(stage.parts, stage.settings)
         each += len(sampling_schedule(stage.parts, stage.settings).timesteps) * height * width / 512**2
     return each * images
-
-
-def images_ahead(loader: Any) -> float:
-    """Images that a data loader of ``Trainer.predict`` asks for, those that fill batches up too; inf if unknown."""
-    data: Any = getattr(loader, "dataset", None)
-    if hasattr(data, "batches"):
-        return sum(len(batch) for batch in data.batches)
-    return len(data) if isinstance(data, Sized) else math.inf

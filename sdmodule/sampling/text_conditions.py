@@ -11,6 +11,7 @@ from torch import Tensor
 from sdmodule.components.checkpoint import Components
 from sdmodule.components.ip_adapter import embed_images
 from sdmodule.conditioning.text import chunks_of, encode_texts
+from sdmodule.diffusion.upload import upload
 from sdmodule.errors import SettingsError
 from sdmodule.families.conditioning import Conditioning
 from sdmodule.sampling.requests import SampleRequest
@@ -192,7 +193,8 @@ def _encode(
     unique = list(dict.fromkeys(texts))
     second = [first if other is None else other for first, other in unique]
     encoded = encode_texts([first for first, _ in unique], parts, chunks, second, clip_skip)
-    return encoded[[unique.index(pair) for pair in texts]]
+    rows = torch.tensor([unique.index(pair) for pair in texts])
+    return encoded[upload(rows, encoded.hidden_states.device)]
 
 
 def _chunks_given(given: GivenText, parts: Components) -> int:

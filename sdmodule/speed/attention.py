@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
+from itertools import product
 from typing import Any
 
 import torch
@@ -157,9 +158,9 @@ def check_kernels(name: str, network: Any) -> None:
     if network.device.type != "cuda" or name not in CAN_USE:
         return
     dtype = computes_in(network)
-    for width in head_widths(network):
-        heads = torch.empty(1, 1, 64, width, device=network.device, dtype=dtype)
-        params = SDPAParams(heads, heads, heads, None, 0.0, False, False)
+    for width, tokens in product(head_widths(network), (64, 77)):  # of an image, and of a text
+        queries, keys = (torch.empty(1, 1, n, width, device=network.device, dtype=dtype) for n in (64, tokens))
+        params = SDPAParams(queries, keys, keys, None, 0.0, False, False)
         if CAN_USE[name](params):
             continue
         with warnings.catch_warnings(record=True) as reasons:

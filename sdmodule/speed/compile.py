@@ -27,6 +27,9 @@ RECOMPILE_LIMIT = 64
 BACKEND = "inductor"
 """Compiler backend for sampling."""
 
+AUTOTUNED = "max-autotune-no-cudagraphs"
+"""Torch's mode of compilation for ``speed.compile=autotuned``; ``speed.cuda_graphs`` are recorded apart from it."""
+
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 """Environment variable for the folder of compiled code; torch's own default is a temporary folder."""
 
@@ -72,7 +75,8 @@ def compiled(unet: Any, which: str) -> Iterator[None]:
 
     Args:
         unet: a ``UNet2DConditionModel``; what a training has compiled stays as it is.
-        which: ``blocks``, one by one, or ``whole``, as one graph.
+        which: ``blocks``, one by one; ``autotuned``, these in torch's mode ``max-autotune-no-cudagraphs``, which takes
+            minutes more; or ``whole``, as one graph.
     """
     keep_compiled_code()
     modules: list[nn.Module] = [unet] if which == "whole" else repeated_blocks(unet)
@@ -81,7 +85,7 @@ def compiled(unet: Any, which: str) -> Iterator[None]:
     torch._dynamo.config.recompile_limit = max(limit, RECOMPILE_LIMIT)
     try:
         for module in modules:
-            module.compile(dynamic=False, backend=BACKEND)
+            module.compile(dynamic=False, backend=BACKEND, mode=AUTOTUNED if which == "autotuned" else None)
         with padding_batches(unet), limit_reported():
             yield
     finally:

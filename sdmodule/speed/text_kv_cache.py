@@ -10,6 +10,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 from sdmodule.speed.compile import any_length
+from sdmodule.speed.offload import bring
 
 
 class CachedProjection(nn.Module):
@@ -38,6 +39,8 @@ def text_kv_cache(networks: Sequence[Any], embeddings: Tensor) -> Iterator[None]
         networks: UNets and ControlNets.
         embeddings: the ``encoder_hidden_states`` of every call, ``[B, L, D]``; a call may also get its last rows.
     """
+    for network in networks:
+        bring(network)
     layers: list[tuple[nn.Module, str, nn.Module]] = []
     try:
         for block in (block for network in networks for block in network.modules()):

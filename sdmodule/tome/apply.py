@@ -10,6 +10,7 @@ from typing import Any
 import tomesd
 import torch
 
+from sdmodule.diffusion.upload import upload
 from sdmodule.errors import SettingsError
 from sdmodule.speed.cpu.kernels import fastest_blocks
 from sdmodule.speed.layout import is_channels_last, tokens_in_place
@@ -82,7 +83,7 @@ def _merge(unet: Any, merging: TokenMerging, seeds: Sequence[int], size: Grid, s
             pairs.append((placed, matching))
     grids = [matching.grid for _, matching in pairs]
     draws = [
-        drawn.to(unet.device)  # those of all steps, before the first
+        upload(drawn, unet.device)  # those of all steps, before the first
         for drawn in draw_destinations(grids, seeds, steps, merging.sx, merging.sy, merging.use_rand)
     ]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sdmodule.diffusion.upload import upload
 from sdmodule.errors import SettingsError
 from sdmodule.tome.blocks import Grid
 from sdmodule.tome.destinations import destination_mask
@@ -75,7 +76,7 @@ class WindowMatching:
 
     def use(self, draws: Tensor) -> None:
         """Set the destinations ``[R, h // sy, w // sx]`` of a step."""
-        self.inside, self.place = self.inside.to(draws.device), self.place.to(draws.device)  # once
+        self.inside, self.place = (upload(indices, draws.device) for indices in (self.inside, self.place))  # once
         mask = destination_mask(draws, self.grid, self.sx, self.sy)
         self.stays = mask.index_select(1, self.inside).view(len(draws), self.windows, self.size)
 

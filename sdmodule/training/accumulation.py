@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning import Trainer
 from torch import Tensor, nn
+from torch.utils.data import DistributedSampler
 
 
 class GradientMean:
@@ -51,8 +52,10 @@ class GradientMean:
     @staticmethod
     def _all_images(own: int, trainer: Trainer) -> int:
         """Images in the step, over all devices."""
-        if trainer.world_size == 1:
-            return own
+        loader = trainer.train_dataloader
+        equal = isinstance(getattr(loader, "sampler", None), DistributedSampler) and batch_size_of(loader) is not None
+        if trainer.world_size == 1 or equal:  # to ask the others, a GPU would have to be waited for
+            return own * trainer.world_size
         total = trainer.strategy.reduce(torch.tensor(float(own), device=trainer.strategy.root_device), reduce_op="sum")
         return round(float(total))
 

@@ -15,6 +15,7 @@ from typing_extensions import override
 from sdmodule.components.checkpoint import load_part
 from sdmodule.components.save import save_part
 from sdmodule.components.write_single_file import save_single_vae
+from sdmodule.diffusion.upload import upload
 from sdmodule.errors import SettingsError, check_seed
 from sdmodule.io.redact import shorten_home
 from sdmodule.training.full import FullTuning
@@ -78,7 +79,8 @@ class AutoencoderModule(TrainableModule):
         """Squared, absolute and KL error of the reconstruction of ``image`` ``[B, 3, H, W]``, each a mean."""
         posterior = self.vae.encode(image).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        latents = mean + torch.exp(0.5 * logvar) * randn_tensor(mean.shape, generator=generators).to(mean)
+        noise = upload(randn_tensor(mean.shape, generator=generators), mean.device)
+        latents = mean + torch.exp(0.5 * logvar) * noise.to(mean)
         reconstruction = self.vae.decode(latents).sample.float()
         return {
             "mse": F.mse_loss(reconstruction, image),
@@ -92,8 +94,8 @@ class AutoencoderModule(TrainableModule):
         generators = per_example_generators(self.seed, len(batch["image"]), batch_idx, self._trainer)
         losses = self.losses(batch["image"], generators)
         loss = losses["mse"] + self.hparams["l1_weight"] * losses["l1"] + self.hparams["kl_weight"] * losses["kl"]
-        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
-        self.log("train/psnr", _psnr(losses["mse"]), prog_bar=True, sync_dist=True)
+        self.log_training("loss", loss)
+        self.log_training("psnr", _psnr(losses["mse"]))
         return self.weighted(loss, len(batch["image"]))
 
     @override

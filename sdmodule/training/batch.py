@@ -22,6 +22,10 @@ CONTRACT = (
 )
 
 
+SMALL = ("original_size", "crop_top_left", "prior")
+"""What of a batch is read on the host, and stays there."""
+
+
 def read_batch(batch: Any, captions: bool = True, values: bool = True) -> dict[str, Any]:
     """A batch as a mapping; a pair is an image tensor and its captions.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ class FrozenWeights:
     """The frozen linear and convolution weights of some networks, which can be held in 16 bits.
 
     Autocast converts these weights at every step and keeps the result for the backward pass beside the originals. Here
-    they are converted once, to the same numbers, and the originals wait in CPU memory. A network whose convolutions are
-    all frozen is kept in channels_last meanwhile.
+    they are converted once, to the same numbers, and the originals wait in CPU memory, which is pinned for those of a
+    GPU: when they are needed in between, they are copied up without a wait, and nothing is copied down again. A network
+    whose convolutions are all frozen is kept in channels_last meanwhile.
 
     DoRA computes with the weights themselves, so a network with DoRA layers is left as it is.
 
@@ -53,6 +54,20 @@ class FrozenWeights:
             raise
         finally:
             self._restore()
+            self._originals = []
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Use the original weights inside the block, but for sampling in mixed precision, within `torch.autocast`.
+
+        That would round the originals again at every step, to what `cast` has rounded them to already.
+        """
+        with nullcontext() if self._autocast_enabled() else self.full_precision():
+            yield
+
+    def _autocast_enabled(self) -> bool:
+        device = next(self.networks[0].parameters()).device.type
+        return device != "cpu" and torch.is_autocast_enabled(device)
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:
@@ -67,12 +82,14 @@ class FrozenWeights:
 
     def _convert(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
+        known = bool(self._originals)
         for network in self.networks:
             if any("lora_magnitude_vector" in name for name, _ in network.named_parameters()):
                 continue
             layers = [layer for layer in network.modules() if type(layer) in LAYERS]
             frozen = [weight for layer in layers for weight in layer.parameters() if not weight.requires_grad]
-            self._originals += [(weight, weight.data.cpu()) for weight in frozen]
+            if not known:
+                self._originals += [(weight, kept_on_host(weight.data)) for weight in frozen]
             all_convolutions = all(not weight.requires_grad for weight in network.parameters() if weight.ndim == 4)
             for weight in frozen:
                 weight.data = weight.data.to(dtype)
@@ -82,7 +99,17 @@ class FrozenWeights:
                 self._layouts.enter_context(tokens_in_place(network))
 
     def _restore(self, device: torch.device | None = None) -> None:
+        """Put the originals back, unless they are there already."""
         self._layouts.close()
+        if self.dtype is None:
+            return
         for weight, original in self._originals:
-            weight.data = original.to(device or weight.device)
-        self._originals, self.dtype = [], None
+            weight.data = original.to(device or weight.device, non_blocking=True)
+        self.dtype = None
+
+
+def kept_on_host(weight: Tensor) -> Tensor:
+    """A weight in CPU memory: itself if it is there, else a copy in pinned memory."""
+    if weight.device.type != "cuda":
+        return weight.cpu()
+    return torch.empty(weight.shape, dtype=weight.dtype, pin_memory=True).copy_(weight)

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from sdmodule.components.checkpoint import Components
 from sdmodule.conditioning.control import ControlGuide
 from sdmodule.conditioning.inpaint import inpaint_channels, mask_out
-from sdmodule.conditioning.random_masks import draw_masks
 from sdmodule.diffusion.noising import add_noise, per_example_loss, prediction_target, prior_preservation_loss
 from sdmodule.errors import SettingsError
 from sdmodule.families.conditioning import Conditioning
-from sdmodule.training.batch import image_sizes
 from sdmodule.training.inpaint import InpaintTraining
 from sdmodule.training.objective import SQUARED_ERROR, Noise, Objective
-from sdmodule.training.rng import Generators
+from sdmodule.training.step_inputs import MaskInputs, time_ids
 
 
 @dataclass
@@ -52,41 +49,33 @@ def encode_moments(parts: Components, image: Tensor) -> Tensor:
     return torch.cat([posterior.mean, posterior.std], dim=1).float()
 
 
-def encode_images(parts: Components, batch: Mapping[str, Any], generator: Generators) -> Tensor:
-    """Scaled latents of a batch, ``[B, 4, h, w]``, sampled from its cached ``moments`` or from those of ``image``."""
+def encode_images(parts: Components, batch: Mapping[str, Any], noise: Tensor) -> Tensor:
+    """Scaled latents of a batch, ``[B, 4, h, w]``, sampled from its cached ``moments`` or from those of ``image``.
+
+    Args:
+        parts: whose VAE encodes images.
+        batch: ``moments`` ``[B, 8, h, w]`` or ``image`` ``[B, 3, H, W]``.
+        noise: normal numbers, ``[B, 4, h, w]``.
+    """
     moments = batch["moments"].float() if "moments" in batch else encode_moments(parts, batch["image"])
     mean, deviation = moments.chunk(2, dim=1)
-    noise = randn_tensor(mean.shape, generator=generator).to(mean)
-    return (mean + deviation * noise) * parts.vae.config.scaling_factor
+    return (mean + deviation * noise.to(mean)) * parts.vae.config.scaling_factor
 
 
-def drop_captions(captions: Sequence[str], share: float, generators: Sequence[torch.Generator]) -> list[str]:
-    """Captions, each replaced by an empty one with probability ``share`` (Ho and Salimans 2022, algorithm 1)."""
-    return [
-        "" if torch.rand((), generator=each) < share else caption
-        for each, caption in zip(generators, captions, strict=True)
-    ]
-
-
-def mask_channels(
-    parts: Components, batch: Mapping[str, Any], generator: Generators, inpaint: InpaintTraining | None
-) -> Tensor | None:
+def mask_channels(parts: Components, batch: Mapping[str, Any], drawn: MaskInputs | None) -> Tensor | None:
     """Mask and masked-image latents of a batch, ``[B, 5, h, w]``; None for text-to-image.
 
     Args:
         parts: whose VAE encodes the masked images.
-        batch: ``image`` ``[B, 3, H, W]`` and, optionally, ``mask`` ``[B, 1, H, W]``; otherwise masks are drawn.
-        generator: source of masks and latents.
-        inpaint: how many of the drawn masks cover the whole image; None for text-to-image.
+        batch: ``image`` ``[B, 3, H, W]`` and, where none are drawn, ``mask`` ``[B, 1, H, W]``.
+        drawn: masks and noise; None for text-to-image.
     """
-    if inpaint is None:
+    if drawn is None:
         return None
     images = batch["image"]
-    masks = batch.get("mask")
-    if masks is None:
-        masks = draw_masks(len(images), images.shape[-2:], inpaint.full_mask_share, generator)
-    masks = masks.to(images)
-    return inpaint_channels(masks, encode_images(parts, {"image": mask_out(images, masks)}, generator))
+    masks = (batch["mask"] if drawn.masks is None else drawn.masks).to(images)
+    latents = encode_images(parts, {"image": mask_out(images, masks)}, drawn.latent_noise)
+    return inpaint_channels(masks, latents)
 
 
 def control_guide(controlnet: Any, batch: Mapping[str, Any]) -> ControlGuide | None:
@@ -104,9 +93,7 @@ def control_guide(controlnet: Any, batch: Mapping[str, Any]) -> ControlGuide | N
 
 def with_image_sizes(text: Conditioning, batch: Mapping[str, Any], parts: Components) -> Conditioning:
     """The captions of a batch with the sizes of its images, where the denoiser is told them."""
-    if not parts.family.takes_sizes:  # values on a GPU would have to be waited for
-        return text
-    return parts.family.with_sizes(text, image_sizes(batch, parts.pixels_per_latent))
+    return text.with_time_ids(time_ids(parts, batch))
 
 
 def denoising_errors(
@@ -128,7 +115,7 @@ def denoising_errors(
         objective: how the error is weighted.
     """
     scheduler, told = parts.scheduler, parts.family.denoiser_arguments(conditions.text)
-    prediction_type, alphas_cumprod = scheduler.config.prediction_type, scheduler.alphas_cumprod
+    prediction_type, alphas_cumprod = scheduler.config.prediction_type, parts.schedule_on(latents.device)
     noisy = add_noise(latents, noise.added, alphas_cumprod, timesteps)
     if conditions.mask_channels is not None:
         noisy = torch.cat([noisy, conditions.mask_channels], dim=1)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
@@ -50,23 +49,21 @@ def find_checkpoint(ckpt_path: str | None, output_dir: Path, max_steps: int, end
     return str(path)
 
 
-def check_fits(path: str, model: LightningModule, trainer: Trainer) -> None:
+def check_fits(path: str, model: LightningModule) -> None:
     """Check that a training can resume from a checkpoint, before anything is written.
 
     Args:
         path: the checkpoint.
         model: set up for the training, and attached to the trainer.
-        trainer: of the training.
 
     Raises:
         SettingsError: if it cannot.
     """
-    if not os.path.isdir(path):
-        model.on_load_checkpoint(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
-    elif type(trainer.strategy) in (SingleDeviceStrategy, DDPStrategy):
+    if os.path.isdir(path):
         raise SettingsError(
-            f"ckpt_path={path}: is a folder, which only trainer=fsdp and deepspeed write; give a .ckpt file, or last."
+            f"ckpt_path={path}: is a folder, as only a training of a sharded model writes; give a .ckpt file, or last."
         )
+    model.on_load_checkpoint(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
 
 
 def newest_intact(folder: Path) -> Path:

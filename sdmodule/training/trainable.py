@@ -15,8 +15,9 @@ from typing_extensions import override
 
 from sdmodule.errors import SettingsError
 from sdmodule.training.accumulation import GradientMean
-from sdmodule.training.batch import read_batch
+from sdmodule.training.batch import SMALL, read_batch
 from sdmodule.training.checkpoint_io import check_weights
+from sdmodule.training.host_copy import mean_over_devices
 from sdmodule.training.optimizers import Optimization, name_optimizers
 from sdmodule.training.precision import allows_fused, check_training_precision
 from sdmodule.training.validation import without_repeats
@@ -106,10 +107,18 @@ class TrainableModule(LightningModule):
     def read_batch(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """A batch as a mapping that holds what it must; see `training.batch.read_batch`.
 
-        On a GPU, whose values would have to be waited for, they are looked at in some batches only.
+        On a GPU, whose values would have to be waited for, they are not looked at: they were on the way there.
         """
-        check_values = self.device.type == "cpu" or batch_idx % 100 < 4
-        return read_batch(batch, self.needs_captions, check_values)
+        return read_batch(batch, self.needs_captions, values=self.device.type == "cpu")
+
+    @override
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        own = type(self).training_step.__module__.startswith(__name__.partition(".")[0])  # others take other batches
+        if device.type == "cpu" or self.trainer.predicting or not own:
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        batch = read_batch(batch, self.needs_captions)
+        small = {name: batch.pop(name) for name in SMALL if name in batch}
+        return {**super().transfer_batch_to_device(batch, device, dataloader_idx), **small}
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """The metrics of validation, as ``test/<name>``."""
@@ -148,6 +157,14 @@ class TrainableModule(LightningModule):
         """Undo what was switched for a run of the trainer, however it ended."""
         self._eager.close()
         self.switched.close()
+
+    def log_training(self, name: str, value: Tensor) -> None:
+        """Log a number of a training batch as ``train/<name>``, its mean over devices."""
+        bar = None
+        if self._trainer is not None:
+            value, bar = mean_over_devices(value.detach(), self._trainer), self._trainer.progress_bar_callback
+        # for a bar of its own, Lightning waits for the number in each step
+        self.log(f"train/{name}", value, prog_bar=bar is not None and getattr(bar, "waits_for_metrics", True))
 
     def log_validation(self, metrics: Mapping[str, Tensor], main: str, batch_size: int) -> None:
         """Log metrics of a validation batch as ``val/<name>``; the ``main`` one is shown in the progress bar."""

@@ -7,11 +7,14 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from lightning import Trainer
+
 from sdmodule.components.checkpoint import Components
 from sdmodule.errors import SettingsError, check_choice, choices
 from sdmodule.training.controlnet import ControlNetTuning
 from sdmodule.training.full import FullTuning
 from sdmodule.training.lora import LoraTuning
+from sdmodule.training.strategies import check_strategy
 from sdmodule.training.textual_inversion import TextualInversion
 
 KINDS = {tuning.kind: tuning for tuning in (ControlNetTuning, FullTuning, LoraTuning, TextualInversion)}
@@ -79,17 +82,19 @@ def check_scratch(tuning: Tuning, scratch: Iterable[str]) -> None:
         )
 
 
-def check_stage(parts: Components, stage: str, task: str) -> None:
+def check_stage(parts: Components, stage: str, task: str, trainer: Trainer | None) -> None:
     """Check that a model can be used in a stage of Lightning's: it may be for sampling alone.
 
     Args:
         parts: the model.
         stage: ``fit``, ``validate``, ``test`` or ``predict``.
         task: of the model.
+        trainer: the trainer.
 
     Raises:
         SettingsError: if it cannot.
     """
+    check_strategy(trainer)
     if stage != "predict" and task == "image2image":
         raise SettingsError("model=image2image: is for sampling; train with model=text2image.")
     if stage == "fit" and parts.origin.keys() & {"adapters", "controlnet", "refiner", "ip_adapter"}:

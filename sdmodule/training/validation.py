@@ -15,6 +15,7 @@ from sdmodule.training.accumulation import batch_size_of, validation_loader
 from sdmodule.training.inpaint import InpaintTraining
 from sdmodule.training.loss import Conditions, control_guide, denoising_errors, encode_images, mask_channels
 from sdmodule.training.objective import SQUARED_ERROR
+from sdmodule.training.step_inputs import draw_latent_noise, draw_mask_inputs
 
 TIMESTEP_RANGES = 4
 """Equal ranges of timesteps; every image is noised to the middle of each."""
@@ -66,8 +67,9 @@ def validation_losses(
         ``loss_masked_area`` and ``loss_unmasked_area``.
     """
     generators = list(generators)
-    latents = encode_images(parts, batch, generators)
-    channels = mask_channels(parts, batch, generators, NO_FULL_MASKS if inpainting else None)
+    latents = encode_images(parts, batch, draw_latent_noise(parts, batch, generators))
+    drawn = draw_mask_inputs(parts, batch, generators, NO_FULL_MASKS if inpainting else None)
+    channels = mask_channels(parts, batch, drawn)
     conditions = Conditions(text, channels, control_guide(parts.controlnet, batch))
     width = len(parts.scheduler.alphas_cumprod) // TIMESTEP_RANGES
     errors, losses = [], {}

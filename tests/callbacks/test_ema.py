@@ -134,7 +134,22 @@ def test_applied_restores_the_raw_weights_even_after_an_error(checkpoint):
     raw = copied(module)
     with pytest.raises(KeyError), ema.applied(module):
         assert_equal(copied(module), ema.average)
+        weight = module.unet.conv_in.weight
+        assert weight.data_ptr() == ema.average["unet.conv_in.weight"].data_ptr()  # nothing was copied
         raise KeyError
+    assert_equal(copied(module), raw)
+
+
+def test_weights_that_share_memory_are_copied_and_restored(checkpoint):
+    """As those of strategies that keep a model in one piece."""
+    ema = EMA(start_step=1)
+    module, _ = train(checkpoint, 2, ema)
+    weight = module.unet.conv_in.weight
+    weight.data = torch.cat([weight.data, weight.data])[: len(weight)]
+    raw, place = copied(module), weight.data_ptr()
+    with ema.applied(module):
+        assert_equal(copied(module), ema.average)
+        assert weight.data_ptr() == place
     assert_equal(copied(module), raw)
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from lightning import Callback
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from sdmodule.callbacks.frozen_weights import CastFrozenWeights
+from sdmodule.callbacks.frozen_weights import CastFrozenWeights, sampling_precision
 from sdmodule.callbacks.validation_samples import ValidationSamples
 from sdmodule.components.checkpoint import load_components
 from sdmodule.data.toy.dataset import ShapesDataModule
 from sdmodule.module import StableDiffusionModule
+from tests.fake_cuda import fake_cuda, values_of
 from tests.fitting import fit
 
 pytestmark = pytest.mark.slow  # each test trains several times
@@ -129,3 +133,38 @@ def test_a_sanity_check_before_training_changes_nothing(checkpoint):
 def test_an_error_restores_the_weights(checkpoint):
     with pytest.raises(RuntimeError, match="stop"):
         train(checkpoint, CastFrozenWeights(), stop=3)
+
+
+def test_a_gpu_gets_the_original_weights_back_from_pinned_memory(checkpoint):
+    """They are copied down once, and up without a wait; what was in 16 bits is made again on the GPU."""
+    module = StableDiffusionModule(str(checkpoint), tuning=LORA)
+    before = {name: weight.detach().clone() for name, weight in module.named_parameters()}
+    with fake_cuda() as cuda:
+        module.to("cuda")
+        with module.frozen_weights.cast(torch.bfloat16):
+            start = len(cuda.crossings)
+            with module.frozen_weights.full_precision():
+                after = {name: values_of(weight.detach()).clone() for name, weight in module.named_parameters()}
+            assert module.unet.conv_in.weight.dtype == torch.bfloat16
+            moved = cuda.crossings[start:]
+        module.to("cpu")
+    assert {(one.kind, one.waits) for one in moved} == {("to device", False)}
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+def test_a_gpu_samples_in_the_precision_of_the_training(checkpoint):
+    module = StableDiffusionModule(str(checkpoint), tuning=LORA)
+    seen = []
+
+    def look(step: int, latents: torch.Tensor) -> None:
+        seen.append((module.unet.conv_in.weight.dtype, torch.is_autocast_enabled("cuda")))
+
+    with fake_cuda():
+        module.to("cuda")
+        strategy = SingleDeviceStrategy(torch.device("cuda", 0))
+        trainer = SimpleNamespace(precision="bf16-mixed", strategy=strategy)
+        with sampling_precision(trainer, module):
+            module.infer("a star", num_inference_steps=1, show_progress=False, callback_on_step_end=look)
+        module.infer("a star", num_inference_steps=1, show_progress=False, callback_on_step_end=look)
+        module.to("cpu")
+    assert seen == [(torch.bfloat16, True), (torch.float32, False)]

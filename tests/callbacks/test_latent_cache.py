@@ -100,6 +100,31 @@ def test_losses_equal_those_of_training_without_a_cache(checkpoint, folder, tmp_
     assert len(cached_keys(tmp_path / "cache", "embeddings")) == (6 if what == "all" else 0)
 
 
+class InUse(Callback):
+    """The networks whose weights are on the device after each batch; samples after the first, as validation does."""
+
+    def __init__(self) -> None:
+        self.seen: list[set[str]] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.homes = {name: one.data_ptr() for name, one in pl_module.named_parameters()}
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not self.seen:
+            pl_module.infer("a red circle", num_inference_steps=1, show_progress=False)
+        away = (name for name, one in pl_module.named_parameters() if one.data_ptr() != self.homes[name])
+        self.seen.append({name.split(".")[0] for name in away})
+
+
+def test_networks_that_training_does_not_use_leave_the_device(checkpoint, folder, tmp_path, monkeypatch):
+    plain = fit(checkpoint, images_of(folder), None, 2)
+    monkeypatch.setattr("sdmodule.callbacks.latent_cache.SAVES_MEMORY_OF", ("cpu",))  # copies stand for its memory
+    in_use = InUse()
+    losses = fit(checkpoint, images_of(folder), LatentCache(tmp_path / "cache", "all"), 2, in_use)
+    assert losses == pytest.approx(plain, rel=1e-5)
+    assert in_use.seen[0] - in_use.seen[1] == {"text_encoder", "vae"}  # sampling brought them, the next batch did not
+
+
 @pytest.mark.parametrize("what", ["latents", "all"])
 def test_masked_losses_equal_those_of_training_without_a_cache(checkpoint, folder, tmp_path, what):
     Image.linear_gradient("L").resize((32, 32)).save(folder / "mask.png")

@@ -4,8 +4,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -222,19 +220,17 @@ def test_a_second_training_moves_what_the_first_left(call, checkpoint, photos, t
     assert status == 0 and "Moved" in printed
 
 
-# ---------------------------------------------------------------------------------------------- real processes
-
-
-@pytest.mark.slow
-def test_a_prompt_reaches_the_images_letter_for_letter_in_a_sweep(checkpoint, tmp_path):
+def test_a_prompt_reaches_the_images_letter_for_letter_in_a_sweep(call, checkpoint, tmp_path):
     prompt = "a cat, (fluffy:1.2), 50% off = {fun} ünïcode 'it\\'s' \"q\" \\ ${x} $5 [a] ??? 🦊\n #x: \\"
-    command = [sys.executable, ROOT / "predict.py", "-m", f"prompt={prompt}", "negative_prompt=???", "steps=1"]
-    command += [f"pretrained={checkpoint}", f"output_dir={tmp_path / 'out'}"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
+    settings = [f"prompt={prompt}", "negative_prompt=???", "steps=1", f"pretrained={checkpoint}"]
+    status, _, complaint = call(predict_main, "-m", *settings, f"output_dir={tmp_path / 'out'}")
+    assert (status, complaint) == (0, "")
     [record] = records(tmp_path / "out" / "0")
     assert (record["prompt"], record["negative_prompt"]) == (prompt, "???")
     assert Image.open(tmp_path / "out" / "0" / record["file"]).text["prompt"] == prompt
+
+
+# ---------------------------------------------------------------------------------------------- real processes
 
 
 @pytest.mark.slow

@@ -81,6 +81,14 @@ def test_every_result_is_on_a_page_with_its_origin():
     assert text.count("\n- date: 20") == text.count("\n- command: ")
 
 
+def test_a_card_has_its_page_with_a_table_for_each_section(tmp_path):
+    rows = [{"section": name, "what": "a check", "passed": True} for name in ("correctness", "correctness", "syncs")]
+    content = {"command": "python benchmarks/gpu.py", "date": "2026-12-01", "rows": rows}
+    (tmp_path / "gpu_t4.json").write_text(json.dumps(content), encoding="utf-8")
+    pages = benchmark_pages(tmp_path, {}, sdmodule.__version__)
+    assert pages["gpu.md"].count("| section | what | passed |") == 2 and "No GPU" not in pages["index.md"]
+
+
 def test_a_result_is_stale_when_superseded_or_of_an_older_minor_version():
     content = {"versions": {"sdmodule": "0.1.3"}}
     assert stale_because(content, {}, "0.1.9") is None

@@ -17,8 +17,8 @@ Whole trainings run on it too, from Lightning's ``Trainer(accelerator="gpu", dev
 ``trainer=gpu``; a callback's ``on_train_batch_start`` takes the marks.
 
 What it cannot do: run backward, which wants a real device, so that ``loss.backward()`` adds ones to the gradients
-(`add_ones_to_gradients`); compile; capture a CUDA graph; choose an attention kernel. Kernels of CUDA alone, and their
-rounding, are not seen.
+(`add_ones_to_gradients`); compile; capture a CUDA graph; choose an attention kernel; make a generator
+on the device. Kernels of CUDA alone, and their rounding, are not seen.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +44,22 @@ def find_place() -> tuple[str, int, str]:
     """Innermost file and function of ``sdmodule``, its line, and the file and line that called torch."""
     frame: Any = sys._getframe(2)
     caller = ours = None
-    while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        if ours is None and path.is_relative_to(PACKAGE):
-            ours = f"{path.relative_to(PACKAGE).as_posix()} {frame.f_code.co_qualname}", frame.f_lineno
-        outside = path.is_absolute() and path.parent != Path(__file__).parent and "torch" not in path.parts
-        if caller is None and outside:
-            caller = (
-                f"{'/'.join(path.parts[-2:])}:{frame.f_lineno}",
-                f"{path.name} {frame.f_code.co_qualname}",
-                frame.f_lineno,
-            )
-        if ours and caller:
-            break
+    while frame is not None and not (ours and caller):
+        own, shown = _file(frame.f_code.co_filename)
+        if ours is None and own:
+            ours = f"{own} {frame.f_code.co_qualname}", frame.f_lineno
+        if caller is None and shown:
+            name = f"{shown.rpartition('/')[2]} {frame.f_code.co_qualname}"
+            caller = f"{shown}:{frame.f_lineno}", name, frame.f_lineno
         frame = frame.f_back
     assert caller is not None
     return (*(ours or caller[1:]), caller[0])
+
+
+@cache
+def _file(name: str) -> tuple[str | None, str | None]:
+    """A file's path in ``sdmodule``, and its folder and name if it is not torch's or of this folder; None if not."""
+    path = Path(name)
+    own = path.relative_to(PACKAGE).as_posix() if path.is_relative_to(PACKAGE) else None
+    calls = path.is_absolute() and path.parent != Path(__file__).parent and "torch" not in path.parts
+    return own, "/".join(path.parts[-2:]) if calls else None

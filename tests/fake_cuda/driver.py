@@ -109,6 +109,8 @@ def replacements(
         "mem_get_info": lambda device=None: (80 * 2**30, 80 * 2**30),
     }
     yield from ((torch.cuda, attribute, value) for attribute, value in of_cuda.items())
+    # a subclass has no version counter to leave out
+    yield torch, "inference_mode", lambda mode=True: torch.no_grad() if mode else nullcontext()
     # threads of data loaders pin memory too, where no mode is active
     yield Tensor, "pin_memory", lambda self, device=None: self if cuda.is_pinned(self) else cuda.pin(self.clone())
     yield Tensor, "is_pinned", lambda self, device=None: cuda.is_pinned(self)

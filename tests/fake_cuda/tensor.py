@@ -65,6 +65,15 @@ class FakeCudaTensor(Tensor):
     def data_ptr(self) -> int:
         return self.values.data_ptr()
 
+    @property
+    def data(self) -> FakeCudaTensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, other: Tensor) -> None:
+        Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
+        self.values = values_of(other)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> FakeCudaTensor:
         copy = memo[id(self)] = self.detach().clone().requires_grad_(self.requires_grad)
         copy.__dict__.update({name: value for name, value in self.__dict__.items() if name != "values"})

@@ -130,6 +130,7 @@ def test_row_13_two_validation_loaders_are_logged_apart(module):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_row_13_plain_prompts_are_predicted(module, batch_size):
+    module.sampling = module.sampling.updated(steps=4)
     batches = quiet().predict(module, DataLoader(CAPTIONS, batch_size=batch_size))
     images = [image for batch in batches for image in batch.images()]
     wanted = module.infer(CAPTIONS, show_progress=False)["samples"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 
 from sdmodule.module import StableDiffusionModule
 from sdmodule.speed.batch_sizes import PATIENCE, BatchSizes
@@ -16,23 +15,9 @@ DEEP = {"cache_every": 2, "guidance_interval": [0.0, 0.75]}
 WINDOW = {"engine": "window", "merge_crossattn": True, "merge_mlp": True}
 
 
-@pytest.fixture(scope="module")
-def sd(checkpoint) -> StableDiffusionModule:
-    """A model with few blocks, since torch traces each for seconds."""
-    sd = StableDiffusionModule.from_pretrained(str(checkpoint), sampling={"steps": 3, "guidance_scale": 5.0})
-    torch.manual_seed(0)
-    sd.parts.unet = sd.unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16,),
-        down_block_types=("CrossAttnDownBlock2D",),
-        mid_block_type=None,
-        up_block_types=("CrossAttnUpBlock2D",),
-        layers_per_block=1,
-        attention_head_dim=2,
-        cross_attention_dim=32,
-        norm_num_groups=8,
-    )
-    return sd
+@pytest.fixture
+def sd(few_blocks) -> StableDiffusionModule:
+    return few_blocks
 
 
 @pytest.fixture
@@ -40,7 +25,8 @@ def graphs(monkeypatch, tmp_path) -> list[torch.fx.GraphModule]:
     """The graphs that torch has traced, which then run as they are."""
     made: list[torch.fx.GraphModule] = []
 
-    def backend(graph, inputs):
+    def backend(graph, inputs, mode=None):
+        graph.meta["mode"] = mode
         made.append(graph)
         return graph.forward
 
@@ -88,10 +74,15 @@ def test_attention_backends_share_no_graph(sd, graphs):
     assert {"('MATH',)", "('FLASH_ATTENTION',)"} <= set(asked)
 
 
+def test_autotuned_blocks_are_compiled_in_that_mode(sd, graphs):
+    images(sd, ["a star"], speed={"compile": "autotuned"}, num_inference_steps=1)
+    assert {graph.meta["mode"] for graph in graphs} == {"max-autotune-no-cudagraphs"}
+
+
 def test_hitting_the_limit_is_said_once(sd, graphs, monkeypatch, recwarn):
     monkeypatch.setattr("sdmodule.speed.compile.RECOMPILE_LIMIT", 1)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-    images(sd, ["a star"])
+    with torch._dynamo.config.patch(recompile_limit=1):
+        images(sd, ["a star"])
     said = [str(warning.message) for warning in recwarn if "speed.compile" in str(warning.message)]
     assert len(said) == 1 and "its limit" in said[0]
 

@@ -15,7 +15,7 @@ from sdmodule.speed.layout import TokensInPlace
 from sdmodule.tome import apply
 from sdmodule.tome.apply import apply_merging
 from sdmodule.tome.destinations import draw_destinations
-from sdmodule.tome.exact import ExactMatching
+from sdmodule.tome.exact import ExactMatching, sort_by_counting
 from sdmodule.tome.merged_block import BlockMerging, MergedBlock
 from sdmodule.tome.plan import Plan
 from sdmodule.tome.token_merging import TokenMerging
@@ -178,3 +178,22 @@ def test_in_channels_last_transformers_keep_the_format(unet, inputs):
             seen = unet(*inputs).sample
     assert torch.allclose(seen, wanted, atol=1e-5)
     assert [type(part) for part in unet.modules()] == before
+
+
+def test_sorted_segments_have_the_means_of_a_merge():
+    """A GPU averages so, always in the same order."""
+    x = tokens((12, 10))
+    found = matching((12, 10), 0.5, 2, True)
+    positions = found.positions(x)
+    plan, sorted_plan = (Plan.of(positions, found.merged, by_segments=segments) for segments in (False, True))
+    assert torch.allclose(sorted_plan.merge(x, 2), plan.merge(x, 2), rtol=0, atol=1e-6)
+    half = sorted_plan.merge(x.half(), 2)  # summed in float32
+    assert half.dtype == torch.float16 and torch.equal(half, sorted_plan.merge(x.half().float(), 2).half())
+
+
+def test_counting_sorts_as_sorting_does():
+    mask = torch.rand(3, 40, generator=torch.Generator().manual_seed(0)) < 0.25
+    mask = mask.scatter(1, mask.int().argsort(dim=1, descending=True)[:, :2], True)
+    order, place = sort_by_counting(mask)
+    expected = mask.int().argsort(dim=1, descending=True, stable=True)
+    assert torch.equal(order, expected) and torch.equal(place, expected.argsort(dim=1))

@@ -25,6 +25,7 @@ from sdmodule.module import StableDiffusionModule
 from sdmodule.training.inpaint import InpaintTraining
 from sdmodule.training.loss import Conditions, denoising_errors, mask_channels
 from sdmodule.training.objective import Noise
+from sdmodule.training.step_inputs import draw_mask_inputs
 from tests.fitting import fit
 
 pytestmark = pytest.mark.slow  # most tests train
@@ -59,7 +60,7 @@ def test_the_loss_on_nine_channels_matches_the_paper(build):
     image = torch.rand(2, 3, 32, 32) * 2 - 1
     batch = {"image": image, "mask": (torch.rand(2, 1, 32, 32) < 0.3).float()}
     inpaint, generator = InpaintTraining(full_mask_share=0.0), torch.Generator().manual_seed(1)
-    channels = mask_channels(module.parts, batch, generator, inpaint)
+    channels = mask_channels(module.parts, batch, draw_mask_inputs(module.parts, batch, generator, inpaint))
     latents, noise, timesteps = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([3, 800])
     conditions = Conditions(module.encode_captions([PROMPT, ""]), channels)
     errors = denoising_errors(module.parts, latents, Noise(noise, noise), timesteps, conditions)

@@ -15,6 +15,7 @@ from sdmodule.data.base import TrainingData
 from sdmodule.data.example import CaptionedImage, View
 from sdmodule.data.sampler import training_loader
 from sdmodule.data.toy.scenes import Scene, caption, render, render_collage, sample_scene
+from sdmodule.data.worker_processes import check_workers
 from sdmodule.errors import check_int, check_number, check_seed
 from sdmodule.io.images import image_to_tensor
 
@@ -91,7 +92,7 @@ class ShapesDataModule(TrainingData):
         two_objects: share of scenes with two objects.
         collages: share of training images without a caption, for autoencoders.
         seed: seed of the scenes.
-        num_workers: worker processes that render; 0 renders in the training process.
+        num_workers: processes that render; 0 renders in the training's own; None is by device, see `loading_options`.
 
     Raises:
         SettingsError: for a value out of range.
@@ -106,14 +107,14 @@ class ShapesDataModule(TrainingData):
         two_objects: float = 0.4,
         collages: float = 0.0,
         seed: int = 0,
-        num_workers: int = 0,
+        num_workers: int | None = None,
     ) -> None:
         super().__init__()
         for name, value in {"batch_size": batch_size, "train_length": train_length, "val_length": val_length}.items():
             check_int(f"data.{name}", value)
         for name, share in {"two_objects": two_objects, "collages": collages}.items():
             check_number(f"data.{name}", share, minimum=0, maximum=1)
-        check_int("data.num_workers", num_workers, minimum=0)
+        check_workers(num_workers)
         check_seed("data.seed", seed)
         self.batch_size = batch_size
         self.seed = seed
