@@ -150,6 +150,14 @@ def xl_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def clip_folder(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a CLIP with random weights, which reads the captions of scenes."""
+    from tests.clip_folders import write_clip
+
+    return write_clip(tmp_path_factory.mktemp("scorers") / "clip", checkpoint / "tokenizer")
+
+
 @pytest.fixture
 def module(checkpoint: Path):
     """The checkpoint, ready to sample."""

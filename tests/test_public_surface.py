@@ -8,7 +8,7 @@ from importlib import import_module
 
 import pytest
 
-PACKAGES = ("sdmodule", "sdmodule.callbacks", "sdmodule.data", "sdmodule.sampling")
+PACKAGES = ("sdmodule", "sdmodule.callbacks", "sdmodule.data", "sdmodule.evaluation", "sdmodule.sampling")
 NAMES = [(package, name) for package in PACKAGES for name in import_module(package).__all__]
 
 

@@ -32,6 +32,11 @@ PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "Data modules, and where images come from.",
         ("sdmodule.data.*", "ImageSource", "WeightedSource", "Folder", "Shards", "HuggingFaceData", "Example"),
     ),
+    "evaluation": (
+        "Evaluation",
+        "Scorers, metrics as functions of features, and the figures of a set of images.",
+        ("sdmodule.evaluation.*",),
+    ),
     "diffusion": (
         "Diffusion",
         "The equations, as functions of tensors: no Lightning, no file, no configuration.",

@@ -9,7 +9,19 @@ from pathlib import Path
 from _ext.pages import table, toctree, write_pages
 from sdmodule.cli.config_files import ConfigFile, Setting, read_config
 
-FIRST = ("train", "predict", "model", "tuning", "objective", "training", "optimizer", "lr_scheduler", "data", "cache")
+FIRST = (
+    "train",
+    "predict",
+    "evaluate",
+    "model",
+    "tuning",
+    "objective",
+    "training",
+    "optimizer",
+    "lr_scheduler",
+    "data",
+    "cache",
+)
 """Pages in the order in which people look for them; the others follow by name."""
 
 
@@ -69,7 +81,8 @@ def configuration_pages(conf: Path) -> dict[str, str]:
     pages = {}
     for path in conf.glob("*.yaml"):
         config = read_config(path)
-        pages[path.stem] = f"# `{path.stem}.py`\n\n" + _section(config, "")
+        program = "sdmodule-evaluate" if path.stem == "evaluate" else f"{path.stem}.py"  # it has no script
+        pages[path.stem] = f"# `{program}`\n\n" + _section(config, "")
     for folder in sorted({path.parent for path in conf.rglob("*.yaml")} - {conf}):
         group = folder.relative_to(conf).as_posix()
         sections = [_section(read_config(path, group), group) for path in sorted(folder.glob("*.yaml"))]

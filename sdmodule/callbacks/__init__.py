@@ -18,6 +18,7 @@ MODULES = {
     "NonFiniteLoss": "finite_loss",
     "PredictionWriter": "prediction_writer",
     "ProgressBar": "progress",
+    "QualityMetrics": "metrics",
     "TimingLogger": "timing",
     "TrainingCheckpoint": "checkpoint",
     "ValidationInterval": "validation_interval",

@@ -13,8 +13,10 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
+from sdmodule.errors import SettingsError, choices
 from sdmodule.io.redact import redact
 from sdmodule.training.loop_state import LoopState, write_loop_state
 from sdmodule.training.signal_guard import SignalGuard, SignalPoll
@@ -37,6 +39,9 @@ class TrainingCheckpoint(ModelCheckpoint):
     Ctrl-C and SIGTERM save a checkpoint too and then end the training: at once, even in a validation or while waiting
     for data, but not within an optimizer step, which finishes first. Several devices stop together after the step or
     validation batch that they are at, on GPUs within seconds. A second Ctrl-C ends without a checkpoint.
+
+    With ``monitor="val/fid"``, or another metric of the validation, the checkpoint that is kept beside ``last.ckpt`` is
+    that of the best validation.
 
     Paths in its state, which every checkpoint holds, are written with ``~`` for the home folder.
     """
@@ -86,6 +91,8 @@ class TrainingCheckpoint(ModelCheckpoint):
         if self._loop_state is not None:
             self._loop_state.validation_finished(trainer)
         with self._signals_deferred():
+            if self.monitor is not None and not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING:
+                self._save_if_best(trainer)
             super().on_validation_end(trainer, pl_module)
         self._stop_if_signalled(trainer)
 
@@ -103,13 +110,30 @@ class TrainingCheckpoint(ModelCheckpoint):
         """
         if not self._defer_signals:
             return
-        super().on_train_batch_end(trainer, pl_module, None, None, 0)
+        if self.monitor is None:
+            super().on_train_batch_end(trainer, pl_module, None, None, 0)
+        elif self._every_n_train_steps and trainer.global_step % self._every_n_train_steps == 0:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))  # the metric is not yet this step's
         if trainer.global_step >= trainer.max_steps and not self._should_skip_saving_checkpoint(trainer):
             save = self._save_last_checkpoint if self.save_last else self._save_topk_checkpoint
             save(trainer, self._monitor_candidates(trainer))
         self._defer_signals = False
         if self._poll.due(trainer):
             self._stop_if_signalled(trainer)
+
+    def _save_if_best(self, trainer: Trainer) -> None:
+        """Save after a validation that was better than those before, whatever ``every_n_train_steps`` is.
+
+        Raises:
+            SettingsError: if the validation has not logged what is monitored.
+        """
+        candidates = self._monitor_candidates(trainer)
+        if self.monitor not in candidates:
+            raise SettingsError(
+                f"callbacks.checkpoint.monitor={self.monitor}: the validation logs no such metric; choose one of "
+                f"{choices(name for name in candidates if name.startswith('val/'))}."
+            )
+        self._save_topk_checkpoint(trainer, candidates)
 
     # ---------------------------------------------------------------------------------------------- files
 

@@ -179,6 +179,8 @@ def _advice(typed: TypedLine, run: list[str]) -> str:
             return f"write {one_of([f'{group}={text}' for group in groups])}"
     if typed.command == "train":
         return f"write {assignment('data.root', text if Path(text).is_dir() else 'FOLDER')}, and see --help"
+    if typed.command == "evaluate":
+        return f"write {assignment('run', text)}, and see --help"
     return f"write {assignment('prompts' if text.endswith(('.txt', '.jsonl')) else 'prompt', text)}"
 
 

@@ -20,6 +20,7 @@ from sdmodule.cli.config_keys import conf_dir
 from sdmodule.cli.startup import config_store_uncopied
 
 COMMANDS = ("predict", "train")
+"""Commands whose keys hints point to."""
 
 
 class CommandTree:

@@ -155,6 +155,8 @@ def memory_advice(cfg: DictConfig) -> list[str]:
     """Settings to lower to save memory, cheapest first."""
     advice = []
     for key, lowest, text in TRAIN_MEMORY if "ckpt_path" in cfg else PREDICT_MEMORY:
+        if key.partition(".")[0] not in cfg:
+            continue
         value = OmegaConf.select(cfg, key)
         reduced = key.endswith("precision") and (value is None or "16" in str(value))  # None is 16 bits on a GPU
         if (value == lowest and lowest is not None) or (key == "cache" and value) or reduced:

@@ -1,4 +1,4 @@
-"""The two commands: read the arguments, compose the configuration, run the job once or once per job of a sweep."""
+"""The commands: read the arguments, compose the configuration, run the job once or once per job of a sweep."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from sdmodule.cli.about import version_line
 from sdmodule.cli.arguments import check_words, full_name, without_topics
 from sdmodule.cli.console import exit_on_sigterm
 from sdmodule.cli.error_messages import report_composition_errors, report_resource_errors, report_user_errors
+from sdmodule.cli.evaluate import evaluate
 from sdmodule.cli.help_page import our_help
 from sdmodule.cli.overrides import quote_overrides, with_png_settings
 from sdmodule.cli.predict import predict, summarize_sweep
@@ -38,6 +39,11 @@ def train_main() -> None:
 def predict_main() -> None:
     """Entry point of ``sdmodule-predict``."""
     run(predict, "predict", with_png_settings, summarize_sweep)
+
+
+def evaluate_main() -> None:
+    """Entry point of ``sdmodule-evaluate`` and of ``python -m sdmodule.evaluate``."""
+    run(evaluate, "evaluate", quote_overrides)
 
 
 def run(

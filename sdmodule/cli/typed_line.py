@@ -22,7 +22,7 @@ class TypedLine:
     """The command line of a command, for messages about it.
 
     Args:
-        command: name of its primary configuration, ``train`` or ``predict``.
+        command: name of its primary configuration: ``train``, ``predict`` or ``evaluate``.
         arguments: what was typed after the name of the command.
     """
 
@@ -59,7 +59,9 @@ class TypedLine:
 
 def program(command: str) -> str:
     """The program of a command, by the name that this one was called by: ``predict.py`` or ``sdmodule-predict``."""
-    return f"sdmodule-{command}" if Path(sys.argv[0]).name.startswith("sdmodule-") else f"{command}.py"
+    if Path(sys.argv[0]).name.startswith("sdmodule-"):
+        return f"sdmodule-{command}"
+    return f"python -m sdmodule.{command}" if command == "evaluate" else f"{command}.py"
 
 
 def one_of(names: Sequence[str]) -> str:

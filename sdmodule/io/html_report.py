@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdmodule.io.atomic import atomic_write
-from sdmodule.io.run_folder import RECORDS, TIMINGS, read_records
+from sdmodule.io.run_folder import EVALUATION, RECORDS, TIMINGS, read_records
 
 
 @dataclass
@@ -38,8 +38,16 @@ class Job:
     @cached_property
     def timings(self) -> dict[str, Any]:
         """The content of ``timings.json``; empty if there is none."""
-        timings = self.root / TIMINGS
-        return json.loads(timings.read_text(encoding="utf-8")) if timings.is_file() else {}
+        return _read(self.root / TIMINGS)
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """The content of ``evaluation.json``; empty if there is none."""
+        return _read(self.root / EVALUATION)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def write_page(folder: Path, title: str, jobs: Sequence[Job], plot: str | None = None) -> None:
@@ -66,6 +74,7 @@ def _pieces(title: str, jobs: Sequence[Job], plot: str | None) -> Iterator[str]:
     yield f'{{"title": {_json(title)}, "plot": {_json(plot)}, "jobs": ['
     for number, job in enumerate(jobs):
         head = {"name": job.name, "folder": job.folder, "swept": job.swept, "timings": job.timings}
+        head |= {"evaluation": job.evaluation}
         yield f'{", " if number else ""}{_json(head)[:-1]}, "records": ['
         for index, record in enumerate(job.records):
             yield f"{', ' if index else ''}{_json(record)}"

@@ -13,12 +13,13 @@ from sdmodule.errors import unwritable
 from sdmodule.io.atomic import atomic_write, atomic_write_text
 
 IMAGES, INPUTS, RECORDS, TIMINGS = "images", "inputs", "predictions.jsonl", "timings.json"
+EVALUATION = "evaluation.json"
 CONFIG, METRICS = "config.yaml", "metrics.csv"
 TRAINED = ("checkpoints", "samples", "export", METRICS)
 
 
 def set_aside_images(folder: Path) -> Path | None:
-    """Rename the images and records of an earlier predict run, with the next free number.
+    """Rename the images, the records and the evaluation of an earlier predict run, with the next free number.
 
     Returns:
         The images' new folder; None if there are none.
@@ -28,7 +29,7 @@ def set_aside_images(folder: Path) -> Path | None:
     """
     if not any((folder / IMAGES).glob("*.png")):
         return None
-    return _set_aside(folder, (IMAGES, RECORDS))[0]
+    return _set_aside(folder, (IMAGES, RECORDS, EVALUATION))[0]
 
 
 def set_aside_training(folder: Path, ckpt_path: str | None) -> list[Path]:

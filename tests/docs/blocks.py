@@ -110,7 +110,7 @@ def run_command(words: list[str], workplace: Path, remark: str) -> tuple[int, st
     program, *arguments = words
     if program.endswith("python") and arguments[0] in ("predict.py", "train.py"):
         return run_ours(arguments[0].removesuffix(".py"), arguments[1:], workplace, remark)
-    if program in ("sdmodule-predict", "sdmodule-train"):
+    if program in ("sdmodule-predict", "sdmodule-train", "sdmodule-evaluate"):
         return run_ours(program.removeprefix("sdmodule-"), arguments, workplace, remark)
     if program == "make":
         targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -130,7 +130,7 @@ def run_command(words: list[str], workplace: Path, remark: str) -> tuple[int, st
 
 
 def run_ours(command: str, arguments: list[str], workplace: Path, remark: str) -> tuple[int, str]:
-    """Run ``train`` or ``predict`` in a process of its own, for a few steps; what fails is run as it stands."""
+    """Run one of our commands in a process of its own, for a few steps; what fails is run as it stands."""
     if remark.startswith("not run"):
         arguments = [*arguments, "--cfg", "job"]
     elif remark == "fails":
@@ -141,6 +141,8 @@ def run_ours(command: str, arguments: list[str], workplace: Path, remark: str) -
             arguments.append("trainer.max_steps=2")
         if any("dreambooth" in word for word in arguments):
             arguments.append("data.class_images=2")
+    elif command == "evaluate":
+        pass
     elif "--from" not in arguments or any(word.startswith("steps=") for word in arguments):
         if not {"--help", "--cfg"} & set(arguments):
             arguments = [*arguments, *SHORT_SAMPLING]

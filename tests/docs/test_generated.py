@@ -45,7 +45,8 @@ def test_every_group_has_a_page_and_every_file_a_section():
     text = "\n".join(pages.values())
     for path in (ROOT / "conf").rglob("*.yaml"):
         group = path.parent.relative_to(ROOT / "conf").as_posix().replace("/", "-")
-        assert (f"(conf-{group}-{path.stem})=" if group != "." else f"# `{path.stem}.py`") in text, path
+        command = "sdmodule-evaluate" if path.stem == "evaluate" else f"{path.stem}.py"
+        assert (f"(conf-{group}-{path.stem})=" if group != "." else f"# `{command}`") in text, path
 
 
 def test_a_key_has_its_comment():
@@ -59,7 +60,7 @@ def test_the_api_reference_has_the_public_names():
     pages = api_pages(ROOT / "sdmodule")
     text = "\n".join(pages.values())
     assert set(PAGES) == {name.removesuffix(".md") for name in pages} - {"index"}
-    for package in ("sdmodule", "sdmodule.callbacks", "sdmodule.data"):
+    for package in ("sdmodule", "sdmodule.callbacks", "sdmodule.data", "sdmodule.evaluation"):
         names = getattr(__import__(package, fromlist=["__all__"]), "__all__", [])
         for name in names:
             if not name.startswith("__"):
