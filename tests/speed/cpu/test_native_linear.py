@@ -87,6 +87,17 @@ def test_tokens_may_have_any_strides(run):
     assert torch.equal(run(layer, strided), run(layer, strided.contiguous()))
 
 
+def test_the_default_dtype_does_not_matter(run):
+    """Lightning changes it in true half precision."""
+    layer, tokens = made(GEGLU, 64, 96), torch.randn(1, 64, 64).bfloat16()
+    wanted = run(layer, tokens)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(run(layer, tokens), wanted)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @needs_native
 def test_other_layers_and_tokens_are_left_to_other_kernels():
     layer, tokens = made(nn.Linear, 64, 96), torch.randn(1, 32, 64).bfloat16()

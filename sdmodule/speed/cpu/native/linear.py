@@ -51,7 +51,7 @@ def native_geglu(tokens: Tensor, layer: Any) -> Tensor:
 def pack(layer: nn.Linear, gated: bool) -> Panels:
     """The weights and the bias of a layer, packed; with a gate, each output beside its gate."""
     weight, bias = layer.weight.contiguous(), None if layer.bias is None else layer.bias.contiguous()
-    panels = Panels(torch.empty_like(weight), torch.empty(layer.out_features))
+    panels = Panels(torch.empty_like(weight), torch.empty(layer.out_features, dtype=torch.float32))
     load_library(SOURCE).pack(
         pointer(weight),
         None if bias is None else pointer(bias),
