@@ -200,6 +200,8 @@ def test_an_unwritable_cache_is_no_error(empty_cache):
 
 
 def print_kernels():
+    for remembering in (autotune_cache_dir, load_library, is_available):  # what the forked process has found elsewhere
+        remembering.cache_clear()
     query = torch.ones(1, 2, 32, 8).bfloat16()
     kernels = attention_kernels(query, query, query)
     print(sorted(kernels), [round(float(kernel(query, query, query).float().norm()), 1) for kernel in kernels.values()])
