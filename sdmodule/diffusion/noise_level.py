@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class NoiseLevel(NamedTuple):
+@dataclass(frozen=True)
+class NoiseLevel:
     """Factors of image and noise; scalars on the CPU, which no copy takes to a GPU.
 
     Attributes:
