@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.optimization import get_scheduler
 from lightning import Callback
@@ -91,6 +92,7 @@ def _script(parts: Components, task: Task, steps: int) -> list[float]:
     parts.unet.set_attn_processor(AttnProcessor2_0())  # the defaults of a loaded checkpoint
     parts.text_encoder.set_attn_implementation("sdpa")
     mixed = "bf16" if task.precision == "bf16-mixed" else "no"
+    AcceleratorState._reset_state(reset_partial_state=True)  # one process measures several precisions
     accelerator = Accelerator(mixed_precision=mixed, cpu=not torch.cuda.is_available())
     trained = [weight for weight in parts.unet.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=1e-2)

@@ -173,6 +173,7 @@ PARTS += ("refiner", "ip_adapter", "image_encoder")
 PATHS |= {f"components.{part}" for part in PARTS}
 PATHS |= {"data.root", "data.val_root", "data.class_root", "data.made_in", "data.name", "data.split", "data.val_split"}
 PATHS |= {"data.subset", "data.image_column", "data.caption_column", "data.caption_key", "data.revision", "revision"}
+PATHS |= {"run", "against", "scorer", "inception", "callbacks.metrics.scorer", "callbacks.checkpoint.monitor"}
 
 
 def test_the_configuration_tags_its_text_keys():

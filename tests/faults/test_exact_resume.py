@@ -49,7 +49,7 @@ WAYS = {
     "cached": [
         "data.buckets=true",
         "data.random_flip=true",
-        "trainer.accumulate_grad_batches=3",
+        "trainer.accumulate_grad_batches=2",
         "trainer.val_check_interval=3",
     ],
 }
