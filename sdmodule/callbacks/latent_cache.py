@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
@@ -108,10 +107,6 @@ class LatentCache(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
         self.check(data, pl_module)
-        if isinstance(trainer.strategy, FSDPStrategy):
-            raise SettingsError(
-                f"cache={self.what}: needs the whole model on each device; use trainer=ddp, or cache=none."
-            )
         with ExitStack() as switched:
             cached = self._cached_images(trainer, pl_module, data)
             switched.enter_context(data.training_on(cached))

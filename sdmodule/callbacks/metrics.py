@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -81,10 +80,6 @@ class QualityMetrics(Callback):
             raise SettingsError(
                 "callbacks=[…,metrics]: samples from prompts alone, which this model does not; leave it out, or use "
                 "model=text2image without a ControlNet."
-            )
-        if isinstance(trainer.strategy, FSDPStrategy):
-            raise SettingsError(
-                "callbacks=[…,metrics]: samples with the whole model on each device; use trainer=ddp, or leave it out."
             )
         if self.scorer is None:
             raise SettingsError(

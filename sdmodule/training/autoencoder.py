@@ -21,6 +21,7 @@ from sdmodule.io.redact import shorten_home
 from sdmodule.training.full import FullTuning
 from sdmodule.training.optimizers import Optimization
 from sdmodule.training.rng import Generators, per_example_generators
+from sdmodule.training.strategies import check_strategy
 from sdmodule.training.trainable import TrainableModule
 from sdmodule.training.tuning import check_layout, choose_tuning
 
@@ -124,6 +125,7 @@ class AutoencoderModule(TrainableModule):
 
     @override
     def setup(self, stage: str) -> None:
+        check_strategy(self._trainer)
         if stage == "fit":
             self.check_fit()
 

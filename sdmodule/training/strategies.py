@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from sdmodule.errors import SettingsError
 
 SHARDED = ("deepspeed", "fsdp", "model_parallel")
+"""How the names of strategies that shard the model begin."""
 
 
 def check_strategy(strategy: Any) -> None:
