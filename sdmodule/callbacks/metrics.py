@@ -74,22 +74,33 @@ class QualityMetrics(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage not in ("fit", "validate") or self._loaded is not None:  # validate_first=true has loaded it already
+        if stage in ("fit", "validate"):
+            self.load(pl_module, trainer.strategy.root_device)
+
+    def load(self, module: LightningModule, device: torch.device) -> None:
+        """Load the scorer, unless it is there already.
+
+        Args:
+            module: what will be sampled from.
+            device: where to score.
+
+        Raises:
+            SettingsError: if the module does not sample from prompts alone, or the scorer cannot be used.
+        """
+        if self._loaded is not None:
             return
-        if getattr(pl_module, "task", None) != TEXT2IMAGE or pl_module.controlnet is not None:
+        if getattr(module, "task", None) != TEXT2IMAGE or module.controlnet is not None:
             raise SettingsError(
                 "callbacks=[…,metrics]: samples from prompts alone, which this model does not; leave it out, or use "
                 "model=text2image without a ControlNet."
             )
         if self.scorer is None:
             raise SettingsError(
-                f"callbacks.metrics.scorer=null: must be given; give a CLIP-like model as a folder or a hub id such as "
+                "callbacks.metrics.scorer=null: must be given; give a CLIP-like model as a folder or a hub id such as "
                 f"{EXAMPLE}."
             )
-        if isinstance(self.scorer, (str, Path)):
-            self._loaded = TransformersScorer(self.scorer, trainer.strategy.root_device)
-        else:
-            self._loaded = self.scorer
+        given = self.scorer
+        self._loaded = TransformersScorer(given, device) if isinstance(given, (str, Path)) else given
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -33,7 +33,7 @@ def predict(cfg: DictConfig) -> None:
     if cfg.resume:
         data.done = find_finished(output_dir, data.requests, model.describe() | {"precision": str(trainer.precision)})
     speed, device = model.sampling.speed, trainer.strategy.root_device.type
-    work = work_ahead(model.parts, model.sampling, len(data.requests) / trainer.world_size)
+    work = work_ahead(model.parts, model.sampling, (len(data.requests) - len(data.done)) / trainer.world_size)
     echo_device(trainer, uses_tf32(device, speed), attention=speed.attention, compile=speed.compile_on(device, work))
     if cfg.resume:
         echo(f"Resuming: {len(data.done)} of {len(data.requests)} images are there")

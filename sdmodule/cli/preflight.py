@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from sdmodule.callbacks.class_images import ClassImages
 from sdmodule.callbacks.export import Export
 from sdmodule.callbacks.latent_cache import LatentCache
+from sdmodule.callbacks.metrics import QualityMetrics
 from sdmodule.data.example import Example
 from sdmodule.errors import SettingsError
 from sdmodule.sampling.requests import INPAINT, TEXT2IMAGE
@@ -38,6 +39,8 @@ def check_compatible(model: Any, data: Any, callbacks: Sequence[Callback]) -> No
             callback.check(data, model)
         if isinstance(callback, Export):
             callback.check(model)
+        if isinstance(callback, QualityMetrics):
+            callback.load(model, model.trainer.strategy.root_device)
 
 
 def _check_size(model: Any, data: Any) -> None:

@@ -14,6 +14,7 @@ from sdmodule.errors import SettingsError, check_path
 from sdmodule.io.redact import shorten_home
 
 EXAMPLE = "openai/clip-vit-large-patch14"
+ADVICE = f"give the folder of a CLIP-like model, or a hub id such as {EXAMPLE}"
 
 
 class TransformersScorer:
@@ -74,10 +75,14 @@ def _load(location: str, given: str) -> tuple[Any, Any, Any]:
     folder = Path(location)
     if folder.is_dir() and not (folder / "config.json").is_file():
         kind = "is a diffusers checkpoint" if (folder / "model_index.json").is_file() else "has no config.json"
-        raise SettingsError(f"scorer={given}: {kind}; give the folder of a CLIP-like model, or a hub id as {EXAMPLE}.")
+        raise SettingsError(
+            f"scorer={given}: {kind}; give the folder of a CLIP-like model, or a hub id such as {EXAMPLE}."
+        )
     if folder.is_file() or (not folder.is_dir() and given.count("/") != 1):
         found = "is a file" if folder.is_file() else "not found"
-        raise SettingsError(f"scorer={given}: {found}; give the folder of a CLIP-like model, or a hub id as {EXAMPLE}.")
+        raise SettingsError(
+            f"scorer={given}: {found}; give the folder of a CLIP-like model, or a hub id such as {EXAMPLE}."
+        )
     try:
         model, info = AutoModel.from_pretrained(location, output_loading_info=True, dtype=torch.float32)
         if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):

@@ -97,7 +97,8 @@ def test_the_checkpoint_of_the_best_validation_stays(checkpoint, clip_folder, tm
 
 
 def test_what_cannot_be_measured_is_said_before_training(call, checkpoint, clip_folder, photos, tmp_path):
-    command = [f"pretrained={checkpoint}", f"data.root={photos}", f"output_dir={tmp_path}", "callbacks=[metrics]"]
+    out = tmp_path / "out"
+    command = [f"pretrained={checkpoint}", f"data.root={photos}", f"output_dir={out}", "callbacks=[metrics]"]
     cases = {
         (): "callbacks.metrics.scorer=null: must be given; give a CLIP-like model",
         (f"callbacks.metrics.scorer={tmp_path / 'none'}",): "none: not found",
@@ -107,6 +108,7 @@ def test_what_cannot_be_measured_is_said_before_training(call, checkpoint, clip_
     for settings, message in cases.items():
         status, _, error = call(train_main, *command, *settings)
         assert status == 1 and message in error and error.count("\n") == 1, error
+        assert not list(out.glob("*"))
 
 
 def test_two_devices_sample_a_share_each(call, checkpoint, clip_folder, photos, tmp_path):
