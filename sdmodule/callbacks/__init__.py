@@ -21,6 +21,7 @@ MODULES = {
     "QualityMetrics": "metrics",
     "TimingLogger": "timing",
     "TrainingCheckpoint": "checkpoint",
+    "TrainingReport": "training_report",
     "ValidationInterval": "validation_interval",
     "ValidationSamples": "validation_samples",
 }

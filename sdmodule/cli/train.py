@@ -13,12 +13,26 @@ from sdmodule.cli.console import configured_loggers, echo, echo_device, is_rank_
 from sdmodule.cli.instantiate import build_trainer, instantiate
 from sdmodule.cli.output_dir import output_dir_locked, prepare_output_dir, write_config
 from sdmodule.errors import check_bool, check_seed, count_of
+from sdmodule.io.noted_warnings import noted_warnings
 from sdmodule.io.redact import redact
 from sdmodule.io.run_folder import set_aside_training
 
 
 def train(cfg: DictConfig) -> None:
     """Fine-tune a model. Whatever cannot work is reported before anything is written."""
+    with noted_warnings() as noted:
+        trainer, model, data, output_dir = prepare(cfg)
+    from sdmodule.callbacks.training_report import TrainingReport  # takes a while, and prepare() may fail before
+
+    for callback in trainer.callbacks:
+        if isinstance(callback, TrainingReport):
+            callback.warnings += noted
+    with output_dir_locked(output_dir):
+        fit(cfg, trainer, model, data, output_dir)
+
+
+def prepare(cfg: DictConfig) -> tuple[Any, Any, Any, Path]:
+    """The trainer, the model, the data and the output folder; what cannot work with them is an error."""
     from sdmodule.callbacks.export import Export
     from sdmodule.cli.preflight import check_compatible
     from sdmodule.training.resume import FinishTraining, check_fits, find_checkpoint
@@ -48,9 +62,7 @@ def train(cfg: DictConfig) -> None:
     check_compatible(model, data, trainer.callbacks)  # type: ignore[attr-defined]
     if cfg.ckpt_path:
         check_fits(cfg.ckpt_path, model)
-
-    with output_dir_locked(output_dir):
-        fit(cfg, trainer, model, data, output_dir)
+    return trainer, model, data, output_dir
 
 
 def fit(cfg: DictConfig, trainer: Any, model: Any, data: Any, output_dir: Path) -> None:

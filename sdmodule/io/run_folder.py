@@ -14,8 +14,9 @@ from sdmodule.io.atomic import atomic_write, atomic_write_text
 
 IMAGES, INPUTS, RECORDS, TIMINGS = "images", "inputs", "predictions.jsonl", "timings.json"
 EVALUATION = "evaluation.json"
-CONFIG, METRICS = "config.yaml", "metrics.csv"
-TRAINED = ("checkpoints", "samples", "export", METRICS)
+CONFIG, METRICS, SAMPLES = "config.yaml", "metrics.csv", "samples"
+PAGE, REPORT = "index.html", "report.json"
+TRAINED = ("checkpoints", SAMPLES, "export", METRICS)
 
 
 def set_aside_images(folder: Path) -> Path | None:
@@ -49,7 +50,7 @@ def set_aside_training(folder: Path, ckpt_path: str | None) -> list[Path]:
         return []
     if not any((folder / name).exists() for name in TRAINED):
         return []
-    return _set_aside(folder, (*TRAINED, TIMINGS, CONFIG))
+    return _set_aside(folder, (*TRAINED, TIMINGS, CONFIG, PAGE, REPORT))
 
 
 def _is_of_this_run(checkpoint: Path, folder: Path) -> bool:
