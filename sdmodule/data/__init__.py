@@ -8,6 +8,8 @@ from sdmodule.io.lazy import lazy_attribute
 
 MODULES = {
     "DreamBoothDataModule": "dreambooth",
+    "EmojiScenesDataModule": "toy.emoji_dataset",
+    "EmojiScenesDataset": "toy.emoji_dataset",
     "HuggingFaceDataModule": "datamodule",
     "ImageDataModule": "datamodule",
     "ImageFolderDataModule": "datamodule",

@@ -123,9 +123,13 @@ def test_a_tuning_method_says_what_it_sets_in_other_groups(monkeypatch, override
 
 
 @pytest.mark.parametrize("name", options("data"))
-def test_data(name):
+def test_data(name, tmp_path):
+    (tmp_path / "noto").mkdir()
+    for thing in ("fox", "owl"):
+        Image.new("RGBA", (8, 8), "red").save(tmp_path / "noto" / f"{thing}.png")
     command = "predict" if name == "prompts" else "train"
     given = {
+        "emoji_scenes": [f"data.sprites={tmp_path}"],
         "shapes": [],
         "mixed": ["data.sources=[{root: photos}, {shards: a.tar, weight: 2}, {name: owner/name, split: test}]"],
         "dreambooth": ["data.root=photos", "data.prompt=a photo of sks dog", "data.class_prompt=a photo of a dog"],
