@@ -18,15 +18,17 @@ from sdmodule.io.atomic import atomic_write_text, remove_leftovers
 from sdmodule.io.folder_lock import folder_locked
 from sdmodule.io.redact import redact
 from sdmodule.io.run_folder import CONFIG, METRICS, next_free
+from sdmodule.io.run_part import Part
 
 
 def prepare_output_dir(cfg: DictConfig) -> Path:
     """The output folder of this job, checked to be writable and set in ``cfg``; nothing is written yet.
 
-    Each job of a sweep gets a folder of its own, and its W&B run joins the group of the sweep.
+    Each job of a sweep gets a folder of its own, and its W&B run joins the group of the sweep. So does each part of a
+    run of predict.
 
     Raises:
-        SettingsError: if the folder cannot be written.
+        SettingsError: if the folder cannot be written, or there is no such part.
     """
     hydra_config = HydraConfig.get()
     check_path("output_dir", cfg.output_dir)
@@ -36,6 +38,8 @@ def prepare_output_dir(cfg: DictConfig) -> Path:
         if wandb is not None and wandb.group is None:
             wandb.group = "/".join(folder.parts[-2:])
         folder = folder / str(hydra_config.job.num)
+    elif cfg.get("shard") is not None:
+        folder = folder / Part.parse(cfg.shard).folder
     cfg.output_dir = str(folder)
     _continue_wandb_run(cfg, folder)
     try:

@@ -79,14 +79,16 @@ def sheet(folder: Path, jobs: Sequence[Job], tile: int = 160, margin: int = 180)
     rows: dict[tuple[str, int], dict[str, str]] = {}
     for job in jobs:
         for record in job.records:
-            rows.setdefault((record["prompt"], record["seed"]), {})[job.folder] = record["file"]
+            row = record["prompt"], record["seed"]
+            if row in rows or len(rows) < SHEET_ROWS:
+                rows.setdefault(row, {})[job.folder] = record["file"]
     font, line, head = ImageFont.load_default(12), 15, 64
-    page = Image.new("RGB", (margin + len(jobs) * (tile + 8), head + min(len(rows), SHEET_ROWS) * (tile + 8)), "white")
+    page = Image.new("RGB", (margin + len(jobs) * (tile + 8), head + len(rows) * (tile + 8)), "white")
     draw = ImageDraw.Draw(page)
     for column, job in enumerate(jobs):
         lines = wrap_text(job.name, font, tile)
         draw.multiline_text((margin + column * (tile + 8), 4), "\n".join(lines), fill="black", font=font, spacing=0)
-    for number, ((prompt, seed), files) in enumerate(list(rows.items())[:SHEET_ROWS]):
+    for number, ((prompt, seed), files) in enumerate(rows.items()):
         y = head + number * (tile + 8)
         lines = [*wrap_text(prompt, font, margin - 16, max_lines=(tile - line) // line), f"seed {seed}"]
         draw.multiline_text((8, y), "\n".join(lines), fill="black", font=font, spacing=0)

@@ -11,7 +11,7 @@ from benchmarks.forked import run
 from sdmodule.cli.main import predict_main
 from sdmodule.io import sweep_report
 from sdmodule.io.html_report import Job
-from sdmodule.io.run_folder import RECORDS, write_records
+from sdmodule.io.run_folder import RECORDS
 from tests.chromium import PROGRAM, Page
 
 pytestmark = pytest.mark.slow  # runs a sweep and a browser
@@ -147,7 +147,7 @@ def test_a_sweep_has_a_table_a_contact_sheet_and_a_plot(sweep):
 def test_a_sweep_without_matplotlib_has_no_plot_and_says_so(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sweep_report, "find_spec", lambda name: None)
     (tmp_path / "0").mkdir()
-    write_records(tmp_path / "0" / RECORDS, [])
+    (tmp_path / "0" / RECORDS).touch()
     sweep_report.summarize(tmp_path, [(tmp_path / "0", ["steps=1"])])
     assert capsys.readouterr().out.splitlines() == [
         "seconds.svg was not drawn: matplotlib is missing; pip install 'sdmodule[plots]'"
