@@ -134,7 +134,7 @@ def measure(what: str, folder: Path, count: int) -> None:
     print(json.dumps({"seconds": time.perf_counter() - start, "memory": peak_memory(device) - before}))
 
 
-def open_page(page: Path, profile: Path) -> dict[str, Any]:
+def open_page(page: Path, profile: Path, name: str) -> dict[str, Any]:
     """Seconds until a page shows its first images, seconds of its filter, and the memory of the browser's processes."""
     browser = Page(profile)
     try:
@@ -156,7 +156,8 @@ def open_page(page: Path, profile: Path) -> dict[str, Any]:
             raise SettingsError(f"the page complains: {browser.messages[0]}")
     finally:
         browser.close()
-    return {"open_seconds": round(shown, 2), "open_mib": round(memory / 2**20), "filter_seconds": round(filtered, 2)}
+    figures = {"open_seconds": round(shown, 2), "open_mib": round(memory / 2**20), "filter_seconds": round(filtered, 2)}
+    return {f"{name}_{key}": value for key, value in figures.items()}
 
 
 def _memory(browser: Page) -> int:
@@ -182,7 +183,10 @@ def row(count: int, side: int, work: Path) -> dict[str, Any]:
     pages = [folder / "index.html", *folder.glob("pages/*")]
     figures["page_mb"] = round(sum(file.stat().st_size for file in pages) / 1e6, 1)
     if PROGRAM is not None:
-        figures |= open_page(folder / "index.html", work / "profile")
+        figures |= open_page(folder / "index.html", work / "profile", "page")
+        jobs = [Job(part, part.name, part.name) for part in sorted(parts.iterdir())]
+        write_page(parts, "sweep", jobs)  # no two of the jobs have a prompt in common: every image has a row
+        figures |= open_page(parts / "index.html", work / "profile", "sweep")
     figures |= step("merge", parts, count)
     if len(list((parts / IMAGES).iterdir())) != count:
         raise SettingsError(f"merge: wrote {len(list((parts / IMAGES).iterdir()))} of {count} images")
