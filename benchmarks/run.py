@@ -2,9 +2,9 @@
 
 ``sampling``: steps and whole images on Stable Diffusion 1.5's architecture and on the embedded model, and how often
 images follow their prompts with the presets. ``training``: LoRA on the large architecture, full fine-tuning of the
-embedded model. ``growth``: how time and memory grow, the start-up time, and runs of many images. ``kernels``: the CPU kernels of
-``sdmodule.speed.cpu`` beside torch's. Each writes JSON, and some a plot, into ``benchmarks/results`` or the folder of
-``--results``; ``--quick`` takes minutes, with fewer rounds and without the large models.
+embedded model. ``growth``: how time and memory grow, the start-up time, and runs of many images. ``kernels``: the CPU
+kernels of ``sdmodule.speed.cpu`` beside torch's. Each writes JSON, and some a plot, into ``benchmarks/results`` or the
+folder of ``--results``; ``--quick`` takes minutes, with fewer rounds and without the large models.
 
 Example::
 

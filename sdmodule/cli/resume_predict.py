@@ -12,7 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from sdmodule.callbacks.timing_figures import on_all_devices
-from sdmodule.errors import SettingsError
+from sdmodule.errors import SettingsError, unwritable
 from sdmodule.io.index_set import IndexSet
 from sdmodule.io.png_scan import PNGScanner
 from sdmodule.io.run_folder import IMAGES
@@ -113,8 +113,10 @@ class SharedSearch(Callback):
         found, problem = IndexSet(), ""
         try:
             found = self.finished.find(trainer.global_rank, trainer.world_size)
-        except SettingsError as error:
+        except SettingsError as error:  # the others must not wait for this process
             problem = str(error)
+        except OSError as error:
+            problem = str(unwritable(self.finished.folder, error.strerror))
         for others, told in on_all_devices((found, problem), trainer):
             if told:
                 raise SettingsError(told)
