@@ -142,7 +142,7 @@ def merge_error(parts: Sequence[Path], output: Path) -> bool:
     try:
         merge([*map(str, parts), f"output_dir={output}"])
     except SettingsError as error:
-        return "are missing" in str(error) and not output.exists()
+        return "lacks" in str(error) and not output.exists()
     return False
 
 

@@ -118,7 +118,7 @@ def check_complete(parts: Sequence[GivenPart], on_done: Callable[[int], None]) -
     if missing:
         more = f" and {len(missing) - NAMED:,} more ranges" if len(missing) > NAMED else ""
         raise SettingsError(
-            f"{run.total - len(there):,} of {count_of(run.total, 'image')} are missing: {', '.join(missing[:NAMED])}"
+            f"merge: lacks {run.total - len(there):,} of {count_of(run.total, 'image')}: {', '.join(missing[:NAMED])}"
             f"{more}; sample them with resume=true, and give the folders of all parts."
         )
 

@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from sdmodule.io.index_set import IndexSet
 IMAGES, INPUTS, RECORDS, TIMINGS = "images", "inputs", "predictions.jsonl", "timings.json"
 EVALUATION, GRID, PAGE = "evaluation.json", "grid.png", "index.html"
 CONFIG, METRICS = "config.yaml", "metrics.csv"
+OPEN_FILES = 64
+"""Largest number of files of records that are open at once."""
+
 TRAINED = ("checkpoints", "samples", "export", METRICS)
 
 
@@ -130,11 +133,14 @@ def gather_records(files: Sequence[Path], keep: Container[int] | None = None, ta
     table = np.frombuffer(found, dtype=np.int64).reshape(-1, 3)
     table = table[np.argsort(table[:, 0], kind="stable")]
     last = np.append(table[1:, 0] != table[:-1, 0], len(table) > 0)[: len(table)]
-    with ExitStack() as stack:
-        aside = stack.enter_context(atomic_write(target or files[0]))
-        merged = stack.enter_context(aside.open("wb"))
-        opened = {int(number): stack.enter_context(files[number].open("rb")) for number in np.unique(table[:, 1])}
+    opened: dict[int, BinaryIO] = {}
+    with atomic_write(target or files[0]) as aside, aside.open("wb") as merged, ExitStack() as stack:
         for _, number, start in table[last].tolist():
+            if number not in opened:
+                if len(opened) == OPEN_FILES:
+                    stack.close()
+                    opened.clear()
+                opened[number] = stack.enter_context(files[number].open("rb"))
             opened[number].seek(start)
             merged.write(opened[number].readline().rstrip(b"\n") + b"\n")
     return IndexSet(table[last, 0].tolist())

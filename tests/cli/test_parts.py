@@ -100,7 +100,7 @@ def test_images_that_are_missing_are_named_and_made_by_the_part_that_lacks_them(
     date = kept.stat().st_mtime_ns
     told(
         call(merge_main, *parts[:2], f"output_dir={out}"),
-        "6 of 10 images are missing: 3 of shard=2/3, 5 of shard=2/3, 6 to 9 of shard=3/3; sample them with resume=true",
+        "lacks 6 of 10 images: 3 of shard=2/3, 5 of shard=2/3, 6 to 9 of shard=3/3; sample them with resume=true",
     )
     assert not out.exists()
     again = call(predict_main, *command, f"output_dir={tmp_path / 'run'}", "shard=2/3", "resume=true")

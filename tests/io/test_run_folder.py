@@ -23,6 +23,15 @@ def test_records_of_several_processes_are_merged_in_order(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [second.name, RECORDS]
 
 
+def test_records_of_any_number_of_files_are_merged(tmp_path):
+    files = [tmp_path / f"{k}.jsonl" for k in range(200)]
+    for k, file in enumerate(files):
+        write(file, k, k + 200)
+    merged = tmp_path / RECORDS
+    assert len(gather_records(files, keep=range(390), target=merged)) == 390
+    assert [record["index"] for record in read_records(merged)] == list(range(390))
+
+
 def test_a_resumed_run_keeps_the_records_of_all_processes_for_its_images(tmp_path):
     write(tmp_path / RECORDS, 4, 0, end='{"index": 9, "prom')
     write(tmp_path / "predictions.1.jsonl", 1, 3)
