@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from sdmodule.cli.console import configured_loggers, echo, echo_device, is_rank_zero, report_interrupts
 from sdmodule.cli.instantiate import build_trainer, instantiate
 from sdmodule.cli.output_dir import output_dir_locked, prepare_output_dir, write_config
+from sdmodule.cli.processes import restarts
 from sdmodule.errors import check_bool
 from sdmodule.io.redact import redact
 from sdmodule.io.run_folder import set_aside_images
@@ -26,6 +27,7 @@ def predict(cfg: DictConfig) -> None:
     from sdmodule.speed.tf32 import uses_tf32
 
     check_bool("resume", cfg.resume)
+    cfg.resume = cfg.resume or restarts() > 0
     output_dir = prepare_output_dir(cfg)
     data = instantiate(cfg.data)
     trainer = build_trainer(cfg)

@@ -33,14 +33,7 @@ def summarize(folder: Path, finished: Sequence[tuple[Path, Sequence[str]]]) -> N
         folder: folder of the sweep.
         finished: folder and overrides of each job.
     """
-    given = [dict(override.split("=", 1) for override in overrides if "=" in override) for _, overrides in finished]
-    keys = dict.fromkeys(key for overrides in given for key in overrides)
-    swept = [key for key in keys if len({overrides.get(key) for overrides in given}) > 1]
-    jobs = []
-    for (root, _), overrides in zip(finished, given, strict=True):
-        values = {key: str(redact(overrides.get(key, ""), key)).strip("'\"") for key in swept}
-        name = ", ".join(f"{key}={value}" for key, value in values.items()) or root.name
-        jobs.append(Job(root, name, root.relative_to(folder).as_posix(), values))
+    jobs = sweep_jobs(folder, finished)
     atomic_write_text(folder / "summary.csv", table(jobs))
     if any(True for job in jobs for _ in job.records):
         save_png(sheet(folder, jobs), folder / "sheet.png", {})
@@ -49,6 +42,24 @@ def summarize(folder: Path, finished: Sequence[tuple[Path, Sequence[str]]]) -> N
     else:
         print(f"{PLOT} was not drawn: matplotlib is missing; pip install 'sdmodule[plots]'", flush=True)
     write_page(folder, folder.absolute().name, jobs, PLOT if plottable else None)
+
+
+def sweep_jobs(folder: Path, finished: Sequence[tuple[Path, Sequence[str]]]) -> list[Job]:
+    """The jobs of a sweep, named by the settings that differ between them.
+
+    Args:
+        folder: folder of the sweep.
+        finished: folder and overrides of each job.
+    """
+    given = [dict(override.split("=", 1) for override in overrides if "=" in override) for _, overrides in finished]
+    keys = dict.fromkeys(key for overrides in given for key in overrides)
+    swept = [key for key in keys if len({overrides.get(key) for overrides in given}) > 1]
+    jobs = []
+    for (root, _), overrides in zip(finished, given, strict=True):
+        values = {key: str(redact(overrides.get(key, ""), key)).strip("'\"") for key in swept}
+        name = ", ".join(f"{key}={value}" for key, value in values.items()) or root.name
+        jobs.append(Job(root, name, root.relative_to(folder).as_posix(), values))
+    return jobs
 
 
 def table(jobs: Sequence[Job]) -> str:
