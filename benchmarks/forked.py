@@ -59,7 +59,8 @@ def run_command(
     from sdmodule.cli import main as cli
 
     enter(environment, stdout, stderr)
-    rank_zero_only.rank = int(environment.get("LOCAL_RANK", 0))  # Lightning reads it when it is imported
+    rank = environment.get("SLURM_PROCID") or environment.get("LOCAL_RANK", 0)
+    rank_zero_only.rank = int(rank)  # Lightning reads it when it is imported
     sys.argv = [command, *arguments]
     if preparation is not None:
         preparation()

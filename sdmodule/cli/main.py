@@ -21,7 +21,7 @@ from sdmodule.cli.help_page import our_help
 from sdmodule.cli.job_apart import job_apart
 from sdmodule.cli.overrides import quote_overrides, with_png_settings
 from sdmodule.cli.predict import predict, summarize_sweep
-from sdmodule.cli.processes import name_start
+from sdmodule.cli.processes import meet_again, name_start
 from sdmodule.cli.startup import composed_once, config_store_uncopied, filter_library_messages, gc_paused, gc_resume
 from sdmodule.cli.sweep import FinishedJobs, Sweep, reporting_launchers, runs_apart
 from sdmodule.cli.train import summarize_trainings, train
@@ -74,6 +74,7 @@ def run(
             print(version_line(), flush=True)
         return
     name_start()
+    meet_again()
     sweep = Sweep()
     composed = False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 
 from sdmodule.training.slurm import started_by_srun
@@ -24,7 +25,7 @@ def name_start() -> None:
     if started_by_srun():
         os.environ[STARTED] = f"slurm-{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
     elif "TORCHELASTIC_RUN_ID" in os.environ:
-        os.environ[STARTED] = _told_by_rank_zero(now)
+        os.environ[STARTED] = _told_by_rank_zero(STARTED, now)
     else:
         os.environ[STARTED] = now
 
@@ -41,11 +42,28 @@ def restarts() -> int:
     return int(os.environ.get("SLURM_RESTART_COUNT") or os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
 
 
-def _told_by_rank_zero(text: str) -> str:
-    """A text of rank 0 in all processes of torchrun; after a restart, that of the first start."""
+def meet_again() -> None:
+    """After a restart by torchrun, let the processes meet at a port of rank 0.
+
+    In torchrun's own store they would find the addresses that the processes before them have left there, and wait for
+    those: torch 2.13 keeps one store for all restarts.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not restarts():
+        return
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # they do already
+        return
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    told = _told_by_rank_zero(f"port of restart {restarts()}", port)
+    os.environ.update({"MASTER_PORT": told, "TORCHELASTIC_USE_AGENT_STORE": "False"})
+
+
+def _told_by_rank_zero(name: str, text: str) -> str:
+    """A text of rank 0 in all processes of torchrun; what it was first told under that name stays."""
     from torch.distributed import TCPStore
 
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     if os.environ["RANK"] == "0":
-        store.compare_set(STARTED, "", text)
-    return store.get(STARTED).decode()
+        store.compare_set(name, "", text)
+    return store.get(name).decode()
