@@ -8,6 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ParallelStrategy
 from typing_extensions import override
 
+from sdmodule.callbacks.checkpoint import StoppedBySignal
 from sdmodule.training import rank_watch
 from sdmodule.training.rank_watch import RankWatch
 
@@ -35,7 +36,7 @@ class EndWithLostRank(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._watch is None:
             return
-        if isinstance(exception, (KeyboardInterrupt, SystemExit)):  # all processes end
+        if isinstance(exception, (KeyboardInterrupt, StoppedBySignal)):  # all processes end
             self._leave()
         else:
             self._watch.ending()

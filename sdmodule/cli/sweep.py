@@ -102,8 +102,17 @@ class ReportingLauncher(Launcher):
             returned = self.launcher.launch(job_overrides, initial_job_idx)
         except Exception as error:  # of the launcher, for a job that was killed
             lost = error
+        failed = self._report(job_overrides, initial_job_idx)
+        if failed:
+            raise SettingsError(f"{failed} of {count_of(len(job_overrides), 'job')} failed.") from lost
+        if lost is not None:
+            raise lost
+        return returned
+
+    def _report(self, job_overrides: Sequence[Sequence[str]], first: int) -> int:
+        """Note the jobs that finished, and print what went wrong with the others; returns how many these are."""
         failed = 0
-        for number, overrides in enumerate(job_overrides, initial_job_idx):
+        for number, overrides in enumerate(job_overrides, first):
             folder = self.folder / str(number)
             record = self.sweep.read_record(folder)
             if record is not None and record["error"] is None:
@@ -113,11 +122,7 @@ class ReportingLauncher(Launcher):
             own = [one for one in overrides if any(one not in others for others in job_overrides)]
             reason = record["error"] if record else "has not ended by itself; it was killed, or never started."
             print(f"error: job {number} ({', '.join(redact(own))}): {reason}", file=sys.stderr, flush=True)
-        if failed:
-            raise SettingsError(f"{failed} of {count_of(len(job_overrides), 'job')} failed.") from lost
-        if lost is not None:
-            raise lost
-        return returned
+        return failed
 
     def _check_folders(self, job_overrides: Sequence[Sequence[str]]) -> None:
         folders = {one for overrides in job_overrides for one in overrides if one.startswith("output_dir=")}

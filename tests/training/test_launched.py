@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from benchmarks.forked import FORKED, Command, run_command, run_ranks
+from benchmarks.forked import FORKED, Command, run_command, run_ranks, start_ranks
 from benchmarks.soak import load_results, same
+from sdmodule.training.checkpoint_io import is_intact
 from sdmodule.training.rank_watch import RankWatch, listen
 
 pytestmark = pytest.mark.slow  # starts two processes several times
@@ -155,6 +156,19 @@ def test_a_process_that_waits_for_one_that_is_gone_ends(tmp_path, ends):
     for process in processes:
         process.kill()
         process.join()
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_the_process_that_is_left_says_so_and_leaves_a_whole_checkpoint(common, tmp_path, killed):
+    out = tmp_path / "out"
+    settings = [*common, "trainer.max_steps=100000", "trainer.val_check_interval=100000", f"output_dir={out}"]
+    ranks = start_ranks("train", *settings, log=tmp_path / "log")
+    assert ranks[killed].kill((out / "checkpoints" / "last.ckpt").is_file)
+    status, output = ranks[1 - killed].wait(60)
+    lines = output.splitlines()
+    assert status == 1 and lines[-1].startswith("error: another process of this run is gone;"), output
+    checkpoints = list((out / "checkpoints").glob("*.ckpt"))
+    assert checkpoints and all(map(is_intact, checkpoints))
 
 
 def test_a_folder_is_named_by_time_outside_of_slurm_and_torchrun(monkeypatch):
