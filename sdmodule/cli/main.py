@@ -20,6 +20,7 @@ from sdmodule.cli.error_messages import report_composition_errors, report_resour
 from sdmodule.cli.evaluate import evaluate
 from sdmodule.cli.help_page import our_help
 from sdmodule.cli.overrides import quote_overrides, with_png_settings
+from sdmodule.cli.pack import pack
 from sdmodule.cli.predict import predict, summarize_sweep
 from sdmodule.cli.startup import composed_once, config_store_uncopied, filter_library_messages, gc_paused, gc_resume
 from sdmodule.cli.train import train
@@ -44,6 +45,11 @@ def predict_main() -> None:
 def evaluate_main() -> None:
     """Entry point of ``sdmodule-evaluate`` and of ``python -m sdmodule.evaluate``."""
     run(evaluate, "evaluate", quote_overrides)
+
+
+def pack_main() -> None:
+    """Entry point of ``python -m sdmodule.data.pack``."""
+    run(pack, "pack", quote_overrides)
 
 
 def run(
