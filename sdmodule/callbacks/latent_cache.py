@@ -24,6 +24,7 @@ from sdmodule.data.cache.text import embed_prompts, text_fingerprint
 from sdmodule.data.example import View
 from sdmodule.data.streaming.datamodule import StreamingDataModule
 from sdmodule.data.streaming.dataset import BatchEmbeddings
+from sdmodule.data.streaming.packed import packed_moments
 from sdmodule.data.worker_processes import loading_options
 from sdmodule.errors import SettingsError, check_choice
 from sdmodule.io.fingerprint import fingerprint, model_fingerprint
@@ -154,7 +155,7 @@ class LatentCache(Callback):
         """Likewise of a streamed set, which was encoded when it was packed."""
         vae = model_fingerprint(module.vae, module.vae.config)
         text = text_fingerprint(module.parts) if self.what == ALL else None
-        return data.packed_moments(vae, self._needs_images(module), text)
+        return packed_moments(data, vae, text, self._needs_images(module))
 
     @staticmethod
     def _needs_images(module: Any) -> bool:

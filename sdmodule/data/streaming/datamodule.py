@@ -10,27 +10,22 @@ from typing import Any
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
-from safetensors.torch import load
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from sdmodule.data.base import TrainingData
 from sdmodule.data.buckets import bucket_sizes
-from sdmodule.data.cache.latents import FORM
 from sdmodule.data.dataset import CANNY, FILES
 from sdmodule.data.example import CaptionStyle
 from sdmodule.data.sources.mix import WeightedSource
 from sdmodule.data.streaming.dataset import (
-    EMPTY_PROMPT,
-    BatchEmbeddings,
     StreamedExamples,
     StreamedImages,
     StreamedMoments,
     check_conditioning,
     collate_encoded,
-    empty_prompt,
 )
-from sdmodule.data.streaming.index import Samples, ShardIndex, hold_back, select
+from sdmodule.data.streaming.index import Samples, ShardIndex, hold_back, select, typed_size
 from sdmodule.data.streaming.remote import Remote
 from sdmodule.data.streaming.sampler import StreamSampler, stream_loader
 from sdmodule.data.streaming.set import PACKED_CAPTION, ShardReader, StreamSource
@@ -223,8 +218,8 @@ class StreamingDataModule(TrainingData):
         packed = {tuple(size) for size in self.index.buckets[~self.index.validation].tolist()}
         if self.index.resolution != self.size or not packed <= {*bucket_sizes(self.size)}:
             raise SettingsError(
-                f"data.buckets=true: {self.source} was packed for resolution={_typed(self.index.resolution)}, and this "
-                f"is {_typed(self.size)}; train at that resolution, or pack the set again."
+                f"data.buckets=true: {self.source} was packed for resolution={typed_size(self.index.resolution)}, and "
+                f"this is {typed_size(self.size)}; train at that resolution, or pack the set again."
             )
 
     @cached_property
@@ -282,48 +277,3 @@ class StreamingDataModule(TrainingData):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._resumed = state_dict.get("stream")
-
-    def packed_moments(self, vae: str, with_images: bool, text: str | None) -> tuple[Dataset, BatchEmbeddings | None]:
-        """The moments that the set was packed with, and the embeddings of the empty prompt.
-
-        Args:
-            vae: fingerprint of the VAE of the training.
-            with_images: return images beside their moments.
-            text: fingerprint of the text encoders whose embeddings are wanted; None for none.
-
-        Raises:
-            SettingsError: if the set has none, or of other networks, another resolution or without mirrored ones.
-        """
-        images, encoded = self.train_set, self.index.encoded
-        asked = "cache=latents" if text is None else "cache=all"
-        if encoded is None:
-            raise SettingsError(
-                f"{asked}: {self.source} was packed without latents, and a streamed set is not encoded before the "
-                f"training; pack it with {asked.replace('cache', 'encode')} and pretrained=…, or set cache=none."
-            )
-        problem = ""
-        if encoded.vae != vae:
-            problem = f"with the VAE of pretrained={encoded.pretrained}, which is not that of this training"
-        elif text is not None and encoded.text is None:
-            problem = "without text embeddings"
-        elif text is not None and encoded.text != text:
-            problem = f"with the text encoder of pretrained={encoded.pretrained}, which is not that of this training"
-        elif encoded.form != FORM:
-            problem = "by another version, which resized images differently"
-        elif self.index.resolution != self.size:
-            problem = f"for resolution={_typed(self.index.resolution)}, and this is {_typed(self.size)}"
-        elif self.index.buckets is not None and not self.buckets:
-            problem = "in buckets, and this training is without"
-        elif self.random_flip and not encoded.flipped:
-            problem = "without mirrored images, and data.random_flip=true"
-        if problem:
-            raise SettingsError(f"{asked}: {self.source} was packed {problem}; pack it again, or set cache=none.")
-        if text is None:
-            return StreamedMoments(images, with_images, with_text=False), None
-        content = Remote(self.source.key).read(f"{str(self.source.addresses[0]).rstrip('/')}/{EMPTY_PROMPT}")
-        return StreamedMoments(images, with_images, with_text=True), BatchEmbeddings(empty_prompt(load(content)))
-
-
-def _typed(size: Any) -> str:
-    """A resolution as one types it."""
-    return "none" if size is None else str(size[0]) if size[0] == size[1] else f"[{size[0]},{size[1]}]"

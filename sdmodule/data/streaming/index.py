@@ -240,3 +240,8 @@ def _run(samples: Samples, held: np.ndarray, first: bool) -> Samples:
     return replace(
         samples, shards=shards, first=starts[kept], counts=counts[kept], groups=tuple(g for g in groups if len(g))
     )
+
+
+def typed_size(size: Size | None) -> str:
+    """A resolution as one types it."""
+    return "none" if size is None else str(size[0]) if size[0] == size[1] else f"[{size[0]},{size[1]}]"

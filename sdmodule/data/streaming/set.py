@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
+
 from sdmodule.data.sources.tar_shards import expand_braces
 from sdmodule.data.streaming.index import INDEX, Samples, ShardIndex, parse_index
 from sdmodule.data.streaming.remote import Remote, is_local, local_path
@@ -65,7 +66,7 @@ class StreamSource:
     @property
     def packed(self) -> bool:
         """Whether it is a folder with an index, not tars."""
-        return len(self.addresses) == 1 and ".tar" not in str(self.addresses[0]).rpartition("/")[2]
+        return len(self.addresses) == 1 and ".tar" not in _file_name(str(self.addresses[0]))
 
     def read_index(self, cache_folder: Path) -> ShardIndex:
         """The index; of tars without one it is made, once, and kept in the cache folder.
@@ -157,6 +158,11 @@ class StreamSource:
                 f"{self.key}={url}: cannot be read ({error}); give complete, uncompressed tar files."
             ) from error
         return {"name": url, "samples": count, "bytes": counted.bytes, "masks": masks, "controls": controls}
+
+
+def _file_name(url: str) -> str:
+    """The last part of an address, without a signature behind it."""
+    return url.partition("?")[0].rstrip("/").rpartition("/")[2]
 
 
 class _Counted:

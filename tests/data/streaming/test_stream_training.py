@@ -69,7 +69,6 @@ def test_a_training_is_resumed_in_mid_epoch_with_batches_of_any_size(checkpoint,
     )
     shown = [text for seen in (first, second, third) for batch in seen.captions for text in batch]
     assert len(second.captions) == 1 and len(third.captions) == left - 1
-    print(done := [len(first.captions), second.captions, third.captions])
     assert len(shown) == len(set(shown)) == (20 if batch_size == 4 else 21)
 
 
