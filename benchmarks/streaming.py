@@ -36,7 +36,7 @@ from sdmodule.errors import SettingsError
 SHARD = 1000
 """Samples in a shard."""
 
-BUCKETS = ((64, 64), (32, 96), (96, 32))
+BUCKETS = ((64, 64), (48, 80), (80, 48))
 """Sizes that the shards of a set in buckets are said to be for; every sample is of 32 pixels, and resized."""
 
 START = """
@@ -62,8 +62,8 @@ start = time.perf_counter()
 sampler = StreamSampler(data.train_set, data.samples, batch, devices, devices - 1, 0, data.window)
 sampler.resume(3, sampler.batches // 2, {"epoch": 3, "batch_size": batch * devices, "start": None, "number": 0})
 next(iter(sampler))
-print(json.dumps({"ready": ready, "first": first, "resume": time.perf_counter() - start, "peak": memory("VmHWM") - before,
-                  "samples": len(data.samples)}))
+resume, peak = time.perf_counter() - start, memory("VmHWM") - before
+print(json.dumps({"ready": ready, "first": first, "resume": resume, "peak": peak, "samples": len(data.samples)}))
 """
 """Program: the start of a training on a set, and the sampler of a resumed one."""
 

@@ -86,7 +86,7 @@ def renumber_batches(trainer: Trainer, done: int) -> None:
 
     Lightning's own checkpoint counts its last batch as not completed yet, and does so when it is resumed.
     """
-    current = trainer.fit_loop.epoch_loop.batch_progress.current
+    current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     pending = current.processed - current.completed
     for count in ("ready", "started", "processed"):
         setattr(current, count, done)
