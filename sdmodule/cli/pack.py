@@ -15,7 +15,7 @@ from sdmodule.cli.output_dir import output_dir_locked, prepare_output_dir
 from sdmodule.errors import SettingsError, check_choice, check_int, check_seed, count_of
 from sdmodule.io.redact import redact
 
-UNPACKED = ("batch_size", "num_workers", "seed", "cache_folder", "cache_gb", "skip_bad", "shuffle_window")
+UNPACKED = ("batch_size", "num_workers", "cache_folder", "cache_gb", "skip_bad", "shuffle_window")
 """Settings of data that do not change what is packed."""
 
 

@@ -26,7 +26,7 @@ from sdmodule.data.streaming.dataset import (
     collate_encoded,
 )
 from sdmodule.data.streaming.index import Samples, ShardIndex, hold_back, select, typed_size
-from sdmodule.data.streaming.remote import Remote
+from sdmodule.data.streaming.remote import Remote, is_local
 from sdmodule.data.streaming.sampler import StreamSampler, stream_loader
 from sdmodule.data.streaming.set import PACKED_CAPTION, ShardReader, StreamSource
 from sdmodule.data.streaming.shard_cache import ShardCache
@@ -41,6 +41,7 @@ from sdmodule.errors import (
     check_seed,
     is_int,
 )
+from sdmodule.io.fingerprint import fingerprint
 
 AHEAD = 3
 """Windows of shards that local disk must hold: the one that is read, the one before, and the next."""
@@ -197,6 +198,9 @@ class StreamingDataModule(TrainingData):
 
     def _reader(self, source: StreamSource, index: ShardIndex, samples: Samples) -> ShardReader:
         keep = self.window * max(1, len(samples.groups))
+        cache = ShardCache(self.cache_folder, self.cache_bytes, Remote(source.key))
+        if is_local(source.shard(index, 0).url):  # it is read where it is
+            return ShardReader(source, index, cache, keep)
         largest = sorted(index.bytes.tolist())[-AHEAD * keep :]
         if sum(largest) > self.cache_bytes:
             raise SettingsError(
@@ -204,7 +208,7 @@ class StreamingDataModule(TrainingData):
                 f"{AHEAD} times data.shuffle_window={self.window} shards"
                 f"{' of each bucket' if samples.bucketed else ''}; raise it, or lower data.shuffle_window."
             )
-        return ShardReader(source, index, ShardCache(self.cache_folder, self.cache_bytes, Remote(source.key)), keep)
+        return ShardReader(source, index, cache, keep)
 
     def _check_buckets(self) -> None:
         """Check that a set that is used in buckets was packed in those."""
@@ -223,6 +227,12 @@ class StreamingDataModule(TrainingData):
             )
 
     @cached_property
+    def _order(self) -> str:
+        """Changes when the order of the samples does."""
+        drawn_from = (self.seed, self.buckets, self.val_fraction, self.window)
+        return fingerprint(self.index.identity, *drawn_from)
+
+    @cached_property
     def _ahead(self) -> Any:
         return self.reader.fetch_ahead(self.samples)
 
@@ -230,9 +240,10 @@ class StreamingDataModule(TrainingData):
     def train_dataloader(self) -> DataLoader:
         encoded = isinstance(self.train_set, StreamedMoments)
         state = self._resumed
-        if state is not None and state["set"] != self.index.identity:
+        if state is not None and state["order"] != self._order:
             rank_zero_warn(
-                f"{self.source}: is not the set that the checkpoint was trained on; this epoch shows other samples."
+                f"{self.source}: the set, data.seed, data.buckets, data.val_fraction or data.shuffle_window has "
+                "changed since the checkpoint was written; this epoch shows its samples in another order."
             )
             state = None
         settings = (self.batch_size, self.seed, self.num_workers, self.trainer, self.window, self._ahead)
@@ -271,7 +282,7 @@ class StreamingDataModule(TrainingData):
         sampler = getattr(loader, "sampler", None)
         if not isinstance(sampler, StreamSampler):
             return super().state_dict()
-        return {**super().state_dict(), "stream": {"set": self.index.identity, "segment": sampler.state()}}
+        return {**super().state_dict(), "stream": {"order": self._order, "segment": sampler.state()}}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -70,6 +70,10 @@ def test_a_training_is_resumed_in_mid_epoch_with_batches_of_any_size(checkpoint,
     shown = [text for seen in (first, second, third) for batch in seen.captions for text in batch]
     assert len(second.captions) == 1 and len(third.captions) == left - 1
     assert len(shown) == len(set(shown)) == (20 if batch_size == 4 else 21)
+    if batch_size == 4:
+        with pytest.warns(UserWarning, match=r"data.shuffle_window has changed since the checkpoint was written"):
+            resumed = {"resume": tmp_path / "step=2.ckpt", "shuffle_window": 2}
+            trained(checkpoint, plain, tmp_path, 3, batch_size=4, **settings, **resumed)
 
 
 @pytest.mark.slow

@@ -105,6 +105,7 @@ def test_local_disk_holds_no_more_than_was_asked_for(packed, serve, tmp_path):
     assert set(requests(tmp_path).values()) > {1}, "shards were deleted and fetched again"
     with pytest.raises(SettingsError, match=r"data.cache_gb=\S+: must be at least \S+ for data.url=http"):
         module(data.source.url, tmp_path, shuffle_window=8, cache_gb=limit / 1e9)
+    module(packed, tmp_path, shuffle_window=8, cache_gb=limit / 1e9)  # a local set is read where it is
 
 
 def test_tars_without_an_index_are_read_once_to_make_one(scenes, plain, serve, tmp_path, capfd):
