@@ -64,7 +64,8 @@ def run_command(
     sys.argv = [command, *arguments]
     if preparation is not None:
         preparation()
-    {"train": cli.train_main, "predict": cli.predict_main, "evaluate": cli.evaluate_main}[command]()
+    mains = {"train": cli.train_main, "predict": cli.predict_main, "evaluate": cli.evaluate_main, "pack": cli.pack_main}
+    mains[command]()
 
 
 def run_function(function: Callable[[], object], environment: Mapping[str, str], stdout: Path, stderr: Path) -> None:
@@ -77,7 +78,7 @@ class Command:
     """A running command; it starts when the object is made.
 
     Args:
-        command: ``train``, ``predict`` or ``evaluate``.
+        command: ``train``, ``predict``, ``evaluate`` or ``pack``.
         arguments: its command line.
         log: file of its output; emptied first.
         errors: file, or terminal, of its standard error, if that is to be apart from ``log``.

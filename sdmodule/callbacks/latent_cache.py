@@ -16,12 +16,15 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from sdmodule.conditioning.prompt_syntax import escape_prompt
-from sdmodule.conditioning.text import chunks_of, encode_texts
 from sdmodule.data.base import TrainingData
 from sdmodule.data.buckets import Size
 from sdmodule.data.cache.latents import CachedEmbeddings, CachedMomentsDataset, ImageDataset, moments_keys
 from sdmodule.data.cache.tensor_store import TensorStore
+from sdmodule.data.cache.text import embed_prompts, text_fingerprint
 from sdmodule.data.example import View
+from sdmodule.data.streaming.datamodule import StreamingDataModule
+from sdmodule.data.streaming.dataset import BatchEmbeddings
+from sdmodule.data.streaming.packed import packed_moments
 from sdmodule.data.worker_processes import loading_options
 from sdmodule.errors import SettingsError, check_choice
 from sdmodule.io.fingerprint import fingerprint, model_fingerprint
@@ -33,7 +36,6 @@ from sdmodule.training.loss import encode_moments
 LATENTS, ALL = CHOICES = ("latents", "all")
 PIXELS_PER_BATCH = 8 * 512 * 512
 IMAGES_PER_BATCH = 64
-CAPTIONS_PER_BATCH = 64
 SAVES_MEMORY_OF = ("cuda",)
 """Types of devices that networks leave when training does not use them."""
 
@@ -67,6 +69,7 @@ class LatentCache(Callback):
         self.what = what
         self._switched = ExitStack()
         self._cards: list[Card] = []
+        self._streamed: BatchEmbeddings | None = None
 
     def check(self, data: Any, module: Any) -> None:
         """Check that the data and the model can be cached, without reading or writing anything.
@@ -102,16 +105,17 @@ class LatentCache(Callback):
                 "cache=all: text embeddings cannot be cached while the text encoder is trained; use cache=latents, or "
                 "leave the text encoder frozen."
             )
+        if isinstance(data, StreamingDataModule):
+            self._packed(data, module)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
         self.check(data, pl_module)
         with ExitStack() as switched:
-            cached = self._cached_images(trainer, pl_module, data)
+            cached, embeddings = self._cached(trainer, pl_module, data)
             switched.enter_context(data.training_on(cached))
-            if self.what == ALL:
-                embeddings = self._cached_embeddings(trainer, pl_module, cached.images)
+            if embeddings is not None:
                 switched.enter_context(pl_module.cached_embeddings(embeddings))  # type: ignore[operator]
             if pl_module.device.type in SAVES_MEMORY_OF:
                 unused = self.unused_networks(pl_module)
@@ -126,6 +130,8 @@ class LatentCache(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._streamed is not None:
+            self._streamed.hold(batch)
         for card in self._cards:
             card.clear()
 
@@ -136,6 +142,25 @@ class LatentCache(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._switched.close()
+
+    def _cached(self, trainer: Trainer, module: Any, data: Any) -> tuple[Any, CachedEmbeddings | None]:
+        """The data set of moments, and the text embeddings if they are cached too."""
+        if isinstance(data, StreamingDataModule):
+            moments, self._streamed = self._packed(data, module)
+            return moments, self._streamed
+        images = self._cached_images(trainer, module, data)
+        return images, self._cached_embeddings(trainer, module, images.images) if self.what == ALL else None
+
+    def _packed(self, data: StreamingDataModule, module: Any) -> tuple[Any, BatchEmbeddings | None]:
+        """Likewise of a streamed set, which was encoded when it was packed."""
+        vae = model_fingerprint(module.vae, module.vae.config)
+        text = text_fingerprint(module.parts) if self.what == ALL else None
+        return packed_moments(data, vae, text, self._needs_images(module))
+
+    @staticmethod
+    def _needs_images(module: Any) -> bool:
+        """Whether training needs the image beside its moments; masks and control images come with it."""
+        return module.task == INPAINT or module.controlnet is not None or module.objective.masked
 
     def _cached_images(self, trainer: Trainer, module: Any, data: Any) -> CachedMomentsDataset:
         images: ImageDataset = data.train_set
@@ -166,31 +191,17 @@ class LatentCache(Callback):
                 yield len(moments), {key: moments[k] for k, key in enumerate(batch["key"])}
 
         self._fill(trainer, store, list(missing.values()), encode, "Encoding images")
-        # masks and control images come with the image
-        with_images = module.task == INPAINT or module.controlnet is not None or module.objective.masked
-        return CachedMomentsDataset(images, store, keys, original_sizes, with_images)
+        return CachedMomentsDataset(images, store, keys, original_sizes, self._needs_images(module))
 
     def _cached_embeddings(self, trainer: Trainer, module: Any, images: ImageDataset) -> CachedEmbeddings:
         parts = module.parts
-        made_by: list[str] = []
-        for tokenizer, encoder in parts.text_encoders:
-            vocabulary = fingerprint(tokenizer.model_max_length, sorted(tokenizer.get_vocab().items()))
-            made_by += [model_fingerprint(encoder, encoder.config.to_dict()), vocabulary]
-        store = TensorStore(self.folder / f"embeddings-{fingerprint(*made_by)}")
+        store = TensorStore(self.folder / f"embeddings-{text_fingerprint(parts)}")
         prompts = dict.fromkeys(["", *(escape_prompt(images.caption(index)) for index in range(len(images)))])
         missing = [prompt for prompt in prompts if fingerprint(prompt) not in store]
 
-        @torch.no_grad()
         def encode(share: Sequence[str]) -> Iterator[Encoded]:
-            for start in range(0, len(share), CAPTIONS_PER_BATCH):
-                batch = share[start : start + CAPTIONS_PER_BATCH]
-                text = encode_texts(batch, parts, chunks_of(batch, parts)).on(torch.device("cpu"))
-                tensors: dict[str, Tensor] = {}
-                for k, prompt in enumerate(batch):
-                    length = chunks_of([prompt], parts) * parts.tokenizer.model_max_length
-                    pooled = None if text.pooled is None else text.pooled[k]
-                    tensors |= CachedEmbeddings.entries(prompt, text.hidden_states[k, :length], pooled)
-                yield len(batch), tensors
+            for rows in embed_prompts(share, parts):
+                yield len(rows), {key: one for row in rows for key, one in CachedEmbeddings.entries(*row).items()}
 
         self._fill(trainer, store, missing, encode, "Encoding captions")
         return CachedEmbeddings(store)

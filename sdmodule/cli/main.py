@@ -20,6 +20,7 @@ from sdmodule.cli.evaluate import evaluate
 from sdmodule.cli.help_page import our_help
 from sdmodule.cli.job_apart import job_apart
 from sdmodule.cli.overrides import quote_overrides, with_png_settings
+from sdmodule.cli.pack import pack
 from sdmodule.cli.predict import predict, summarize_sweep
 from sdmodule.cli.processes import meet_again, name_start
 from sdmodule.cli.startup import composed_once, config_store_uncopied, filter_library_messages, gc_paused, gc_resume
@@ -51,6 +52,11 @@ def evaluate_main() -> None:
 def run_rank(command: str) -> None:
     """Entry point of the processes for the further devices of a job in a sweep; its arguments are Hydra's overrides."""
     run(COMMANDS[command], command, list)
+
+
+def pack_main() -> None:
+    """Entry point of ``python -m sdmodule.data.pack``."""
+    run(pack, "pack", quote_overrides)
 
 
 def run(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 from typing import NamedTuple, NotRequired, Protocol, TypedDict
 
 from torch import Tensor
@@ -40,9 +39,9 @@ class Example(NamedTuple):
 
     path: ImageFile
     caption: str
-    mask: Path | None = None
+    mask: ImageFile | None = None
     style: CaptionStyle = CaptionStyle()
-    control: Path | None = None
+    control: ImageFile | None = None
 
     @property
     def files(self) -> list[ImageFile]:

@@ -134,6 +134,7 @@ def test_data(name, tmp_path):
         "mixed": ["data.sources=[{root: photos}, {shards: a.tar, weight: 2}, {name: owner/name, split: test}]"],
         "dreambooth": ["data.root=photos", "data.prompt=a photo of sks dog", "data.class_prompt=a photo of a dog"],
         "huggingface": ["data.name=owner/name"],
+        "streaming": ["data.url=s3://bucket/set"],
         "webdataset": ["data.shards='shards/{000..009}.tar'"],
     }.get(name, COMMANDS[command])
     cfg = configuration(command, f"data={name}", given=[*given, *(["resolution=64"] if command == "train" else [])])
