@@ -23,6 +23,7 @@ from sdmodule.errors import check_int, check_seed
 from sdmodule.io.images import captioned_sheet, contact_sheet, to_images
 from sdmodule.io.png_metadata import save_png
 from sdmodule.sampling.requests import INPAINT, build_requests
+from sdmodule.training.sharding import gathered
 
 TILE = 192
 """Side of an image on the sheet, in pixels."""
@@ -75,18 +76,18 @@ class ValidationSamples(Callback):
             return
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         steps = next((callback.steps for callback in callbacks if isinstance(callback, ValidationInterval)), None)
-        if steps and trainer.global_step % steps == 0 and trainer.is_global_zero:
+        if steps and trainer.global_step % steps == 0:
             self._sample_with_ema(trainer, pl_module)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero:
+        if trainer.sanity_checking:
             return
         self._sample(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step != self._sampled_step and trainer.is_global_zero:
+        if trainer.global_step != self._sampled_step:
             self._sample_with_ema(trainer, pl_module)
 
     def _sample_with_ema(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -98,6 +99,11 @@ class ValidationSamples(Callback):
         if not hasattr(pl_module, "infer"):
             return
         self._sampled_step = trainer.global_step
+        with gathered(pl_module):
+            if trainer.is_global_zero:
+                self._write_sheet(trainer, pl_module)
+
+    def _write_sheet(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.prompts and not self._captions:
             self._captions = self._first_captions(trainer)
         texts = self.prompts or self._captions
