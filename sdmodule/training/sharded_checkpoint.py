@@ -7,19 +7,27 @@ of processes can read them, each the shares that it needs.
 
 from __future__ import annotations
 
+import copy
+import shutil
 import zipfile
+from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
+from sdmodule.errors import SettingsError
 from sdmodule.io.atomic import move_into_place
 
 INDEX = "checkpoint.pt"
@@ -47,6 +55,71 @@ class ShardWriter(HuggingFaceStorageWriter):
         sizes = {file.name: file.stat().st_size for file in self.aside.iterdir()}
         torch.save({**self.rest, FILES: sizes}, self.aside / INDEX)
         move_into_place(self.aside, self.final)
+
+
+class CheckpointQueue:
+    """Writes checkpoints one after another in a thread, while the training goes on.
+
+    Each process copies what it holds to CPU memory first. It waits only if two checkpoints are still being written:
+    `TrainingCheckpoint` writes two at a time.
+
+    Args:
+        group: all processes, for this purpose alone, with a backend of the CPU.
+    """
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self._group = group
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
+        self._pending: deque[Future[None]] = deque()
+        self._failed = False
+
+    def save(self, checkpoint: dict[str, Any], path: Path, number: str) -> None:
+        """Write a checkpoint soon.
+
+        Args:
+            checkpoint: with this process' shards.
+            path: the folder.
+            number: a name for this write, the same in all processes.
+
+        Raises:
+            SettingsError: if an earlier one could not be written.
+        """
+        self.wait(left=1)
+        rest, tensors = split(checkpoint)
+        rest, tensors = copy.deepcopy(rest), BlockingAsyncStager().stage(tensors)
+        self._pending.append(self._thread.submit(self._write, rest, tensors, path, number))
+
+    def remove(self, path: Path) -> None:
+        """Delete a checkpoint once all that were to be written are."""
+        self._thread.submit(self._remove, path)
+
+    def _remove(self, path: Path) -> None:
+        if not self._failed:  # it may be the last one
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def wait(self, left: int = 0) -> None:
+        """Wait until only so many checkpoints are still to be written.
+
+        Raises:
+            SettingsError: if one could not be written.
+        """
+        while len(self._pending) > left or (self._pending and self._pending[0].done()):
+            self._pending.popleft().result()
+        if not left:
+            self._thread.submit(int).result()  # after the removals
+
+    def _write(self, rest: dict[str, Any], tensors: dict[str, Any], path: Path, number: str) -> None:
+        aside = path.with_name(f".{path.name}.{number}.part")
+        try:
+            dcp.save(tensors, storage_writer=ShardWriter(aside, path, rest), process_group=self._group)
+        except CheckpointException as error:
+            self._failed = True
+            shutil.rmtree(aside, ignore_errors=True)
+            reason = next(iter(error.failures.values()))[0]
+            raise SettingsError(
+                f"the checkpoint {path} cannot be written ({getattr(reason, 'strerror', None) or reason}); make room, "
+                "then resume from the last intact one with ckpt_path=last."
+            ) from error
 
 
 def is_sharded(path: str | Path) -> bool:

@@ -24,7 +24,8 @@ def shard_networks(parts: Components, mesh: DeviceMesh, compute_dtype: torch.dty
     """Shard the denoiser, its ControlNet and the text encoders that are trained, block by block.
 
     The VAE and frozen text encoders stay whole: they are small, and to gather them in each step costs more time than
-    their memory is worth. Networks that are sharded already are left alone.
+    their memory is worth. Networks that are sharded already are left alone. Frozen weights of the denoiser, which no
+    export holds, are kept in the dtype that they are gathered in.
 
     Args:
         parts: the model.
@@ -38,6 +39,9 @@ def shard_networks(parts: Components, mesh: DeviceMesh, compute_dtype: torch.dty
     for network in _sharded_parts(parts):
         if isinstance(network, FSDPModule):
             continue
+        if compute_dtype is not None and network is parts.unet:
+            for weight in network.parameters():
+                weight.data = weight.data if weight.requires_grad else weight.data.to(compute_dtype)
         kinds: Any = parts.family.sharded_blocks
         blocks = [one for one in network.modules() if isinstance(one, kinds)]
         for block in blocks:

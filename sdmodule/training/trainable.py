@@ -66,11 +66,18 @@ class TrainableModule(LightningModule):
                     "alone; use sdmodule.callbacks.EMA."
                 )
         self.optimization.check(self.parameter_groups, self._trainer.max_steps if self._trainer else None)
+        if (strategy := self._sharding) is not None:
+            settings: Any = self.training_settings  # of a subclass
+            strategy.check(self.optimization.make(self.parameter_groups), settings.compile)
+
+    @property
+    def _sharding(self) -> FullyShardedStrategy | None:
+        strategy = self._trainer.strategy if self._trainer is not None else None
+        return strategy if isinstance(strategy, FullyShardedStrategy) else None
 
     @override
     def configure_model(self) -> None:
-        strategy = self._trainer.strategy if self._trainer is not None else None
-        if isinstance(strategy, FullyShardedStrategy):
+        if (strategy := self._sharding) is not None:
             strategy.shard(self.parts)  # type: ignore[arg-type]  # of a subclass
 
     @override

@@ -7,6 +7,7 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from sdmodule.cli.main import predict_main
 from sdmodule.cli.trainer import make_trainer
 from sdmodule.data.toy.dataset import ShapesDataModule
 from sdmodule.errors import SettingsError
@@ -39,3 +40,25 @@ def test_a_sharding_strategy_is_refused_before_anything_is_written(kind, strateg
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tuning": {"kind": "textual_inversion", "placeholder": "<x>", "initializer": "circle"}}, "nothing to shard"),
+        ({"training": {"compile": "blocks"}}, r"training.compile=blocks: .*use trainer=ddp"),
+        ({"optimizer": torch.optim.Adafactor}, r"model.optimizer=Adafactor: .*SGD of torch.optim"),
+    ],
+)
+def test_a_training_that_was_never_sharded_is_refused(settings, message, checkpoint):
+    module = StableDiffusionModule(str(checkpoint), **settings)
+    module.trainer = make_trainer(accelerator="cpu", strategy="fsdp")
+    with pytest.raises(SettingsError, match=message):
+        module.setup("fit")
+
+
+def test_sampling_is_not_sharded(call, checkpoint, tmp_path):
+    command = [f"pretrained={checkpoint}", "prompt=a star", f"output_dir={tmp_path / 'out'}"]
+    status, _, error = call(predict_main, *command, "trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=1")
+    assert status == 1 and "use trainer=ddp" in error
+    assert not (tmp_path / "out").exists()
