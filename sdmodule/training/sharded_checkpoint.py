@@ -103,7 +103,7 @@ class CheckpointQueue:
         Raises:
             SettingsError: if one could not be written.
         """
-        while len(self._pending) > left or (self._pending and self._pending[0].done()):
+        while len(self._pending) > left:  # all processes look at the same ones, so that all of them fail or none
             self._pending.popleft().result()
         if not left:
             self._thread.submit(int).result()  # after the removals

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -109,15 +110,17 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write a folder, each process its shards, in a thread.
+        """Write a folder, each process its shards; while training in a thread.
 
         Raises:
-            SettingsError: if an earlier one could not be written; one of the same name stays as it was.
+            SettingsError: if it, or an earlier one, could not be written; one of the same name stays as it was.
         """
         if self._queue is None:
             self._queue = CheckpointQueue(torch.distributed.new_group(backend="gloo"))
         path, number = self.broadcast((str(filepath), uuid.uuid4().hex))
         self._queue.save(checkpoint, Path(path), number)
+        if self.lightning_module is None or self.lightning_module.trainer.state.status != TrainerStatus.RUNNING:
+            self._wait_for_checkpoints()
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:
