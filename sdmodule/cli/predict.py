@@ -25,12 +25,14 @@ def predict(cfg: DictConfig) -> None:
     from sdmodule.sampling.stages import work_ahead
     from sdmodule.sampling.text_conditions import check_texts
     from sdmodule.speed.tf32 import uses_tf32
+    from sdmodule.training.strategies import check_strategy
 
     check_bool("resume", cfg.resume)
     cfg.resume = cfg.resume or restarts() > 0
     output_dir = prepare_output_dir(cfg)
     data = instantiate(cfg.data)
     trainer = build_trainer(cfg)
+    check_strategy(trainer)
     model = instantiate(cfg.model)
     check_texts(model.parts, data.requests)
     metadata = model.describe() | {"precision": str(trainer.precision)}

@@ -21,7 +21,7 @@ from sdmodule.callbacks.validation_interval import ValidationInterval
 from sdmodule.errors import SettingsError, check_int
 from sdmodule.training.checkpoint_io import AtomicCheckpointIO
 from sdmodule.training.precision import FusedMixedPrecision
-from sdmodule.training.strategies import check_strategy
+from sdmodule.training.strategies import make_strategy
 
 BF16_MIXED: Final = "bf16-mixed"
 MIXED = (BF16_MIXED, "16-mixed")
@@ -53,9 +53,9 @@ def make_trainer(
         settings: further arguments of ``lightning.Trainer``.
 
     Raises:
-        SettingsError: if there is no GPU to use, the strategy shards the model, or Lightning refuses the settings.
+        SettingsError: if there is no GPU to use, the strategy is refused, or Lightning refuses the settings.
     """
-    check_strategy(settings.get("strategy"))
+    settings["strategy"] = make_strategy(settings.get("strategy", "auto"))
     has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     if accelerator == "auto":
         accelerator = "gpu" if has_gpu else "cpu"
