@@ -116,9 +116,10 @@ function gallery(shown) {
 function rowsOf(shown) { // of the table: one for each prompt and seed
   const rows = new Map();
   for (const image of shown) {
-    const key = JSON.stringify([image.record.prompt, image.record.seed]);
-    if (!rows.has(key)) rows.set(key, { head: image.record, cells: new Map() });
-    rows.get(key).cells.set(image.job, image);
+    const key = `${image.record.seed} ${image.record.prompt}`;
+    const row = rows.get(key);
+    if (row) row.push(image);
+    else rows.set(key, [image]);
   }
   return [...rows.values()];
 }
@@ -127,10 +128,11 @@ function sideBySide(rows) {
   const heads = data.jobs.map((job) => make("th", { scope: "col", textContent: job.name }));
   const head = make("thead", {}, make("tr", {}, make("td"), ...heads));
   const body = make("tbody");
-  for (const { head: record, cells } of rows) {
+  for (const alike of rows) {
+    const [{ record }] = alike;
     const row = make("tr", {}, make("th", { scope: "row", textContent: `${record.prompt || "(no prompt)"} · ${seedOf(record)}` }));
     for (const job of data.jobs) {
-      const image = cells.get(job);
+      const image = alike.findLast((one) => one.job === job);
       const cell = image ? make("td", {}, enlargeable(image.source, title(image)), compareButton(image)) : make("td");
       cell.dataset.job = job.name;
       row.append(cell);
