@@ -218,6 +218,10 @@ def test_a_damaged_shard_is_one_sentence(plain, serve, tmp_path, monkeypatch):
     first.write_bytes(whole[:-1500] + b"x" * 1500)
     with pytest.raises(SettingsError, match="its bytes are not those that were packed"):
         module(url, tmp_path).train_set[0]
+    for content in (whole[:1000], b"no tar" * 1000):
+        first.write_bytes(content)
+        with pytest.raises(SettingsError, match=r"train-000000.tar: cannot be read \(.*; give complete, uncompressed"):
+            module(f"{url}/{first.name}", tmp_path)
     first.unlink()
     with pytest.raises(SettingsError, match=r"train-000000.tar: does not exist"):
         module(url, tmp_path).train_set[0]
