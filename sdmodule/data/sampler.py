@@ -6,15 +6,20 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
 
 from sdmodule.data.worker_processes import loading_options
 from sdmodule.errors import MAX_SEED
 from sdmodule.training.loop_state import renumber_batches, resumed_batch
+
+Groups = Sequence[Sequence[int] | NDArray[np.int64]]
+"""Indices of the examples of each group."""
 
 
 class ShuffleByEpoch(DistributedSampler[Any]):
@@ -53,11 +58,11 @@ class ShuffleByEpoch(DistributedSampler[Any]):
         devices: int = 1,
         rank: int = 0,
         seed: int = 0,
-        groups: Sequence[Sequence[int]] | None = None,
+        groups: Groups | None = None,
     ) -> None:
         super().__init__(data, devices, rank, seed=seed)
         count = len(data)  # type: ignore[arg-type]
-        self.groups = groups
+        self.groups = None if groups is None else [torch.as_tensor(group, dtype=torch.int64) for group in groups]
         self.global_batch_size = batch_size * devices
         if groups is None:  # too few for a batch are one batch; some repeat where devices' parts would differ
             self.global_batch_size = min(self.global_batch_size, -(-count // devices) * devices)
@@ -82,18 +87,22 @@ class ShuffleByEpoch(DistributedSampler[Any]):
         return min(whole + (rest >= self.num_replicas), self.batches)
 
     def _global_batches(self, generator: torch.Generator, seen: int = 0) -> Iterator[list[int]]:
+        size = self.global_batch_size
         if self.groups is None:
-            order = torch.randperm(len(self.dataset), generator=generator).tolist()  # type: ignore[arg-type]
+            order = torch.randperm(len(self.dataset), generator=generator)  # type: ignore[arg-type]
             if not seen:
-                yield from islice(_chunks(order, self.global_batch_size), self.batches)
+                yield from (_chunk(order, start, size) for start in range(0, self.batches * size, size))
                 return
-            for start in range(seen, len(order), self.global_batch_size)[: self.batches_after(seen)]:
-                batch = order[start : start + self.global_batch_size]
+            for start in range(seen, len(order), size)[: self.batches_after(seen)]:
+                batch = order[start : start + size].tolist()
                 yield batch[: len(batch) // self.num_replicas * self.num_replicas]
             return
-        orders = [[group[k] for k in torch.randperm(len(group), generator=generator)] for group in self.groups]
-        batches = [batch for order in orders for batch in _chunks(order, self.global_batch_size)]
-        yield from (batches[k] for k in torch.randperm(len(batches), generator=generator).tolist())
+        orders = [group[torch.randperm(len(group), generator=generator)] for group in self.groups]
+        counts = torch.tensor([-(-len(order) // size) for order in orders])
+        first = counts.cumsum(0) - counts  # batch of each group
+        for batch in torch.randperm(self.batches, generator=generator):
+            number = int(torch.searchsorted(first + counts, batch, right=True))
+            yield _chunk(orders[number], int(batch - first[number]) * size, size)
 
     @override
     def set_epoch(self, epoch: int) -> None:
@@ -102,10 +111,12 @@ class ShuffleByEpoch(DistributedSampler[Any]):
             self.dataset.set_epoch(epoch)
 
 
-def _chunks(order: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Chunks of equal size; the last one is filled up from the start of the order, repeatedly if need be."""
-    for start in range(0, len(order), size):
-        yield [order[position % len(order)] for position in range(start, start + size)]
+def _chunk(order: torch.Tensor, start: int, size: int) -> list[int]:
+    """A part of an order, filled up from its start, repeatedly if need be."""
+    part = order[start : start + size]
+    if len(part) == size:
+        return part.tolist()
+    return order[torch.arange(start, start + size) % len(order)].tolist()
 
 
 def training_loader(
@@ -114,7 +125,7 @@ def training_loader(
     seed: int,
     workers: int | None,
     trainer: Trainer | None,
-    groups: Sequence[Sequence[int]] | None = None,
+    groups: Groups | None = None,
     collate: Callable[[Sequence[Any]], Any] | None = None,
     earlier: int | None = None,
 ) -> DataLoader:

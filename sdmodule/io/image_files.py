@@ -43,10 +43,6 @@ class StoredImage(Protocol):
         """The bytes of the image, as they would be in a file of its own."""
         ...
 
-    def identity(self) -> str:
-        """What changes when the stored bytes may have changed, without reading them."""
-        ...
-
 
 ImageFile = Path | StoredImage
 
@@ -90,14 +86,6 @@ def upright(image: Image.Image) -> Image.Image:
     return image
 
 
-def identity(image: ImageFile) -> str:
-    """What changes when an image's bytes may have changed, without reading them: path, size and date of a file."""
-    if not isinstance(image, Path):
-        return image.identity()
-    status = image.stat()
-    return f"{image} {status.st_size} {status.st_mtime_ns}"
-
-
 def upright_size(path: ImageFile) -> tuple[int, int]:
     """Width and height of an image once rotated as EXIF says; its pixels are not read.
 
@@ -105,6 +93,11 @@ def upright_size(path: ImageFile) -> tuple[int, int]:
         Exception: of many kinds, as `open_upright` does.
     """
     with open_image(path) as file:
-        width, height = file.size
-        sideways = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return upright_size_of(file)
+
+
+def upright_size_of(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an open image once rotated as EXIF says."""
+    width, height = image.size
+    sideways = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
     return (height, width) if sideways else (width, height)
