@@ -147,7 +147,7 @@ class ImageDataModule(TrainingData):
             )
         groups: Groups | None = None if self._groups is None else [*self._groups.values()]
         settings = (self.batch_size, self.seed, self.num_workers, self.trainer, groups)
-        return training_loader(self.train_set, *settings, earlier=self.resumed_batch_size)
+        return training_loader(self.train_set, *settings, earlier=self.earlier)
 
     @override
     def val_dataloader(self) -> DataLoader | Iterable:

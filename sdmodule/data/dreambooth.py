@@ -166,4 +166,4 @@ class DreamBoothDataModule(ImageDataModule):
             return super().train_dataloader()
         pairs = InstancePriorPairs(self.train_set, self.instances)
         settings = (self.batch_size, self.seed, self.num_workers, self.trainer)
-        return training_loader(pairs, *settings, collate=collate_pairs, earlier=self.resumed_batch_size)
+        return training_loader(pairs, *settings, collate=collate_pairs, earlier=self.earlier)

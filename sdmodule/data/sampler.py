@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
 
+from sdmodule.data.base import EarlierBatches
 from sdmodule.data.worker_processes import loading_options
 from sdmodule.errors import MAX_SEED
 from sdmodule.training.loop_state import renumber_batches, resumed_batch
@@ -45,11 +46,13 @@ class ShuffleByEpoch(DistributedSampler[Any]):
         global_batch_size: examples per batch over all devices.
         batches: batches per epoch.
         skip: batches of the first epoch that a resumed run has already seen.
-        seen: examples of the first epoch that it has seen in batches of another size, instead of ``skip``.
+        seen: examples of the first epoch that it has seen, partly in batches of another size, instead of ``skip``.
+        resumed: where in an epoch batches of another size were followed by these.
     """
 
     skip = 0
     seen = 0
+    resumed = EarlierBatches(0)
 
     def __init__(
         self,
@@ -79,6 +82,11 @@ class ShuffleByEpoch(DistributedSampler[Any]):
         skip, self.skip, seen, self.seen = self.skip, 0, self.seen, 0
         for batch in islice(self._global_batches(generator, seen), skip, None):
             yield from batch[self.rank :: self.num_replicas]
+
+    @property
+    def as_resumed(self) -> EarlierBatches:
+        """These batches as a run sees them that is resumed."""
+        return self.resumed._replace(global_batch_size=self.global_batch_size)
 
     def batches_after(self, seen: int) -> int:
         """Batches that are left of an epoch of which ``seen`` examples were shown in batches of another size."""
@@ -127,7 +135,7 @@ def training_loader(
     trainer: Trainer | None,
     groups: Groups | None = None,
     collate: Callable[[Sequence[Any]], Any] | None = None,
-    earlier: int | None = None,
+    earlier: EarlierBatches | None = None,
 ) -> DataLoader:
     """A loader of shuffled batches; a run that is resumed mid-epoch continues after the last example it has seen.
 
@@ -139,7 +147,7 @@ def training_loader(
         trainer: gives the number of devices and the progress of training.
         groups: indices of examples that may share a batch; None for a single group of all.
         collate: makes a batch of examples; None for torch's default.
-        earlier: examples in a batch of all devices before the run was resumed; None if that is not known.
+        earlier: batches before the run was resumed; None if they are not known.
     """
     devices, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
     sampler = ShuffleByEpoch(data, batch_size, devices, rank, seed, groups)
@@ -168,24 +176,28 @@ def training_loader(
     return loader
 
 
-def _continue_epoch(sampler: ShuffleByEpoch, trainer: Trainer, done: int, earlier: int | None) -> None:
+def _continue_epoch(sampler: ShuffleByEpoch, trainer: Trainer, done: int, earlier: EarlierBatches | None) -> None:
     """Continue an epoch behind the batches that are done, whatever their size was.
 
     The rest of the epoch is numbered so that it ends where an epoch ends, in whole windows of accumulation.
     """
-    if earlier in (None, sampler.global_batch_size):
+    size, epoch = sampler.global_batch_size, trainer.current_epoch
+    seen = done * size if earlier is None else earlier.seen_after(epoch, done)
+    if earlier is None or (earlier.global_batch_size == size and seen == done * size):
         sampler.skip = done % sampler.batches
         left = sampler.batches - sampler.skip
     elif sampler.groups is not None:
-        left = sampler.batches
+        seen, left = 0, sampler.batches
         rank_zero_warn(
-            f"data.batch_size: was {earlier} images over all devices, and is {sampler.global_batch_size}; with "
+            f"data.batch_size: was {earlier.global_batch_size} images over all devices, and is {size}; with "
             "data.buckets the batches of an epoch are then others, so this epoch starts over."
         )
     else:
-        sampler.seen = done * (earlier or 0)
-        left = sampler.batches_after(sampler.seen)
+        sampler.seen = seen
+        left = sampler.batches_after(seen)
     window = trainer.accumulate_grad_batches
     number = (sampler.batches - left) // window * window
     if number != done % sampler.batches:
         renumber_batches(trainer, number)
+    if not sampler.skip and done % sampler.batches:
+        sampler.resumed = EarlierBatches(size, epoch, number, seen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,8 +68,8 @@ class TensorStore:
                     keys = list(shard.keys())
                     if not set(keys) <= checksums.keys():
                         raise SafetensorError("no checksums")
-                    found.append(_Index.of(keys, number, [int(checksums[key], 16) for key in keys]))
-            except (SafetensorError, OSError, ValueError):
+                    found.append(_Index.of(keys, number, [_parsed(checksums[key]) for key in keys]))
+            except (SafetensorError, OSError):
                 rank_zero_warn(f"{file} is corrupt and was skipped; its tensors are computed again.")
         self._index = _Index.joined(found)
 
@@ -159,18 +160,18 @@ class _Index:
     Attributes:
         keys: hashes of the keys, ``[N]``.
         files: numbers of the files, ``[N]``.
-        checksums: of the tensors, ``[N]``.
+        checksums: of the tensors, ``[N]``; -1 for one that is malformed.
     """
 
     keys: NDArray[np.bytes_] = field(default_factory=lambda: np.zeros(0, KEY))
     files: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
-    checksums: NDArray[np.uint32] = field(default_factory=lambda: np.zeros(0, np.uint32))
+    checksums: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @classmethod
     def of(cls, keys: Sequence[str], file: int, checksums: Sequence[int]) -> _Index:
         """The tensors of one file."""
         hashes = np.array([_hashed(key) for key in keys], KEY)
-        return cls(hashes, np.full(len(keys), file, np.int32), np.array(checksums, np.uint32))
+        return cls(hashes, np.full(len(keys), file, np.int32), np.array(checksums, np.int64))
 
     @classmethod
     def joined(cls, parts: Sequence[_Index]) -> _Index:
@@ -193,6 +194,11 @@ class _Index:
 
 def _hashed(key: str) -> bytes:
     return hashlib.blake2b(key.encode(), digest_size=SIZE).digest()
+
+
+def _parsed(text: str) -> int:
+    """The checksum that a file gives; -1 if it is malformed, which no tensor's is."""
+    return int(text, 16) if re.fullmatch("[0-9a-f]{8}", text) else -1
 
 
 def checksum(tensor: Tensor) -> int:

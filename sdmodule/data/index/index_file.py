@@ -69,8 +69,8 @@ class SourceIndex:
         except OSError as error:
             if not self._told:
                 rank_zero_warn(
-                    f"{self.file.parent} cannot be written ({error.strerror}), so every start reads all images; set "
-                    "XDG_CACHE_HOME to a folder that can."
+                    f"{self.file.parent} cannot be written ({error.strerror or error}), so every start reads all "
+                    "images; set XDG_CACHE_HOME to a folder that can."
                 )
             self._told = True
             return table, None
@@ -117,17 +117,18 @@ def index_of(*source: object) -> Iterator[SourceIndex]:
 
 @contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    try:
+    """Hold a lock that ends with this process; none where the file cannot be made."""
+    descriptor = None
+    with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError:  # a cache folder that cannot be written
-        yield
-        return
     try:
-        _wait(descriptor)
+        if descriptor is not None:
+            _wait(descriptor)
         yield
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _wait(descriptor: int) -> None:
