@@ -52,7 +52,8 @@ class TrainingData(LightningDataModule):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.earlier = EarlierBatches(**state_dict) if state_dict else None
+        known = {name: state_dict[name] for name in EarlierBatches._fields if name in state_dict}
+        self.earlier = EarlierBatches(**known) if known else None
 
     @contextmanager
     def training_on(self, dataset: Any) -> Iterator[None]:

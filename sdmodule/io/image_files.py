@@ -43,6 +43,10 @@ class StoredImage(Protocol):
         """The bytes of the image, as they would be in a file of its own."""
         ...
 
+    def identity(self) -> str:
+        """What changes when the stored bytes may have changed, without reading them."""
+        ...
+
 
 ImageFile = Path | StoredImage
 
@@ -84,6 +88,14 @@ def upright(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     return image
+
+
+def identity(image: ImageFile) -> str:
+    """What changes when an image's bytes may have changed, without reading them: path, size and date of a file."""
+    if not isinstance(image, Path):
+        return image.identity()
+    status = image.stat()
+    return f"{image} {status.st_size} {status.st_mtime_ns}"
 
 
 def upright_size(path: ImageFile) -> tuple[int, int]:

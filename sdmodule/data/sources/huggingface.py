@@ -168,6 +168,10 @@ class StoredRow(NamedTuple):
             raise ValueError("the row has no image")
         return value
 
+    def identity(self) -> str:
+        """The fingerprint that ``datasets`` gives its rows, and the number of this one."""
+        return f"{self.rows._fingerprint} {self.number}"
+
     def __str__(self) -> str:
         return f"row {self.number} of {self.source}"
 

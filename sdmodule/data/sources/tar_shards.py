@@ -54,6 +54,11 @@ class Member(NamedTuple):
             raise OSError(f"{self.shard} is cut off")
         return content
 
+    def identity(self) -> str:
+        """Path, size and date of the shard, and the place in it."""
+        status = self.shard.stat()
+        return f"{self.shard} {status.st_size} {status.st_mtime_ns} {self.offset} {self.size}"
+
     def __str__(self) -> str:
         return f"{self.shard.name}/{self.name}"
 

@@ -105,6 +105,7 @@ def readable_images(
             found = source.find(index.table)
             examples, problems = _learn(found, index, source, verify)
             index.note_checked(examples.table)
+    pa.default_memory_pool().release_unused()  # what comparing the columns took
     good = np.flatnonzero(numbers(examples.table, "width") > 0)
     if not problems:
         return examples, good
