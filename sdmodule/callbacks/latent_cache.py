@@ -8,8 +8,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import torch.distributed
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -17,7 +17,6 @@ from typing_extensions import override
 
 from sdmodule.conditioning.prompt_syntax import escape_prompt
 from sdmodule.data.base import TrainingData
-from sdmodule.data.buckets import Size
 from sdmodule.data.cache.latents import CachedEmbeddings, CachedMomentsDataset, ImageDataset, moments_keys
 from sdmodule.data.cache.tensor_store import TensorStore
 from sdmodule.data.cache.text import embed_prompts, text_fingerprint
@@ -27,7 +26,7 @@ from sdmodule.data.streaming.dataset import BatchEmbeddings
 from sdmodule.data.streaming.packed import packed_moments
 from sdmodule.data.worker_processes import loading_options
 from sdmodule.errors import SettingsError, check_choice
-from sdmodule.io.fingerprint import fingerprint, model_fingerprint
+from sdmodule.io.fingerprint import SIZE, fingerprint, model_fingerprint
 from sdmodule.io.progress import LONG_TASK, progress
 from sdmodule.sampling.requests import INPAINT
 from sdmodule.speed.offload import Card, offloaded
@@ -166,17 +165,19 @@ class LatentCache(Callback):
         images: ImageDataset = data.train_set
         store = TensorStore(self.folder / f"moments-{model_fingerprint(module.vae, module.vae.config)}")
 
-        def look_up(index: int) -> tuple[list[str], Size]:
-            keys = moments_keys(images.content(index), images.size_of(index), images.random_flip)
-            return keys, images.original_size(index)
-
-        found = _map_on_all_devices(trainer, range(len(images)), look_up, "Looking for images in the cache")
-        keys, original_sizes = [own for own, _ in found], [size for _, size in found]
+        flips = (False, True) if images.random_flip else (False,)
+        keys = np.zeros((len(images), len(flips), SIZE), np.uint8)
+        original_sizes = np.zeros((len(images), 2), np.int32)
         missing: dict[str, KeyedView] = {}
-        for index, own in enumerate(keys):
-            for flipped, key in enumerate(own):
-                if key not in store:
-                    missing.setdefault(key, (key, index, View(flipped=bool(flipped))))
+        with progress(len(images), "Looking for images in the cache", delay=LONG_TASK) as on_done:
+            for index in range(len(images)):
+                own = moments_keys(images.content(index), images.size_of(index), images.random_flip)
+                original_sizes[index] = images.original_size(index)
+                for flipped, key in enumerate(own):
+                    keys[index, flipped] = np.frombuffer(bytes.fromhex(key), np.uint8)
+                    if key not in store:
+                        missing.setdefault(key, (key, index, View(flipped=bool(flipped))))
+                on_done(1)
 
         def encode(share: Sequence[KeyedView]) -> Iterator[Encoded]:
             loader = DataLoader(
@@ -253,19 +254,3 @@ def _batches_of_one_size(sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]
         positions = list(group)
         count = min(IMAGES_PER_BATCH, max(1, PIXELS_PER_BATCH // (height * width)))
         yield from (positions[start : start + count] for start in range(0, len(positions), count))
-
-
-def _map_on_all_devices(trainer: Trainer, indices: Sequence[int], work: Callable[[int], Any], what: str) -> list[Any]:
-    """Results of ``work`` for all indices, in order and on every device, each of which does a share."""
-    devices = trainer.world_size
-    share = indices[trainer.global_rank :: devices]
-    own = []
-    with progress(len(share), what, delay=LONG_TASK) as on_done:
-        for index in share:
-            own.append(work(index))
-            on_done(1)
-    if devices == 1:
-        return own
-    parts: list[list[Any]] = [[] for _ in range(devices)]
-    torch.distributed.all_gather_object(parts, own)
-    return [parts[index % devices][index // devices] for index in indices]

@@ -164,7 +164,8 @@ def memory_advice(cfg: DictConfig) -> list[str]:
             continue
         value = OmegaConf.select(cfg, key)
         reduced = key.endswith("precision") and (value is None or "16" in str(value))  # None is 16 bits on a GPU
-        if (value == lowest and lowest is not None) or (key == "cache" and value) or reduced:
+        cached = key == "cache" and "_target_" in (value or {})
+        if (value == lowest and lowest is not None) or cached or reduced:
             continue
         advice.append(text.format(value))
     return advice

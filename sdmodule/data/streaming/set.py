@@ -14,7 +14,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from sdmodule.data.sources.tar_shards import expand_braces
+from sdmodule.data.sources.path_patterns import expand_braces
 from sdmodule.data.streaming.index import INDEX, Samples, ShardIndex, parse_index
 from sdmodule.data.streaming.remote import Remote, is_local, local_path
 from sdmodule.data.streaming.shard_cache import FetchAhead, Shard, ShardCache, locked

@@ -104,7 +104,7 @@ class RenderedDataModule(TrainingData):
     @override
     def train_dataloader(self) -> DataLoader:
         settings = (self.batch_size, self.seed, self.num_workers, self.trainer)
-        return training_loader(self.train_set, *settings, earlier=self.resumed_batch_size)
+        return training_loader(self.train_set, *settings, earlier=self.earlier)
 
     @override
     def val_dataloader(self) -> DataLoader:
