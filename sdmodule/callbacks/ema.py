@@ -93,6 +93,8 @@ class EMA(Callback):
         if self._raw is None:
             return
         for name, value in trainable_parameters(module).items():
+            if name not in self._raw:  # a signal came before it was swapped in
+                continue
             if owns_memory(value) and value.data_ptr() == self.average[name].data_ptr():
                 value.data = self._raw[name]
             else:

@@ -13,6 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sdmodule.cli.console import is_rank_zero
+from sdmodule.cli.yaml_text import is_plain, to_yaml
 from sdmodule.errors import check_path, unwritable
 from sdmodule.io.atomic import atomic_write_text, remove_leftovers
 from sdmodule.io.folder_lock import folder_locked
@@ -103,5 +104,5 @@ def write_config(cfg: DictConfig, folder: Path) -> None:
 
 
 def _write_redacted(cfg: Any, file: Path) -> None:
-    written = OmegaConf.create(redact(OmegaConf.to_container(cfg, resolve=False)))
-    atomic_write_text(file, OmegaConf.to_yaml(written))
+    settings = redact(OmegaConf.to_container(cfg, resolve=False, enum_to_str=True))
+    atomic_write_text(file, to_yaml(settings) if is_plain(settings) else OmegaConf.to_yaml(OmegaConf.create(settings)))

@@ -12,6 +12,12 @@ from benchmarks import growth, run, sampling_speed, sharding, training_speed, xl
 from sdmodule.components.checkpoint import Components, load_components
 from sdmodule.errors import SettingsError
 
+
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -15,6 +15,12 @@ from PIL import Image
 from benchmarks.forked import Command
 from sdmodule.cli.main import predict_main, train_main
 
+
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red circle on a blue background", "a small green star at the top on a white background"]
 

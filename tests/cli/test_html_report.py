@@ -17,6 +17,12 @@ from tests.chromium import PROGRAM, Page
 
 pytestmark = pytest.mark.slow  # runs a sweep and a browser
 
+
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 EVIL = "a <b>star</b> </script><script>document.title='broken'</script> <!-- \"'&amp; \u2028"
 
 
