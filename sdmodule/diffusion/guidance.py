@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def classifier_free_guidance(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
+def classifier_free_guidance(unconditional: Tensor, conditional: Tensor, scale: float | Tensor) -> Tensor:
     """Guided prediction ``[B, C, h, w]`` (Ho and Salimans 2022, equation 6, with w = scale - 1).
 
     Args:
@@ -20,7 +20,7 @@ def classifier_free_guidance(unconditional: Tensor, conditional: Tensor, scale: 
     return unconditional + scale * (conditional - unconditional)
 
 
-def rescale_guidance(guided: Tensor, conditional: Tensor, amount: float) -> Tensor:
+def rescale_guidance(guided: Tensor, conditional: Tensor, amount: float | Tensor) -> Tensor:
     """Rescale a guided prediction to the standard deviation of the conditional one (Lin et al. 2023, eqs. 15 and 16).
 
     Args:

@@ -27,6 +27,8 @@ class GuidedDenoiser:
         start_merging: called with the number of each step before it.
         start_caching: called before each step with whether all layers run.
         graphs: recordings of the denoiser's calls, if there are any.
+        guides: whether to apply guidance; otherwise a guided step returns the predictions for the negative prompts
+            and the prompts, ``[2B, C, h, w]``, in the denoiser's dtype.
     """
 
     parts: Components
@@ -34,6 +36,7 @@ class GuidedDenoiser:
     start_merging: Callable[[int], None]
     start_caching: Callable[[bool], None]
     graphs: StepGraphs | None = None
+    guides: bool = True
     _calls: Any = field(default_factory=count, init=False, repr=False)
     _texts: dict[int, dict[str, Any]] = field(default_factory=dict, init=False, repr=False)
     _slots: dict[str, Slot] = field(default_factory=dict, init=False, repr=False)
@@ -43,7 +46,7 @@ class GuidedDenoiser:
             self._slots = held_tensors(self.parts.unet)
 
     def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
-        """The guided prediction for latents ``[B, C, h, w]``, of the same shape."""
+        """The guided prediction for latents ``[B, C, h, w]``, of the same shape, if it `guides`."""
         call = next(self._calls)
         guided, fresh = self.conditions.steps[call]
         self.start_merging(call)
@@ -52,6 +55,8 @@ class GuidedDenoiser:
             return self._predict(call, latents, timestep, guided=False)
         scale, rescale = self.conditions.guidance_scale, self.conditions.guidance_rescale
         both = self._predict(call, torch.cat([latents, latents]), timestep, guided=True)
+        if not self.guides:
+            return both
         unconditional, conditional = both.chunk(2)
         prediction = classifier_free_guidance(unconditional, conditional, scale)
         return rescale_guidance(prediction, conditional, rescale) if rescale else prediction
@@ -69,7 +74,7 @@ class GuidedDenoiser:
             fresh = self.conditions.steps[call].fresh
             prediction = self.graphs.run(unet, self._slots, fresh, (seen, timestep), given)
         # on a GPU guidance and the scheduler compute in float32, as the latents are kept
-        return prediction if prediction.device.type == "cpu" else prediction.float()
+        return prediction if prediction.device.type == "cpu" or not self.guides else prediction.float()
 
     def _told(self, rows: int) -> dict[str, Any]:
         """What the denoiser is told of the last rows of the batch, where the prompts are."""

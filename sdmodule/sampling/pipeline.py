@@ -31,6 +31,7 @@ from sdmodule.speed.apply import accelerated
 from sdmodule.speed.attention import check_kernels
 from sdmodule.speed.batch_sizes import rows_to_compute
 from sdmodule.speed.deep_cache import deep_cache, run_all_layers
+from sdmodule.speed.fused_step import fused_steps
 from sdmodule.speed.hint_cache import hint_cache
 from sdmodule.speed.step_graphs import graphs_of
 from sdmodule.speed.text_kv_cache import text_kv_cache
@@ -143,6 +144,9 @@ def denoise_batch(
         "tome.reuse_steps above 1": merges and conditions.merging.reuse_steps > 1,
         "mixed precision": torch.is_autocast_enabled(parts.unet.device.type),
     }
+    schedule, guidance = conditions.schedule, (conditions.guidance_scale, conditions.guidance_rescale)
+    device = conditions.latents.device
+    fused = fused_steps(parts.unet, schedule.scheduler, schedule.timesteps, settings.eta, guidance, device)
     with (
         merging as start_merging,
         cached or nullcontext(run_all_layers) as start_caching,
@@ -151,15 +155,17 @@ def denoise_batch(
         freeu_applied(parts.unet, settings.freeu),
     ):
         watch.start()
+        graphs = graphs_of(parts.unet, obstacles)
         return denoise(
-            GuidedDenoiser(parts, conditions, start_merging, start_caching, graphs_of(parts.unet, obstacles)),
+            GuidedDenoiser(parts, conditions, start_merging, start_caching, graphs, guides=fused is None),
             conditions.latents,
-            conditions.schedule.scheduler,
+            schedule.scheduler,
             conditions.generators,
             settings.eta,
-            timesteps=conditions.schedule.timesteps,
+            timesteps=schedule.timesteps,
             keep=conditions.restore_known_region if conditions.noise_levels else None,
             on_step=after_step,
+            fused=fused,
         )
 
 

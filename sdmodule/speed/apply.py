@@ -11,9 +11,10 @@ import torch
 
 from sdmodule.components.checkpoint import Components
 from sdmodule.speed.attention import attention_backend, plain_attention
-from sdmodule.speed.compile import compiled
+from sdmodule.speed.compile import compile_function, compiled
 from sdmodule.speed.cpu.kernels import fastest_convolutions, fastest_kernels
 from sdmodule.speed.fused_qkv import fused_qkv
+from sdmodule.speed.fused_step import fusing_steps
 from sdmodule.speed.layout import channels_last
 from sdmodule.speed.memory import retain_freed_memory
 from sdmodule.speed.offload import check_offload, groups_of, offloaded
@@ -80,6 +81,8 @@ def _applied(parts: Components, settings: SpeedSettings, work: float) -> Iterato
         which = settings.compile_on(device, work)
         for network in networks if which != "none" else ():
             stack.enter_context(compiled(network, which))
+        if which != "none" and device == "cuda":  # a CPU takes longer to compile it than it saves
+            stack.enter_context(fusing_steps(parts.unet, compile_function))
         if settings.cuda_graphs and device == "cuda":
             graphs = stack.enter_context(recording_steps(parts.unet))
             if settings.offload != "none":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -92,6 +92,11 @@ def compiled(unet: Any, which: str) -> Iterator[None]:
         torch._dynamo.config.recompile_limit = limit
         for module in modules:
             module._compiled_call_impl = None
+
+
+def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function compiled for sampling."""
+    return torch.compile(function, dynamic=False, backend=BACKEND)
 
 
 def keep_compiled_code() -> None:

@@ -19,6 +19,7 @@ from sdmodule.components.schedulers import SHORT_NAMES
 from sdmodule.sampling.infer import infer
 from sdmodule.sampling.settings import SamplingSettings
 from sdmodule.speed.apply import apply_speed
+from sdmodule.speed.fused_step import fusing_steps
 from sdmodule.speed.layout import is_channels_last
 from sdmodule.speed.speed_settings import SpeedSettings
 from tests.fake_cuda import Crossing, FakeCuda, fake_cuda, values_of
@@ -122,6 +123,20 @@ def test_nothing_waits_after_the_first_step_and_latents_are_those_of_the_cpu(mod
     model, task, settings = KINDS[kind]
     expected, _ = sample(models[0][model], task, settings)
     with fake_cuda() as cuda:
+        sampled, inside = sample(models[1][model], task, settings, cuda)
+    assert [str(one) for one in inside] == []
+    cuda.check(cuda.crossings, ALLOWED)
+    assert torch.allclose(values_of(sampled), expected, atol=1e-4)
+
+
+FUSED = [*SHORT_NAMES, "ddim with noise, rescaled", "inpaint by 4 channels, euler_a", "DeepCache with an interval"]
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_nothing_waits_where_guidance_and_step_are_one_function(models, kind):
+    model, task, settings = KINDS[kind]
+    expected, _ = sample(models[0][model], task, settings)
+    with fake_cuda() as cuda, fusing_steps(models[1][model].unet, lambda function: function):
         sampled, inside = sample(models[1][model], task, settings, cuda)
     assert [str(one) for one in inside] == []
     cuda.check(cuda.crossings, ALLOWED)
