@@ -13,6 +13,7 @@ from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from omegaconf import OmegaConf
 from PIL import Image
+from sdmodule.conf import SAMPLERS
 
 from sdmodule import StableDiffusionModule
 from sdmodule.callbacks.latent_cache import LatentCache
@@ -20,7 +21,6 @@ from sdmodule.cli.config_keys import side_effects
 from sdmodule.cli.instantiate import build_trainer, instantiate
 from sdmodule.components.schedulers import SHORT_NAMES
 from sdmodule.components.source import ASSETS
-from sdmodule.conf import SAMPLERS
 from sdmodule.errors import SettingsError
 from sdmodule.tome.token_merging import TokenMerging
 
