@@ -91,7 +91,6 @@ def train_all(runs: Sequence[Run], devices: int, nodes: int) -> None:
         one.train(devices, nodes)
         import time
 
-        open("/tmp/w/a-tmp/cpu.txt", "a").write(f"{one.folder.name} {one.strategy} {time.process_time()}\n")  # TMP
 
 
 def train_in_processes(runs: Sequence[Run], devices: int, logs: Path, nodes: int = 1) -> None:
