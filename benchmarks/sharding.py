@@ -1,11 +1,10 @@
-"""Measure the memory of each of two processes that train Stable Diffusion 1.5 together, with DDP and with FSDP2.
+"""Measure the memory of each of two processes that train a LoRA of Stable Diffusion 1.5, with DDP and with FSDP2.
 
 The networks have the real architecture and random weights. Two processes on the CPU take one step on one image of 64
 pixels each, in float32, so that activations are small beside the weights. ``loading_gib`` is the most resident memory
 of a process until its first step begins, ``step_gib`` from there to the end of the step; both include what torch and
 Python need, ``before_gib``. ``state_mib`` is computed, not measured: the weights, gradients and optimizer state that a
-process holds between two steps. Full fine-tuning uses SGD, which has no state; with DDP it needs more than 20 GiB for
-two processes, so it is run with FSDP2 alone.
+process holds between two steps.
 
 Example::
 
@@ -46,8 +45,8 @@ from sdmodule.data.datamodule import ImageFolderDataModule
 from sdmodule.module import StableDiffusionModule
 
 PROCESSES = 2
-RUNS = (("lora", "ddp"), ("lora", "fsdp"), ("full", "fsdp"))
-TUNINGS: dict[str, Any] = {"lora": {"kind": "lora", "rank": 16}, "full": {"kind": "full"}}
+STRATEGIES = ("ddp", "fsdp")
+LORA = {"kind": "lora", "rank": 16}
 SIZE = 64
 
 
@@ -103,13 +102,12 @@ def state_size(trainer: Trainer, module: LightningModule) -> float:
     return sum(one.nbytes for one in tensors if isinstance(one, torch.Tensor)) / 2**20
 
 
-def train(tuning: str, strategy: str, folder: Path) -> None:
+def train(strategy: str, folder: Path) -> None:
     """Take one step in this process, which is one of several."""
     rank = int(os.environ["LOCAL_RANK"])
     rank_zero_only.rank = rank
-    peak = PeakMemory(folder / f"{tuning}-{strategy}-{rank}.json")
-    kind = torch.optim.SGD if tuning == "full" else torch.optim.AdamW
-    module = StableDiffusionModule(str(folder / "model"), tuning=TUNINGS[tuning], optimizer=partial(kind, lr=1e-5))
+    peak = PeakMemory(folder / f"{strategy}-{rank}.json")
+    module = StableDiffusionModule(str(folder / "model"), tuning=LORA)
     trainer = make_trainer(
         accelerator="cpu",
         devices=PROCESSES,
@@ -122,7 +120,7 @@ def train(tuning: str, strategy: str, folder: Path) -> None:
     trainer.fit(module, ImageFolderDataModule(str(folder / "images"), SIZE, batch_size=1, val_fraction=0))
 
 
-def measure(tuning: str, strategy: str, folder: Path) -> list[dict[str, Any]]:
+def measure(strategy: str, folder: Path) -> list[dict[str, Any]]:
     """A row for each process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -131,7 +129,7 @@ def measure(tuning: str, strategy: str, folder: Path) -> list[dict[str, Any]]:
     for rank in range(PROCESSES):
         log = folder / f"log-{rank}"
         environment = os.environ | {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_PORT": port}
-        work = partial(train, tuning, strategy, folder)
+        work = partial(train, strategy, folder)
         processes.append(FORKED.Process(target=run_function, args=(work, environment, log, log)))
         processes[-1].start()
     for rank, process in enumerate(processes):
@@ -140,10 +138,8 @@ def measure(tuning: str, strategy: str, folder: Path) -> list[dict[str, Any]]:
             raise RuntimeError((folder / f"log-{rank}").read_text())
     rows = []
     for rank in range(PROCESSES):
-        found = json.loads((folder / f"{tuning}-{strategy}-{rank}.json").read_text())
-        optimizer = "SGD" if tuning == "full" else "AdamW"
-        about = {"tuning": tuning, "optimizer": optimizer, "strategy": strategy, "process": rank}
-        rows.append(about | {name: round(value, 2) for name, value in found.items()})
+        found = json.loads((folder / f"{strategy}-{rank}.json").read_text())
+        rows.append({"strategy": strategy, "process": rank} | {name: round(value, 2) for name, value in found.items()})
     return rows
 
 
@@ -153,9 +149,7 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
     Raises:
         SettingsError: an argument cannot be used.
     """
-    parser = Parser(
-        "Measure the memory of processes that train together.", quick="the embedded model's architecture, LoRA alone"
-    )
+    parser = Parser("Measure the memory of processes that train together.", quick="the embedded model's architecture")
     settings = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:
@@ -165,8 +159,8 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
         for k in range(PROCESSES):
             Image.new("RGB", (SIZE, SIZE), (100 * k, 90, 200)).save(folder / "images" / f"{k}.png")
             (folder / "images" / f"{k}.txt").write_text("a colour")
-        for tuning, strategy in RUNS[:2] if settings.quick else RUNS:
-            rows += measure(tuning, strategy, folder)
+        for strategy in STRATEGIES:
+            rows += measure(strategy, folder)
     print_table(rows)
     result = report([__file__, *arguments], rows)
     if settings.json:

@@ -92,7 +92,6 @@ def train_all(runs: Sequence[Run], devices: int, nodes: int) -> None:
         import time
 
 
-
 def train_in_processes(runs: Sequence[Run], devices: int, logs: Path, nodes: int = 1) -> None:
     """Train in processes of their own, on one machine or as if on several."""
     with socket.socket() as free:
