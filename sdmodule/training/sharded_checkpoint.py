@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import warnings
 import zipfile
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -175,7 +176,9 @@ def read_folder(folder: Path, make: Callable[[tuple[Any, ...], Tensor], Tensor] 
         return found
 
     checkpoint = fill(read_index(folder), made)
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that each process reads for itself
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     return checkpoint
 
 

@@ -55,10 +55,11 @@ class FullyShardedStrategy(ModelParallelStrategy):
         precision = str(self.precision_plugin.precision)
         shard_networks(parts, self._mesh(), COMPUTE_DTYPES[precision])
 
-    def check(self, optimizer: Optimizer, compiles: str) -> None:
+    def check(self, parts: Components, optimizer: Optimizer, compiles: str) -> None:
         """Check that a training can be sharded, before anything is written.
 
         Args:
+            parts: the model.
             optimizer: of the training.
             compiles: what of the denoiser is compiled.
 
@@ -70,6 +71,12 @@ class FullyShardedStrategy(ModelParallelStrategy):
             raise SettingsError(
                 f"trainer.precision={precision}: trainer=fsdp computes in {choices(COMPUTE_DTYPES)}; choose one of "
                 "these."
+            )
+        encoders = [encoder for _, encoder in parts.text_encoders]
+        if parts.family.pools_text and any(weight.requires_grad for one in encoders for weight in one.parameters()):
+            raise SettingsError(
+                f"tuning.text_encoder=true: trainer=fsdp cannot shard the text encoders of {parts.family.title}; leave "
+                "them frozen, or use trainer=ddp."
             )
         if compiles != "none":
             raise SettingsError(

@@ -67,8 +67,8 @@ class TrainableModule(LightningModule):
                 )
         self.optimization.check(self.parameter_groups, self._trainer.max_steps if self._trainer else None)
         if (strategy := self._sharding) is not None:
-            settings: Any = self.training_settings  # of a subclass
-            strategy.check(self.optimization.make(self.parameter_groups), settings.compile)
+            own: Any = self  # of a subclass
+            strategy.check(own.parts, self.optimization.make(self.parameter_groups), own.training_settings.compile)
 
     @property
     def _sharding(self) -> FullyShardedStrategy | None:

@@ -89,7 +89,6 @@ def train_all(runs: Sequence[Run], devices: int, nodes: int) -> None:
     rank_zero_only.rank = devices * int(os.environ["NODE_RANK"]) + int(os.environ["LOCAL_RANK"])
     for one in runs:
         one.train(devices, nodes)
-        import time
 
 
 def train_in_processes(runs: Sequence[Run], devices: int, logs: Path, nodes: int = 1) -> None:

@@ -135,6 +135,15 @@ def test_machines_that_each_have_all_shards(checkpoint, photos, tmp_path):
     assert distance(hybrid.state(), whole.state()) <= 1e-5
 
 
+def test_the_large_family(xl_checkpoint, photos, tmp_path):
+    """Its UNet; see `test_strategies` for its text encoders."""
+    ours = Run(xl_checkpoint, photos, tmp_path / "sharded", "fsdp", 2)
+    train_in_processes([ours], 2, tmp_path)
+    alone = Run(xl_checkpoint, photos, tmp_path / "alone", "auto", 2)
+    alone.train()
+    assert distance(ours.state(), alone.state()) <= 1e-5
+
+
 def test_a_damaged_folder_is_skipped(sharded, tmp_path):
     """As one that was copied in part."""
     good, bad = tmp_path / "good.ckpt", tmp_path / "bad.ckpt"

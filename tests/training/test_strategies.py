@@ -57,6 +57,13 @@ def test_a_training_that_was_never_sharded_is_refused(settings, message, checkpo
         module.setup("fit")
 
 
+def test_text_encoders_of_which_inner_states_are_read_are_refused(xl_checkpoint):
+    module = StableDiffusionModule(str(xl_checkpoint), tuning={"kind": "full", "text_encoder": True})
+    module.trainer = make_trainer(accelerator="cpu", strategy="fsdp")
+    with pytest.raises(SettingsError, match=r"tuning.text_encoder=true: .*use trainer=ddp"):
+        module.setup("fit")
+
+
 def test_sampling_is_not_sharded(call, checkpoint, tmp_path):
     command = [f"pretrained={checkpoint}", "prompt=a star", f"output_dir={tmp_path / 'out'}"]
     status, _, error = call(predict_main, *command, "trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=1")
