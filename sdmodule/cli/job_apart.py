@@ -18,8 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 from sdmodule.cli.console import is_rank_zero
 from sdmodule.cli.error_messages import sentence_of
 from sdmodule.cli.job_devices import claim_gpus, processes_started_by
-from sdmodule.cli.overrides import WITH_A_VALUE, quote_verbatim
-from sdmodule.cli.processes import STARTED
+from sdmodule.cli.overrides import WITH_A_VALUE
+from sdmodule.cli.processes import JOB_FOLDER, STARTED
 from sdmodule.cli.sweep import RECORD, Sweep
 from sdmodule.cli.typed_line import TypedLine
 from sdmodule.errors import SettingsError
@@ -50,7 +50,7 @@ def job_apart(cfg: DictConfig, sweep: Sweep, typed: TypedLine) -> Iterator[None]
     claim_gpus(cfg, sweep.gpus)
     error: str | None = None
     try:
-        with processes_started_by(rank_command(typed, overrides, folder)):
+        with processes_started_by(rank_command(typed, overrides), {JOB_FOLDER: str(folder)}):
             yield
     except (SettingsError, HydraException, OmegaConfBaseException) as raised:
         error = sentence_of(raised, typed)
@@ -66,17 +66,14 @@ def job_apart(cfg: DictConfig, sweep: Sweep, typed: TypedLine) -> Iterator[None]
         raise SettingsError(error)
 
 
-def rank_command(typed: TypedLine, overrides: Sequence[str], folder: Path) -> list[str]:
-    """The command that runs one job of a sweep alone, in a folder.
+def rank_command(typed: TypedLine, overrides: Sequence[str]) -> list[str]:
+    """The command that runs one job of a sweep alone.
 
     Args:
         typed: what was typed for the sweep.
         overrides: of the job, as Hydra reads them.
-        folder: of the job.
     """
-    own = [one for one in overrides if not one.startswith("output_dir=")]
-    own.append(f"output_dir={quote_verbatim(str(folder))}")
-    return [sys.executable, "-c", RANK.format(typed.command), *_options(typed), *own]
+    return [sys.executable, "-c", RANK.format(typed.command), *_options(typed), *overrides]
 
 
 def _options(typed: TypedLine) -> list[str]:

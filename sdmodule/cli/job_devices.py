@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -127,15 +127,20 @@ def _lock(names: Sequence[str], wanted: int) -> list[str]:
 
 
 @contextmanager
-def processes_started_by(command: Sequence[str]) -> Iterator[None]:
+def processes_started_by(command: Sequence[str], variables: Mapping[str, str]) -> Iterator[None]:
     """Within the block Lightning starts the processes of further devices by a command, not by this one's arguments.
 
     What it sets in the environment for them is undone at the end: the next job may start processes of its own.
+
+    Args:
+        command: of each process.
+        variables: of the environment, beside those of this process.
     """
     from lightning.pytorch.strategies.launchers import subprocess_script
 
     by_arguments, environment = subprocess_script._hydra_subprocess_cmd, dict(os.environ)
     subprocess_script._hydra_subprocess_cmd = lambda local_rank: (command, os.getcwd())
+    os.environ.update(variables)
     try:
         yield
     finally:

@@ -13,6 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sdmodule.cli.console import is_rank_zero
+from sdmodule.cli.processes import JOB_FOLDER
 from sdmodule.cli.yaml_text import is_plain, to_yaml
 from sdmodule.errors import check_path, unwritable
 from sdmodule.io.atomic import atomic_write_text, remove_leftovers
@@ -39,6 +40,8 @@ def prepare_output_dir(cfg: DictConfig) -> Path:
         if wandb is not None and wandb.group is None:
             wandb.group = "/".join(folder.parts[-2:])
         folder = folder / str(hydra_config.job.num)
+    elif JOB_FOLDER in os.environ:
+        folder = Path(os.environ[JOB_FOLDER])
     elif cfg.get("shard") is not None:
         folder = folder / Part.parse(cfg.shard).folder
     cfg.output_dir = str(folder)

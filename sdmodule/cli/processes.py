@@ -11,6 +11,9 @@ from sdmodule.training.slurm import started_by_srun
 STARTED = "SDMODULE_STARTED"
 """Variable that names the default output folder: the same in all processes of a run, and in all jobs of a sweep."""
 
+JOB_FOLDER = "SDMODULE_JOB_FOLDER"
+"""Variable that names the output folder in the processes for further devices of a sweep's job."""
+
 
 def name_start() -> None:
     """Set `STARTED`, unless it is set: the date and time, where a single process decides.
