@@ -12,8 +12,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-
 from sdmodule.errors import is_int, unwritable
 from sdmodule.io.atomic import atomic_write
 from sdmodule.io.index_set import IndexSet
@@ -122,6 +120,8 @@ def gather_records(files: Sequence[Path], keep: Container[int] | None = None, ta
     Returns:
         The indices of the records.
     """
+    import numpy as np  # not before it is needed: commands that end in a sentence start without it
+
     found = array("q")  # index, number of the file and position of each record
     for number, file in enumerate(files):
         start = 0
