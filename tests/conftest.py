@@ -32,20 +32,27 @@ MARKED_FOLDERS = {"benchmarks": "slow", "faults": "faults", "gpu": "gpu", "speed
 LONG_FOLDERS = ("faults", "docs", "benchmarks")
 """Folders whose tests take longest."""
 
+SHARING_FILES = ("test_sharded.py",)
+"""Files whose tests share what takes long to make."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of some folders, and let each of two processes begin with half of the long ones.
 
-    Otherwise one of them is left alone with the last of these.
+    Otherwise one of them is left alone with the last of these. Files whose tests share what took long to make come
+    early, too: at the end, the process that has nothing left takes tests of the other, and would make it again.
     """
     for item in items:
         folder = item.path.parent.relative_to(Path(__file__).parent).as_posix()
         if folder in MARKED_FOLDERS:
             item.add_marker(MARKED_FOLDERS[folder])
-    long = [item for item in items if item.path.parent.name in LONG_FOLDERS]
-    short = [item for item in items if item.path.parent.name not in LONG_FOLDERS]
+    groups: dict[str, list[pytest.Item]] = {"long": [], "shared": [], "short": []}
+    for item in items:
+        kind = "long" if item.path.parent.name in LONG_FOLDERS else "short"
+        groups["shared" if item.path.name in SHARING_FILES else kind].append(item)
+    long, shared, short = groups.values()
     half = len(short) // 2
-    items[:] = [*long[::2], *short[:half], *long[1::2], *short[half:]]
+    items[:] = [*long[::2], *shared, *short[:half], *long[1::2], *short[half:]]
 
 
 gc.disable()  # imports make no garbage, and to look for it takes a fifth of their time

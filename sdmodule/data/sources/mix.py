@@ -17,6 +17,7 @@ from sdmodule.data.example import CaptionStyle, Example, IndexedExamples
 from sdmodule.data.index.columns import ExampleColumns
 from sdmodule.data.sources.folder import Folder
 from sdmodule.data.sources.huggingface import HuggingFaceData
+from sdmodule.data.sources.plain import PlainSource
 from sdmodule.data.sources.tar_shards import Shards
 from sdmodule.data.sources.verify import STAT, ImageSource, readable_images
 from sdmodule.errors import SettingsError, check_bool, check_int, check_number, choices
@@ -115,7 +116,7 @@ class WeightedSource:
         SettingsError: for a setting out of range.
     """
 
-    source: ImageSource
+    source: ImageSource | PlainSource
     weight: float = 1.0
     template: str | Sequence[str] | None = None
     shuffle_tags: bool = False

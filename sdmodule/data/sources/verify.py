@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,7 @@ from sdmodule.data.index.columns import ExampleColumns, numbers, same_columns
 from sdmodule.data.index.index_file import SourceIndex, index_of
 from sdmodule.data.index.recall import Learned, recall
 from sdmodule.data.sources.folder import some
+from sdmodule.data.sources.plain import ListedExamples, NoIndex, PlainSource
 from sdmodule.errors import SettingsError, choices, count_of
 from sdmodule.io.fingerprint import SIZE, file_fingerprint
 from sdmodule.io.image_files import FORMATS, SUFFIXES, ImageFile, open_image, open_upright, upright_size_of
@@ -35,8 +36,12 @@ SAVED_EVERY = 60.0
 """Seconds after which what was read is kept while the rest is still to be read."""
 
 
+@runtime_checkable
 class ImageSource(Protocol):
-    """Where captioned images are stored; ``str`` gives its setting as ``key=value``."""
+    """Where captioned images are stored, and what is kept of them for later starts.
+
+    ``str`` gives its setting as ``key=value``.
+    """
 
     @property
     def key(self) -> str:
@@ -82,7 +87,7 @@ class Read(NamedTuple):
 
 
 def readable_images(
-    source: ImageSource, skip_bad: bool, verify: str = STAT
+    source: ImageSource | PlainSource, skip_bad: bool, verify: str = STAT
 ) -> tuple[ExampleColumns, NDArray[np.int64]]:
     """The images of a source, and the positions of those that can be decoded, their masks and control images too.
 
@@ -97,14 +102,7 @@ def readable_images(
     Raises:
         SettingsError: if an image is unreadable and ``skip_bad`` is false, or if none is readable.
     """
-    with index_of(*source.place()) as index:
-        if index.fresh and index.table is not None:
-            examples = source.held(index.table).replaced(index.table, index.file)
-            problems = _problems_of_unread(examples, source)
-        else:
-            found = source.find(index.table)
-            examples, problems = _learn(found, index, source, verify)
-            index.note_checked(examples.table)
+    examples, problems = _known_images(source, verify)
     pa.default_memory_pool().release_unused()  # what comparing the columns took
     good = np.flatnonzero(numbers(examples.table, "width") > 0)
     if not problems:
@@ -123,8 +121,21 @@ def readable_images(
     return examples, good
 
 
+def _known_images(source: ImageSource | PlainSource, verify: str) -> tuple[ExampleColumns, dict[str, str]]:
+    """The images of a source with all columns, and what is wrong with each unreadable file, by its name."""
+    if not isinstance(source, ImageSource):
+        return _learn(ListedExamples(source), NoIndex(), source, verify)
+    with index_of(*source.place()) as index:
+        if index.fresh and index.table is not None:
+            examples = source.held(index.table).replaced(index.table, index.file)
+            return examples, _problems_of_unread(examples, source)
+        examples, problems = _learn(source.find(index.table), index, source, verify)
+        index.note_checked(examples.table)
+        return examples, problems
+
+
 def _learn(
-    found: ExampleColumns, index: SourceIndex, source: ImageSource, verify: str
+    found: ExampleColumns, index: SourceIndex | NoIndex, source: ImageSource | PlainSource, verify: str
 ) -> tuple[ExampleColumns, dict[str, str]]:
     """Read the images that are not known, and keep in the index what they show.
 
@@ -143,13 +154,14 @@ def _learn(
             index.save(learned.written_to(found, index.began))
             saved = time.monotonic()
     table = learned.written_to(found, index.began)
-    if index.table is not None and not learned.suspects and same_columns(table, index.table):
-        return found.replaced(index.table, index.file), problems
+    if isinstance(index, SourceIndex) and index.table is not None and not learned.suspects:
+        if same_columns(table, index.table):
+            return found.replaced(index.table, index.file), problems
     return found.replaced(*index.save(table)), problems
 
 
 def _read_all(
-    examples: ExampleColumns, rows: NDArray[np.int64], source: ImageSource, learned: Learned
+    examples: ExampleColumns, rows: NDArray[np.int64], source: ImageSource | PlainSource, learned: Learned
 ) -> Iterator[tuple[int, Read]]:
     """Read images in several threads, a part of them at a time."""
     with (
@@ -163,7 +175,7 @@ def _read_all(
                 on_done(1)
 
 
-def _read(examples: ExampleColumns, row: int, source: ImageSource, learned: Learned) -> Read:
+def _read(examples: ExampleColumns, row: int, source: ImageSource | PlainSource, learned: Learned) -> Read:
     """Read the files of an example; one with the content that it had is not decoded again."""
     example = examples[row]
     try:
