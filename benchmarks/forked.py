@@ -59,11 +59,13 @@ def run_command(
     from sdmodule.cli import main as cli
 
     enter(environment, stdout, stderr)
-    rank_zero_only.rank = int(environment.get("LOCAL_RANK", 0))  # Lightning reads it when it is imported
+    rank = environment.get("SLURM_PROCID") or environment.get("LOCAL_RANK", 0)
+    rank_zero_only.rank = int(rank)  # Lightning reads it when it is imported
     sys.argv = [command, *arguments]
     if preparation is not None:
         preparation()
-    {"train": cli.train_main, "predict": cli.predict_main, "evaluate": cli.evaluate_main}[command]()
+    mains = {"train": cli.train_main, "predict": cli.predict_main, "evaluate": cli.evaluate_main, "pack": cli.pack_main}
+    mains[command]()
 
 
 def run_function(function: Callable[[], object], environment: Mapping[str, str], stdout: Path, stderr: Path) -> None:
@@ -76,7 +78,7 @@ class Command:
     """A running command; it starts when the object is made.
 
     Args:
-        command: ``train``, ``predict`` or ``evaluate``.
+        command: ``train``, ``predict``, ``evaluate`` or ``pack``.
         arguments: its command line.
         log: file of its output; emptied first.
         errors: file, or terminal, of its standard error, if that is to be apart from ``log``.
@@ -146,13 +148,18 @@ def output_of(function: Callable[[], object], log: Path, environment: Mapping[st
 
 
 def start_ranks(
-    command: str, *arguments: object, log: Path, ranks: int = 2, preparation: Callable[[], None] | None = None
+    command: str,
+    *arguments: object,
+    log: Path,
+    ranks: int = 2,
+    strategy: str = "ddp",
+    preparation: Callable[[], None] | None = None,
 ) -> list[Command]:
     """Start a command once for each rank, as a cluster's launcher does; ``log`` is that of rank 0."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    arguments = (*arguments, f"trainer.devices={ranks}", "trainer.strategy=ddp")
+    arguments = (*arguments, f"trainer.devices={ranks}", f"trainer.strategy={strategy}")
     started = {"SDMODULE_STARTED": time.strftime("%Y-%m-%d/%H-%M-%S"), "MASTER_PORT": port}
     logs = [log, *(log.with_name(f"{log.name}-{rank}") for rank in range(1, ranks))]
     return [
@@ -167,10 +174,10 @@ def start_ranks(
     ]
 
 
-def run_ranks(command: str, *arguments: object, log: Path) -> str:
-    """Run a command in two processes that must both succeed; returns the output of rank 0."""
-    ended = [one.wait() for one in start_ranks(command, *arguments, log=log)]
-    assert [status for status, _ in ended] == [0, 0], ended
+def run_ranks(command: str, *arguments: object, log: Path, ranks: int = 2, strategy: str = "ddp") -> str:
+    """Run a command in processes that must all succeed; returns the output of rank 0."""
+    ended = [one.wait() for one in start_ranks(command, *arguments, log=log, ranks=ranks, strategy=strategy)]
+    assert [status for status, _ in ended] == [0] * ranks, ended
     return ended[0][1]
 
 

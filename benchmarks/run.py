@@ -2,9 +2,9 @@
 
 ``sampling``: steps and whole images on Stable Diffusion 1.5's architecture and on the embedded model, and how often
 images follow their prompts with the presets. ``training``: LoRA on the large architecture, full fine-tuning of the
-embedded model. ``growth``: how time and memory grow, and the start-up time. ``kernels``: the CPU kernels of
-``sdmodule.speed.cpu`` beside torch's. Each writes JSON, and some a plot, into ``benchmarks/results`` or the folder of
-``--results``; ``--quick`` takes minutes, with fewer rounds and without the large models.
+embedded model. ``growth``: how time and memory grow, the start-up time, and runs of many images. ``kernels``: the CPU
+kernels of ``sdmodule.speed.cpu`` beside torch's. Each writes JSON, and some a plot, into ``benchmarks/results`` or the
+folder of ``--results``; ``--quick`` takes minutes, with fewer rounds and without the large models.
 
 Example::
 
@@ -37,12 +37,12 @@ RUNS: dict[str, list[tuple[str, list[str]]]] = {
         ("training_speed", []),
         ("training_speed_tiny", ["--model", "tiny", "--compile", "--steps", "8"]),
     ],
-    "growth": [("growth", [])],
+    "growth": [("growth", []), ("growing_pages", [])],
     "kernels": [("attention", []), ("layers", []), ("layers_float32", ["--precision", "float32"])],
 }
 """For each kind, the name of each result, which starts with that of its script, and the script's arguments."""
 
-SCRIPTS = ("sampling_speed", "prompt_following", "training_speed", "growth", "attention", "layers")
+SCRIPTS = ("sampling_speed", "prompt_following", "training_speed", "growth", "growing_pages", "attention", "layers")
 
 DRAWN = ("sampling_speed", "training_speed", "growth")
 """Scripts that also plot."""

@@ -57,7 +57,7 @@ class Soak:
     Args:
         folder: folder to work in.
         rng: source of all draws.
-        quick: train for two steps only, sample four images, and disturb no training.
+        quick: train for two steps only, sample four images, and disturb no training; three kills at most.
     """
 
     def __init__(self, folder: Path, rng: random.Random, quick: bool) -> None:
@@ -65,6 +65,7 @@ class Soak:
         self.train = [*TRAIN, *(["trainer.max_steps=2"] if quick else KILLED)]
         self.predict = [*PREDICT, *(["num_images_per_prompt=2"] if quick else [])]
         self.kill_after = (0.2, 1.2) if quick else (1.0, 6.0)
+        self.kills = 3 if quick else 6
         self.quick = quick
         self.rng = rng
         self.counts: Counter[str] = Counter()
@@ -104,7 +105,8 @@ class Soak:
             command = Command(kind, *settings, f"output_dir={out}", log=self.folder / "log")
             self.counts["resumes"] += attempt > 0
             number = self.rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-            command.process.join(self.rng.uniform(*self.kill_after) if attempt < 6 and enlarged is None else 120)
+            killing = attempt < self.kills and enlarged is None
+            command.process.join(self.rng.uniform(*self.kill_after) if killing else 120)
             if command.process.is_alive():
                 command.send(number)
                 self.counts["kills"] += 1
@@ -273,7 +275,7 @@ def growth(samples: Sequence[tuple[float, int]]) -> float | None:
 def run(arguments: Sequence[str]) -> dict[str, Any]:
     """Run the benchmark, print, write; the report."""
     parser = Parser(
-        "Train and sample while processes are killed, files damaged and disks filled.", quick="three seconds"
+        "Train and sample while processes are killed, files damaged and disks filled.", quick="until a kill"
     )
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws; when kills hit depends on the machine")
@@ -284,10 +286,10 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
         steady = [*TRAIN, "trainer.max_steps=1000000000", "trainer.val_check_interval=50"]
         steady += ["callbacks=[checkpoint,ema,samples,timing]", f"output_dir={folder / 'steady'}"]
         watched = Command("train", *steady, log=folder / "steady-log")
-        start = time.monotonic()
+        start, seconds = time.monotonic(), 0.0 if settings.quick else settings.minutes * 60
         try:
             with monitor_memory(watched.process.pid) as memory:
-                while (now := time.monotonic() - start) < (3 if settings.quick else settings.minutes * 60):
+                while (now := time.monotonic() - start) < seconds or not soak.counts["kills"]:
                     soak.round()
         finally:  # it would go on for ever
             watched.send(signal.SIGTERM)

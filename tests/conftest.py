@@ -19,6 +19,8 @@ os.environ.update(OFFLINE)  # huggingface_hub reads it when it is imported
 # torch's own default, so that tests, and the commands that they start, compile the same code once
 COMPILED = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(COMPILED))
+# otherwise it compiles four programs, for eight seconds, to see whether the compiler knows the processor's instructions
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 # torch and what needs it are imported in the fixtures: the process that hands out the tests has no use for them
 
@@ -30,26 +32,39 @@ MARKED_FOLDERS = {"benchmarks": "slow", "faults": "faults", "gpu": "gpu", "speed
 LONG_FOLDERS = ("faults", "docs", "benchmarks")
 """Folders whose tests take longest."""
 
+SHARING_FILES = ("test_sharded.py",)
+"""Files whose tests share what takes long to make."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of some folders, and let each of two processes begin with half of the long ones.
 
-    Otherwise one of them is left alone with the last of these.
+    Otherwise one of them is left alone with the last of these. Files whose tests share what took long to make come
+    early, too: at the end, the process that has nothing left takes tests of the other, and would make it again.
     """
     for item in items:
         folder = item.path.parent.relative_to(Path(__file__).parent).as_posix()
         if folder in MARKED_FOLDERS:
             item.add_marker(MARKED_FOLDERS[folder])
-    long = [item for item in items if item.path.parent.name in LONG_FOLDERS]
-    short = [item for item in items if item.path.parent.name not in LONG_FOLDERS]
+    groups: dict[str, list[pytest.Item]] = {"long": [], "shared": [], "short": []}
+    for item in items:
+        kind = "long" if item.path.parent.name in LONG_FOLDERS else "short"
+        groups["shared" if item.path.name in SHARING_FILES else kind].append(item)
+    long, shared, short = groups.values()
     half = len(short) // 2
-    items[:] = [*long[::2], *short[:half], *long[1::2], *short[half:]]
+    items[:] = [*long[::2], *shared, *short[:half], *long[1::2], *short[half:]]
+
+
+gc.disable()  # imports make no garbage, and to look for it takes a fifth of their time
 
 
 def pytest_collection_finish() -> None:
     """Exempt all that is imported from garbage collection, which would look through it again and again."""
+    from tests import seldom_collected  # noqa: F401
+
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
@@ -62,18 +77,17 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(autouse=True, scope="session")
 def done_once() -> Iterator[None]:
-    """Files are composed and networks are read once in this process; processes of commands do it as ever."""
+    """Files are composed and networks are read once, in this process and in the one that commands are forked from."""
     from benchmarks.forked import FORKED, PRELOADED
-    from tests import seldom_collected
-    from tests.isolation import fast_composition, networks_read_once
+    from tests.isolation import fast_composition, networks_read_once, plugins_found_once
 
-    FORKED.set_forkserver_preload([*PRELOADED, seldom_collected.__name__])
-    with fast_composition(), networks_read_once():
+    FORKED.set_forkserver_preload(["tests.seldom_collected", *PRELOADED, "tests.warm_commands"])
+    with fast_composition(), networks_read_once(), plugins_found_once():
         yield
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two_level_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder of random weights for 32 x 32 pixels, with a tokenizer for the captions of scenes."""
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -132,6 +146,33 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
             source=str(folder),
         )
     save_components(parts, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(two_level_checkpoint: Path) -> Path:
+    """What most tests train and sample with; files that look at no levels replace it by the small one."""
+    return two_level_checkpoint
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(two_level_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a UNet of one level, whose training steps take half as long."""
+    from dataclasses import replace
+
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from sdmodule.components.checkpoint import load_components
+    from sdmodule.components.save import save_components
+
+    folder = tmp_path_factory.mktemp("small_checkpoint")
+    parts = load_components(str(two_level_checkpoint))
+    level = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel.from_config({**parts.unet.config, "block_out_channels": (32,), **level})
+    save_components(replace(parts, unet=unet, source=str(folder)), folder)
     return folder
 
 

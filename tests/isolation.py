@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import pickle
@@ -26,6 +27,7 @@ from hydra._internal.defaults_list import DefaultsList, Overrides, create_defaul
 from hydra.core.default_element import ResultDefault
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
+from lightning.fabric.utilities import registry
 from omegaconf import DictConfig, ListConfig, OmegaConf, grammar_parser
 from omegaconf import base as omegaconf_base
 from omegaconf._utils import get_yaml_loader
@@ -184,15 +186,20 @@ class Original:
 
 
 class ReadOnce:
-    """`load_network`, which remembers what it has read from the same files and gives a copy of it."""
+    """`load_network`, which remembers what it has read from the same files and gives a copy of it.
 
-    def __init__(self) -> None:
+    Args:
+        only: remember networks of this folder alone; None is for all.
+    """
+
+    def __init__(self, only: Path | None = None) -> None:
+        self.only = only
         self.networks: dict[object, Original] = {}
 
     def load(self, kind: Any, location: Any, *inputs: Any, **options: Any) -> Any:
         folder = Path(location, options.get("subfolder") or "")
         files = [(file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(folder.glob("*"))]
-        if not files:
+        if not files or (self.only is not None and self.only not in folder.parents):
             return load_network(kind, location, *inputs, **options)
         key = (kind, str(folder), *map(str, inputs), *map(str, options.values()), *files)
         if key not in self.networks:
@@ -201,7 +208,14 @@ class ReadOnce:
 
 
 @contextmanager
-def networks_read_once() -> Iterator[None]:
-    """Read the networks of each checkpoint once: most tests load the same one."""
-    with mock.patch.object(checkpoint, "load_network", ReadOnce().load):
+def plugins_found_once() -> Iterator[None]:
+    """Look once for the callbacks that installed packages give to every trainer: Lightning reads all their metadata."""
+    with mock.patch.object(registry, "entry_points", functools.cache(registry.entry_points)):
+        yield
+
+
+@contextmanager
+def networks_read_once(only: Path | None = None) -> Iterator[None]:
+    """Read the networks of each checkpoint once, or only those of one: most tests load the same one."""
+    with mock.patch.object(checkpoint, "load_network", ReadOnce(only).load):
         yield

@@ -22,6 +22,12 @@ from sdmodule.module import StableDiffusionModule
 from sdmodule.sampling.infer import evaluating
 from tests.fitting import fit
 
+
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 VELOCITY = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
 
 

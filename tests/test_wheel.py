@@ -74,7 +74,6 @@ def test_the_commands_run_from_another_folder_and_the_printed_one_in_a_shell(ins
     about = run(installed / "sdmodule", cwd=tmp_path)
     assert "tiny, tiny-inpaint" in about and "sdmodule-predict prompt=" in about
     assert "sampler=ddim" in run(installed / "sdmodule-predict", "--help", cwd=tmp_path)
-    assert "prompt: null" in run(installed / "sdmodule-predict", "--cfg", "job", cwd=tmp_path)
     short = ["trainer.max_steps=1", "++steps=2"]
     trained = run(installed / "sdmodule-train", "experiment=demo", "output_dir=my run", *short, cwd=tmp_path)
     assert "Trained 1 step in " in trained

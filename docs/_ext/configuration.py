@@ -13,6 +13,7 @@ FIRST = (
     "train",
     "predict",
     "evaluate",
+    "pack",
     "model",
     "tuning",
     "objective",
@@ -23,6 +24,9 @@ FIRST = (
     "cache",
 )
 """Pages in the order in which people look for them; the others follow by name."""
+
+WITHOUT_A_SCRIPT = {"evaluate": "sdmodule-evaluate", "pack": "python -m sdmodule.data.pack"}
+"""How commands are called that have no script."""
 
 
 def _rows(settings: list[Setting], key: str, value: str) -> list[dict[str, str]]:
@@ -81,7 +85,7 @@ def configuration_pages(conf: Path) -> dict[str, str]:
     pages = {}
     for path in conf.glob("*.yaml"):
         config = read_config(path)
-        program = "sdmodule-evaluate" if path.stem == "evaluate" else f"{path.stem}.py"  # it has no script
+        program = WITHOUT_A_SCRIPT.get(path.stem, f"{path.stem}.py")
         pages[path.stem] = f"# `{program}`\n\n" + _section(config, "")
     for folder in sorted({path.parent for path in conf.rglob("*.yaml")} - {conf}):
         group = folder.relative_to(conf).as_posix()

@@ -20,10 +20,11 @@ from sdmodule.errors import SettingsError, choices
 from sdmodule.io.redact import redact
 from sdmodule.training.loop_state import LoopState, write_loop_state
 from sdmodule.training.signal_guard import SignalGuard, SignalPoll
+from sdmodule.training.slurm import REQUEUE_SIGNAL, end_for_requeue
 
 
 class StoppedBySignal(SystemExit):
-    """Ends a training after a signal, with the exit status that shells use: 130 for Ctrl-C, 143 for SIGTERM."""
+    """Ends a training after a signal, with the exit status that shells use, such as 130 for Ctrl-C, 143 for SIGTERM."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -38,7 +39,8 @@ class TrainingCheckpoint(ModelCheckpoint):
 
     Ctrl-C and SIGTERM save a checkpoint too and then end the training: at once, even in a validation or while waiting
     for data, but not within an optimizer step, which finishes first. Several devices stop together after the step or
-    validation batch that they are at, on GPUs within seconds. A second Ctrl-C ends without a checkpoint.
+    validation batch that they are at, on GPUs within seconds. A second Ctrl-C ends without a checkpoint. The signal by
+    which SLURM asks to be requeued acts likewise, within `requeued_on_signal`.
 
     With ``monitor="val/fid"``, or another metric of the validation, the checkpoint that is kept beside ``last.ckpt`` is
     that of the best validation.
@@ -210,11 +212,12 @@ class TrainingCheckpoint(ModelCheckpoint):
             if not self._defer_signals and trainer.world_size == 1:
                 raise StoppedBySignal(number)
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, handle)
+        numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+        numbers += [REQUEUE_SIGNAL] if signal.getsignal(REQUEUE_SIGNAL) is end_for_requeue else []
+        for number in numbers:
+            signal.signal(number, handle)
         if trainer.world_size > 1:
-            self._guard = SignalGuard()
+            self._guard = SignalGuard(numbers)
 
     def _stop_if_signalled(self, trainer: Trainer) -> None:
         """End the training, on all devices if one of them received a signal."""

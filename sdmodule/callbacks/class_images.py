@@ -14,6 +14,7 @@ from sdmodule.conditioning.prompt_syntax import escape_prompt
 from sdmodule.errors import check_int
 from sdmodule.io.png_metadata import save_png
 from sdmodule.io.progress import progress
+from sdmodule.training.sharding import gathered
 
 
 class ClassImages(Callback):
@@ -38,15 +39,20 @@ class ClassImages(Callback):
         files = [file for file in getattr(data, "priors", []) if not file.is_file()]
         trainer.strategy.barrier("class images counted")
         share = files[trainer.global_rank :: trainer.world_size]
-        if share:
-            share[0].parent.mkdir(parents=True, exist_ok=True)
-            with progress(len(share), f"Sampling images of {data.class_prompt!r} into {data.class_root}") as on_done:
-                with sampling_precision(trainer, pl_module):
-                    for start in range(0, len(share), self.batch_size):
-                        batch = share[start : start + self.batch_size]
-                        self._sample(pl_module, data, batch)
-                        on_done(len(batch))
+        if files:
+            with gathered(pl_module), sampling_precision(trainer, pl_module):
+                self._sample_share(pl_module, data, share)
         trainer.strategy.barrier("class images sampled")
+
+    def _sample_share(self, module: Any, data: Any, share: list[Path]) -> None:
+        if not share:
+            return
+        share[0].parent.mkdir(parents=True, exist_ok=True)
+        with progress(len(share), f"Sampling images of {data.class_prompt!r} into {data.class_root}") as on_done:
+            for start in range(0, len(share), self.batch_size):
+                batch = share[start : start + self.batch_size]
+                self._sample(module, data, batch)
+                on_done(len(batch))
 
     def _sample(self, module: Any, data: Any, files: list[Path]) -> None:
         height, width = data.size

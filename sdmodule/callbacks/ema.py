@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sdmodule.errors import SettingsError, check_int, check_number
+from sdmodule.training.sharding import local, sharded_like
 from sdmodule.training.trainable import TrainableModule, trainable_parameters
 
 
@@ -46,7 +47,10 @@ class EMA(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step  # only known now if the training resumes from a checkpoint
-        self.average = {name: value.to(pl_module.device) for name, value in self.average.items()}
+        weights = trainable_parameters(pl_module)
+        self.average = {
+            name: sharded_like(value, weights[name]).to(pl_module.device) for name, value in self.average.items()
+        }
 
     @override
     def on_train_batch_end(
@@ -61,8 +65,8 @@ class EMA(Callback):
             return
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        averages = [self.average[name] for name in weights]
-        torch._foreach_lerp_(averages, [value.detach() for value in weights.values()], 1.0 - decay)
+        averages = [local(self.average[name]) for name in weights]
+        torch._foreach_lerp_(averages, [local(value.detach()) for value in weights.values()], 1.0 - decay)
 
     @contextmanager
     def applied(self, module: LightningModule) -> Iterator[None]:
@@ -83,16 +87,18 @@ class EMA(Callback):
                 self._raw[name], value.data = value.data, average  # nothing is copied
             else:
                 self._raw[name] = value.detach().clone()
-                value.data.copy_(average)
+                local(value.data).copy_(local(average))
 
     def _swap_out(self, module: LightningModule) -> None:
         if self._raw is None:
             return
         for name, value in trainable_parameters(module).items():
-            if value.data_ptr() == self.average[name].data_ptr():
+            if name not in self._raw:  # a signal came before it was swapped in
+                continue
+            if owns_memory(value) and value.data_ptr() == self.average[name].data_ptr():
                 value.data = self._raw[name]
             else:
-                value.data.copy_(self._raw[name])
+                local(value.data).copy_(local(self._raw[name]))
         self._raw = None
 
     @override

@@ -14,6 +14,7 @@ from typing_extensions import override
 from sdmodule.callbacks.ema import EMA
 from sdmodule.errors import SettingsError, check_choice
 from sdmodule.io.atomic import atomic_replace_dir
+from sdmodule.training.sharding import whole_weights
 from sdmodule.training.tuning import check_layout
 
 DTYPES = ("float32", "float16")
@@ -68,8 +69,6 @@ class Export(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
         averages = (c for c in trainer.callbacks if isinstance(c, EMA))  # type: ignore[attr-defined]
         ema = next(averages, None) if self.weights == "ema" else None
         metadata = {
@@ -78,9 +77,11 @@ class Export(Callback):
             "dtype": self.dtype,
             "layout": self.layout,
         }
-        with ema.applied(pl_module) if ema else nullcontext():
-            self._write(pl_module, metadata)
-        for logger in trainer.loggers:
+        here = trainer.is_global_zero
+        with ema.applied(pl_module) if ema else nullcontext(), whole_weights(pl_module, here):
+            if here:
+                self._write(pl_module, metadata)
+        for logger in trainer.loggers if here else ():
             if log_folder := getattr(logger, "log_folder", None):  # W&B's
                 log_folder(self.folder, "export")
 

@@ -12,12 +12,13 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from typing_extensions import override
 
 from sdmodule.training.frozen_weights import FrozenWeights
+from sdmodule.training.sharded_strategy import FullyShardedStrategy
 
 DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """What each mixed precision computes in."""
 
-STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
-"""Strategies under which every device holds whole weights; a subclass may shard them."""
+STRATEGIES = (SingleDeviceStrategy, DDPStrategy, FullyShardedStrategy)
+"""Strategies of which it is known which weights every device holds whole; a subclass may shard others."""
 
 
 class CastFrozenWeights(Callback):

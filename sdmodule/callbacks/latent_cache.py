@@ -8,23 +8,25 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import torch.distributed
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from sdmodule.conditioning.prompt_syntax import escape_prompt
-from sdmodule.conditioning.text import chunks_of, encode_texts
 from sdmodule.data.base import TrainingData
-from sdmodule.data.buckets import Size
 from sdmodule.data.cache.latents import CachedEmbeddings, CachedMomentsDataset, ImageDataset, moments_keys
 from sdmodule.data.cache.tensor_store import TensorStore
+from sdmodule.data.cache.text import embed_prompts, text_fingerprint
 from sdmodule.data.example import View
+from sdmodule.data.streaming.datamodule import StreamingDataModule
+from sdmodule.data.streaming.dataset import BatchEmbeddings
+from sdmodule.data.streaming.packed import packed_moments
 from sdmodule.data.worker_processes import loading_options
 from sdmodule.errors import SettingsError, check_choice
-from sdmodule.io.fingerprint import fingerprint, model_fingerprint
+from sdmodule.io.fingerprint import SIZE, fingerprint, model_fingerprint
 from sdmodule.io.progress import LONG_TASK, progress
 from sdmodule.sampling.requests import INPAINT
 from sdmodule.speed.offload import Card, offloaded
@@ -33,7 +35,6 @@ from sdmodule.training.loss import encode_moments
 LATENTS, ALL = CHOICES = ("latents", "all")
 PIXELS_PER_BATCH = 8 * 512 * 512
 IMAGES_PER_BATCH = 64
-CAPTIONS_PER_BATCH = 64
 SAVES_MEMORY_OF = ("cuda",)
 """Types of devices that networks leave when training does not use them."""
 
@@ -67,6 +68,7 @@ class LatentCache(Callback):
         self.what = what
         self._switched = ExitStack()
         self._cards: list[Card] = []
+        self._streamed: BatchEmbeddings | None = None
 
     def check(self, data: Any, module: Any) -> None:
         """Check that the data and the model can be cached, without reading or writing anything.
@@ -102,16 +104,17 @@ class LatentCache(Callback):
                 "cache=all: text embeddings cannot be cached while the text encoder is trained; use cache=latents, or "
                 "leave the text encoder frozen."
             )
+        if isinstance(data, StreamingDataModule):
+            self._packed(data, module)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
         self.check(data, pl_module)
         with ExitStack() as switched:
-            cached = self._cached_images(trainer, pl_module, data)
+            cached, embeddings = self._cached(trainer, pl_module, data)
             switched.enter_context(data.training_on(cached))
-            if self.what == ALL:
-                embeddings = self._cached_embeddings(trainer, pl_module, cached.images)
+            if embeddings is not None:
                 switched.enter_context(pl_module.cached_embeddings(embeddings))  # type: ignore[operator]
             if pl_module.device.type in SAVES_MEMORY_OF:
                 unused = self.unused_networks(pl_module)
@@ -126,6 +129,8 @@ class LatentCache(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._streamed is not None:
+            self._streamed.hold(batch)
         for card in self._cards:
             card.clear()
 
@@ -137,21 +142,42 @@ class LatentCache(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._switched.close()
 
+    def _cached(self, trainer: Trainer, module: Any, data: Any) -> tuple[Any, CachedEmbeddings | None]:
+        """The data set of moments, and the text embeddings if they are cached too."""
+        if isinstance(data, StreamingDataModule):
+            moments, self._streamed = self._packed(data, module)
+            return moments, self._streamed
+        images = self._cached_images(trainer, module, data)
+        return images, self._cached_embeddings(trainer, module, images.images) if self.what == ALL else None
+
+    def _packed(self, data: StreamingDataModule, module: Any) -> tuple[Any, BatchEmbeddings | None]:
+        """Likewise of a streamed set, which was encoded when it was packed."""
+        vae = model_fingerprint(module.vae, module.vae.config)
+        text = text_fingerprint(module.parts) if self.what == ALL else None
+        return packed_moments(data, vae, text, self._needs_images(module))
+
+    @staticmethod
+    def _needs_images(module: Any) -> bool:
+        """Whether training needs the image beside its moments; masks and control images come with it."""
+        return module.task == INPAINT or module.controlnet is not None or module.objective.masked
+
     def _cached_images(self, trainer: Trainer, module: Any, data: Any) -> CachedMomentsDataset:
         images: ImageDataset = data.train_set
         store = TensorStore(self.folder / f"moments-{model_fingerprint(module.vae, module.vae.config)}")
 
-        def look_up(index: int) -> tuple[list[str], Size]:
-            keys = moments_keys(images.content(index), images.size_of(index), images.random_flip)
-            return keys, images.original_size(index)
-
-        found = _map_on_all_devices(trainer, range(len(images)), look_up, "Looking for images in the cache")
-        keys, original_sizes = [own for own, _ in found], [size for _, size in found]
+        flips = (False, True) if images.random_flip else (False,)
+        keys = np.zeros((len(images), len(flips), SIZE), np.uint8)
+        original_sizes = np.zeros((len(images), 2), np.int32)
         missing: dict[str, KeyedView] = {}
-        for index, own in enumerate(keys):
-            for flipped, key in enumerate(own):
-                if key not in store:
-                    missing.setdefault(key, (key, index, View(flipped=bool(flipped))))
+        with progress(len(images), "Looking for images in the cache", delay=LONG_TASK) as on_done:
+            for index in range(len(images)):
+                own = moments_keys(images.content(index), images.size_of(index), images.random_flip)
+                original_sizes[index] = images.original_size(index)
+                for flipped, key in enumerate(own):
+                    keys[index, flipped] = np.frombuffer(bytes.fromhex(key), np.uint8)
+                    if key not in store:
+                        missing.setdefault(key, (key, index, View(flipped=bool(flipped))))
+                on_done(1)
 
         def encode(share: Sequence[KeyedView]) -> Iterator[Encoded]:
             loader = DataLoader(
@@ -166,31 +192,17 @@ class LatentCache(Callback):
                 yield len(moments), {key: moments[k] for k, key in enumerate(batch["key"])}
 
         self._fill(trainer, store, list(missing.values()), encode, "Encoding images")
-        # masks and control images come with the image
-        with_images = module.task == INPAINT or module.controlnet is not None or module.objective.masked
-        return CachedMomentsDataset(images, store, keys, original_sizes, with_images)
+        return CachedMomentsDataset(images, store, keys, original_sizes, self._needs_images(module))
 
     def _cached_embeddings(self, trainer: Trainer, module: Any, images: ImageDataset) -> CachedEmbeddings:
         parts = module.parts
-        made_by: list[str] = []
-        for tokenizer, encoder in parts.text_encoders:
-            vocabulary = fingerprint(tokenizer.model_max_length, sorted(tokenizer.get_vocab().items()))
-            made_by += [model_fingerprint(encoder, encoder.config.to_dict()), vocabulary]
-        store = TensorStore(self.folder / f"embeddings-{fingerprint(*made_by)}")
+        store = TensorStore(self.folder / f"embeddings-{text_fingerprint(parts)}")
         prompts = dict.fromkeys(["", *(escape_prompt(images.caption(index)) for index in range(len(images)))])
         missing = [prompt for prompt in prompts if fingerprint(prompt) not in store]
 
-        @torch.no_grad()
         def encode(share: Sequence[str]) -> Iterator[Encoded]:
-            for start in range(0, len(share), CAPTIONS_PER_BATCH):
-                batch = share[start : start + CAPTIONS_PER_BATCH]
-                text = encode_texts(batch, parts, chunks_of(batch, parts)).on(torch.device("cpu"))
-                tensors: dict[str, Tensor] = {}
-                for k, prompt in enumerate(batch):
-                    length = chunks_of([prompt], parts) * parts.tokenizer.model_max_length
-                    pooled = None if text.pooled is None else text.pooled[k]
-                    tensors |= CachedEmbeddings.entries(prompt, text.hidden_states[k, :length], pooled)
-                yield len(batch), tensors
+            for rows in embed_prompts(share, parts):
+                yield len(rows), {key: one for row in rows for key, one in CachedEmbeddings.entries(*row).items()}
 
         self._fill(trainer, store, missing, encode, "Encoding captions")
         return CachedEmbeddings(store)
@@ -242,19 +254,3 @@ def _batches_of_one_size(sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]
         positions = list(group)
         count = min(IMAGES_PER_BATCH, max(1, PIXELS_PER_BATCH // (height * width)))
         yield from (positions[start : start + count] for start in range(0, len(positions), count))
-
-
-def _map_on_all_devices(trainer: Trainer, indices: Sequence[int], work: Callable[[int], Any], what: str) -> list[Any]:
-    """Results of ``work`` for all indices, in order and on every device, each of which does a share."""
-    devices = trainer.world_size
-    share = indices[trainer.global_rank :: devices]
-    own = []
-    with progress(len(share), what, delay=LONG_TASK) as on_done:
-        for index in share:
-            own.append(work(index))
-            on_done(1)
-    if devices == 1:
-        return own
-    parts: list[list[Any]] = [[] for _ in range(devices)]
-    torch.distributed.all_gather_object(parts, own)
-    return [parts[index % devices][index // devices] for index in indices]

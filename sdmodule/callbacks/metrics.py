@@ -25,6 +25,7 @@ from sdmodule.evaluation.text_image import clip_scores
 from sdmodule.evaluation.transformers_scorer import EXAMPLE, TransformersScorer
 from sdmodule.io.images import to_images
 from sdmodule.sampling.requests import TEXT2IMAGE, build_requests
+from sdmodule.training.sharding import gathered
 
 
 class QualityMetrics(Callback):
@@ -136,11 +137,12 @@ class QualityMetrics(Callback):
         assert self._loaded is not None
         if self._real is None:
             self._real = self._read_data(trainer)
-        own = self._sampled(trainer, pl_module)
+        with gathered(pl_module):
+            own = self._sampled(trainer, pl_module)
         texts = self._loaded.text_features(self._texts) if self._texts else torch.empty(0)
-        gathered = on_all_devices((own, texts), trainer)
-        images = torch.cat([features for features, _ in gathered if len(features)])
-        prompts = torch.cat([features for _, features in gathered if len(features)])
+        found = on_all_devices((own, texts), trainer)
+        images = torch.cat([features for features, _ in found if len(features)])
+        prompts = torch.cat([features for _, features in found if len(features)])
         figures = {"clip_score": float(clip_scores(images, prompts).mean())}
         if len(self._real) > 1 and len(images) > 1:
             figures["fid"] = frechet_distance(images, self._real)
@@ -181,8 +183,8 @@ class QualityMetrics(Callback):
         if not self.prompts:
             self._texts = captions
         own = torch.cat(features) if features else torch.empty(0)
-        gathered = [rows for rows in on_all_devices(own, trainer) if len(rows)]
-        return torch.cat(gathered) if gathered else own
+        rows = [part for part in on_all_devices(own, trainer) if len(part)]
+        return torch.cat(rows) if rows else own
 
 
 def _say(trainer: Trainer, line: str) -> None:

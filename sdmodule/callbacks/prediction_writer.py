@@ -6,9 +6,9 @@ import platform
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,22 +20,20 @@ from typing_extensions import override
 
 from sdmodule import __version__
 from sdmodule.errors import unwritable
-from sdmodule.io.images import captioned_sheet
+from sdmodule.io.grid import write_grid
 from sdmodule.io.png_metadata import save_png
+from sdmodule.io.png_scan import PNGScanner
 from sdmodule.io.run_folder import (
     IMAGES,
     INPUTS,
     RECORDS,
+    append_record,
     gather_records,
+    keep_records,
     read_records,
-    to_line,
-    write_records,
 )
 from sdmodule.sampling.requests import SampleRequest, image_name, input_name, request_metadata
 from sdmodule.sampling.result import Samples
-
-SHEET_LIMIT = 64
-"""Largest number of images on the contact sheet: the first ones of a larger run."""
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -43,7 +41,8 @@ class PredictionWriter(BasePredictionWriter):
 
     Threads write while the next batch is sampled. Every image carries its metadata in PNG text chunks, under the keys
     of ``predictions.jsonl``. Input images, masks and control images go to ``inputs/``, named by a hash of their pixels.
-    Each process of a distributed run writes its own images and records; the first merges the records at the end.
+    Each process of a distributed run writes its own images and appends to its own records; the first merges the records
+    at the end. A resumed run keeps the records of the images that it keeps.
 
     Args:
         output_dir: folder of the run.
@@ -71,9 +70,7 @@ class PredictionWriter(BasePredictionWriter):
         try:
             (self.output_dir / IMAGES).mkdir(parents=True, exist_ok=True)
             if trainer.is_global_zero:
-                for leftover in self.output_dir.glob("predictions.*.jsonl"):
-                    leftover.unlink(missing_ok=True)
-                write_records(self._file(0), self._done(trainer).values())
+                self._keep_records(getattr(trainer, "datamodule", None))
             trainer.strategy.barrier("folder ready")
         except OSError as error:
             raise unwritable(self.output_dir, error.strerror) from error
@@ -132,8 +129,7 @@ class PredictionWriter(BasePredictionWriter):
         name = image_name(request)
         save_png(image, self.output_dir / name, metadata)
         with self._lock:
-            with file.open("a", encoding="utf-8") as lines:
-                lines.write(to_line({"file": name, **metadata}))
+            append_record(file, {"file": name, **metadata})
             self.seconds += time.perf_counter() - start
 
     def _wait(self, at_most: int = 0) -> None:
@@ -160,7 +156,7 @@ class PredictionWriter(BasePredictionWriter):
         gather_records(files)
         for file in files[1:]:
             file.unlink(missing_ok=True)
-        self._write_sheet(list(islice(self.records, SHEET_LIMIT)))
+        write_grid(self.output_dir)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -174,18 +170,17 @@ class PredictionWriter(BasePredictionWriter):
         if self._pool is not None:
             self._pool.shutdown()
 
-    def _write_sheet(self, records: Sequence[dict[str, Any]]) -> None:
-        images = [Image.open(self.output_dir / record["file"]) for record in records]
-        captions = [f"{record['prompt']} · seed {record['seed']}" for record in records]
-        if images:
-            save_png(captioned_sheet(images, captions), self.output_dir / "grid.png", {})
-
     def _file(self, rank: int) -> Path:
         return self.output_dir / (RECORDS if rank == 0 else f"predictions.{rank}.jsonl")
 
-    @staticmethod
-    def _done(trainer: Trainer) -> dict[int, dict[str, Any]]:
-        return getattr(trainer.datamodule, "done", {})  # type: ignore[attr-defined]
+    def _keep_records(self, data: Any) -> None:
+        """Keep the records of images that exist already; one that was written just before a kill has none yet."""
+        done: Container[int] = getattr(data, "done", ())
+        recorded, scanner = keep_records(self.output_dir, done), PNGScanner()
+        for request in getattr(data, "requests", ()):
+            if request.index in done and request.index not in recorded:
+                name = image_name(request)
+                append_record(self._file(0), {"file": name, **scanner.metadata(self.output_dir / name)})
 
 
 def device_name(device: torch.device) -> str:

@@ -130,7 +130,7 @@ def learning_rates(trainer: Trainer) -> dict[str, float]:
     """The learning rate as ``train/lr``; of several groups of weights, as ``train/lr_0`` and so on, if they differ."""
     rates = [float(group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups]
     if len(set(rates)) <= 1:
-        return {"train/lr": rate for rate in rates[:1]}
+        return {"train/lr": rates[0]} if rates else {}
     return {f"train/lr_{number}": rate for number, rate in enumerate(rates)}
 
 

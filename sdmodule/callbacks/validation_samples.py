@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from typing_extensions import override
 from sdmodule.callbacks.ema import EMA
 from sdmodule.callbacks.frozen_weights import sampling_precision
 from sdmodule.callbacks.log_images import log_images
+from sdmodule.callbacks.timing_figures import on_all_devices
 from sdmodule.callbacks.validation_interval import ValidationInterval
 from sdmodule.conditioning.inpaint import mask_out
 from sdmodule.conditioning.prompt_syntax import escape_prompt
@@ -23,16 +25,34 @@ from sdmodule.errors import check_int, check_seed
 from sdmodule.io.images import captioned_sheet, contact_sheet, to_images
 from sdmodule.io.png_metadata import save_png
 from sdmodule.sampling.requests import INPAINT, build_requests
+from sdmodule.training.sharding import gathered
 
 TILE = 192
 """Side of an image on the sheet, in pixels."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is sampled at a validation.
+
+    Attributes:
+        texts: captions of the sheet.
+        prompts: what is sampled for them.
+        given: what ``infer`` takes beside each prompt, by its argument.
+        beside: images that are shown before each sample.
+    """
+
+    texts: Sequence[str]
+    prompts: Sequence[str]
+    given: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    beside: Sequence[Sequence[Image.Image]] = ()
 
 
 class ValidationSamples(Callback):
     """Write a captioned sheet ``<step>.png`` of samples at every validation, and log the images.
 
     Without validation data there are sheets at the same steps, with captions and images of the training data. The last
-    step always has a sheet. Sampling leaves the random numbers of the training untouched.
+    step always has a sheet. Each device samples a share. Sampling leaves the random numbers of the training untouched.
 
     For inpainting, each sample is shown beside its original and its masked original; with a ControlNet, beside its
     control image. These are the same at every validation. A module without ``infer``, such as an autoencoder, is left
@@ -75,18 +95,18 @@ class ValidationSamples(Callback):
             return
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         steps = next((callback.steps for callback in callbacks if isinstance(callback, ValidationInterval)), None)
-        if steps and trainer.global_step % steps == 0 and trainer.is_global_zero:
+        if steps and trainer.global_step % steps == 0:
             self._sample_with_ema(trainer, pl_module)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero:
+        if trainer.sanity_checking:
             return
         self._sample(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step != self._sampled_step and trainer.is_global_zero:
+        if trainer.global_step != self._sampled_step:
             self._sample_with_ema(trainer, pl_module)
 
     def _sample_with_ema(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -98,28 +118,30 @@ class ValidationSamples(Callback):
         if not hasattr(pl_module, "infer"):
             return
         self._sampled_step = trainer.global_step
+        inputs: Inputs = trainer.strategy.broadcast(
+            self._inputs(trainer, pl_module) if trainer.is_global_zero else None
+        )  # type: ignore[assignment]
+        with gathered(pl_module), sampling_precision(trainer, pl_module):
+            samples = self._sampled(trainer, pl_module, inputs)
+        if trainer.is_global_zero:
+            self._write_sheet(trainer, inputs, samples)
+
+    def _inputs(self, trainer: Trainer, pl_module: Any) -> Inputs:
+        """What is sampled, of the settings and the data of this device."""
         if not self.prompts and not self._captions:
             self._captions = self._first_captions(trainer)
         texts = self.prompts or self._captions
         prompts = self.prompts or [escape_prompt(caption) for caption in texts]
-        with sampling_precision(trainer, pl_module):
-            images, columns = self._images(trainer, pl_module, prompts)
-        captions = [f"{text} · seed {self.seed + k}" for k, text in enumerate(texts)]
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        file = self.output_dir / f"{trainer.global_step:06d}.png"
-        save_png(captioned_sheet(images, captions, columns * TILE), file, {})
-        log_images(trainer.loggers, "val/samples", images, captions, trainer.global_step)
-
-    def _images(self, trainer: Trainer, pl_module: Any, prompts: Sequence[str]) -> tuple[list[Image.Image], int]:
-        """For each prompt a sample, with what belongs beside it, and how many images that is."""
         if pl_module.task == INPAINT:
-            return self._inpaint(trainer, pl_module, prompts), 3
+            return self._masked_images(trainer, texts, prompts)
         if pl_module.controlnet is not None:
-            return self._control(trainer, pl_module, prompts), 2
-        return pl_module.infer(prompts, seed=self.seed, show_progress=shows_progress(trainer))["samples"], 1
+            examples = self._examples(trainer, len(prompts))
+            controls = [to_images(example["conditioning"][None])[0] for example in examples]
+            return Inputs(texts, prompts, {"control": controls}, [controls])
+        return Inputs(texts, prompts)
 
-    def _inpaint(self, trainer: Trainer, pl_module: Any, prompts: Sequence[str]) -> list[Image.Image]:
-        """For each prompt, side by side: an image of the data, the image masked, and the image inpainted."""
+    def _masked_images(self, trainer: Trainer, texts: Sequence[str], prompts: Sequence[str]) -> Inputs:
+        """An image of the data for each prompt, and the image masked."""
         originals: list[Image.Image] = []
         masked: list[Image.Image] = []
         masks: list[torch.Tensor] = []
@@ -130,18 +152,30 @@ class ValidationSamples(Callback):
             originals += to_images(image / 2 + 0.5)
             masked += to_images(mask_out(image, mask) / 2 + 0.5)
             masks += mask
-        shown = shows_progress(trainer)
-        samples = pl_module.infer(prompts, originals, masks, seed=self.seed, show_progress=shown)["samples"]
-        return [contact_sheet(list(row), columns=3) for row in zip(originals, masked, samples, strict=True)]
+        return Inputs(texts, prompts, {"image": originals, "mask": masks}, [originals, masked])
 
-    def _control(self, trainer: Trainer, pl_module: Any, prompts: Sequence[str]) -> list[Image.Image]:
-        """For each prompt, side by side: a control image of the data, and the image that follows it."""
-        examples = self._examples(trainer, len(prompts))
-        controls = [to_images(example["conditioning"][None])[0] for example in examples]
-        shown = shows_progress(trainer)
-        samples = pl_module.infer(prompts, control=controls, seed=self.seed, show_progress=shown)["samples"]
-        controls = [control.resize(image.size) for control, image in zip(controls, samples, strict=True)]
-        return [contact_sheet(list(row), columns=2) for row in zip(controls, samples, strict=True)]
+    def _sampled(self, trainer: Trainer, pl_module: Any, inputs: Inputs) -> list[Image.Image]:
+        """A sample for each prompt, of which each device makes a share."""
+        share = -(-len(inputs.prompts) // trainer.world_size)
+        start = share * trainer.global_rank
+        own = slice(start, start + share)
+        shown = shows_progress(trainer) and trainer.is_global_zero
+        samples: list[Image.Image] = []
+        if prompts := inputs.prompts[own]:
+            given = {name: rows[own] for name, rows in inputs.given.items()}
+            samples = pl_module.infer(prompts, seed=self.seed + start, show_progress=shown, **given)["samples"]
+        return [image for part in on_all_devices(samples, trainer) for image in part]
+
+    def _write_sheet(self, trainer: Trainer, inputs: Inputs, samples: list[Image.Image]) -> None:
+        columns = [*([image.resize(samples[0].size) for image in images] for images in inputs.beside), samples]
+        images = samples
+        if inputs.beside:
+            images = [contact_sheet(list(row), columns=len(columns)) for row in zip(*columns, strict=True)]
+        captions = [f"{text} · seed {self.seed + k}" for k, text in enumerate(inputs.texts)]
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        file = self.output_dir / f"{trainer.global_step:06d}.png"
+        save_png(captioned_sheet(images, captions, len(columns) * TILE), file, {})
+        log_images(trainer.loggers, "val/samples", images, captions, trainer.global_step)
 
     def _examples(self, trainer: Trainer, count: int) -> list[dict[str, torch.Tensor]]:
         """The image tensors of the first ``count`` examples of the data, which repeat if there are fewer."""

@@ -177,7 +177,7 @@ def _advice(typed: TypedLine, run: list[str]) -> str:
             return f"write {text}=VALUE, and see --help {text}"
         if groups := groups_with(text, typed):
             return f"write {one_of([f'{group}={text}' for group in groups])}"
-    if typed.command == "train":
+    if typed.command in ("train", "pack"):
         return f"write {assignment('data.root', text if Path(text).is_dir() else 'FOLDER')}, and see --help"
     if typed.command == "evaluate":
         return f"write {assignment('run', text)}, and see --help"

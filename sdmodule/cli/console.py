@@ -9,6 +9,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdmodule.training.slurm import REQUEUE_SIGNAL
+
 if TYPE_CHECKING:
     from lightning import Trainer
 
@@ -61,7 +63,7 @@ def configured_loggers(trainer: Trainer, config: dict[str, Any], output_dir: Pat
 
 @contextmanager
 def report_interrupts(trainer: Trainer, output_dir: Path) -> Iterator[None]:
-    """Say how to resume after Ctrl-C (exit status 130) or SIGTERM (143), once Lightning has saved a checkpoint."""
+    """Say how to resume after Ctrl-C (exit status 130), SIGTERM (143) or SLURM's signal, once a checkpoint is saved."""
     try:
         yield
     except SystemExit as end:
@@ -70,7 +72,7 @@ def report_interrupts(trainer: Trainer, output_dir: Path) -> Iterator[None]:
         last = getattr(trainer.checkpoint_callback, "last_model_path", "")
         resume = f"; resume with ckpt_path={last}" if last else ""
         print(f"interrupted: what is done is in {output_dir}{resume}", file=sys.stderr)
-        sys.exit(143 if end.code == 143 else 130)
+        sys.exit(end.code if end.code in (143, 128 + REQUEUE_SIGNAL) else 130)
 
 
 @contextmanager

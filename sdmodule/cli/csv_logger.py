@@ -12,6 +12,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from typing_extensions import override
 
+from sdmodule.cli.yaml_text import is_plain, to_yaml
 from sdmodule.io.atomic import atomic_write
 
 
@@ -35,7 +36,10 @@ class _AtomicWriter(ExperimentWriter):
     def log_hparams(self, params: dict[str, Any]) -> None:
         self.hparams.update(params)
         with atomic_write(Path(self.log_dir) / self.NAME_HPARAMS_FILE) as temporary:
-            save_hparams_to_yaml(str(temporary), self.hparams)
+            if is_plain(self.hparams):
+                temporary.write_text(to_yaml(self.hparams), encoding="utf-8")
+            else:
+                save_hparams_to_yaml(str(temporary), self.hparams)
 
     @override
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:

@@ -23,6 +23,7 @@ OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memo
 UNTYPED = (OSError, ValueError, TypeError, AttributeError, KeyError, AssertionError, RecursionError, YAMLError)
 """Errors that Hydra lets pass, or raises itself, while it composes a configuration."""
 
+RANK_LOST = re.compile(r"gloo.*(by peer|Broken pipe)|remote process exited|ncclRemoteError")
 WORKER_DIED = re.compile(r"DataLoader worker \(pid")
 
 PREDICT_MEMORY = (
@@ -112,7 +113,7 @@ def report_composition_errors(typed: TypedLine, is_composing: Callable[[], bool]
 
 @contextmanager
 def report_resource_errors(cfg: DictConfig) -> Iterator[None]:
-    """Turn a lack of memory, of disk space or of access rights into a sentence that says what to do.
+    """Turn a lack of memory, disk space, access rights or other processes into a sentence that says what to do.
 
     Args:
         cfg: settings of the run, for the advice.
@@ -128,6 +129,10 @@ def report_resource_errors(cfg: DictConfig) -> Iterator[None]:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or OUT_OF_MEMORY.search(str(error)):
             advice = ", then ".join(memory_advice(cfg))
             raise SettingsError(f"out of memory; lower, in this order: {advice}.") from error
+        if RANK_LOST.search(str(error)):
+            raise SettingsError(
+                "another process of this run is gone; its own output may say why; resume with ckpt_path=auto."
+            ) from error
         if WORKER_DIED.search(str(error)):
             from sdmodule.data.worker_processes import default_workers
 
@@ -159,7 +164,8 @@ def memory_advice(cfg: DictConfig) -> list[str]:
             continue
         value = OmegaConf.select(cfg, key)
         reduced = key.endswith("precision") and (value is None or "16" in str(value))  # None is 16 bits on a GPU
-        if (value == lowest and lowest is not None) or (key == "cache" and value) or reduced:
+        cached = key == "cache" and "_target_" in (value or {})
+        if (value == lowest and lowest is not None) or cached or reduced:
             continue
         advice.append(text.format(value))
     return advice

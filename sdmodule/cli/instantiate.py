@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.errors import InstantiationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from sdmodule.cli.error_messages import one_line
@@ -25,8 +25,11 @@ EXTRAS = ("bitsandbytes", "mlflow", "tensorboard")
 def build_trainer(cfg: DictConfig) -> Trainer:
     """The trainer of a command, with its callbacks and loggers."""
     callbacks = build_entries(cfg, "callbacks")
-    if cfg.get("cache"):
-        callbacks.append(instantiate(cfg.cache))
+    if "_target_" in (cfg.get("cache") or {}):
+        cache = cfg.cache.copy()
+        with open_dict(cache):
+            cache.pop("verify", None)  # the data have it
+        callbacks.append(instantiate(cache))
     return instantiate(cfg.trainer, callbacks=callbacks, logger=build_entries(cfg, "logger"))
 
 

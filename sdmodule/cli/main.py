@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,21 +18,25 @@ from sdmodule.cli.console import exit_on_sigterm
 from sdmodule.cli.error_messages import report_composition_errors, report_resource_errors, report_user_errors
 from sdmodule.cli.evaluate import evaluate
 from sdmodule.cli.help_page import our_help
+from sdmodule.cli.job_apart import job_apart
 from sdmodule.cli.overrides import quote_overrides, with_png_settings
+from sdmodule.cli.pack import pack
 from sdmodule.cli.predict import predict, summarize_sweep
+from sdmodule.cli.processes import meet_again, name_start
 from sdmodule.cli.startup import composed_once, config_store_uncopied, filter_library_messages, gc_paused, gc_resume
-from sdmodule.cli.train import train
+from sdmodule.cli.sweep import FinishedJobs, Sweep, reporting_launchers, runs_apart
+from sdmodule.cli.train import summarize_trainings, train
 from sdmodule.cli.typed_line import TypedLine
 from sdmodule.cli.unused_keys import check_used
 from sdmodule.errors import SettingsError
+from sdmodule.training.slurm import requeued_on_signal
 
-FinishedJobs = list[tuple[Path, list[str]]]
-"""Output folder and overrides of each finished job of a sweep."""
+COMMANDS = {"train": train, "predict": predict, "evaluate": evaluate}
 
 
 def train_main() -> None:
     """Entry point of ``sdmodule-train``."""
-    run(train, "train", quote_overrides)
+    run(train, "train", quote_overrides, summarize_trainings)
 
 
 def predict_main() -> None:
@@ -44,6 +47,16 @@ def predict_main() -> None:
 def evaluate_main() -> None:
     """Entry point of ``sdmodule-evaluate`` and of ``python -m sdmodule.evaluate``."""
     run(evaluate, "evaluate", quote_overrides)
+
+
+def run_rank(command: str) -> None:
+    """Entry point of the processes for the further devices of a job in a sweep; its arguments are Hydra's overrides."""
+    run(COMMANDS[command], command, list)
+
+
+def pack_main() -> None:
+    """Entry point of ``python -m sdmodule.data.pack``."""
+    run(pack, "pack", quote_overrides)
 
 
 def run(
@@ -66,7 +79,9 @@ def run(
         with report_user_errors(typed):
             print(version_line(), flush=True)
         return
-    finished_jobs: FinishedJobs = []
+    name_start()
+    meet_again()
+    sweep = Sweep()
     composed = False
 
     def run_job(cfg: DictConfig) -> None:
@@ -75,18 +90,22 @@ def run(
         restore()  # Lightning starts the processes of other devices with sys.argv
         filter_library_messages()
         gc_resume()
-        with report_user_errors(typed), report_resource_errors(cfg), exit_on_sigterm():
+        apart = runs_apart()
+        with (
+            job_apart(cfg, sweep, typed) if apart else report_user_errors(typed),
+            report_resource_errors(cfg),
+            exit_on_sigterm(),
+            requeued_on_signal(),
+        ):
             check_used(cfg, HydraConfig.get().overrides.task)
             job(cfg)
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            finished_jobs.append((Path(cfg.output_dir), list(HydraConfig.get().overrides.task)))
+        if HydraConfig.get().mode == RunMode.MULTIRUN and not apart:
+            sweep.finished.append((Path(cfg.output_dir), list(HydraConfig.get().overrides.task)))
 
     def restore() -> None:
-        sys.argv[1:] = arguments
+        sys.argv[:] = sweep.arguments
         os.environ["HYDRA_FULL_ERROR"] = full_error
 
-    # one folder for the processes of all devices and the jobs of a sweep
-    os.environ.setdefault("SDMODULE_STARTED", time.strftime("%Y-%m-%d/%H-%M-%S"))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints its errors itself
     try:
         with report_user_errors(typed, always=full_error != "1"):
@@ -97,13 +116,14 @@ def run(
                 our_help(topics),
                 config_store_uncopied(),
                 composed_once(arguments),
-                report_composition_errors(typed, lambda: not composed),
+                reporting_launchers(sweep),
+                report_composition_errors(typed, lambda: not (composed or sweep.launched)),
             ):
                 hydra.main(config_path="pkg://sdmodule.conf", config_name=config_name, version_base="1.3")(run_job)()
-            if not composed and "--multirun" in map(full_name, arguments):
+            if not (composed or sweep.launched) and "--multirun" in map(full_name, arguments):
                 raise SettingsError("-m: the sweep has no run; give values such as steps=10,20,50.")
             sys.stdout.flush()  # while an error of it can still be handled
     finally:
-        if finished_jobs and after_sweep is not None:
-            after_sweep(finished_jobs)
+        if sweep.finished and after_sweep is not None:
+            after_sweep(sweep.finished)
         restore()

@@ -13,20 +13,24 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sdmodule.cli.console import is_rank_zero
+from sdmodule.cli.processes import JOB_FOLDER
+from sdmodule.cli.yaml_text import is_plain, to_yaml
 from sdmodule.errors import check_path, unwritable
 from sdmodule.io.atomic import atomic_write_text, remove_leftovers
 from sdmodule.io.folder_lock import folder_locked
 from sdmodule.io.redact import redact
 from sdmodule.io.run_folder import CONFIG, METRICS, next_free
+from sdmodule.io.run_part import Part
 
 
 def prepare_output_dir(cfg: DictConfig) -> Path:
     """The output folder of this job, checked to be writable and set in ``cfg``; nothing is written yet.
 
-    Each job of a sweep gets a folder of its own, and its W&B run joins the group of the sweep.
+    Each job of a sweep gets a folder of its own, and its W&B run joins the group of the sweep. So does each part of a
+    run of predict.
 
     Raises:
-        SettingsError: if the folder cannot be written.
+        SettingsError: if the folder cannot be written, or there is no such part.
     """
     hydra_config = HydraConfig.get()
     check_path("output_dir", cfg.output_dir)
@@ -36,6 +40,10 @@ def prepare_output_dir(cfg: DictConfig) -> Path:
         if wandb is not None and wandb.group is None:
             wandb.group = "/".join(folder.parts[-2:])
         folder = folder / str(hydra_config.job.num)
+    elif JOB_FOLDER in os.environ:
+        folder = Path(os.environ[JOB_FOLDER])
+    elif cfg.get("shard") is not None:
+        folder = folder / Part.parse(cfg.shard).folder
     cfg.output_dir = str(folder)
     _continue_wandb_run(cfg, folder)
     try:
@@ -99,5 +107,5 @@ def write_config(cfg: DictConfig, folder: Path) -> None:
 
 
 def _write_redacted(cfg: Any, file: Path) -> None:
-    written = OmegaConf.create(redact(OmegaConf.to_container(cfg, resolve=False)))
-    atomic_write_text(file, OmegaConf.to_yaml(written))
+    settings = redact(OmegaConf.to_container(cfg, resolve=False, enum_to_str=True))
+    atomic_write_text(file, to_yaml(settings) if is_plain(settings) else OmegaConf.to_yaml(OmegaConf.create(settings)))

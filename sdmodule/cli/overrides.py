@@ -57,9 +57,9 @@ def _quote_override(argument: str) -> str:
     key, equals, value = argument.partition("=")
     tag = key_tags().get(key.lstrip("+")) if equals else None
     if tag == "prompt" and value != "null" and not QUOTED_LIST.fullmatch(value):
-        return f"{key}={_quote_verbatim(value)}"
+        return f"{key}={quote_verbatim(value)}"
     if tag == "text" and value != "null" and not _is_list(value):
-        return f"{key}={_quote_verbatim(value)}"
+        return f"{key}={quote_verbatim(value)}"
     if tag == "paths" and value != "null":
         return f"{key}={_quote_paths(value)}"
     if tag in ("path", "name") and not _reads_as_text(argument):
@@ -101,7 +101,7 @@ def _reads_as_text(argument: str) -> bool:
     return not isinstance(value, (int, float))
 
 
-def _quote_verbatim(text: str) -> str:
+def quote_verbatim(text: str) -> str:
     """Any text in Hydra's grammar, with no meaning to OmegaConf either."""
     if text == MISSING:
         return f"""'${{oc.select:_,"{MISSING}"}}'"""
@@ -191,7 +191,7 @@ def _keys_set_by_presets(arguments: Sequence[str]) -> set[str]:
 def _expression(value: Any) -> str:
     """A plain value in Hydra's grammar."""
     if isinstance(value, str):
-        return _quote_verbatim(value)
+        return quote_verbatim(value)
     if isinstance(value, list):
         return "[" + ",".join(map(_expression, value)) + "]"
     if isinstance(value, dict):

@@ -12,6 +12,8 @@ from sdmodule.cli.config_keys import side_effects
 from sdmodule.cli.console import configured_loggers, echo, echo_device, is_rank_zero, report_interrupts
 from sdmodule.cli.instantiate import build_trainer, instantiate
 from sdmodule.cli.output_dir import output_dir_locked, prepare_output_dir, write_config
+from sdmodule.cli.processes import restarts
+from sdmodule.cli.sweep import FinishedJobs
 from sdmodule.errors import check_bool, check_seed, count_of
 from sdmodule.io.noted_warnings import noted_warnings
 from sdmodule.io.redact import redact
@@ -39,6 +41,8 @@ def prepare(cfg: DictConfig) -> tuple[Any, Any, Any, Path]:
 
     check_seed("seed", cfg.seed)
     check_bool("validate_first", cfg.validate_first)
+    if restarts() and cfg.ckpt_path is None:
+        cfg.ckpt_path = "auto"
     output_dir = prepare_output_dir(cfg)
     check_family(cfg)
     model = None
@@ -92,12 +96,28 @@ def announce(cfg: DictConfig, trainer: Any, model: Any, output_dir: Path) -> Non
     attention = training_attention(device, str(trainer.precision))
     compiled = {"compile": cfg.training.compile} if "training" in cfg.model else {}
     echo_device(trainer, uses_tf32(device), attention=attention, **compiled)
+    if restarts():
+        echo(f"Restarted; {f'resuming from {cfg.ckpt_path}' if cfg.ckpt_path else 'no checkpoint yet, starting anew'}")
     if effects := side_effects(cfg, "tuning"):
         echo(effects)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     steps = count_of(trainer.max_steps, "step")
     echo(f"Training {trained:,} of {total:,} parameters for {steps}; writing to {output_dir}")
+
+
+def summarize_trainings(finished_jobs: FinishedJobs) -> None:
+    """Write the table and the page that compare the finished trainings of a sweep, in the folder of the sweep.
+
+    Args:
+        finished_jobs: output folder and overrides of each training.
+    """
+    from sdmodule.io.training_sweep_report import summarize_trainings as summarize
+
+    if is_rank_zero():
+        folder = finished_jobs[0][0].parent
+        summarize(folder, finished_jobs)
+        echo(f"Wrote {folder / 'summary.csv'} and {folder / 'index.html'}")
 
 
 def steps_of_epochs(trainer: Any, data: Any) -> int | None:

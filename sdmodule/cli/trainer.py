@@ -16,11 +16,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from sdmodule.callbacks.cudnn_benchmark import CudnnBenchmark
 from sdmodule.callbacks.finite_loss import STOP, NonFiniteLoss
 from sdmodule.callbacks.frozen_weights import CastFrozenWeights
+from sdmodule.callbacks.rank_watch import EndWithLostRank
 from sdmodule.callbacks.validation_interval import ValidationInterval
 from sdmodule.errors import SettingsError, check_int
 from sdmodule.training.checkpoint_io import AtomicCheckpointIO
 from sdmodule.training.precision import FusedMixedPrecision
-from sdmodule.training.strategies import check_strategy
+from sdmodule.training.strategies import make_strategy
 
 BF16_MIXED: Final = "bf16-mixed"
 MIXED = (BF16_MIXED, "16-mixed")
@@ -52,9 +53,9 @@ def make_trainer(
         settings: further arguments of ``lightning.Trainer``.
 
     Raises:
-        SettingsError: if there is no GPU to use, the strategy shards the model, or Lightning refuses the settings.
+        SettingsError: if there is no GPU to use, the strategy is refused, or Lightning refuses the settings.
     """
-    check_strategy(settings.get("strategy"))
+    settings["strategy"] = make_strategy(settings.get("strategy", "auto"))
     has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     if accelerator == "auto":
         accelerator = "gpu" if has_gpu else "cpu"
@@ -88,7 +89,14 @@ def make_trainer(
             precision=None if any(isinstance(plugin, Precision) for plugin in plugins) else precision,  # type: ignore[arg-type]
             log_every_n_steps=min(log_every_n_steps, max_steps),
             # first, so that a bad loss is known and weights are float32 again before others validate or export them
-            callbacks=[NonFiniteLoss(nan_loss), CastFrozenWeights(), *measured, *callbacks, *interval],
+            callbacks=[
+                NonFiniteLoss(nan_loss),
+                CastFrozenWeights(),
+                EndWithLostRank(),
+                *measured,
+                *callbacks,
+                *interval,
+            ],
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
             enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
             enable_model_summary=False,

@@ -22,7 +22,7 @@ class TypedLine:
     """The command line of a command, for messages about it.
 
     Args:
-        command: name of its primary configuration: ``train``, ``predict`` or ``evaluate``.
+        command: name of its primary configuration: ``train``, ``predict``, ``evaluate`` or ``pack``.
         arguments: what was typed after the name of the command.
     """
 
@@ -59,6 +59,8 @@ class TypedLine:
 
 def program(command: str) -> str:
     """The program of a command, by the name that this one was called by: ``predict.py`` or ``sdmodule-predict``."""
+    if command == "pack":
+        return "python -m sdmodule.data.pack"
     if Path(sys.argv[0]).name.startswith("sdmodule-"):
         return f"sdmodule-{command}"
     return f"python -m sdmodule.{command}" if command == "evaluate" else f"{command}.py"

@@ -35,7 +35,8 @@ def check_used(cfg: DictConfig, overrides: Sequence[str]) -> None:
         key = override.partition("=")[0].lstrip("+").partition("@")[0]
         if override.startswith(("~", "+")) or key.partition(".")[0] not in raw:  # deleted, added, or of global keys
             continue
-        if not any(_is_part(key, one) or _is_part(one, key) for one in used):
+        readers = used - {"cache"} if key == "cache.verify" else used  # which the data read, if any do
+        if not any(_is_part(key, one) or _is_part(one, key) for one in readers):
             chosen = ", ".join(f"{group}={_kind(raw[group])}" for group in ("model", "data"))
             raise SettingsError(f"{override}: nothing in this run uses {key} (it has {chosen}); leave it out.")
 

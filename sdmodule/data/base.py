@@ -4,10 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning import LightningDataModule
 from typing_extensions import override
+
+
+class EarlierBatches(NamedTuple):
+    """The batches of a run that another one resumes.
+
+    Attributes:
+        global_batch_size: examples in a batch of all devices.
+        epoch: the epoch within which that run was itself resumed with batches of another size; -1 if in none.
+        first: number of its first batch in that epoch.
+        seen: examples of that epoch that were seen before.
+    """
+
+    global_batch_size: int
+    epoch: int = -1
+    first: int = 0
+    seen: int = 0
+
+    def seen_after(self, epoch: int, batches: int) -> int:
+        """Examples of an epoch that were seen when its batch of a number came next."""
+        if epoch != self.epoch:
+            return batches * self.global_batch_size
+        return self.seen + (batches - self.first) * self.global_batch_size
 
 
 class TrainingData(LightningDataModule):
@@ -15,22 +37,23 @@ class TrainingData(LightningDataModule):
 
     Attributes:
         train_set: what ``train_dataloader`` draws from.
-        resumed_batch_size: examples in a batch of all devices when the checkpoint was written that training resumes
-            from; None if it does not, or the checkpoint does not say.
+        earlier: the batches of the run that wrote the checkpoint which training resumes from; None if it does not, or
+            the checkpoint does not say.
     """
 
     train_set: Any = None
-    resumed_batch_size: int | None = None
+    earlier: EarlierBatches | None = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
         loader = self.trainer.train_dataloader if self.trainer else None
-        size = getattr(getattr(loader, "sampler", None), "global_batch_size", None)
-        return {} if size is None else {"global_batch_size": size}
+        batches: EarlierBatches | None = getattr(getattr(loader, "sampler", None), "as_resumed", None)
+        return {} if batches is None else batches._asdict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.resumed_batch_size = state_dict.get("global_batch_size")
+        known = {name: state_dict[name] for name in EarlierBatches._fields if name in state_dict}
+        self.earlier = EarlierBatches(**known) if known else None
 
     @contextmanager
     def training_on(self, dataset: Any) -> Iterator[None]:

@@ -6,18 +6,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import ConcatDataset, DataLoader
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from sdmodule.data.base import TrainingData
 from sdmodule.data.buckets import Size
 from sdmodule.data.dataset import CANNY, FILES, ImageFolderDataset
-from sdmodule.data.sampler import training_loader
+from sdmodule.data.sampler import Groups, training_loader
 from sdmodule.data.sources.folder import Folder
 from sdmodule.data.sources.huggingface import HuggingFaceData
-from sdmodule.data.sources.mix import WeightedSource, mix_sources, parse_source
+from sdmodule.data.sources.mix import JoinedImages, WeightedSource, check_control_images, mix_sources, parse_source
 from sdmodule.data.sources.tar_shards import Shards
+from sdmodule.data.sources.verify import STAT, VERIFICATIONS
 from sdmodule.data.worker_processes import check_workers, loading_options
 from sdmodule.errors import SettingsError, check_bool, check_choice, check_int, check_number, check_seed, is_int
 
@@ -48,6 +51,8 @@ class ImageDataModule(TrainingData):
         skip_bad: leave unreadable files out with a warning instead of an error.
         num_workers: processes that load images; 0 loads in the training's own; None is by device: `loading_options`.
         seed: seed of the order, the crops, the flips and the shuffled tags.
+        verify: how files that have changed since an earlier start are noticed: ``stat``, by size and date, or
+            ``content``.
 
     Raises:
         SettingsError: for a setting out of range; in `setup`, for a source that cannot be used.
@@ -67,8 +72,10 @@ class ImageDataModule(TrainingData):
         skip_bad: bool = False,
         num_workers: int | None = None,
         seed: int = 0,
+        verify: str = STAT,
     ) -> None:
         super().__init__()
+        check_choice("cache.verify", verify, VERIFICATIONS)
         if conditioning is not None:
             check_choice("data.conditioning", conditioning, (CANNY, FILES))
         size = tuple(resolution) if isinstance(resolution, Sequence) else (resolution, resolution)
@@ -96,22 +103,27 @@ class ImageDataModule(TrainingData):
         self.skip_bad = skip_bad
         self.num_workers = num_workers
         self.seed = seed
+        self.verify = verify
         self.train_set: ImageFolderDataset | None = None
         self.val_set: ImageFolderDataset | None = None
         self.preview_set: ImageFolderDataset | None = None
         self.bare: list[WeightedSource] = []
-        self._groups: dict[Size, list[int]] | None = None
+        self._groups: dict[Size, NDArray[np.int64]] | None = None
 
     @override
     def setup(self, stage: str | None = None) -> None:
         if self.train_set is not None:
             return
-        found = [source.examples(self.skip_bad) for source in self.sources]
+        found = [source.examples(self.skip_bad, self.verify) for source in self.sources]
+        if self.conditioning == FILES:
+            check_control_images(found)
         self.bare = [source for source, own in zip(self.sources, found, strict=True) if own[0].mask is None]
         if self.bare:  # a batch cannot hold the masks of some of its images only
             found = [own.without_masks() for own in found]
         if self.validation is not None:
-            val = [self.validation.examples(self.skip_bad)]
+            val = [self.validation.examples(self.skip_bad, self.verify)]
+            if self.conditioning == FILES:
+                check_control_images(val)
         else:
             parts = [source.split(own, self.val_fraction) for source, own in zip(self.sources, found, strict=True)]
             found, val = [train for train, _ in parts], [val for _, val in parts]
@@ -121,11 +133,8 @@ class ImageDataModule(TrainingData):
             train, self.size, self.center_crop, self.random_flip, self.seed, self.buckets, varied, self.conditioning
         )
         self._groups = self.train_set.groups()
-        self.val_set = ImageFolderDataset(ConcatDataset(val), self.size, conditioning=self.conditioning)
+        self.val_set = ImageFolderDataset(JoinedImages(val), self.size, conditioning=self.conditioning)
         self.preview_set = ImageFolderDataset(train, self.size, conditioning=self.conditioning)
-        if self.conditioning == FILES:
-            for images in (self.train_set, self.val_set):
-                _check_control_files(images)
 
     @override
     def train_dataloader(self) -> DataLoader:
@@ -136,9 +145,9 @@ class ImageDataModule(TrainingData):
                 f"data.buckets=true: some buckets have fewer than the {count} images of a batch: {', '.join(small)} "
                 "pixels (height x width); an epoch repeats their images. A smaller data.batch_size avoids that."
             )
-        groups = None if self._groups is None else list(self._groups.values())
+        groups: Groups | None = None if self._groups is None else [*self._groups.values()]
         settings = (self.batch_size, self.seed, self.num_workers, self.trainer, groups)
-        return training_loader(self.train_set, *settings, earlier=self.resumed_batch_size)
+        return training_loader(self.train_set, *settings, earlier=self.earlier)
 
     @override
     def val_dataloader(self) -> DataLoader | Iterable:
@@ -148,20 +157,6 @@ class ImageDataModule(TrainingData):
         batches = -(-len(self.val_set) // self.batch_size)
         options = loading_options(self.num_workers, self.trainer, batches)
         return DataLoader(self.val_set, batch_size=self.batch_size, **options)
-
-
-def _check_control_files(images: ImageFolderDataset) -> None:
-    """Check that every image has a control image.
-
-    Raises:
-        SettingsError: if one has none.
-    """
-    for index in range(len(images)):
-        if (example := images.examples[index]).control is None:
-            raise SettingsError(
-                f"data.conditioning={FILES}: {example.path} has no control image; name it in a column "
-                f"conditioning_image_file_name of the metadata, or set data.conditioning={CANNY}."
-            )
 
 
 class ImageFolderDataModule(ImageDataModule):

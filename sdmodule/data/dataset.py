@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -14,12 +16,10 @@ from typing_extensions import override
 
 from sdmodule.conditioning.canny import canny_edges
 from sdmodule.data.buckets import Size, bucket_sizes, nearest_bucket
-from sdmodule.data.example import CaptionedImage, Examples, View
+from sdmodule.data.example import CaptionedImage, Examples, IndexedExamples, View
+from sdmodule.data.index.file_examples import FileExamples
 from sdmodule.data.sources.verify import load_beside, load_rgb
-from sdmodule.io.fingerprint import file_fingerprint
-from sdmodule.io.image_files import upright_size
 from sdmodule.io.images import image_to_tensor
-from sdmodule.io.progress import LONG_TASK, progress
 from sdmodule.io.transparency import mask_levels, on_white
 
 LARGEST_COVERING = 2**26
@@ -56,21 +56,17 @@ class ImageFolderDataset(Dataset[CaptionedImage]):
         vary_captions: bool = False,
         conditioning: str | None = None,
     ) -> None:
-        self.examples = examples
+        self.examples = examples if isinstance(examples, IndexedExamples) else FileExamples(examples)
         self.vary_captions = vary_captions
         self.conditioning = conditioning
         self.size = size
         self.center_crop = center_crop
         self.random_flip = random_flip
         self.seed = seed
-        self.sizes: list[Size] | None = None
-        if buckets:
-            allowed = bucket_sizes(size)
-            self.sizes = []
-            with progress(len(examples), "reading sizes of images for buckets", delay=LONG_TASK) as on_done:
-                for index in range(len(examples)):
-                    self.sizes.append(nearest_bucket(*upright_size(examples[index].path), allowed))
-                    on_done(1)
+        self.buckets = bucket_sizes(size) if buckets else None
+        self.bucket_of: NDArray[np.int64] | None = None
+        if self.buckets is not None:
+            self.bucket_of = _nearest(self.examples.sizes(), self.buckets)
         # in shared memory, so that persistent workers see a new epoch
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
@@ -83,25 +79,25 @@ class ImageFolderDataset(Dataset[CaptionedImage]):
 
     def size_of(self, index: int) -> tuple[int, int]:
         """Height and width of an image as the model sees it."""
-        return self.sizes[index] if self.sizes else self.size
+        if self.buckets is None or self.bucket_of is None:
+            return self.size
+        return self.buckets[self.bucket_of[index]]
 
-    def groups(self) -> dict[Size, list[int]] | None:
+    def groups(self) -> dict[Size, NDArray[np.int64]] | None:
         """Indices of the images in each bucket; None without buckets."""
-        if self.sizes is None:
+        if self.buckets is None or self.bucket_of is None:
             return None
-        groups: dict[Size, list[int]] = {size: [] for size in sorted(set(self.sizes))}
-        for index, size in enumerate(self.sizes):
-            groups[size].append(index)
-        return groups
+        used = {self.buckets[k]: np.flatnonzero(self.bucket_of == k) for k in np.unique(self.bucket_of).tolist()}
+        return {size: used[size] for size in sorted(used)}
 
     def original_size(self, index: int) -> Size:
         """Height and width of an image before it is resized and cropped."""
-        width, height = upright_size(self.examples[index].path)
+        width, height = self.examples.size(index)
         return height, width
 
     def content(self, index: int) -> str:
         """A key of an image's content: the hash of its file."""
-        return file_fingerprint(self.examples[index].path)
+        return self.examples.content(index)
 
     def caption(self, index: int) -> str:
         """The caption of an image in this epoch."""
@@ -147,6 +143,14 @@ class ImageFolderDataset(Dataset[CaptionedImage]):
     @override
     def __getitem__(self, index: int) -> CaptionedImage:
         return cast(CaptionedImage, {**self.load(index, self.view(index)), "caption": self.caption(index)})
+
+
+def _nearest(shapes: NDArray[np.int32], buckets: Sequence[Size]) -> NDArray[np.int64]:
+    """The number of the bucket of each width and height, ``[N, 2]``."""
+    different, places = np.unique(shapes, axis=0, return_inverse=True)
+    numbers = {size: number for number, size in enumerate(buckets)}
+    nearest = [numbers[nearest_bucket(width, height, buckets)] for width, height in different.tolist()]
+    return np.array(nearest, np.int64)[places.reshape(-1)]
 
 
 class Crop:

@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 from typing_extensions import override
 
 from sdmodule.data.datamodule import ImageDataModule
 from sdmodule.data.dataset import ImageFolderDataset
 from sdmodule.data.example import CaptionStyle, Example
+from sdmodule.data.index.file_examples import FileExamples
 from sdmodule.data.sampler import training_loader
-from sdmodule.data.sources.folder import Folder, absolute, image_files
-from sdmodule.data.sources.mix import ImageSubset, WeightedSource
+from sdmodule.data.sources.folder import Folder, absolute, has_images
+from sdmodule.data.sources.mix import ImageSubset, JoinedImages, WeightedSource
 from sdmodule.errors import SettingsError, check_int
 from sdmodule.io.fingerprint import fingerprint
 
@@ -133,8 +134,8 @@ class DreamBoothDataModule(ImageDataModule):
             return
         self.priors = self._prior_files()
         examples = [Example(file, self.class_prompt) for file in self.priors]
-        priors = ImageSubset(examples, range(len(examples)), CaptionStyle())
-        both = ConcatDataset([self.train_set.examples, priors])  # type: ignore[list-item]
+        priors = ImageSubset(FileExamples(examples), range(len(examples)), CaptionStyle())
+        both = JoinedImages([self.train_set.examples, priors])  # type: ignore[list-item]
         varied = any(source.varied for source in self.sources)
         self.train_set = ImageFolderDataset(
             both, self.size, self.center_crop, self.random_flip, self.seed, vary_captions=varied
@@ -144,9 +145,9 @@ class DreamBoothDataModule(ImageDataModule):
         """The class images: those that exist, and the names of those that are still to be sampled."""
         folder = absolute(self.class_root)
         good: dict[Path, None] = {}
-        if folder.is_file() or image_files(folder):
+        if folder.is_file() or has_images(folder):
             source = WeightedSource(Folder(str(folder), "data.class_root", self.class_prompt))
-            examples = source.examples(self.skip_bad)
+            examples = source.examples(self.skip_bad, self.verify)
             good = dict.fromkeys(Path(str(examples[k].path)) for k in range(len(examples)))
         found = [file for file in good if not file.name.startswith("prior-")]
         own = found[: self.class_images]
@@ -165,4 +166,4 @@ class DreamBoothDataModule(ImageDataModule):
             return super().train_dataloader()
         pairs = InstancePriorPairs(self.train_set, self.instances)
         settings = (self.batch_size, self.seed, self.num_workers, self.trainer)
-        return training_loader(pairs, *settings, collate=collate_pairs, earlier=self.resumed_batch_size)
+        return training_loader(pairs, *settings, collate=collate_pairs, earlier=self.earlier)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
-from typing import NamedTuple, NotRequired, Protocol, TypedDict
+from typing import NamedTuple, NotRequired, Protocol, TypedDict, runtime_checkable
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sdmodule.io.image_files import ImageFile
@@ -40,9 +41,9 @@ class Example(NamedTuple):
 
     path: ImageFile
     caption: str
-    mask: Path | None = None
+    mask: ImageFile | None = None
     style: CaptionStyle = CaptionStyle()
-    control: Path | None = None
+    control: ImageFile | None = None
 
     @property
     def files(self) -> list[ImageFile]:
@@ -56,6 +57,23 @@ class Examples(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Example: ...
+
+
+@runtime_checkable
+class IndexedExamples(Examples, Protocol):
+    """Examples whose sizes and contents can be asked for."""
+
+    def size(self, row: int) -> tuple[int, int]:
+        """Width and height of an image, upright."""
+        ...
+
+    def sizes(self) -> NDArray[np.int32]:
+        """Width and height of all images, upright, ``[N, 2]``."""
+        ...
+
+    def content(self, row: int) -> str:
+        """The fingerprint of an image's bytes."""
+        ...
 
 
 class View(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,9 @@ from typing_extensions import override
 
 from sdmodule.conditioning.control import check_control
 from sdmodule.errors import check_int
-from sdmodule.sampling.requests import TEXT2IMAGE, SampleRequest, build_requests
+from sdmodule.io.index_set import IndexSet
+from sdmodule.io.run_part import Part, PartOfRun, digest
+from sdmodule.sampling.requests import TEXT2IMAGE, SampleRequest, build_requests, request_metadata
 
 
 class RequestBatches(IterableDataset[list[SampleRequest]]):
@@ -57,9 +59,12 @@ class PromptDataModule(LightningDataModule):
         ip_adapter_image: for an IP-Adapter, an image for all prompts, or several that count together.
         prompt_2: what the second text encoder reads instead of ``prompt``.
         negative_prompt_2: likewise, instead of ``negative_prompt``.
+        shard: sample only a part of the images, such as ``3/100``; see `Part`.
 
     Attributes:
-        done: metadata of images that exist already, by index; they are not sampled again.
+        requests: those of this run or, of a part, those of the part.
+        part: which part of the run that is; None if it is the whole run.
+        done: indices of images that exist already; they are not sampled again.
 
     Raises:
         SettingsError: if a setting or the file cannot be used.
@@ -83,6 +88,7 @@ class PromptDataModule(LightningDataModule):
         ip_adapter_image: Any = None,
         prompt_2: str | Sequence[str] | None = None,
         negative_prompt_2: str | Sequence[str] | None = None,
+        shard: str | None = None,
     ) -> None:
         super().__init__()
         check_int("batch_size", batch_size)
@@ -107,7 +113,23 @@ class PromptDataModule(LightningDataModule):
         )
         self.batch_size = batch_size
         self.batch_row = batch_row
-        self.done: Mapping[int, dict[str, Any]] = {}
+        self.part: PartOfRun | None = None
+        if shard is not None:
+            self._take_part(Part.parse(shard), batch_size)
+        self.done: IndexSet = IndexSet()
+
+    def _take_part(self, part: Part, batch_size: int) -> None:
+        """Leave only the requests of a part."""
+        run, self.requests = self.requests, part.of(self.requests, batch_size)
+        self.part = PartOfRun(
+            part=part.number,
+            parts=part.parts,
+            first=self.requests[0].index,
+            images=len(self.requests),
+            total=len(run),
+            requests=digest(map(request_metadata, run)),
+            settings={"batch_size": batch_size},
+        )
 
     def batches(self, devices: int = 1) -> list[list[SampleRequest]]:
         """The batches that are left to sample; one of which some images are missing is sampled completely."""

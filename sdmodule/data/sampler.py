@@ -6,15 +6,21 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
 
+from sdmodule.data.base import EarlierBatches
 from sdmodule.data.worker_processes import loading_options
 from sdmodule.errors import MAX_SEED
 from sdmodule.training.loop_state import renumber_batches, resumed_batch
+
+Groups = Sequence[Sequence[int] | NDArray[np.int64]]
+"""Indices of the examples of each group."""
 
 
 class ShuffleByEpoch(DistributedSampler[Any]):
@@ -40,11 +46,13 @@ class ShuffleByEpoch(DistributedSampler[Any]):
         global_batch_size: examples per batch over all devices.
         batches: batches per epoch.
         skip: batches of the first epoch that a resumed run has already seen.
-        seen: examples of the first epoch that it has seen in batches of another size, instead of ``skip``.
+        seen: examples of the first epoch that it has seen, partly in batches of another size, instead of ``skip``.
+        resumed: where in an epoch batches of another size were followed by these.
     """
 
     skip = 0
     seen = 0
+    resumed = EarlierBatches(0)
 
     def __init__(
         self,
@@ -53,11 +61,11 @@ class ShuffleByEpoch(DistributedSampler[Any]):
         devices: int = 1,
         rank: int = 0,
         seed: int = 0,
-        groups: Sequence[Sequence[int]] | None = None,
+        groups: Groups | None = None,
     ) -> None:
         super().__init__(data, devices, rank, seed=seed)
         count = len(data)  # type: ignore[arg-type]
-        self.groups = groups
+        self.groups = None if groups is None else [torch.as_tensor(group, dtype=torch.int64) for group in groups]
         self.global_batch_size = batch_size * devices
         if groups is None:  # too few for a batch are one batch; some repeat where devices' parts would differ
             self.global_batch_size = min(self.global_batch_size, -(-count // devices) * devices)
@@ -75,6 +83,11 @@ class ShuffleByEpoch(DistributedSampler[Any]):
         for batch in islice(self._global_batches(generator, seen), skip, None):
             yield from batch[self.rank :: self.num_replicas]
 
+    @property
+    def as_resumed(self) -> EarlierBatches:
+        """These batches as a run sees them that is resumed."""
+        return self.resumed._replace(global_batch_size=self.global_batch_size)
+
     def batches_after(self, seen: int) -> int:
         """Batches that are left of an epoch of which ``seen`` examples were shown in batches of another size."""
         left = len(self.dataset) - seen  # type: ignore[arg-type]
@@ -82,18 +95,22 @@ class ShuffleByEpoch(DistributedSampler[Any]):
         return min(whole + (rest >= self.num_replicas), self.batches)
 
     def _global_batches(self, generator: torch.Generator, seen: int = 0) -> Iterator[list[int]]:
+        size = self.global_batch_size
         if self.groups is None:
-            order = torch.randperm(len(self.dataset), generator=generator).tolist()  # type: ignore[arg-type]
+            order = torch.randperm(len(self.dataset), generator=generator)  # type: ignore[arg-type]
             if not seen:
-                yield from islice(_chunks(order, self.global_batch_size), self.batches)
+                yield from (_chunk(order, start, size) for start in range(0, self.batches * size, size))
                 return
-            for start in range(seen, len(order), self.global_batch_size)[: self.batches_after(seen)]:
-                batch = order[start : start + self.global_batch_size]
+            for start in range(seen, len(order), size)[: self.batches_after(seen)]:
+                batch = order[start : start + size].tolist()
                 yield batch[: len(batch) // self.num_replicas * self.num_replicas]
             return
-        orders = [[group[k] for k in torch.randperm(len(group), generator=generator)] for group in self.groups]
-        batches = [batch for order in orders for batch in _chunks(order, self.global_batch_size)]
-        yield from (batches[k] for k in torch.randperm(len(batches), generator=generator).tolist())
+        orders = [group[torch.randperm(len(group), generator=generator)] for group in self.groups]
+        counts = torch.tensor([-(-len(order) // size) for order in orders])
+        first = counts.cumsum(0) - counts  # batch of each group
+        for batch in torch.randperm(self.batches, generator=generator):
+            number = int(torch.searchsorted(first + counts, batch, right=True))
+            yield _chunk(orders[number], int(batch - first[number]) * size, size)
 
     @override
     def set_epoch(self, epoch: int) -> None:
@@ -102,10 +119,12 @@ class ShuffleByEpoch(DistributedSampler[Any]):
             self.dataset.set_epoch(epoch)
 
 
-def _chunks(order: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Chunks of equal size; the last one is filled up from the start of the order, repeatedly if need be."""
-    for start in range(0, len(order), size):
-        yield [order[position % len(order)] for position in range(start, start + size)]
+def _chunk(order: torch.Tensor, start: int, size: int) -> list[int]:
+    """A part of an order, filled up from its start, repeatedly if need be."""
+    part = order[start : start + size]
+    if len(part) == size:
+        return part.tolist()
+    return order[torch.arange(start, start + size) % len(order)].tolist()
 
 
 def training_loader(
@@ -114,9 +133,9 @@ def training_loader(
     seed: int,
     workers: int | None,
     trainer: Trainer | None,
-    groups: Sequence[Sequence[int]] | None = None,
+    groups: Groups | None = None,
     collate: Callable[[Sequence[Any]], Any] | None = None,
-    earlier: int | None = None,
+    earlier: EarlierBatches | None = None,
 ) -> DataLoader:
     """A loader of shuffled batches; a run that is resumed mid-epoch continues after the last example it has seen.
 
@@ -128,7 +147,7 @@ def training_loader(
         trainer: gives the number of devices and the progress of training.
         groups: indices of examples that may share a batch; None for a single group of all.
         collate: makes a batch of examples; None for torch's default.
-        earlier: examples in a batch of all devices before the run was resumed; None if that is not known.
+        earlier: batches before the run was resumed; None if they are not known.
     """
     devices, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
     sampler = ShuffleByEpoch(data, batch_size, devices, rank, seed, groups)
@@ -157,24 +176,28 @@ def training_loader(
     return loader
 
 
-def _continue_epoch(sampler: ShuffleByEpoch, trainer: Trainer, done: int, earlier: int | None) -> None:
+def _continue_epoch(sampler: ShuffleByEpoch, trainer: Trainer, done: int, earlier: EarlierBatches | None) -> None:
     """Continue an epoch behind the batches that are done, whatever their size was.
 
     The rest of the epoch is numbered so that it ends where an epoch ends, in whole windows of accumulation.
     """
-    if earlier in (None, sampler.global_batch_size):
+    size, epoch = sampler.global_batch_size, trainer.current_epoch
+    seen = done * size if earlier is None else earlier.seen_after(epoch, done)
+    if earlier is None or (earlier.global_batch_size == size and seen == done * size):
         sampler.skip = done % sampler.batches
         left = sampler.batches - sampler.skip
     elif sampler.groups is not None:
-        left = sampler.batches
+        seen, left = 0, sampler.batches
         rank_zero_warn(
-            f"data.batch_size: was {earlier} images over all devices, and is {sampler.global_batch_size}; with "
+            f"data.batch_size: was {earlier.global_batch_size} images over all devices, and is {size}; with "
             "data.buckets the batches of an epoch are then others, so this epoch starts over."
         )
     else:
-        sampler.seen = done * (earlier or 0)
-        left = sampler.batches_after(sampler.seen)
+        sampler.seen = seen
+        left = sampler.batches_after(seen)
     window = trainer.accumulate_grad_batches
     number = (sampler.batches - left) // window * window
     if number != done % sampler.batches:
         renumber_batches(trainer, number)
+    if not sampler.skip and done % sampler.batches:
+        sampler.resumed = EarlierBatches(size, epoch, number, seen)

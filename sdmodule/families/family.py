@@ -41,6 +41,7 @@ class Family(ABC):
         upcasts_vae: whether a VAE whose configuration says ``force_upcast`` decodes in float32 instead of float16.
         refines: whether it only goes on where another model stopped.
         refinable: whether a refiner can go on after it.
+        sharded_blocks: classes of the blocks of its networks that a sharded training gathers one at a time.
     """
 
     title: ClassVar[str]
@@ -67,6 +68,7 @@ class Family(ABC):
     upcasts_vae: ClassVar[bool] = False
     refines: ClassVar[bool] = False
     refinable: ClassVar[bool] = False
+    sharded_blocks: ClassVar[tuple[type, ...]] = ()
 
     @property
     def parts(self) -> tuple[str, ...]:

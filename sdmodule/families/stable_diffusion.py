@@ -6,8 +6,11 @@ import re
 from typing import Any, ClassVar
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 from transformers import CLIPTextModel
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from sdmodule.families.family import Family
 
@@ -42,6 +45,7 @@ class StableDiffusion(Family):
     velocity_configs: ClassVar = {"sd2": "sd2_v"}
     text_widths: ClassVar = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}
     guidance_scale = 7.5
+    sharded_blocks = (BasicTransformerBlock, ResnetBlock2D, CLIPEncoderLayer)
 
     def pipeline(self, inpainting: bool, zero_empty_prompts: bool) -> dict[str, Any]:
         """The pipeline for text-to-image, or for inpainting."""

@@ -8,8 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from sdmodule.families.conditioning import Conditioning, ImageSizes
 from sdmodule.families.family import Family
@@ -73,6 +76,7 @@ class StableDiffusionXL(Family):
     trained_sizes = TRAINED_SIZES
     upcasts_vae = True
     refinable = True
+    sharded_blocks = (BasicTransformerBlock, ResnetBlock2D, CLIPEncoderLayer)
 
     def recognizes(self, index: Mapping[str, Any]) -> bool:
         """The pipeline is one of its own, but not that of the refiner."""

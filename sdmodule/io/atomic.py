@@ -20,11 +20,12 @@ AT_FDCWD = -100
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path, over_folder: bool = False) -> Iterator[Path]:
     """Write a file to a temporary path; it is flushed and renamed when the block ends, and deleted if the block fails.
 
     Args:
         path: the final path; its folder must exist.
+        over_folder: whether a folder of that name is replaced too.
 
     Yields:
         The temporary path, in the same folder.
@@ -36,11 +37,31 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     aside = _beside(path)
     try:
         yield aside
-        _flush(aside)
-        os.replace(aside, path)
-        _flush(path.parent)
+        if over_folder:
+            move_into_place(aside, path)
+        else:
+            _flush(aside)
+            os.replace(aside, path)
+            _flush(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def move_into_place(aside: Path, path: Path) -> None:
+    """Flush a temporary file, or a folder of files, to disk and put it in place of whatever is there, in one step.
+
+    Raises:
+        OSError: if it cannot be moved.
+    """
+    for file in sorted(aside.iterdir()) if aside.is_dir() else ():
+        _flush(file)
+    _flush(aside)
+    if not path.exists() or not (aside.is_dir() or path.is_dir()):
+        os.replace(aside, path)
+    else:
+        _exchange(aside, path)
+        shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
+    _flush(path.parent)
 
 
 def atomic_write_text(file: Path, text: str) -> None:
@@ -135,7 +156,7 @@ def _files(folder: Path) -> set[Path]:
 
 
 def _exchange(one: Path, other: Path) -> None:
-    """Swap two folders, in one step where the system can, else by three renames."""
+    """Swap two files or folders, in one step where the system can, else by three renames."""
     try:
         swap = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError):

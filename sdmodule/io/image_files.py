@@ -105,6 +105,11 @@ def upright_size(path: ImageFile) -> tuple[int, int]:
         Exception: of many kinds, as `open_upright` does.
     """
     with open_image(path) as file:
-        width, height = file.size
-        sideways = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return upright_size_of(file)
+
+
+def upright_size_of(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an open image once rotated as EXIF says."""
+    width, height = image.size
+    sideways = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
     return (height, width) if sideways else (width, height)

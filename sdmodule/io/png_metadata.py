@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,10 @@ KEYS = {
 """Fields of a single value, with their keys in the configuration of predict."""
 
 
+INVALID = object()
+"""What stands for metadata of a wrong type."""
+
+
 def save_png(image: Image.Image, path: Path, metadata: Mapping[str, Any]) -> None:
     """Write an image as PNG, atomically, with its metadata as PNG text."""
     text = PngInfo()
@@ -173,26 +178,42 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         raise SettingsError(f"from={path}: not found; give an image that predict wrote.") from error
     except Exception as error:  # a damaged file ends in many kinds
         raise SettingsError(f"from={path}: is not an intact PNG ({error}); give one that predict wrote.") from error
+    return parse_metadata(text, path)
+
+
+def parse_metadata(text: Mapping[str, str], path: str | Path) -> dict[str, Any]:
+    """The metadata in an image's PNG text, in the order in which they were written.
+
+    Args:
+        text: of the image, by name.
+        path: the image, for messages.
+
+    Raises:
+        SettingsError: if it lacks the metadata that predict writes, or one of them is of another type.
+    """
     if missing := [name for name in REQUIRED if name not in text]:
         raise SettingsError(
             f"from={path}: has no metadata of predict (no {choices(missing)} in its PNG text); give an unchanged PNG "
             "that predict wrote."
         )
-    return {name: _parse(text[name], name, path) for name in FIELDS if name in text}
+    metadata = {name: _parse(str(value), name) for name, value in text.items() if name in FIELDS}
+    if invalid := [name for name, value in metadata.items() if value is INVALID]:
+        name, value = invalid[0], text[invalid[0]]
+        raise SettingsError(f"from={path}: has the invalid {name}={value[:80]!r} in its PNG text; give another image.")
+    return metadata
 
 
-def _parse(text: str, name: str, path: str | Path) -> Any:
+@lru_cache(1024)  # the images of a run share most of their metadata
+def _parse(text: str, name: str) -> Any:
     if FIELDS[name] is _is_text:
-        return str(text)
+        return text
     if FIELDS[name] is _is_text_or_texts and not text.startswith('["'):
-        return str(text)
+        return text
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        value = None
-    if not FIELDS[name](value):
-        raise SettingsError(f"from={path}: has the invalid {name}={text[:80]!r} in its PNG text; give another image.")
-    return value
+        return INVALID
+    return value if FIELDS[name](value) else INVALID
 
 
 def settings_from_png(path: str | Path) -> dict[str, Any]:

@@ -16,6 +16,9 @@ FREE_TEXT = frozenset({"prompt", "negative_prompt"})
 
 HIDDEN = "…"
 
+SIGNATURE = re.compile(r"(?<=[?&])([\w.-]*(?:sig|signature|token|credential|key)[\w.-]*)=[^&\s]*", re.IGNORECASE)
+"""What signs an address."""
+
 
 def is_secret(name: str) -> bool:
     """Whether the name of a setting stands for a secret: ``api_key`` and ``hubToken`` do, ``tokenizer`` does not."""
@@ -49,4 +52,6 @@ def redact(value: Any, name: str = "") -> Any:
     override = re.match(r"([+~]*)([\w./@]+)=", value)
     if override and is_secret(override[2]):
         return f"{override[0]}{HIDDEN}"
-    return shorten_home(re.sub(r"(?<=://)[^/@\s]+@", f"{HIDDEN}@", value))
+    if "://" in value:
+        value = SIGNATURE.sub(rf"\1={HIDDEN}", re.sub(r"(?<=://)[^/@\s]+@", f"{HIDDEN}@", value))
+    return shorten_home(value)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from array import array
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from sdmodule.errors import unwritable
-from sdmodule.io.atomic import atomic_write, atomic_write_text
+from sdmodule.errors import is_int, unwritable
+from sdmodule.io.atomic import atomic_write
+from sdmodule.io.index_set import IndexSet
 
 IMAGES, INPUTS, RECORDS, TIMINGS = "images", "inputs", "predictions.jsonl", "timings.json"
-EVALUATION = "evaluation.json"
-CONFIG, METRICS, SAMPLES = "config.yaml", "metrics.csv", "samples"
-PAGE, REPORT = "index.html", "report.json"
+EVALUATION, GRID, PAGE = "evaluation.json", "grid.png", "index.html"
+CONFIG, METRICS, SAMPLES, REPORT = "config.yaml", "metrics.csv", "samples", "report.json"
+OPEN_FILES = 64
+"""Largest number of files of records that are open at once."""
+
 TRAINED = ("checkpoints", SAMPLES, "export", METRICS)
 
 
@@ -81,12 +87,16 @@ def next_free(folder: Path, *forms: str) -> int:
 
 def read_records(file: Path) -> Iterator[dict[str, Any]]:
     """The records in a file, one at a time; a line that a killed run left half-written is skipped."""
-    if not file.is_file():
-        return
-    with file.open("rb") as lines:
-        for line in lines:
-            if (record := _parse(line)) is not None:
-                yield record
+    for line in _lines(file):
+        if (record := _parse(line)) is not None:
+            yield record
+
+
+def _lines(file: Path) -> Iterator[bytes]:
+    """The lines of a file; none if there is no such file."""
+    if file.is_file():
+        with file.open("rb") as lines:
+            yield from lines
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -97,27 +107,78 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def gather_records(files: Sequence[Path]) -> None:
-    """Merge the records of several files into the first, sorted by index; of an index's records the last one stays.
+def gather_records(files: Sequence[Path], keep: Container[int] | None = None, target: Path | None = None) -> IndexSet:
+    """Merge the records of several files into one, sorted by index; of an index's records the last one stays.
 
     Only the positions of lines are in memory: a run may have any number of images.
+
+    Args:
+        files: in the order in which they were written; those that do not exist are left out.
+        keep: indices of the records to keep; all if None.
+        target: where to write them; the first file if None.
+
+    Returns:
+        The indices of the records.
     """
-    positions: dict[int, tuple[Path, int]] = {}
-    for file in filter(Path.is_file, files):
+    import numpy as np  # not before it is needed: commands that end in a sentence start without it
+
+    found = array("q")  # index, number of the file and position of each record
+    for number, file in enumerate(files):
         start = 0
-        with file.open("rb") as lines:
-            for line in lines:
-                if (record := _parse(line)) is not None:
-                    positions[record["index"]] = file, start
-                start += len(line)
-    with ExitStack() as stack:
-        aside = stack.enter_context(atomic_write(files[0]))
-        merged = stack.enter_context(aside.open("wb"))
-        opened = {file: stack.enter_context(file.open("rb")) for file in {file for file, _ in positions.values()}}
-        for index in sorted(positions):
-            file, start = positions[index]
-            opened[file].seek(start)
-            merged.write(opened[file].readline().rstrip(b"\n") + b"\n")
+        for line in _lines(file):
+            index: Any = (_parse(line) or {}).get("index")
+            if is_int(index) and index >= 0 and (keep is None or index in keep):
+                found.extend((index, number, start))
+            start += len(line)
+    table = np.frombuffer(found, dtype=np.int64).reshape(-1, 3)
+    table = table[np.argsort(table[:, 0], kind="stable")]
+    last = np.append(table[1:, 0] != table[:-1, 0], len(table) > 0)[: len(table)]
+    opened: dict[int, BinaryIO] = {}
+    with atomic_write(target or files[0]) as aside, aside.open("wb") as merged, ExitStack() as stack:
+        for _, number, start in table[last].tolist():
+            if number not in opened:
+                if len(opened) == OPEN_FILES:
+                    stack.close()
+                    opened.clear()
+                opened[number] = stack.enter_context(files[number].open("rb"))
+            opened[number].seek(start)
+            merged.write(opened[number].readline().rstrip(b"\n") + b"\n")
+    return IndexSet(table[last, 0].tolist())
+
+
+def record_files(folder: Path) -> list[Path]:
+    """``predictions.jsonl``, and those of the other processes of a run that was killed."""
+    return [folder / RECORDS, *sorted(folder.glob("predictions.*.jsonl"))]
+
+
+def keep_records(folder: Path, done: Container[int]) -> IndexSet:
+    """Leave the records of some images in ``predictions.jsonl``, and none elsewhere.
+
+    Returns:
+        The indices of the images that have a record.
+    """
+    files = record_files(folder)
+    recorded = gather_records(files, done)
+    for file in files[1:]:
+        file.unlink(missing_ok=True)
+    return recorded
+
+
+def append_record(file: Path, record: Mapping[str, Any]) -> None:
+    """Append a record as one line: all of it or, on a full disk, nothing.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    line = to_line(record).encode()
+    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        size = os.fstat(descriptor).st_size
+        if os.write(descriptor, line) < len(line):
+            os.ftruncate(descriptor, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    finally:
+        os.close(descriptor)
 
 
 def to_line(record: Mapping[str, Any]) -> str:
@@ -126,8 +187,3 @@ def to_line(record: Mapping[str, Any]) -> str:
     for end in "\u0085\u2028\u2029":
         line = line.replace(end, f"\\u{ord(end):04x}")
     return line + "\n"
-
-
-def write_records(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write records, sorted by index."""
-    atomic_write_text(file, "".join(to_line(record) for record in sorted(records, key=lambda record: record["index"])))

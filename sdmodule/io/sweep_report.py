@@ -33,14 +33,7 @@ def summarize(folder: Path, finished: Sequence[tuple[Path, Sequence[str]]]) -> N
         folder: folder of the sweep.
         finished: folder and overrides of each job.
     """
-    given = [dict(override.split("=", 1) for override in overrides if "=" in override) for _, overrides in finished]
-    keys = dict.fromkeys(key for overrides in given for key in overrides)
-    swept = [key for key in keys if len({overrides.get(key) for overrides in given}) > 1]
-    jobs = []
-    for (root, _), overrides in zip(finished, given, strict=True):
-        values = {key: str(redact(overrides.get(key, ""), key)).strip("'\"") for key in swept}
-        name = ", ".join(f"{key}={value}" for key, value in values.items()) or root.name
-        jobs.append(Job(root, name, root.relative_to(folder).as_posix(), values))
+    jobs = sweep_jobs(folder, finished)
     atomic_write_text(folder / "summary.csv", table(jobs))
     if any(True for job in jobs for _ in job.records):
         save_png(sheet(folder, jobs), folder / "sheet.png", {})
@@ -49,6 +42,24 @@ def summarize(folder: Path, finished: Sequence[tuple[Path, Sequence[str]]]) -> N
     else:
         print(f"{PLOT} was not drawn: matplotlib is missing; pip install 'sdmodule[plots]'", flush=True)
     write_page(folder, folder.absolute().name, jobs, PLOT if plottable else None)
+
+
+def sweep_jobs(folder: Path, finished: Sequence[tuple[Path, Sequence[str]]]) -> list[Job]:
+    """The jobs of a sweep, named by the settings that differ between them.
+
+    Args:
+        folder: folder of the sweep.
+        finished: folder and overrides of each job.
+    """
+    given = [dict(override.split("=", 1) for override in overrides if "=" in override) for _, overrides in finished]
+    keys = dict.fromkeys(key for overrides in given for key in overrides)
+    swept = [key for key in keys if len({overrides.get(key) for overrides in given}) > 1]
+    jobs = []
+    for (root, _), overrides in zip(finished, given, strict=True):
+        values = {key: str(redact(overrides.get(key, ""), key)).strip("'\"") for key in swept}
+        name = ", ".join(f"{key}={value}" for key, value in values.items()) or root.name
+        jobs.append(Job(root, name, root.relative_to(folder).as_posix(), values))
+    return jobs
 
 
 def table(jobs: Sequence[Job]) -> str:
@@ -79,14 +90,16 @@ def sheet(folder: Path, jobs: Sequence[Job], tile: int = 160, margin: int = 180)
     rows: dict[tuple[str, int], dict[str, str]] = {}
     for job in jobs:
         for record in job.records:
-            rows.setdefault((record["prompt"], record["seed"]), {})[job.folder] = record["file"]
+            row = record["prompt"], record["seed"]
+            if row in rows or len(rows) < SHEET_ROWS:
+                rows.setdefault(row, {})[job.folder] = record["file"]
     font, line, head = ImageFont.load_default(12), 15, 64
-    page = Image.new("RGB", (margin + len(jobs) * (tile + 8), head + min(len(rows), SHEET_ROWS) * (tile + 8)), "white")
+    page = Image.new("RGB", (margin + len(jobs) * (tile + 8), head + len(rows) * (tile + 8)), "white")
     draw = ImageDraw.Draw(page)
     for column, job in enumerate(jobs):
         lines = wrap_text(job.name, font, tile)
         draw.multiline_text((margin + column * (tile + 8), 4), "\n".join(lines), fill="black", font=font, spacing=0)
-    for number, ((prompt, seed), files) in enumerate(list(rows.items())[:SHEET_ROWS]):
+    for number, ((prompt, seed), files) in enumerate(rows.items()):
         y = head + number * (tile + 8)
         lines = [*wrap_text(prompt, font, margin - 16, max_lines=(tile - line) // line), f"seed {seed}"]
         draw.multiline_text((8, y), "\n".join(lines), fill="black", font=font, spacing=0)

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from sdmodule.components.checkpoint import Components
 from sdmodule.speed.attention import attention_backend, plain_attention
@@ -118,7 +119,7 @@ def apply_training_speed(parts: Components, device: str, precision: str) -> Iter
     with ExitStack() as stack:
         if uses_tf32(device):
             stack.enter_context(tf32())
-        if device == "cpu":
+        if device == "cpu" and not isinstance(parts.unet, FSDPModule):  # gathered weights would fragment it
             stack.enter_context(retain_freed_memory())
         if training_attention(device, precision) == "plain":
             stack.enter_context(

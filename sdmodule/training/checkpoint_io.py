@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from sdmodule.errors import SettingsError
 from sdmodule.io.atomic import atomic_write
+from sdmodule.training.sharded_checkpoint import is_intact_folder, is_sharded, read_folder, read_index
 
 ENTRIES = {"global_step": int, "state_dict": dict, "loops": dict, "callbacks": dict, "optimizer_states": list}
 """What a training checkpoint holds, with its types."""
@@ -37,7 +38,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # through a file of Python's, whose errors say why it cannot be written
-            with atomic_write(path) as aside, aside.open("wb") as file:
+            over_folder = is_sharded(path)  # of a sharded training that this one resumes
+            with atomic_write(path, over_folder) as aside, aside.open("wb") as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:  # torch raises the latter while it handles the former
             reason = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None) or error
@@ -46,9 +48,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 "with ckpt_path=last."
             ) from error
 
+    @override
+    def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """Read a checkpoint of whole or of sharded weights."""
+        if is_sharded(path):
+            return read_folder(Path(path))
+        return super().load_checkpoint(path, *arguments, **options)
+
 
 def is_intact(file: Path) -> bool:
     """Whether a checkpoint is complete: a zip archive with an index, whose entries match their checksums."""
+    if file.is_dir():
+        return is_intact_folder(file)
     try:
         with zipfile.ZipFile(file) as archive:
             return archive.testzip() is None
@@ -56,8 +67,13 @@ def is_intact(file: Path) -> bool:
         return False
 
 
+def open_checkpoint(file: str | Path) -> dict[str, Any]:
+    """A checkpoint file as plain data, its tensors left on the disk."""
+    return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+
+
 def read_checkpoint(file: Path) -> dict[str, Any]:
-    """A checkpoint as plain data, its tensors left on the disk.
+    """A checkpoint as plain data, its tensors left on the disk; sharded ones have no data.
 
     Raises:
         SettingsError: if it is corrupt or not a training checkpoint.
@@ -65,7 +81,7 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     try:
         if not is_intact(file):
             raise ValueError("checksums do not match")
-        checkpoint = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        checkpoint = read_index(file) if file.is_dir() else open_checkpoint(file)
         if wrong := [name for name, kind in ENTRIES.items() if not isinstance(checkpoint[name], kind)]:
             raise ValueError(f"wrong types: {wrong}")
     except Exception as error:  # of zip, pickle, a missing key

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from sdmodule.components.checkpoint import Components
 from sdmodule.speed.layout import tokens_in_place
@@ -84,6 +85,8 @@ class FrozenWeights:
         self.dtype = dtype
         known = bool(self._originals)
         for network in self.networks:
+            if isinstance(network, FSDPModule):  # gathered in 16 bits
+                continue
             if any("lora_magnitude_vector" in name for name, _ in network.named_parameters()):
                 continue
             layers = [layer for layer in network.modules() if type(layer) in LAYERS]

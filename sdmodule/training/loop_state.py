@@ -82,10 +82,15 @@ def resumed_batch(trainer: Trainer) -> int | None:
 
 
 def renumber_batches(trainer: Trainer, done: int) -> None:
-    """Give the next batch of a resumed epoch another number, because batches have another size than before."""
-    current = trainer.fit_loop.epoch_loop.batch_progress.current
-    for count in ("ready", "started", "processed", "completed"):
+    """Give the next batch of a resumed epoch another number, because batches have another size than before.
+
+    Lightning's own checkpoint counts its last batch as not completed yet, and does so when it is resumed.
+    """
+    current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    pending = current.processed - current.completed
+    for count in ("ready", "started", "processed"):
         setattr(current, count, done)
+    current.completed = done - pending
 
 
 def schedule_validation(trainer: Trainer, now: bool) -> None:

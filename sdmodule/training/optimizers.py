@@ -106,8 +106,7 @@ class Optimization:
         """
         if trainer is None or trainer.state.fn not in (None, TrainerFn.FITTING):
             return
-        # a strategy that restores after setup shards its optimizer states
-        if trainer.strategy.restore_checkpoint_after_setup or not checkpoint.get("optimizer_states"):
+        if not checkpoint.get("optimizer_states"):
             return
         optimizer = self.make(parameters)
         groups = checkpoint["optimizer_states"][0].get("param_groups", [])

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision, Precision
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -67,6 +68,7 @@ class FusedMixedPrecision(MixedPrecision):
         """Clip gradients as `torch.nn.utils.clip_grad_norm_` does, but on CPU skip the multiplication by 1."""
         weights = list(self.main_params(optimizer))
         norm = get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if norm.device.type == "cpu" and norm + 1e-6 <= clip_val:
             return
         clip_grads_with_norm_(weights, clip_val, norm)

@@ -5,21 +5,21 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from sdmodule.errors import SettingsError
-from sdmodule.training.checkpoint_io import is_intact, read_checkpoint
+from sdmodule.training.checkpoint_io import is_intact, open_checkpoint, read_checkpoint
 from sdmodule.training.loop_state import resumes_validation, set_last_step
+from sdmodule.training.sharded_checkpoint import is_sharded, read_index
 
 
 def find_checkpoint(ckpt_path: str | None, output_dir: Path, max_steps: int, ended: bool = True) -> str | None:
     """The checkpoint to resume from; None to start a new training.
 
     Args:
-        ckpt_path: a file, a folder of shards, or ``last`` for the newest intact file in ``output_dir/checkpoints``;
+        ckpt_path: a file, a folder of shards, or ``last`` for the newest intact one in ``output_dir/checkpoints``;
             ``auto`` is ``last`` where there is one; None starts a new training.
         output_dir: folder of the run.
         max_steps: step at which the training ends.
@@ -32,14 +32,12 @@ def find_checkpoint(ckpt_path: str | None, output_dir: Path, max_steps: int, end
     if ckpt_path is None:
         return None
     if ckpt_path == "auto":
-        if not any(file.is_dir() or is_intact(file) for file in (output_dir / "checkpoints").glob("*.ckpt")):
+        if not any(is_intact(file) for file in (output_dir / "checkpoints").glob("*.ckpt")):
             return None
         ckpt_path = "last"
     path = newest_intact(output_dir / "checkpoints") if ckpt_path == "last" else Path(ckpt_path).expanduser()
-    if os.path.isdir(path):  # sharded; only its own strategy can read it
-        return str(path)
-    if not os.path.isfile(path):
-        raise SettingsError(f"ckpt_path={ckpt_path}: not found; give a .ckpt file of an earlier run.")
+    if not os.path.isfile(path) and not is_sharded(path):
+        raise SettingsError(f"ckpt_path={ckpt_path}: not found; give a .ckpt file or folder of an earlier run.")
     step = read_checkpoint(path)["global_step"]
     if step > max_steps or (step == max_steps and ended):
         raise SettingsError(
@@ -59,11 +57,7 @@ def check_fits(path: str, model: LightningModule) -> None:
     Raises:
         SettingsError: if it cannot.
     """
-    if os.path.isdir(path):
-        raise SettingsError(
-            f"ckpt_path={path}: is a folder, as only a training of a sharded model writes; give a .ckpt file, or last."
-        )
-    model.on_load_checkpoint(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+    model.on_load_checkpoint(read_index(Path(path)) if is_sharded(path) else open_checkpoint(path))
 
 
 def newest_intact(folder: Path) -> Path:
@@ -74,7 +68,7 @@ def newest_intact(folder: Path) -> Path:
     """
     files = sorted(folder.glob("*.ckpt"), key=lambda file: (file.stat().st_mtime_ns, file.name), reverse=True)
     for file in files:
-        if file.is_dir() or is_intact(file):
+        if is_intact(file):
             return file
         rank_zero_warn(f"{file} is corrupt and is skipped.")
     corrupt = f" ({len(files)} corrupt)" if files else ""

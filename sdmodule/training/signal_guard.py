@@ -8,9 +8,12 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Container
 
 import torch
 from lightning import Trainer
+
+from sdmodule.training.slurm import REQUEUE_SIGNAL, requeue
 
 ASKING_INTERVAL = 2.0
 """Seconds between two questions of `SignalPoll`, about."""
@@ -20,13 +23,17 @@ PATIENCE = 25.0
 
 
 class SignalGuard:
-    """Ends the process some seconds after SIGINT or SIGTERM, unless it is released before.
+    """Ends the process some seconds after a signal, unless it is released before.
 
     Python's own handlers do not run while the main thread waits in a collective operation; this is a thread that hears
     of signals through a pipe.
+
+    Args:
+        numbers: the signals; after `REQUEUE_SIGNAL`, SLURM is asked to queue the job again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: Container[int] = (signal.SIGINT, signal.SIGTERM)) -> None:
+        self._numbers = numbers
         self._released = threading.Event()
         self._heard, self._told = socket.socketpair()
         self._told.setblocking(False)
@@ -42,7 +49,7 @@ class SignalGuard:
 
     def _wait(self) -> None:
         number = 0
-        while number not in (signal.SIGINT, signal.SIGTERM):
+        while number not in self._numbers:
             heard = self._heard.recv(1)
             if not heard:  # released
                 return
@@ -50,6 +57,8 @@ class SignalGuard:
         if not self._released.wait(PATIENCE):
             words = f"not ended {PATIENCE:g} seconds after the signal, as if a device were gone; ending now"
             print(words, file=sys.stderr, flush=True)
+            if number == REQUEUE_SIGNAL:
+                requeue()
             os._exit(128 + number)
 
 

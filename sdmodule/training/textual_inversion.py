@@ -13,6 +13,7 @@ from sdmodule.components.folder_kinds import EMBEDDING_FILE
 from sdmodule.components.learned_word_file import write_word
 from sdmodule.components.learned_words import add_word, initial_vectors
 from sdmodule.errors import SettingsError, check_int
+from sdmodule.training.sharded_strategy import FullyShardedStrategy
 from sdmodule.training.text_encoder import freeze_text_encoders
 
 
@@ -52,7 +53,15 @@ class TextualInversion:
         return True
 
     def check_trainer(self, trainer: Trainer | None) -> None:
-        """Any trainer works."""
+        """Check that the trainer does not shard.
+
+        Raises:
+            SettingsError: if it does.
+        """
+        if trainer is not None and isinstance(trainer.strategy, FullyShardedStrategy):
+            raise SettingsError(
+                "tuning=textual_inversion: trains a few vectors, of which there is nothing to shard; use trainer=ddp."
+            )
 
     def prepare(self, parts: Components, seed: int) -> None:
         """Add the word, and freeze everything but its embeddings.

@@ -20,6 +20,7 @@ from sdmodule.training.checkpoint_io import check_weights
 from sdmodule.training.host_copy import mean_over_devices
 from sdmodule.training.optimizers import Optimization, name_optimizers
 from sdmodule.training.precision import allows_fused, check_training_precision
+from sdmodule.training.sharded_strategy import FullyShardedStrategy
 from sdmodule.training.validation import without_repeats
 
 TRAINED_COUNT = "trained_weights"
@@ -65,6 +66,19 @@ class TrainableModule(LightningModule):
                     "alone; use sdmodule.callbacks.EMA."
                 )
         self.optimization.check(self.parameter_groups, self._trainer.max_steps if self._trainer else None)
+        if (strategy := self._sharding) is not None:
+            own: Any = self  # of a subclass
+            strategy.check(own.parts, self.optimization.make(self.parameter_groups), own.training_settings.compile)
+
+    @property
+    def _sharding(self) -> FullyShardedStrategy | None:
+        strategy = self._trainer.strategy if self._trainer is not None else None
+        return strategy if isinstance(strategy, FullyShardedStrategy) else None
+
+    @override
+    def configure_model(self) -> None:
+        if (strategy := self._sharding) is not None:
+            strategy.shard(self.parts)  # type: ignore[arg-type]  # of a subclass
 
     @override
     def configure_optimizers(self) -> Any:

@@ -94,7 +94,7 @@ def check_stage(parts: Components, stage: str, task: str, trainer: Trainer | Non
     Raises:
         SettingsError: if it cannot.
     """
-    check_strategy(trainer)
+    check_strategy(trainer, shards=stage in ("fit", "validate"))
     if stage != "predict" and task == "image2image":
         raise SettingsError("model=image2image: is for sampling; train with model=text2image.")
     if stage == "fit" and parts.origin.keys() & {"adapters", "controlnet", "refiner", "ip_adapter"}:

@@ -8,9 +8,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks import growth, run, sampling_speed, training_speed, xl_step
+from benchmarks import growth, run, sampling_speed, sharding, training_speed, xl_step
 from sdmodule.components.checkpoint import Components, load_components
 from sdmodule.errors import SettingsError
+
+
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,6 +47,16 @@ def test_a_step_of_the_large_family_is_measured_beside_the_recipe(tmp_path):
     assert rows[xl_step.RECIPE]["speedup"] == 1.0 and rows[xl_step.RECIPE]["error"] == 0.0
     assert 0 < rows["speed=rounding"]["error"] < 0.02
     assert all(row["seconds"] > 0 and row["peak_gib"] > 0 for row in rows.values())
+
+
+@pytest.mark.slow
+def test_the_memory_of_processes_that_train_together_is_measured(tmp_path):
+    sharding.run(["--quick", "--json", str(tmp_path / "sharding.json")])
+    rows = json.loads((tmp_path / "sharding.json").read_text())["rows"]
+    state = {(row["strategy"], row["process"]): row["state_mib"] for row in rows}
+    assert state.keys() == {(strategy, process) for strategy in ("ddp", "fsdp") for process in (0, 1)}
+    assert state["fsdp", 0] < 0.9 * state["ddp", 0]
+    assert all(0 < row["before_gib"] < row["step_gib"] for row in rows)
 
 
 @pytest.mark.slow

@@ -14,6 +14,11 @@ from benchmarks import tome_runs, tome_speed
 from sdmodule import SettingsError
 
 
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 @pytest.mark.slow
 def test_rows_have_speed_error_and_label(checkpoint, tmp_path):
     file, plot = tmp_path / "speed.json", tmp_path / "speed.png"

@@ -21,6 +21,11 @@ from tests.fitting import fit
 pytestmark = pytest.mark.slow  # each test trains several times
 
 
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 class Recorder(Callback):
     """Records the weights after each step, and those that validation sees."""
 
@@ -137,6 +142,29 @@ def test_applied_restores_the_raw_weights_even_after_an_error(checkpoint):
         weight = module.unet.conv_in.weight
         assert weight.data_ptr() == ema.average["unet.conv_in.weight"].data_ptr()  # nothing was copied
         raise KeyError
+    assert_equal(copied(module), raw)
+
+
+class Interrupted(dict):
+    """Averages, of which the fifth that is asked for meets a signal."""
+
+    asked = 0
+
+    def __getitem__(self, name):
+        self.asked += 1
+        if self.asked == 5:
+            raise KeyboardInterrupt
+        return super().__getitem__(name)
+
+
+def test_a_signal_while_weights_are_swapped_leaves_the_raw_ones(checkpoint):
+    ema = EMA(start_step=1)
+    module, trainer = train(checkpoint, 2, ema)
+    raw = copied(module)
+    ema.average = Interrupted(ema.average)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        ema.on_validation_epoch_start(trainer, module)
+    ema.on_exception(trainer, module, caught.value)
     assert_equal(copied(module), raw)
 
 

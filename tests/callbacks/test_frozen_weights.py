@@ -20,6 +20,12 @@ from tests.fitting import fit
 
 pytestmark = pytest.mark.slow  # each test trains several times
 
+
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 LORA = {"kind": "lora", "rank": 2}
 WORD = {"kind": "textual_inversion", "placeholder": "<x>", "initializer": "star"}
 

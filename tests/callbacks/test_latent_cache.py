@@ -34,6 +34,11 @@ from sdmodule.training.loss import encode_moments
 pytestmark = pytest.mark.slow  # each test trains several times
 
 
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Five images, one with a caption of more than 77 tokens."""

@@ -24,6 +24,11 @@ from tests.fitting import fit
 pytestmark = pytest.mark.slow  # each test trains
 
 
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 def train(checkpoint, *callbacks, steps=2, **settings):
     module = StableDiffusionModule(
         str(checkpoint), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), sampling={"steps": 1}

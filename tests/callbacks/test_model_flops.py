@@ -17,6 +17,12 @@ from sdmodule.module import StableDiffusionModule
 from sdmodule.speed.attention import plain_attention
 from tests.fake_cuda import fake_cuda
 
+
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 BATCH = {"image": torch.rand(2, 3, 32, 32), "caption": ["a red circle", "a star"]}
 
 

@@ -12,6 +12,11 @@ from sdmodule.data.toy.dataset import ShapesDataModule
 from sdmodule.module import StableDiffusionModule
 
 
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 def trainer(*callbacks, **settings):
     return Trainer(
         accelerator="cpu",

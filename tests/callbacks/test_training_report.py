@@ -114,7 +114,7 @@ def test_the_page_of_a_training_in_a_browser(browser, trained, tmp_path):
 
     browser.run("document.querySelector('#log').click()")
     browser.run(
-        "{ const box = document.querySelector('svg').getBoundingClientRect(); document.querySelector('svg').dispatchEvent("
+        "{ const chart = document.querySelector('svg'), box = chart.getBoundingClientRect(); chart.dispatchEvent("
         "new PointerEvent('pointermove', { clientX: box.right - 12, clientY: box.top + 9 })); }"
     )
     assert "step 6" in browser.run("document.querySelector('#curves output').textContent")
@@ -173,7 +173,7 @@ def test_a_training_that_fails_says_so_and_shows_its_warnings(call, checkpoint, 
         status, _, error = call(train_main, *settings)
     (run,) = page_data(out)["runs"]
     assert status == 1 and run["state"].startswith("failed (") and "NaN" in run["state"], error
-    assert any("the batch size is 6" in text for text in run["warnings"])
+    assert any("the batch size is 5" in text for text in run["warnings"])
     assert run["curves"] == {} and "logger=[csv" in run["notes"][0]
     assert warnings.showwarning is shown
 
@@ -186,7 +186,10 @@ def test_curves_of_several_parts_and_of_a_training_set_aside(tmp_path):
         "metrics.csv": ["0,1,4,", "0,2,inf,7", ",9,x,"],
     }.items():
         (tmp_path / name).write_text("epoch,step,train/loss,val/loss\n" + "".join(f"{row}\n" for row in rows))
-    assert read_curves(tmp_path) == {"train/loss": [(1, 2.0), (2, 4.0), (3, None)], "val/loss": [(0, 5.0), (3, 7.0)]}
+    assert read_curves(tmp_path) == {
+        "train/loss": [(1, 2.0), (2, 4.0), (3, None)],
+        "val/loss": [(0, 5.0), (2, 6.0), (3, 7.0)],
+    }
 
 
 def test_long_curves_are_thinned_to_means():

@@ -10,6 +10,11 @@ from sdmodule.components.schedulers import SHORT_NAMES
 from tests.cli.test_commands import told
 
 
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 def missing_part(folder):
     shutil.rmtree(folder / "vae")
 

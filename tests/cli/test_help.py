@@ -86,7 +86,7 @@ def test_the_help_shows_the_defaults(call):
         ("train --help data=dreambooth", ["  emoji   ", "data.class_prompt=null", "data.root=???"], ["tome.ratio"]),
         ("train --help tuning=lora", ["tuning.rank=4", "tuning=lora sets:", "model.optimizer.lr=1.0e-4"], ["tome"]),
         ("train --help experiment=lora", ["  dreambooth_lora ", "  tuning=lora", "trainer.max_steps=2000"], []),
-        ("train --help cache", ["cache=none has no keys"], []),
+        ("train --help cache", ["cache=none is chosen", "  cache.verify=stat"], []),
         ("predict --help data", ["  prompts  "], ["emoji"]),
     ],
 )

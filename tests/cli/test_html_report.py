@@ -1,6 +1,7 @@
 """The page of a run or a sweep, opened in a browser, and the other reports of a sweep."""
 
 import csv
+import shutil
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -10,11 +11,17 @@ from PIL import Image
 from benchmarks.forked import run
 from sdmodule.cli.main import predict_main
 from sdmodule.io import sweep_report
-from sdmodule.io.html_report import Job
-from sdmodule.io.run_folder import RECORDS, write_records
+from sdmodule.io.html_report import Job, write_page
+from sdmodule.io.run_folder import RECORDS, to_line
 from tests.chromium import PROGRAM, Page
 
 pytestmark = pytest.mark.slow  # runs a sweep and a browser
+
+
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
 
 EVIL = "a <b>star</b> </script><script>document.title='broken'</script> <!-- \"'&amp; \u2028"
 
@@ -95,6 +102,68 @@ def test_the_page_of_a_sweep_in_a_browser(browser, sweep):
     assert browser.messages == []
 
 
+def settled(browser):
+    """Wait for what the page is about to show; returns the count in its header."""
+    waiting = "new Promise((done) => { const look = () => find('#images').ariaBusy === 'true' ? setTimeout(look, 5)"
+    return browser.run(f"{waiting} : done(find('#count').textContent); look(); }})")
+
+
+def test_the_page_of_many_images_loads_them_as_needed(browser, tmp_path):
+    for job, count in (("0", 2300), ("1", 2200)):
+        (tmp_path / "run" / job / "images").mkdir(parents=True)
+        with (tmp_path / "run" / job / RECORDS).open("w", encoding="utf-8") as lines:
+            for k in range(count):
+                Image.new("1", (8, 8)).save(tmp_path / "run" / job / "images" / f"{k}.png")
+                record = {"file": f"images/{k}.png", "index": k, "prompt": f"star {k} {EVIL}", "seed": k, "steps": 2}
+                lines.write(to_line(record))
+    run = tmp_path / "run" / "0"
+    write_page(run, "many", [Job(run)])
+    browser.open((run / "index.html").as_uri())
+    assert settled(browser) == "2300 of 2300 images" and browser.run("document.scripts.length") == 3
+    first = "document.querySelector('figcaption').textContent"
+    assert browser.run("document.querySelectorAll('figure').length") == 200 and "star 0 a <b>" in browser.run(first)
+    metadata = browser.run("document.querySelector('dl').textContent")
+    assert "steps2" in metadata and "fileimages/0.png" in metadata
+    assert browser.run("[...document.images].every((image) => image.loading === 'lazy')")
+
+    browser.run("find('#forth').focus()")
+    browser.press("Enter")
+    settled(browser)
+    assert "star 200 " in browser.run(first) and browser.run("find('#page').value") == "2"
+    browser.run("find('#page').value = 99; find('#page').dispatchEvent(new Event('change'))")
+    settled(browser)
+    assert "star 2200 " in browser.run(first) and browser.run("document.querySelectorAll('figure').length") == 100
+    assert browser.run("find('#forth').disabled && find('#page').value === '12' && find('#last').textContent") == "12"
+    assert browser.run("document.scripts.length") == 4  # the first and the last file of records
+
+    browser.run("find('#filter').focus()")
+    browser.type("star 22")
+    assert settled(browser) == "140 of 2300 images" and "star 22 " in browser.run(first)  # and 122, …, 2200 to 2299
+    assert browser.run("find('#pages').hidden && find('#page').value") == "1"
+    browser.run("document.querySelector('button[aria-pressed=false]:not(#table)').click()")
+    browser.run("[...document.querySelectorAll('figure button[aria-pressed=false]')].at(-1).click()")
+    assert browser.run("document.querySelectorAll('.pair img').length") == 2
+
+    # a sweep, side by side
+    sweep_report.summarize(tmp_path / "run", [(tmp_path / "run" / job, [f"steps={job}"]) for job in ("0", "1")])
+    browser.open((tmp_path / "run" / "index.html").as_uri())
+    assert settled(browser) == "4500 of 4500 images"
+    assert browser.run("document.querySelectorAll('tbody tr').length") == 200
+    browser.run("find('#page').value = 12; find('#page').dispatchEvent(new Event('change'))")
+    settled(browser)
+    assert browser.run("document.querySelectorAll('tbody tr').length") == 100
+    assert browser.run("document.querySelectorAll('tbody img').length") == 100
+    assert browser.messages == []
+
+    # without its folder of records
+    shutil.rmtree(tmp_path / "run" / "pages")
+    browser.run("location.reload()")
+    browser.open((tmp_path / "run" / "index.html").as_uri())
+    wait = "new Promise((done) => { const look = () => find('#count').textContent.includes('cannot') ? done(1)"
+    browser.run(f"{wait} : setTimeout(look, 5); look(); }})")
+    assert "keep the folder pages beside this page" in browser.run("find('#count').textContent")
+
+
 def test_a_narrow_page_cuts_nothing_and_enlarges_an_image(browser, sweep):
     browser.call("Emulation.setDeviceMetricsOverride", width=500, height=900, deviceScaleFactor=1, mobile=False)
     browser.open((sweep / "index.html").as_uri())
@@ -147,7 +216,7 @@ def test_a_sweep_has_a_table_a_contact_sheet_and_a_plot(sweep):
 def test_a_sweep_without_matplotlib_has_no_plot_and_says_so(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sweep_report, "find_spec", lambda name: None)
     (tmp_path / "0").mkdir()
-    write_records(tmp_path / "0" / RECORDS, [])
+    (tmp_path / "0" / RECORDS).touch()
     sweep_report.summarize(tmp_path, [(tmp_path / "0", ["steps=1"])])
     assert capsys.readouterr().out.splitlines() == [
         "seconds.svg was not drawn: matplotlib is missing; pip install 'sdmodule[plots]'"

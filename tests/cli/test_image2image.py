@@ -20,6 +20,11 @@ from tests.xl_parts import tiny_refiner_parts
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 def pixels(path):
     return np.asarray(Image.open(path))
 

@@ -17,6 +17,12 @@ from tests.wandb_file import read_run
 
 pytestmark = pytest.mark.slow  # each test runs a command with its loggers
 
+
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 COLUMNS = ["prompt", "negative_prompt", "seed", "steps", "guidance_scale", "scheduler", "model", "family"]
 COLUMNS += ["tome_ratio", "tome_engine", "seconds", "image"]
 

@@ -157,7 +157,8 @@ PROMPTS = {
     "tuning.placeholder",
     "tuning.initializer",
 }
-TEXT = {"image", "mask", "control", "ip_adapter_image", "from", "data.shards", "data.val_shards"}
+TEXT = {"image", "mask", "control", "ip_adapter_image", "from", "data.shards", "data.val_shards", "data.url"}
+TEXT |= {"data.val_url"}
 PATHS = {
     "pretrained",
     "refiner",
@@ -168,6 +169,7 @@ PATHS = {
     "cache.folder",
     "callbacks.export.folder",
 }
+PATHS |= {"shard", "data.verify", "data.sprites", "data.cache_folder"}
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler", "controlnet")
 PARTS += ("refiner", "ip_adapter", "image_encoder")
 PATHS |= {f"components.{part}" for part in PARTS}

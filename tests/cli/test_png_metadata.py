@@ -13,6 +13,12 @@ from tests.cli.test_commands import records, told
 
 pytestmark = pytest.mark.slow  # most tests sample twice
 
+
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 PROMPTS = json.dumps(["a red circle on a blue background", "a small green star", "a (blue:1.2) heart, " * 30])
 
 

@@ -19,6 +19,11 @@ from sdmodule.callbacks.progress import ProgressBar
 from sdmodule.cli.main import predict_main, train_main
 
 
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 @contextmanager
 def terminal():
     """A terminal of 24 lines and 160 columns: the path that a command writes to, and a function that reads from it."""

@@ -119,7 +119,6 @@ train.py data.root=x model.compile=whole model.checkpointing=all
 train.py data.root=x model.optimizer._target_=bitsandbytes.optim.AdamW8bit
 train.py trainer=ddp
 train.py trainer=fsdp
-train.py trainer=deepspeed
 """
 """Settings that its text and tables name, each in the command that it is about."""
 

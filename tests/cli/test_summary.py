@@ -14,6 +14,12 @@ from sdmodule.cli.next_command import command_line
 from sdmodule.components.checkpoint import load_components
 from tests.cli.test_commands import records
 
+
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 ROOT = Path(__file__).parents[2]
 FIGURES = re.compile(
     r"Trained 2 steps in (\d+ seconds?|\d+:\d\d minutes), [\d.]+ images per second, peak memory [\d.]+ GiB"

@@ -70,7 +70,7 @@ OPTIONS_OF_GROUPS = {
     "predict sampler=null": "must be an option of the group (checkpoint, ddim, ",
     "predict tome=0.5": "must be an option of the group (exact, none, tomesd, window)",
     "predict sampler={zzz:1}": "sets a key that sampler does not have",
-    "predict hydra/launcher=joblib": "choose one of basic",
+    "predict hydra/launcher=nothing": "choose one of basic",
 }
 
 ADDED_AND_REMOVED = {

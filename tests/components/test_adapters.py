@@ -19,6 +19,12 @@ from sdmodule.module import StableDiffusionModule
 
 pytestmark = pytest.mark.slow  # most tests train an adapter first
 
+
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 PROMPT = "a red circle on a blue background"
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "conv1"]  # linear layers and convolutions
 DIFFUSERS, KOHYA = "pytorch_lora_weights.safetensors", "kohya.safetensors"

@@ -61,9 +61,9 @@ def test_sizes_say_where_the_image_lies_in_the_resized_one(folder, buckets, cent
 
 def test_cached_moments_come_with_the_same_sizes(folder):
     images = data_of(folder, random_flip=True)
-    store = {f"{k}{flipped}": torch.zeros(8, 8, 8) for k in range(4) for flipped in (False, True)}
-    keys = [[f"{k}False", f"{k}True"] for k in range(4)]
-    cached = CachedMomentsDataset(images, store, keys, [images.original_size(k) for k in range(4)])
+    keys = np.arange(4 * 2 * 16, dtype=np.uint8).reshape(4, 2, 16)
+    store = {key.tobytes().hex(): torch.zeros(8, 8, 8) for key in keys.reshape(8, 16)}
+    cached = CachedMomentsDataset(images, store, keys, np.array([images.original_size(k) for k in range(4)]))
     for epoch in range(3):
         cached.set_epoch(epoch)
         for index in range(len(images)):

@@ -132,6 +132,8 @@ def run_command(words: list[str], workplace: Path, remark: str) -> tuple[int, st
 def run_ours(command: str, arguments: list[str], workplace: Path, remark: str) -> tuple[int, str]:
     """Run one of our commands in a process of its own, for a few steps; what fails is run as it stands."""
     if remark.startswith("not run"):
+        if "-m" in arguments:  # the first job of a sweep
+            arguments = [re.sub(r"^([\w.]+=[^,\[{'\"]+),.*", r"\1", word) for word in arguments if word != "-m"]
         arguments = [*arguments, "--cfg", "job"]
     elif remark == "fails":
         pass

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "docs"))  # as Sphinx finds them
 
 from _ext.api import PAGES, api_pages  # noqa: E402
 from _ext.benchmarks import benchmark_pages, readme_table, stale_because  # noqa: E402
-from _ext.configuration import configuration_pages  # noqa: E402
+from _ext.configuration import WITHOUT_A_SCRIPT, configuration_pages  # noqa: E402
 
 from sdmodule.cli.config_files import read_config  # noqa: E402
 
@@ -45,7 +45,7 @@ def test_every_group_has_a_page_and_every_file_a_section():
     text = "\n".join(pages.values())
     for path in (ROOT / "conf").rglob("*.yaml"):
         group = path.parent.relative_to(ROOT / "conf").as_posix().replace("/", "-")
-        command = "sdmodule-evaluate" if path.stem == "evaluate" else f"{path.stem}.py"
+        command = WITHOUT_A_SCRIPT.get(path.stem, f"{path.stem}.py")
         assert (f"(conf-{group}-{path.stem})=" if group != "." else f"# `{command}`") in text, path
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 import sys
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from benchmarks.forked import output_of
+from sdmodule.cli.main import predict_main
 from sdmodule.data.toy.scenes import caption, render, sample_scene
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -66,3 +68,30 @@ def test_lightning_cli_trains_with_the_module_and_data(checkpoint, tmp_path):
     [saved] = (tmp_path / "checkpoints").glob("*.ckpt")
     weights = torch.load(saved, weights_only=True)["state_dict"]
     assert weights and all("lora_" in name for name in weights)
+
+
+def ray_on_one_machine(prompts: Path, folder: Path, pretrained: Path) -> None:
+    """A local cluster of two processors, of which each of two actors takes half."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    run_main(
+        "ray_data.py", prompts=prompts, folder=folder, pretrained=str(pretrained), steps=2, batch_size=2, seed=3,
+        actors=2, cpus=0.5,
+    )  # fmt: skip
+    ray.shutdown()
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="needs sdmodule[ray]: 240 MB that no other test uses")
+def test_ray_samples_the_images_of_predict(call, checkpoint, tmp_path):
+    prompts, folder = tmp_path / "prompts.txt", tmp_path / "images"
+    prompts.write_text("a red circle\na blue star\na green heart\na small square\n")
+    settings = [f"prompts={prompts}", "steps=2", "seed=3", f"pretrained={checkpoint}", "batch_size=2"]
+    assert call(predict_main, *settings, f"output_dir={tmp_path / 'out'}")[0] == 0
+    wanted = {file.name: Image.open(file).tobytes() for file in (tmp_path / "out" / "images").iterdir()}
+    folder.mkdir()
+    (folder / "00002-5.png").write_bytes((tmp_path / "out" / "images" / "00002-5.png").read_bytes())
+    output = output_of(partial(ray_on_one_machine, prompts, folder, checkpoint), tmp_path / "log")
+    assert "3 of 4 images are left to sample" in output
+    sampled = {file.name: Image.open(file).tobytes() for file in folder.iterdir()}
+    assert sampled == wanted

@@ -19,6 +19,12 @@ from safetensors.torch import load_file
 
 from benchmarks.forked import Command, run, start_ranks
 
+
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 ROOT = Path(__file__).parents[2]
 STEPS = 8
 

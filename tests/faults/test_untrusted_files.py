@@ -27,8 +27,8 @@ from sdmodule.components.checkpoint import load_components
 from sdmodule.components.single_file import load_single_file
 from sdmodule.conditioning.masked_image import read_masked_image
 from sdmodule.data.cache.tensor_store import TensorStore
-from sdmodule.data.sources.folder import Folder, find_examples
-from sdmodule.data.sources.verify import load_beside, load_rgb, verify_images
+from sdmodule.data.sources.folder import Folder
+from sdmodule.data.sources.verify import load_beside, load_rgb, readable_images
 from sdmodule.errors import SettingsError
 from sdmodule.io.fingerprint import fingerprint
 from sdmodule.io.png_metadata import read_metadata, save_png
@@ -88,8 +88,8 @@ def cases(checkpoint, tmp_path_factory) -> dict[str, Case]:
         for other in folder.glob("metadata.*"):
             other.unlink()
         shutil.copy(file, folder / name)
-        examples = find_examples(folder)
-        assert verify_images(examples, Folder(str(folder)), skip_bad=False) == list(range(len(examples)))
+        examples, readable = readable_images(Folder(str(folder)), skip_bad=False)
+        assert readable.tolist() == list(range(len(examples)))
         assert all(Path(str(example.path)).is_relative_to(folder) for example in examples)
         return examples
 

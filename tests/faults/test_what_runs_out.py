@@ -18,6 +18,12 @@ from benchmarks.forked import Command, run
 from sdmodule.training.checkpoint_io import is_intact
 from tests.faults.conftest import write_scenes
 
+
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 GRACE = 30
 """Seconds that a cluster scheduler leaves between SIGTERM and SIGKILL."""
 
@@ -79,7 +85,7 @@ def test_a_signal_ends_a_long_validation_at_once(training, tmp_path, number, sta
 
 def test_sigterm_while_a_cache_is_written(training, tmp_path):
     settings, _ = training
-    write_scenes(tmp_path / "photos", 300)
+    write_scenes(tmp_path / "photos", 150)
     cache = tmp_path / "cache"
     settings += ["cache=latents", f"cache.folder={cache}", "trainer.max_steps=1", "resolution=128"]
     one = Command("train", *settings, log=tmp_path / "log")

@@ -31,6 +31,7 @@ def test_secrets_and_home_folders_are_removed_from_a_configuration(home):
         "components": {"tokenizer": f"{home}/weights", "vae": None},
         "overrides": [f"data.root={home}/photos", "+hub.api_key=abc", "steps=20"],
         "uri": "https://ann:abc@example.org/x",
+        "url": ["https://example.org/{0..9}.tar?X-Amz-Signature=abc&part=1", "s3://bucket/set"],
         "use_key": True,
         "key": None,
     }
@@ -40,6 +41,7 @@ def test_secrets_and_home_folders_are_removed_from_a_configuration(home):
         "components": {"tokenizer": "~/weights", "vae": None},
         "overrides": ["data.root=~/photos", f"+hub.api_key={HIDDEN}", "steps=20"],
         "uri": f"https://{HIDDEN}@example.org/x",
+        "url": [f"https://example.org/{{0..9}}.tar?X-Amz-Signature={HIDDEN}&part=1", "s3://bucket/set"],
         "use_key": True,
         "key": None,
     }

@@ -17,6 +17,12 @@ from tests.xl_parts import xl_pipeline
 
 pytestmark = pytest.mark.slow
 
+
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 PROMPTS = ["a red circle on a blue background", "a star"]
 
 

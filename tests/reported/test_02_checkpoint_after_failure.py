@@ -15,6 +15,12 @@ STEPS = 21
 
 pytestmark = pytest.mark.slow
 
+
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 VANISH = "+callbacks.vanish={{_target_: tests.reported.watching.Vanish, file: {}, step: 3, cut: {}}}"
 
 

@@ -16,6 +16,12 @@ from sdmodule.training.autoencoder import AutoencoderModule
 
 pytestmark = pytest.mark.slow
 
+
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 CAPTIONS = ["a red circle", "a blue star", "a green square", "a yellow heart"]
 TUNINGS = {
     "full": {"kind": "full"},

@@ -16,6 +16,11 @@ from tests.reported.drawing import numbered
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 @pytest.fixture
 def data(tmp_path):
     return ImageFolderDataModule(str(numbered(tmp_path / "photos", 6)), resolution=32, batch_size=2, val_fraction=0.2)

@@ -12,6 +12,11 @@ from tests.reported.drawing import numbered
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 @pytest.fixture
 def run(call, checkpoint, tmp_path):
     """Train on eight images and return the captions of each step."""

@@ -28,6 +28,12 @@ from tests.reported.drawing import ramp, strokes
 
 pytestmark = pytest.mark.slow
 
+
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 PROMPT = "a red circle"
 FAST = {"num_inference_steps": 3, "show_progress": False, "return_type": "numpy"}
 

@@ -17,6 +17,11 @@ from tests.reported.drawing import numbered
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 def common(checkpoint, folder, out) -> list[str]:
     settings = [f"pretrained={checkpoint}", f"data.root={folder}", "resolution=32", f"output_dir={out}"]
     return [*settings, "validate_first=false", "trainer.log_every_n_steps=1", "callbacks=[checkpoint,timing]"]

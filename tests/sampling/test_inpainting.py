@@ -20,6 +20,12 @@ from sdmodule.sampling.pipeline import sample
 from sdmodule.sampling.requests import build_requests
 from tests.pipelines import diffusers_pipeline
 
+
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 PROMPT = "a blue star on a white background"
 BOX = (8, 4, 24, 20)
 

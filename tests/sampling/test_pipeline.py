@@ -15,6 +15,12 @@ from sdmodule.components.schedulers import CLASSES, SHORT_NAMES, make_scheduler
 from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
 
+
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 PROMPT = "a red circle on a blue background"
 OTHER = "a small white star at the top on a green background"
 LONG = " and ".join([PROMPT] * 12)  # more than 77 tokens

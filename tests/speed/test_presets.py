@@ -129,11 +129,12 @@ class Stop(list):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("compile", "speed"), [("blocks", {}), ("whole", {"cache_every": 2})])
-def test_a_compiled_model_gives_the_same_and_is_eager_afterwards(sd, monkeypatch, tmp_path, compile, speed):
+def test_a_compiled_model_gives_the_same_and_is_eager_afterwards(few_blocks, monkeypatch, tmp_path, compile, speed):
     """Traced only: compiling to machine code takes a minute."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("sdmodule.speed.compile.BACKEND", "eager")
     torch._dynamo.reset()
+    sd = few_blocks
     before = images(sd, speed=speed)
     assert np.abs(images(sd, speed={**speed, "compile": compile}) - before).max() < 2 / 255
     assert all(part._compiled_call_impl is None for part in sd.unet.modules())

@@ -17,6 +17,11 @@ from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
 
 
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 @pytest.mark.slow
 def test_missing_class_images_are_sampled_before_training(checkpoint, tmp_path, train_export):
     settings = ["experiment=dreambooth", "data.class_images=3", f"data.made_in={tmp_path / 'prior'}"]

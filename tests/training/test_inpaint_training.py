@@ -30,6 +30,12 @@ from tests.fitting import fit
 
 pytestmark = pytest.mark.slow  # most tests train
 
+
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 PROMPT = "a blue star on a white background"
 
 

@@ -10,6 +10,12 @@ from sdmodule.data.toy.dataset import ShapesDataModule
 from sdmodule.module import StableDiffusionModule
 from sdmodule.training import loop_state
 
+
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 VERIFIED = ("2.6.6",)
 """Lightning versions with which tests/faults and tests/training passed."""
 

@@ -26,6 +26,12 @@ from tests.fake_cuda import fake_cuda, values_of
 
 pytestmark = pytest.mark.slow  # each test trains
 
+
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 ALLOWED = {
     "training/upload.py _copied": "random numbers and tokens of the step, in one copy",
     "diffusion/upload.py upload": "the noise of an autoencoder, likewise",

@@ -18,6 +18,11 @@ from sdmodule.training.optimizers import build_optimizer
 pytestmark = pytest.mark.slow  # each test trains
 
 
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 @pytest.mark.parametrize(
     ("make", "allowed", "fused"),
     [
@@ -59,9 +64,9 @@ def test_other_optimizers_are_left_alone():
     assert isinstance(build_optimizer(torch.optim.SGD, [torch.nn.Parameter(torch.ones(1))]), torch.optim.SGD)
 
 
-def test_activation_checkpointing_does_not_change_gradients(checkpoint):
+def test_activation_checkpointing_does_not_change_gradients(two_level_checkpoint):
     def gradients(which):
-        module = StableDiffusionModule(str(checkpoint), training={"checkpointing": which})
+        module = StableDiffusionModule(str(two_level_checkpoint), training={"checkpointing": which})
         batch = {"image": torch.zeros(2, 3, 32, 32), "caption": ["a", "b"]}
         module.log = lambda *_, **__: None
         module.training_step(batch, 0).backward()

@@ -9,6 +9,11 @@ from sdmodule.errors import SettingsError
 from sdmodule.training.resume import find_checkpoint
 
 
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """Folder of a run with two checkpoints."""

@@ -14,6 +14,12 @@ from sdmodule.cli.main import train_main
 from sdmodule.errors import SettingsError
 from sdmodule.module import StableDiffusionModule
 
+
+@pytest.fixture(scope="session")
+def checkpoint(small_checkpoint):
+    return small_checkpoint
+
+
 WORD = "<my-cat>"
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, Required, TypedDict, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from sdmodule.data.buckets import Size
 from sdmodule.data.cache.tensor_store import TensorStore
 from sdmodule.data.dataset import Crop
 from sdmodule.data.example import View
@@ -94,8 +95,8 @@ class CachedMomentsDataset(Dataset[CaptionedMoments]):
     Args:
         images: the images, which choose the view of each epoch.
         store: the moments.
-        keys: the keys of each image, from `moments_keys`.
-        original_sizes: height and width of each image before it was resized and cropped.
+        keys: the keys of each image, from `moments_keys`, as bytes, ``[N, flips, 16]``.
+        original_sizes: height and width of each image before it was resized and cropped, ``[N, 2]``.
         with_images: return the image beside its moments.
     """
 
@@ -103,8 +104,8 @@ class CachedMomentsDataset(Dataset[CaptionedMoments]):
         self,
         images: ImageDataset,
         store: TensorStore,
-        keys: Sequence[Sequence[str]],
-        original_sizes: Sequence[Size],
+        keys: NDArray[np.uint8],
+        original_sizes: NDArray[np.int32],
         with_images: bool = False,
     ) -> None:
         self.images = images
@@ -125,9 +126,9 @@ class CachedMomentsDataset(Dataset[CaptionedMoments]):
     def __getitem__(self, index: int) -> CaptionedMoments:
         view = self.images.view(index)
         example = self.images.load(index, view) if self.with_images else {}
-        height, width = self.original_sizes[index]
+        height, width = self.original_sizes[index].tolist()
         sizes = Crop((width, height), self.images.size_of(index), view).sizes()
-        moments = self.store[self.keys[index][view.flipped]]
+        moments = self.store[self.keys[index, int(view.flipped)].tobytes().hex()]
         return cast(CaptionedMoments, {**example, **sizes, "moments": moments, "caption": self.images.caption(index)})
 
 

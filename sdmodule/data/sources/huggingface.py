@@ -7,11 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sdmodule.data.example import Example, Examples
+import pyarrow as pa
+from typing_extensions import override
+
+from sdmodule.data.example import Example
+from sdmodule.data.index.columns import TEXT, ExampleColumns, about, decoded, texts, with_about
 from sdmodule.errors import SettingsError, check_path, choices
 from sdmodule.io.image_files import ImageFile
 
 STRING_TYPES = ("string", "large_string", "string_view")
+AT_ONCE = 4096
+"""Captions that are read at a time."""
+
 BINARY_TYPES = ("binary", "large_binary", "binary_view")
 
 
@@ -48,8 +55,17 @@ class HuggingFaceData:
     def __str__(self) -> str:
         return f"{self.key}={self.name} split={self.split}"
 
-    def find(self) -> Examples:
+    def place(self) -> tuple[object, ...]:
+        """What identifies the source, wherever a run is started."""
+        folder = Path(self.name).expanduser()
+        name = folder.absolute() if folder.exists() else self.name
+        return "rows", name, self.split, self.subset, self.revision, self.image_column, self.caption_column
+
+    def find(self, known: pa.Table | None = None) -> RowExamples:
         """The rows, in their order.
+
+        Args:
+            known: what an earlier start has found; of an unchanged data set the captions are not read again.
 
         Raises:
             SettingsError: if the data set cannot be loaded, is empty, or its columns hold something else.
@@ -76,7 +92,34 @@ class HuggingFaceData:
             )
         if not len(rows):
             raise SettingsError(f"{self}: has no rows; give a split with images.")
-        return _RowExamples(rows, self)
+        images, captions = rows.select_columns([self.image_column]), rows.select_columns([self.caption_column])
+        version = images._fingerprint
+        if known is not None and about(known).get("version") == version and len(known) == len(rows):
+            table = known.select(["text"])
+        else:
+            table = pa.table({"text": self._captions(captions)})
+        return RowExamples(with_about(table, version=version), images, self)
+
+    def held(self, known: pa.Table) -> RowExamples:
+        """The rows that columns hold the captions of."""
+        return self.find(known)
+
+    def _captions(self, rows: Any) -> pa.ChunkedArray:
+        """The captions of all rows.
+
+        Raises:
+            SettingsError: if one has none.
+        """
+        parts = []
+        for start in range(0, len(rows), AT_ONCE):
+            captions = rows[start : start + AT_ONCE][self.caption_column]
+            if None in captions:
+                raise SettingsError(
+                    f"data.caption_column={self.caption_column}: is empty in row {start + captions.index(None)} of "
+                    f"{self}; give every row a caption."
+                )
+            parts.append(texts(captions))
+        return pa.chunked_array(parts, TEXT)
 
     def name_of(self, image: ImageFile) -> str:
         """The number of the image's row."""
@@ -133,25 +176,31 @@ class StoredRow(NamedTuple):
         return f"row {self.number} of {self.source}"
 
 
-class _RowExamples:
-    """The rows of a data set as examples."""
+class RowExamples(ExampleColumns):
+    """The rows of a data set as examples; their images stay in the data set.
 
-    def __init__(self, rows: Any, source: HuggingFaceData) -> None:
-        self.images = rows.select_columns([source.image_column])
-        self.captions = rows.select_columns([source.caption_column])
+    Args:
+        table: the captions and what is known of the images.
+        rows: the images.
+        source: the data set.
+    """
+
+    def __init__(self, table: pa.Table, rows: Any, source: HuggingFaceData) -> None:
+        super().__init__(table)
+        self.rows = rows
         self.source = source
 
-    def __len__(self) -> int:
-        return len(self.captions)
+    @override
+    def example(self, row: int) -> Example:
+        return Example(StoredRow(self.rows, row, self.source), decoded(self.value("text", row)))
 
-    def __getitem__(self, index: int) -> Example:
-        image = StoredRow(self.images, index, self.source)
-        caption = self.captions[index][self.source.caption_column]
-        if caption is None:
-            raise SettingsError(
-                f"data.caption_column={self.source.caption_column}: is empty in {image}; give every row a caption."
-            )
-        return Example(image, caption)
+    @override
+    def name(self, row: int) -> str:
+        return f"row {row}"
+
+    @override
+    def keys(self) -> None:
+        return None
 
 
 def _holds_bytes(feature: Any) -> bool:

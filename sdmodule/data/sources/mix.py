@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset, Dataset
 from typing_extensions import override
 
-from sdmodule.data.example import CaptionStyle, Example, Examples
+from sdmodule.data.buckets import Size
+from sdmodule.data.example import CaptionStyle, Example, IndexedExamples
+from sdmodule.data.index.columns import ExampleColumns
 from sdmodule.data.sources.folder import Folder
 from sdmodule.data.sources.huggingface import HuggingFaceData
+from sdmodule.data.sources.plain import PlainSource
 from sdmodule.data.sources.tar_shards import Shards
-from sdmodule.data.sources.verify import ImageSource, verify_images
+from sdmodule.data.sources.verify import STAT, ImageSource, readable_images
 from sdmodule.errors import SettingsError, check_bool, check_int, check_number, choices
 
 KINDS: dict[str, Any] = {"root": Folder, "shards": Shards, "name": HuggingFaceData}
 """Classes of sources, by the setting that gives one."""
+
+
+Positions = NDArray[np.int64]
 
 
 class ImageSubset(Dataset[Example]):
@@ -32,9 +39,11 @@ class ImageSubset(Dataset[Example]):
         masks: keep their masks, if they have any.
     """
 
-    def __init__(self, examples: Examples, indices: Sequence[int], style: CaptionStyle, masks: bool = True) -> None:
+    def __init__(
+        self, examples: IndexedExamples, indices: Positions | range, style: CaptionStyle, masks: bool = True
+    ) -> None:
         self.examples = examples
-        self.indices = indices
+        self.indices = np.asarray(indices, np.int64)
         self.style = style
         self.masks = masks
 
@@ -43,16 +52,52 @@ class ImageSubset(Dataset[Example]):
 
     @override
     def __getitem__(self, index: int) -> Example:
-        example = self.examples[self.indices[index]]._replace(style=self.style)
+        example = self.examples[int(self.indices[index])]._replace(style=self.style)
         return example if self.masks else example._replace(mask=None)
 
-    def select(self, positions: Sequence[int]) -> ImageSubset:
+    def size(self, row: int) -> Size:
+        """Width and height of an image, upright."""
+        return self.examples.size(int(self.indices[row]))
+
+    def sizes(self) -> NDArray[np.int32]:
+        """Width and height of all images, upright, ``[N, 2]``."""
+        return self.examples.sizes()[self.indices]
+
+    def content(self, row: int) -> str:
+        """The fingerprint of an image's bytes."""
+        return self.examples.content(int(self.indices[row]))
+
+    def select(self, positions: Positions | range) -> ImageSubset:
         """The images at some positions of this subset; a position may repeat."""
-        return ImageSubset(self.examples, [self.indices[position] for position in positions], self.style, self.masks)
+        return ImageSubset(self.examples, self.indices[np.asarray(positions, np.int64)], self.style, self.masks)
 
     def without_masks(self) -> ImageSubset:
         """The same images without their masks."""
         return ImageSubset(self.examples, self.indices, self.style, masks=False)
+
+
+class JoinedImages(ConcatDataset[Example]):
+    """Images of several sources, one after the other."""
+
+    def _at(self, row: int) -> tuple[IndexedExamples, int]:
+        """The source of an image, and its place there."""
+        number = bisect_right(self.cumulative_sizes, row)
+        before = self.cumulative_sizes[number - 1] if number else 0
+        return self.datasets[number], row - before  # type: ignore[return-value]
+
+    def size(self, row: int) -> Size:
+        """Width and height of an image, upright."""
+        source, place = self._at(row)
+        return source.size(place)
+
+    def sizes(self) -> NDArray[np.int32]:
+        """Width and height of all images, upright, ``[N, 2]``."""
+        return np.concatenate([source.sizes() for source in self.datasets])  # type: ignore[attr-defined]
+
+    def content(self, row: int) -> str:
+        """The fingerprint of an image's bytes."""
+        source, place = self._at(row)
+        return source.content(place)
 
 
 @dataclass(frozen=True)
@@ -71,7 +116,7 @@ class WeightedSource:
         SettingsError: for a setting out of range.
     """
 
-    source: ImageSource
+    source: ImageSource | PlainSource
     weight: float = 1.0
     template: str | Sequence[str] | None = None
     shuffle_tags: bool = False
@@ -100,11 +145,10 @@ class WeightedSource:
         """Whether an image's caption varies from epoch to epoch."""
         return self.shuffle_tags or len(self.templates) > 1
 
-    def examples(self, skip_bad: bool) -> ImageSubset:
-        """The readable images; see `verify_images`."""
-        found = self.source.find()
+    def examples(self, skip_bad: bool, verify: str = STAT) -> ImageSubset:
+        """The readable images; see `readable_images`."""
         style = CaptionStyle(self.templates, self.shuffle_tags, self.keep_tags)
-        return ImageSubset(found, verify_images(found, self.source, skip_bad), style)
+        return ImageSubset(*readable_images(self.source, skip_bad, verify), style)
 
     def split(self, examples: ImageSubset, fraction: float) -> tuple[ImageSubset, ImageSubset]:
         """Split images by a hash of their names, so that adding some moves few of the others.
@@ -118,20 +162,16 @@ class WeightedSource:
             SettingsError: if there is one image only.
         """
         if not fraction:
-            return examples, examples.select([])
-        if len({self.source.name_of(examples[position].path) for position in range(len(examples))}) == 1:
+            return examples, examples.select(range(0))
+        assert isinstance(examples.examples, ExampleColumns)
+        names, places = np.unique(examples.examples.split()[examples.indices], return_inverse=True)
+        if len(names) == 1:
             raise SettingsError(
                 f"data.val_fraction={fraction}: {self.source} has a single image, and none would be left for training; "
                 "set data.val_fraction=0, or give other images for validation."
             )
-        names = [self.source.name_of(examples[position].path) for position in range(len(examples))]
-        ranked = sorted(set(names), key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
-        count = min(max(1, round(fraction * len(ranked))), len(ranked) - 1)
-        validated = set(ranked[:count])
-        sides: tuple[list[int], list[int]] = [], []
-        for position, name in enumerate(names):
-            sides[name in validated].append(position)
-        return examples.select(sides[False]), examples.select(sides[True])
+        count = min(max(1, round(fraction * len(names))), len(names) - 1)
+        return examples.select(np.flatnonzero(places >= count)), examples.select(np.flatnonzero(places < count))
 
 
 def parse_source(settings: Mapping[str, Any], key: str, prompt: str | None) -> WeightedSource:
@@ -164,7 +204,7 @@ def parse_source(settings: Mapping[str, Any], key: str, prompt: str | None) -> W
         raise SettingsError(f"{key}: cannot be used ({error}); see conf/data/mixed.yaml for what it takes.") from error
 
 
-def mix_sources(sources: Sequence[ImageSubset], weights: Sequence[float]) -> ConcatDataset[Example]:
+def mix_sources(sources: Sequence[ImageSubset], weights: Sequence[float]) -> JoinedImages:
     """One epoch, in which each source has its share and each image is shown at least once.
 
     The source with the most images for its weight shows each of them once, and so sets the length of the epoch. The
@@ -175,5 +215,20 @@ def mix_sources(sources: Sequence[ImageSubset], weights: Sequence[float]) -> Con
     for examples, weight in zip(sources, weights, strict=True):
         count = len(examples)
         times, more = divmod(round(weight * length), count)
-        epoch.append(examples.select([*range(count)] * times + [k * count // more for k in range(more)]))
-    return ConcatDataset(epoch)
+        repeated = [np.tile(np.arange(count), times), np.arange(more) * count // max(more, 1)]
+        epoch.append(examples.select(np.concatenate(repeated)))
+    return JoinedImages(epoch)
+
+
+def check_control_images(sources: Sequence[ImageSubset]) -> None:
+    """Check that the images of all sources have control images; of one source all have one, or none has.
+
+    Raises:
+        SettingsError: if some have none.
+    """
+    for images in sources:
+        if images[0].control is None:
+            raise SettingsError(
+                f"data.conditioning=files: {images[0].path} has no control image; name it in a column "
+                f"conditioning_image_file_name of the metadata, or set data.conditioning=canny."
+            )

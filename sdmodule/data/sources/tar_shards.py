@@ -1,26 +1,33 @@
 """Images in tar shards of the webdataset layout: the files of one sample share their name up to the first dot.
 
-The positions of all members are read once, after which any image can be read directly. So shards are shuffled, mixed,
-bucketed, cached and resumed as folders are, and every device has an equal part of every batch, which streaming
-shards cannot give.
+The positions of all members are read once and kept, after which any image can be read directly. So shards are
+shuffled, mixed, bucketed, cached and resumed as folders are, and every device has an equal part of every batch, which
+streaming shards cannot give.
 """
 
 from __future__ import annotations
 
 import glob
 import json
-import re
+import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from lightning.pytorch.utilities import rank_zero_warn
+from typing_extensions import override
 
-from sdmodule.data.example import Example, Examples
+from sdmodule.data.example import Example
+from sdmodule.data.index.columns import CLOCK, TEXT, ExampleColumns, about, decoded, encoded, texts, with_about
 from sdmodule.data.sources.folder import some
+from sdmodule.data.sources.listing import Stamp, stamp
+from sdmodule.data.sources.path_patterns import existing_part, expand_braces
 from sdmodule.errors import SettingsError, check_path, choices
 from sdmodule.io.image_files import SUFFIXES, ImageFile
 from sdmodule.io.progress import LONG_TASK, progress
@@ -56,6 +63,31 @@ class Member(NamedTuple):
         return f"{self.shard.name}/{self.name}"
 
 
+ROWS = pa.schema([("name", TEXT), ("offset", pa.int64()), ("size", pa.int64()), ("date", pa.int64()), ("text", TEXT)])
+"""Columns of the images in one shard."""
+
+
+@dataclass
+class IndexedShard:
+    """What was read of a shard.
+
+    Attributes:
+        shard: its path.
+        stamp: its size and date.
+        rows: its images; see `ROWS`.
+        others: how many files it holds that are neither image nor caption, by suffix.
+        bare: images without a caption.
+        error: of the first caption that cannot be read.
+    """
+
+    shard: Path
+    stamp: Stamp
+    rows: pa.Table
+    others: dict[str, int]
+    bare: list[str] = field(default_factory=list)
+    error: SettingsError | None = None
+
+
 @dataclass(frozen=True)
 class Shards:
     """Tar files of images, each with its caption in a ``.txt`` or a ``.json`` of the same name.
@@ -81,45 +113,88 @@ class Shards:
     def __str__(self) -> str:
         return f"{self.key}={self.shards}"
 
-    def find(self) -> Examples:
+    def place(self) -> tuple[object, ...]:
+        """What identifies the source, wherever a run is started."""
+        patterns = [self.shards] if isinstance(self.shards, str) else self.shards
+        return "shards", *(os.path.abspath(Path(pattern).expanduser()) for pattern in patterns), self.caption_key
+
+    def find(self, known: pa.Table | None = None) -> ShardExamples:
         """The images, in the order of the shards and of their members.
+
+        Args:
+            known: what an earlier start has found; a shard that has not changed since is not read again.
 
         Raises:
             SettingsError: if a shard cannot be read, an image has no caption, or there are no images.
         """
-        pairs: list[tuple[Member, Member]] = []
-        bare: list[Member] = []
+        indexed = self._indexed(known)
+        if bare := [name for one in indexed for name in one.bare]:
+            raise SettingsError(
+                f"{self}: images without a caption: {some(bare)}; put a .txt or a .json of the same name beside each."
+            )
+        if not sum(len(one.rows) for one in indexed):
+            raise SettingsError(f"{self}: contains no images; images end in {choices(SUFFIXES)}.")
+        if error := next((one.error for one in indexed if one.error), None):
+            raise error
         others: Counter[str] = Counter()
-        for files in self._indexed():
+        for one in indexed:
+            others.update(one.others)
+        if others:
+            kinds = choices(f"{count} {kind or 'without a suffix'}" for kind, count in others.items())
+            rank_zero_warn(f"{self}: left out files that are neither image nor caption: {kinds}.")
+        numbers = np.repeat(np.arange(len(indexed), dtype=np.int32), [len(one.rows) for one in indexed])
+        table = pa.concat_tables(one.rows for one in indexed).append_column("shard", pa.array(numbers))
+        shards = [[os.path.abspath(one.shard), *one.stamp, len(one.rows), one.others] for one in indexed]
+        return ShardExamples(with_about(table, shards=shards))
+
+    def held(self, known: pa.Table) -> ShardExamples:
+        """The images that columns name, without a look at the shards."""
+        return ShardExamples(known)
+
+    def _indexed(self, known: pa.Table | None) -> list[IndexedShard]:
+        """All shards, those that have not changed as they are known."""
+        unchanged: dict[tuple[object, ...], IndexedShard] = {}
+        start = 0
+        for path, size, date, count, others in [] if known is None else about(known)["shards"]:
+            if known is not None and date < about(known)["checked"] - CLOCK:
+                rows = known.slice(start, count).select(ROWS.names)
+                unchanged[path, size, date] = IndexedShard(Path(path), (size, date), rows, others)
+            start += count
+        found = []
+        shards = self.files()
+        with progress(len(shards), f"{self.key}: indexing shards", delay=LONG_TASK) as on_done:
+            for shard in shards:
+                held = unchanged.get((os.path.abspath(shard), *stamp(shard)))
+                found.append(held or self._index(shard))
+                on_done(1)
+        return found
+
+    def _index(self, shard: Path) -> IndexedShard:
+        """Read the names, places and captions of a shard."""
+        seen = stamp(shard)
+        one = IndexedShard(shard, seen, ROWS.empty_table(), {})
+        others: Counter[str] = Counter()
+        rows: list[tuple[bytes, int, int, int, bytes]] = []
+        for files in _samples(shard, str(self)):
             images = [files.pop(kind) for kind in sorted(SUFFIXES & files.keys())]
             caption = files.pop(".txt", None) or files.pop(".json", None)
             if len(images) > 1:
                 raise SettingsError(f"{self}: {images[0]} and {images[1]} have the same name; keep one of them.")
             if images and caption:
-                pairs.append((images[0], caption))
                 files.pop(".json", None)
+                text = b""
+                try:
+                    text = encoded(self.caption(caption))
+                except SettingsError as error:
+                    one.error = one.error or error
+                rows.append((encoded(images[0].name), images[0].offset, images[0].size, seen[1], text))
             else:
-                bare += images
+                one.bare += map(str, images)
             others.update(files.keys())
-        if bare:
-            raise SettingsError(
-                f"{self}: images without a caption: {some([*map(str, bare)])}; put a .txt or a .json of the "
-                "same name beside each."
-            )
-        if not pairs:
-            raise SettingsError(f"{self}: contains no images; images end in {choices(SUFFIXES)}.")
-        if others:
-            kinds = choices(f"{count} {kind or 'without a suffix'}" for kind, count in others.items())
-            rank_zero_warn(f"{self}: left out files that are neither image nor caption: {kinds}.")
-        return _MemberExamples(pairs, self)
-
-    def _indexed(self) -> Iterator[dict[str, Member]]:
-        """The samples of all shards, each a dictionary of its files; see `_samples`."""
-        shards = self.files()
-        with progress(len(shards), f"{self.key}: indexing shards", delay=LONG_TASK) as on_done:
-            for shard in shards:
-                yield from _samples(shard, str(self))
-                on_done(1)
+        one.others = dict(others)
+        if rows:
+            one.rows = pa.Table.from_arrays([pa.array(c, f.type) for c, f in zip(zip(*rows), ROWS)], schema=ROWS)
+        return one
 
     def files(self) -> list[Path]:
         """Paths of the shards.
@@ -171,19 +246,28 @@ class Shards:
         return caption
 
 
-class _MemberExamples:
-    """Images and captions in shards, read when they are needed."""
+class ShardExamples(ExampleColumns):
+    """Images in shards with their captions.
 
-    def __init__(self, pairs: Sequence[tuple[Member, Member]], shards: Shards) -> None:
-        self.pairs = pairs
-        self.shards = shards
+    Columns are ``shard``, its number, ``name``, ``offset`` and ``size`` of the image in it, and ``date``, the shard's.
+    """
 
-    def __len__(self) -> int:
-        return len(self.pairs)
+    @override
+    def example(self, row: int) -> Example:
+        shard = Path(self.about["shards"][self.value("shard", row)][0])
+        member = Member(shard, decoded(self.value("name", row)), self.value("offset", row), self.value("size", row))
+        return Example(member, decoded(self.value("text", row)))
 
-    def __getitem__(self, index: int) -> Example:
-        image, caption = self.pairs[index]
-        return Example(image, self.shards.caption(caption))
+    @override
+    def name(self, row: int) -> str:
+        return str(self.example(row).path)
+
+    @override
+    def keys(self) -> pa.Array:
+        """Path of the shard and name in it."""
+        paths = texts(path for path, *_ in self.about["shards"])
+        shards = paths.take(self.table.column("shard").combine_chunks())
+        return pc.binary_join_element_wise(shards, self.table.column("name").combine_chunks(), pa.scalar(b"\0", TEXT))
 
 
 def _samples(shard: Path, given: str) -> list[dict[str, Member]]:
@@ -209,26 +293,3 @@ def _samples(shard: Path, given: str) -> list[dict[str, Member]]:
             f"{given}: {shard} cannot be read ({error}); give complete, uncompressed tar files."
         ) from error
     return list(samples.values())
-
-
-def existing_part(path: Path) -> tuple[Path, str]:
-    """The longest part of a path that exists, letter for letter, and the rest, which is a pattern.
-
-    So a folder that is called ``set[1]`` or ``a{b}`` is that folder, and no other.
-    """
-    for folder in (path, *path.parents):
-        if folder.exists():
-            return folder, "" if folder == path else str(path.relative_to(folder))
-    return Path(path.anchor or "."), str(path)
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """The strings that a pattern stands for, as in a shell: ``{000..009}`` counts, ``{a,b}`` gives each alternative."""
-    group = re.search(r"\{([^{}]*)\}", pattern)
-    if group is None:
-        return [pattern]
-    if span := re.fullmatch(r"(\d+)\.\.(\d+)", group[1]):
-        options = [str(number).zfill(len(span[1])) for number in range(int(span[1]), int(span[2]) + 1)]
-    else:
-        options = group[1].split(",")
-    return [text for one in options for text in expand_braces(pattern[: group.start()] + one + pattern[group.end() :])]

@@ -26,7 +26,7 @@ from sdmodule.data.datamodule import (
     ImageFolderDataModule,
     ShardsDataModule,
 )
-from sdmodule.data.sources.tar_shards import expand_braces
+from sdmodule.data.sources.path_patterns import expand_braces
 from sdmodule.errors import SettingsError
 
 SHAPES = [(40, 40), (64, 32), (32, 64), (60, 31), (38, 41), (36, 72), (64, 40), (33, 33), (70, 35)]
