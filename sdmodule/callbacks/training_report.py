@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from sdmodule.callbacks.validation_interval import ValidationInterval
+from sdmodule.errors import count_of
 from sdmodule.io.atomic import atomic_write_text
 from sdmodule.io.noted_warnings import noted_warnings
 from sdmodule.io.redact import shorten_home
@@ -138,7 +139,7 @@ def hardware(trainer: Trainer) -> dict[str, str]:
     """What a training computes on, and with which versions."""
     device = trainer.strategy.root_device
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    name = gpu or f"{device.type}, {torch.get_num_threads()} threads"
+    name = gpu or f"{device.type}, {count_of(torch.get_num_threads(), 'thread')}"
     return {
         "device": f"{trainer.world_size} x {name}" if trainer.world_size > 1 else name,
         "precision": str(trainer.precision),
