@@ -124,7 +124,8 @@ def report_resource_errors(cfg: DictConfig) -> Iterator[None]:
     import torch
 
     try:
-        yield
+        with _dead_workers_reported(cfg):
+            yield
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or OUT_OF_MEMORY.search(str(error)):
             advice = ", then ".join(memory_advice(cfg))
@@ -132,14 +133,6 @@ def report_resource_errors(cfg: DictConfig) -> Iterator[None]:
         if RANK_LOST.search(str(error)):
             raise SettingsError(
                 "another process of this run is gone; its own output may say why; resume with ckpt_path=auto."
-            ) from error
-        if WORKER_DIED.search(str(error)):
-            from sdmodule.data.worker_processes import default_workers
-
-            workers = OmegaConf.select(cfg, "data.num_workers")
-            raise SettingsError(
-                "a data loading process died, probably out of memory; resume with ckpt_path=last and data.num_workers="
-                f"{(default_workers() if workers is None else workers) // 2}."
             ) from error
         raise
     except OSError as error:
@@ -154,6 +147,33 @@ def report_resource_errors(cfg: DictConfig) -> Iterator[None]:
             f"{error.filename}: cannot be read or written ({error.strerror}); choose another path or change its "
             "permissions."
         ) from error
+
+
+@contextmanager
+def _dead_workers_reported(cfg: DictConfig) -> Iterator[None]:
+    """Turn the death of a data loading process into a sentence.
+
+    torch raises it from a signal handler, in the middle of whatever runs, which may turn it into another error.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not any(WORKER_DIED.search(str(one)) for one in _with_causes(error)):
+            raise
+        from sdmodule.data.worker_processes import default_workers
+
+        workers = OmegaConf.select(cfg, "data.num_workers")
+        raise SettingsError(
+            "a data loading process died, probably out of memory; resume with ckpt_path=last and data.num_workers="
+            f"{(default_workers() if workers is None else workers) // 2}."
+        ) from error
+
+
+def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those while handling which it was raised."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def memory_advice(cfg: DictConfig) -> list[str]:

@@ -13,8 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from benchmarks.forked import Command, run
+from sdmodule.cli.error_messages import report_resource_errors
+from sdmodule.errors import SettingsError
 from sdmodule.training.checkpoint_io import is_intact
 from tests.faults.conftest import write_scenes
 
@@ -270,3 +273,13 @@ def test_too_many_skipped_steps_stop_a_training(training, tmp_path):
     settings += ["trainer.nan_loss=skip", "trainer.max_steps=1000", "callbacks=[]"]
     one = Command("train", *settings, log=tmp_path / "log", preparation=partial(nan_loss_at, *range(2, 1000)))
     assert_error(*one.wait(), "50 steps in a row, up to 51")
+
+
+def test_the_death_of_a_worker_is_told_whatever_it_interrupts():
+    """torch raises it from a signal handler; `inspect`, say, makes another error of what is raised within it."""
+    with pytest.raises(SettingsError, match=r"a data loading process died.*data.num_workers=2"):
+        with report_resource_errors(OmegaConf.create({"data": {"num_workers": 4}})):
+            try:
+                raise RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed.")
+            except RuntimeError as error:
+                raise TypeError("unsupported callable") from error
