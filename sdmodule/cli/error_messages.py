@@ -170,8 +170,10 @@ def _dead_workers_reported(cfg: DictConfig) -> Iterator[None]:
 
 
 def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, and those while handling which it was raised."""
-    while error is not None:
+    """An error, and those while handling which it was raised; they may refer to one another in a circle."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
 

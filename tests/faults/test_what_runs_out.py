@@ -283,3 +283,11 @@ def test_the_death_of_a_worker_is_told_whatever_it_interrupts():
                 raise RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed.")
             except RuntimeError as error:
                 raise TypeError("unsupported callable") from error
+
+
+def test_an_error_that_is_its_own_cause_ends_the_command():
+    error = TypeError("odd")
+    error.__cause__ = ValueError("odd")
+    error.__cause__.__cause__ = error
+    with pytest.raises(TypeError), report_resource_errors(OmegaConf.create({})):
+        raise error
