@@ -121,7 +121,7 @@ class TrainingReport(Callback):
         name = self.output_dir.absolute().name
         try:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            atomic_write_text(self.output_dir / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+            atomic_write_text(self.output_dir / REPORT, json.dumps(report, indent=2) + "\n")
             write_training_page(self.output_dir / PAGE, name, {name: self.output_dir})
         except OSError as error:  # a training need not end for it
             rank_zero_warn(f"{self.output_dir / PAGE}: could not be written ({error}); it shows what was before.")

@@ -57,7 +57,8 @@ def write_training_page(file: Path, title: str, runs: Mapping[str, Path]) -> Non
     """
     template = (resources.files("sdmodule.io") / "training_report.html").read_text(encoding="utf-8")
     data = {"title": title, "runs": [read_training(folder, name) for name, folder in runs.items()]}
-    shown = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+    shown = json.dumps(data, allow_nan=False)  # in ASCII: paths may hold what no UTF-8 can
+    shown = shown.replace("<", "\\u003c")
     atomic_write_text(file, template.replace("@DATA@", shown))
 
 
