@@ -108,18 +108,19 @@ def make_set(folder: Path, shard: dict[str, Any], samples: int, buckets: bool) -
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """The address of a server that gives out a folder."""
+def served(folder: Path, log: Path) -> Iterator[str]:
+    """The address of a server that gives out a folder, and logs what it is asked for."""
     command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", str(folder)]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        assert server.stdout is not None
-        port = re.search(r"port (\d+)", server.stdout.readline())
-        assert port is not None
-        yield f"http://127.0.0.1:{port[1]}"
-    finally:
-        server.kill()
-        server.wait()
+    with log.open("w") as requests:
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=requests, text=True)
+        try:
+            assert server.stdout is not None
+            port = re.search(r"port (\d+)", server.stdout.readline())
+            assert port is not None
+            yield f"http://127.0.0.1:{port[1]}"
+        finally:
+            server.kill()
+            server.wait()
 
 
 def row(work: Path, shard: dict[str, Any], samples: int, buckets: bool, batch: int) -> dict[str, Any]:
@@ -131,7 +132,7 @@ def row(work: Path, shard: dict[str, Any], samples: int, buckets: bool, batch: i
     folder = work / f"{samples}-{buckets}"
     make_set(folder, shard, samples, buckets)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with served(folder) as url:
+    with served(folder, work / "requests") as url:
         command = [sys.executable, "-c", START, url, work / f"{folder.name}-shards", int(buckets), batch, 8]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
     if done.returncode:

@@ -50,7 +50,7 @@ def check_launcher(name: str, config: DictConfig) -> None:
     if name == "joblib" and (groups := gpu_groups(config)):
         if launcher.n_jobs > groups:
             raise SettingsError(
-                f"hydra.launcher.n_jobs={launcher.n_jobs}: the GPUs of this machine suffice for "
+                f"hydra.launcher.n_jobs={launcher.n_jobs}: the GPUs of this machine are enough for "
                 f"{count_of(groups, 'job')} with trainer.devices={devices} at a time; leave it out."
             )
         if launcher.n_jobs == -1:
@@ -58,7 +58,7 @@ def check_launcher(name: str, config: DictConfig) -> None:
 
 
 def gpu_groups(config: DictConfig) -> int:
-    """How many jobs the GPUs of this machine suffice for at a time; 0 if the jobs use none, or choose their own."""
+    """How many jobs can run on the GPUs of this machine at a time; 0 if the jobs use none, or choose their own."""
     wanted = wanted_gpus(config)
     return max(len(visible_gpus()) // wanted, 1) if wanted and visible_gpus() else 0
 

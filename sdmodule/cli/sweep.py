@@ -56,7 +56,7 @@ class Sweep:
     def record(self, folder: Path, overrides: Sequence[str], error: str | None) -> None:
         """Leave a record of a job in its folder."""
         content = {"sweep": self.identity, "overrides": redact(list(overrides)), "error": error}
-        atomic_write_text(folder / RECORD, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        atomic_write_text(folder / RECORD, json.dumps(content, indent=1) + "\n")
 
     def read_record(self, folder: Path) -> dict[str, Any] | None:
         """The record of a job; None if the job has left none."""

@@ -9,11 +9,27 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from sdmodule.errors import SettingsError, is_int
+
 MAX_RATIO = 2.0
 """Largest ratio of the longer side to the shorter one; images of a more extreme shape are cropped to it."""
 
 Size = tuple[int, int]
 """Height and width in pixels."""
+
+
+def parse_size(resolution: int | Sequence[int]) -> Size:
+    """The height and width that ``data.resolution`` gives; one number gives squares.
+
+    Raises:
+        SettingsError: if it is neither a number nor a pair of numbers.
+    """
+    size = tuple(resolution) if isinstance(resolution, Sequence) else (resolution, resolution)
+    if len(size) != 2 or not all(is_int(side) and side > 0 for side in size):
+        raise SettingsError(
+            f"data.resolution={resolution}: must be a whole number of at least 1, or two as [height, width]."
+        )
+    return size[0], size[1]
 
 
 def bucket_sizes(size: Size) -> list[Size]:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from sdmodule.data.base import TrainingData
-from sdmodule.data.buckets import Size
+from sdmodule.data.buckets import Size, parse_size
 from sdmodule.data.dataset import CANNY, FILES, ImageFolderDataset
 from sdmodule.data.sampler import Groups, training_loader
 from sdmodule.data.sources.folder import Folder
@@ -22,7 +22,7 @@ from sdmodule.data.sources.mix import JoinedImages, WeightedSource, check_contro
 from sdmodule.data.sources.tar_shards import Shards
 from sdmodule.data.sources.verify import STAT, VERIFICATIONS
 from sdmodule.data.worker_processes import check_workers, loading_options
-from sdmodule.errors import SettingsError, check_bool, check_choice, check_int, check_number, check_seed, is_int
+from sdmodule.errors import SettingsError, check_bool, check_choice, check_int, check_number, check_seed
 
 
 class ImageDataModule(TrainingData):
@@ -78,11 +78,6 @@ class ImageDataModule(TrainingData):
         check_choice("cache.verify", verify, VERIFICATIONS)
         if conditioning is not None:
             check_choice("data.conditioning", conditioning, (CANNY, FILES))
-        size = tuple(resolution) if isinstance(resolution, Sequence) else (resolution, resolution)
-        if len(size) != 2 or not all(is_int(side) and side > 0 for side in size):
-            raise SettingsError(
-                f"data.resolution={resolution}: must be a whole number of at least 1, or two as [height, width]."
-            )
         check_int("data.batch_size", batch_size)
         check_workers(num_workers)
         check_seed("data.seed", seed)
@@ -93,7 +88,7 @@ class ImageDataModule(TrainingData):
         check_number("data.val_fraction", val_fraction, minimum=0, below=1)
         self.sources = sources
         self.validation = validation
-        self.size = (size[0], size[1])
+        self.size = parse_size(resolution)
         self.batch_size = batch_size
         self.val_fraction = val_fraction
         self.center_crop = center_crop

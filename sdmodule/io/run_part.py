@@ -102,7 +102,7 @@ class PartOfRun:
 
     def write(self, folder: Path) -> None:
         """Write it into the part's folder."""
-        atomic_write_text(folder / PART, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+        atomic_write_text(folder / PART, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> PartOfRun:

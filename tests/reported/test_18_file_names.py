@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from sdmodule.cli.main import train_main
+from sdmodule.cli.main import pack_main, train_main
+from sdmodule.io.run_part import PartOfRun
 from tests.reported.drawing import captioned, ramp, shard
 
 pytestmark = pytest.mark.slow
@@ -43,6 +44,20 @@ def test_members_of_a_tar(call, checkpoint, tmp_path):
     shard(tmp_path / "0.tar", *(f"{LATIN}-{k}" for k in range(4)))
     settings = ["data=webdataset", f"data.shards={tmp_path}/0.tar", "data.val_fraction=0.3"]
     trained(call, checkpoint, tmp_path / "out", *settings)
+
+
+def test_a_folder_that_is_packed(call, checkpoint, folder, tmp_path):
+    packed = tmp_path / "packed"
+    settings = [f"data.root={folder}", f"output_dir={packed}", "processes=0", "data.val_fraction=0"]
+    status, _, errors = call(pack_main, *settings)
+    assert status == 0 and not errors
+    trained(call, checkpoint, tmp_path / "out", "data=streaming", f"data.url={packed}")
+
+
+def test_a_part_of_a_run_is_noted(tmp_path):
+    part = PartOfRun(1, 2, 0, 3, 6, "digest", {"pretrained": f"models/{LATIN}"})
+    part.write(tmp_path)
+    assert PartOfRun.read(tmp_path) == part
 
 
 def test_a_bad_image_is_named(call, checkpoint, folder, tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from sdmodule.data.base import TrainingData
-from sdmodule.data.buckets import bucket_sizes
+from sdmodule.data.buckets import bucket_sizes, parse_size
 from sdmodule.data.dataset import CANNY, FILES
 from sdmodule.data.example import CaptionStyle
 from sdmodule.data.sources.mix import WeightedSource
@@ -39,7 +38,6 @@ from sdmodule.errors import (
     check_number,
     check_path,
     check_seed,
-    is_int,
 )
 from sdmodule.io.fingerprint import fingerprint
 
@@ -107,11 +105,6 @@ class StreamingDataModule(TrainingData):
         super().__init__()
         if conditioning is not None:
             check_choice("data.conditioning", conditioning, (CANNY, FILES))
-        size = tuple(resolution) if isinstance(resolution, Sequence) else (resolution, resolution)
-        if len(size) != 2 or not all(is_int(side) and side > 0 for side in size):
-            raise SettingsError(
-                f"data.resolution={resolution}: must be a whole number of at least 1, or two as [height, width]."
-            )
         check_int("data.batch_size", batch_size)
         check_int("data.shuffle_window", shuffle_window)
         check_workers(num_workers)
@@ -127,7 +120,7 @@ class StreamingDataModule(TrainingData):
         captions = WeightedSource(self.source, 1.0, template, shuffle_tags, keep_tags)  # type: ignore[arg-type]
         self.style = CaptionStyle(captions.templates, shuffle_tags, keep_tags)
         self.varied = captions.varied
-        self.size = (size[0], size[1])
+        self.size = parse_size(resolution)
         self.batch_size = batch_size
         self.val_fraction = val_fraction
         self.center_crop = center_crop
@@ -143,7 +136,7 @@ class StreamingDataModule(TrainingData):
         self.train_set: Any = None
         self.val_set: StreamedImages | None = None
         self.preview_set: StreamedImages | None = None
-        self.sources = [SimpleNamespace(source=self.source)]
+        self.sources = [captions]
         self.bare: list[Any] = []
         self._resumed: Mapping[str, Any] | None = None
 

@@ -89,7 +89,7 @@ class StreamedExamples:
             return load(shard.read(files.encoded))
         except (SafetensorError, OSError) as error:
             raise SettingsError(
-                f"data.url: the latents of {files.image[0]} in {shard.name} cannot be read ({error}); pack the set "
+                f"{shard.key}: the latents of {files.image[0]} in {shard.name} cannot be read ({error}); pack the set "
                 "again."
             ) from error
 

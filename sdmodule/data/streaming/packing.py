@@ -276,7 +276,7 @@ def _files(images: Any, index: int) -> tuple[dict[str, bytes], bool]:
 
 
 def _json(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, ensure_ascii=False).encode()
+    return json.dumps(content).encode()  # in ASCII: names of files may hold what no UTF-8 can
 
 
 def _content(image: ImageFile) -> tuple[bytes, str]:

@@ -235,7 +235,7 @@ class ShardReader:
             file = self._local(shard)
         else:
             file = self.cache.open(shard)
-        opened = OpenShard(file, shard.url, shard.digest, self.source.skip_bad)
+        opened = OpenShard(file, self.source.key, shard.url, shard.digest, self.source.skip_bad)
         if len(opened.samples) != self.index.samples[number]:
             raise SettingsError(
                 f"{self.source.key}={shard.url}: has {len(opened.samples):,} samples, and the index says "

@@ -81,6 +81,7 @@ class OpenShard:
 
     Args:
         file: the shard.
+        key: name of the setting that gave the set, for messages.
         name: its address, for messages.
         digest: its fingerprint, if that is known.
         skip_bad: pass over images without a caption.
@@ -89,8 +90,9 @@ class OpenShard:
         SettingsError: if it cannot be read.
     """
 
-    def __init__(self, file: BinaryIO, name: str, digest: str, skip_bad: bool) -> None:
+    def __init__(self, file: BinaryIO, key: str, name: str, digest: str, skip_bad: bool) -> None:
         self.file = file
+        self.key = key
         self.name = name
         self.digest = digest
         try:
@@ -98,10 +100,10 @@ class OpenShard:
                 self.samples = list(read_samples(tar, skip_bad))
         except (tarfile.TarError, OSError) as error:
             raise SettingsError(
-                f"data.url: {name} cannot be read ({error}); give complete, uncompressed tar files."
+                f"{key}={name}: cannot be read ({error}); give complete, uncompressed tar files."
             ) from error
         except SettingsError as error:
-            raise SettingsError(f"data.url: {name}: {error}") from error
+            raise SettingsError(f"{key}={name}: {error}") from error
 
     def read(self, place: Place) -> bytes:
         """The bytes of a file in it.
@@ -149,18 +151,19 @@ def read_caption(shard: OpenShard, sample: SampleFiles, key: str) -> tuple[str, 
     Raises:
         SettingsError: if the file cannot be read or has no caption.
     """
-    where = f"data.url: the caption {shard.name.rpartition('/')[2]}/{sample.caption[0]}"
+    name = f"the caption {shard.name.rpartition('/')[2]}/{sample.caption[0]}"
     try:
         text = shard.read(sample.caption).decode("utf-8-sig")
         if not sample.caption[0].lower().endswith(".json"):
             return text.strip(), {}
         content = json.loads(text)
     except (OSError, ValueError) as error:
-        raise SettingsError(f"{where} cannot be read ({error}); replace it by UTF-8 text or JSON.") from error
+        raise SettingsError(
+            f"{shard.key}: {name} cannot be read ({error}); replace it by UTF-8 text or JSON."
+        ) from error
     if not isinstance(content, dict) or not isinstance(content.get(key), str):
         held = f"only {', '.join(sorted(content))}" if isinstance(content, dict) else "and is not an object"
         raise SettingsError(
-            f"data.caption_key={key}: {where.removeprefix('data.url: ')} has no string under this key, {held}; give "
-            "the key of the captions."
+            f"data.caption_key={key}: {name} has no string under this key, {held}; give the key of the captions."
         )
     return content[key], content

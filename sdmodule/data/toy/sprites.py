@@ -1,4 +1,4 @@
-"""Sprites: small pictures of things on a transparent ground, in several styles."""
+"""Sprites: small images of things on a transparent background, in several styles."""
 
 from __future__ import annotations
 

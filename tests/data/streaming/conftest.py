@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import random
-import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from benchmarks.streaming import served
 from sdmodule.data.streaming import remote
 
 SHAPES = [(40, 40), (64, 32), (32, 64)]
@@ -74,22 +72,6 @@ def plain(scenes, tmp_path_factory) -> Path:
     return folder
 
 
-@contextmanager
-def serving(folder: Path, log: Path) -> Iterator[str]:
-    """The address of a server that gives out a folder; ``log`` has a line for each request."""
-    command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", str(folder)]
-    with log.open("w") as requests:
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=requests, text=True)
-        try:
-            assert server.stdout is not None
-            port = re.search(r"port (\d+)", server.stdout.readline())
-            assert port is not None
-            yield f"http://127.0.0.1:{port[1]}"
-        finally:
-            server.kill()
-            server.wait()
-
-
 Serve = Callable[[Path], str]
 
 
@@ -99,4 +81,4 @@ def serve(tmp_path) -> Iterator[Serve]:
     from contextlib import ExitStack
 
     with ExitStack() as stack:
-        yield lambda folder: stack.enter_context(serving(folder, tmp_path / "requests"))
+        yield lambda folder: stack.enter_context(served(folder, tmp_path / "requests"))

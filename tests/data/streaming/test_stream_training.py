@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from typing_extensions import override
 
 from benchmarks.forked import run, run_ranks
+from benchmarks.streaming import served
 from sdmodule.callbacks.latent_cache import LatentCache
 from sdmodule.data import StreamingDataModule
 from sdmodule.module import StableDiffusionModule
-from tests.data.streaming.conftest import serving
 from tests.fitting import fit
 
 
@@ -83,7 +83,7 @@ def test_two_processes_over_http_continue_what_one_began_and_one_continues_them(
     def weights(out: Path):
         return load_file(out / "export" / "unet" / "diffusion_pytorch_model.safetensors")
 
-    with serving(packed, tmp_path / "requests") as url:
+    with served(packed, tmp_path / "requests") as url:
         base = ["data=streaming", f"data.url={url}", "data.buckets=true", "resolution=32", f"pretrained={checkpoint}"]
         base += ["callbacks=[checkpoint,export]", "cache=all", "model.optimizer.lr=1e-4", "data.random_flip=true"]
         base += [f"data.cache_folder={tmp_path / 'shards'}", "data.shuffle_window=1", "callbacks.export.weights=raw"]
