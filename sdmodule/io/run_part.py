@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sdmodule.errors import SettingsError
+from sdmodule.errors import SettingsError, count_of
 from sdmodule.io.atomic import atomic_write_text
 from sdmodule.io.run_folder import to_line
 
@@ -65,8 +65,8 @@ class Part:
         batches = -(-len(images) // batch_size)
         if batches < self.parts:
             raise SettingsError(
-                f"shard={self}: the run has {len(images):,} images in {batches:,} batches of batch_size={batch_size}, "
-                f"and a part has at least one; give at most {batches:,} parts, or a smaller batch_size."
+                f"shard={self}: {count_of(len(images), 'image')} with batch_size={batch_size} can be split into at "
+                f"most {count_of(batches, 'part')}; give no more parts than that, or a smaller batch_size."
             )
         first, end = (batches * k // self.parts * batch_size for k in (self.number - 1, self.number))
         return list(images[first:end])

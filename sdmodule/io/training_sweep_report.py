@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from sdmodule.io.atomic import atomic_write_text
 from sdmodule.io.html_report import Job, write_page
-from sdmodule.io.run_folder import METRICS
+from sdmodule.io.metrics_file import read_curves
 from sdmodule.io.sweep_report import sweep_jobs
 
 
@@ -34,15 +34,9 @@ class Training(Job):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The last value of each metric in ``metrics.csv``."""
-        file = self.root / METRICS
-        last: dict[str, float] = {}
-        if not file.is_file():
-            return last
-        with file.open(newline="", encoding="utf-8") as lines:
-            for row in csv.DictReader(lines):
-                last |= {name: float(value) for name, value in row.items() if value}
-        return last
+        """The last value of each metric in ``metrics.csv``; those that are NaN or infinite are left out."""
+        last = {key: points[-1][1] for key, points in read_curves(self.root).items()}
+        return {key: value for key, value in last.items() if value is not None}
 
 
 def summarize_trainings(folder: Path, finished: Sequence[tuple[Path, Sequence[str]]]) -> None:

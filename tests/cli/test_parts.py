@@ -131,7 +131,7 @@ def test_a_part_on_two_devices_is_resumed_by_both(call, command, whole, parts, t
         ("0/3", ["shard=0/3", "such as 3/100"]),
         ("4/3", ["shard=4/3", "counted from 1"]),
         ("half", ["shard=half"]),
-        ("1/6", ["shard=1/6", "10 images in 5 batches of batch_size=2", "at most 5 parts"]),
+        ("1/6", ["shard=1/6", "10 images with batch_size=2", "at most 5 parts"]),
     ],
 )
 def test_a_part_that_there_is_not_is_refused(call, command, tmp_path, shard, words):
