@@ -8,7 +8,7 @@ from sdmodule.errors import SettingsError
 
 def test_a_start_is_measured(tmp_path):
     source = data_growth.make("tar", 12, tmp_path / "images")
-    row = data_growth.start("tar", source, tmp_path / "cache", ranks=2)
+    row = data_growth.start("tar", source, tmp_path / "cache")
     assert row.keys() == {"seconds", "processor_seconds", "worker_mb", "memory_mb", "own_memory_mb"}
     assert row["seconds"] > 0 and len(list((tmp_path / "cache").rglob("*.arrow"))) == 1
 

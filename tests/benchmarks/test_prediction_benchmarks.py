@@ -6,9 +6,8 @@ from benchmarks import growing_pages, prediction_parts
 
 
 def test_killed_parts_make_the_run_of_one_process(checkpoint, tmp_path, capsys):
-    [row] = prediction_parts.measure(["--quick", f"--pretrained={checkpoint}", "--json", str(tmp_path / "x.json")])[
-        "rows"
-    ]
+    arguments = ["--quick", "--parts=2", "--killed=1", f"--pretrained={checkpoint}", "--json", str(tmp_path / "x.json")]
+    [row] = prediction_parts.measure(arguments)["rows"]
     assert json.loads((tmp_path / "x.json").read_text())["rows"] == [row]
     assert row["images"] == 80 and not any(row[name] for name in ("missing", "pixels_differ", "metadata_differ"))
     assert "merge_seconds" in capsys.readouterr().out

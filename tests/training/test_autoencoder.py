@@ -10,7 +10,7 @@ from lightning import Trainer
 
 from sdmodule.components.checkpoint import load_components, load_part
 from sdmodule.data.toy.dataset import ShapesDataModule
-from sdmodule.training.autoencoder import AutoencoderModule
+from sdmodule.training.autoencoder import AutoencoderModule, edge_error
 
 
 def fit(checkpoint: Path, steps: int, **settings) -> tuple[AutoencoderModule, Trainer]:
@@ -37,6 +37,14 @@ def test_losses_match_diffusers(checkpoint):
     posterior = module.vae.encode(image).latent_dist
     per_value = posterior.kl().mean() / posterior.mean[0].numel()  # diffusers sums over the latents of an image
     torch.testing.assert_close(losses["kl"], per_value)
+
+
+def test_the_edge_loss_compares_neighbouring_pixels():
+    """A constant error has no edges; a step of 2 counts at one of three places along one of two axes."""
+    error = torch.ones(1, 3, 4, 4)
+    assert edge_error(error) == 0
+    error[..., 2:] = 3
+    assert edge_error(error) == pytest.approx(0.5 * 2 / 3)
 
 
 @pytest.mark.slow
