@@ -16,7 +16,7 @@ from sdmodule.components.checkpoint import load_part
 from sdmodule.components.save import save_part
 from sdmodule.components.write_single_file import save_single_vae
 from sdmodule.diffusion.upload import upload
-from sdmodule.errors import SettingsError, check_seed
+from sdmodule.errors import SettingsError, check_bool, check_seed
 from sdmodule.io.redact import shorten_home
 from sdmodule.training.full import FullTuning
 from sdmodule.training.optimizers import Optimization
@@ -40,12 +40,13 @@ class AutoencoderModule(TrainableModule):
         l1_weight: weight of the absolute error.
         edge_weight: weight of the absolute error of the differences between neighbouring pixels.
         kl_weight: weight of the divergence from a standard normal distribution, per latent value.
+        decoder_only: keep the encoder, and with it the latents, as they are, so that UNets trained on them still fit.
         optimizer: takes the trainable parameters and returns the optimizer.
         lr_scheduler: takes the optimizer and returns its learning rate schedule.
         seed: seed of the noise that latents are drawn with.
 
     Raises:
-        SettingsError: for another tuning, and for a seed out of range.
+        SettingsError: for another tuning, a seed out of range, and a decoder that would learn from a random encoder.
     """
 
     needs_captions = False
@@ -59,6 +60,7 @@ class AutoencoderModule(TrainableModule):
         l1_weight: float = 0.1,
         edge_weight: float = 0.0,
         kl_weight: float = 1e-6,
+        decoder_only: bool = False,
         optimizer: Callable[..., torch.optim.Optimizer] | None = None,
         lr_scheduler: Callable[..., Any] | None = None,
         seed: int = 0,
@@ -67,9 +69,17 @@ class AutoencoderModule(TrainableModule):
         if choose_tuning(tuning) != FullTuning():
             raise SettingsError(f"tuning={tuning}: is for UNets, and model=autoencoder has none; leave it out.")
         check_seed("model.seed", seed)
+        check_bool("model.decoder_only", decoder_only)
+        if decoder_only and "vae" in scratch:
+            raise SettingsError("model.decoder_only=true: keeps the encoder, but scratch=[vae] draws it at random.")
         pretrained = shorten_home(pretrained)
-        self.save_hyperparameters("pretrained", "l1_weight", "edge_weight", "kl_weight", "seed")
+        self.save_hyperparameters("pretrained", "l1_weight", "edge_weight", "kl_weight", "decoder_only", "seed")
         self.vae = load_part("vae", pretrained, scratch="vae" in scratch)
+        self.decoder_only = decoder_only
+        if decoder_only:
+            self.vae.encoder.requires_grad_(False)
+            if self.vae.quant_conv is not None:
+                self.vae.quant_conv.requires_grad_(False)
         self.optimization = Optimization(optimizer, lr_scheduler, usual={"lr": 1e-4})
         self.seed = seed
         self.latent_variance: float | None = None  # of the last validation
@@ -137,10 +147,12 @@ class AutoencoderModule(TrainableModule):
     def save_pretrained(self, folder: str | Path, dtype: str = "float32", layout: str = "diffusers") -> None:
         """Write ``folder/vae``, its scaling factor set so that the latents seen in validation have unit variance.
 
+        That of an encoder that was kept is kept too.
+
         With ``layout="single_file"`` the weights are in ``folder/vae.safetensors``, in the original layout.
         """
         check_layout(self, layout)
-        if self.latent_variance is not None:
+        if self.latent_variance is not None and not self.decoder_only:
             self.vae.register_to_config(scaling_factor=self.latent_variance**-0.5)
         if layout == "single_file":
             save_single_vae(self.vae, folder, dtype)

@@ -10,12 +10,14 @@ from lightning import Trainer
 
 from sdmodule.components.checkpoint import load_components, load_part
 from sdmodule.data.toy.dataset import ShapesDataModule
+from sdmodule.errors import SettingsError
 from sdmodule.training.autoencoder import AutoencoderModule, edge_error
 
 
-def fit(checkpoint: Path, steps: int, **settings) -> tuple[AutoencoderModule, Trainer]:
+def fit(checkpoint: Path, steps: int, decoder_only: bool = False, **settings) -> tuple[AutoencoderModule, Trainer]:
     torch.manual_seed(0)
-    module = AutoencoderModule(str(checkpoint), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
+    own = {"decoder_only": decoder_only, "optimizer": lambda p: torch.optim.AdamW(p, lr=1e-2)}
+    module = AutoencoderModule(str(checkpoint), **own)
     trainer = Trainer(
         max_steps=steps,
         accelerator="cpu",
@@ -72,6 +74,21 @@ def test_the_export_can_replace_the_vae_of_a_checkpoint(checkpoint, tmp_path):
     old = load_part("vae", str(checkpoint))
     assert not torch.equal(parts.vae.decoder.conv_in.weight, old.decoder.conv_in.weight)
     assert parts.vae.config.scaling_factor == old.config.scaling_factor
+
+
+def test_a_decoder_alone_learns_and_latents_stay(checkpoint, tmp_path):
+    module, _ = fit(checkpoint, 2, decoder_only=True, limit_val_batches=1, val_check_interval=1)
+    module.save_pretrained(tmp_path)
+    ours, before = load_part("vae", str(tmp_path / "vae")), load_part("vae", str(checkpoint))
+    assert ours.config.scaling_factor == before.config.scaling_factor
+    image, latents = torch.rand(1, 3, 32, 32), torch.randn(1, 4, 16, 16)
+    assert torch.equal(ours.encode(image).latent_dist.mode(), before.encode(image).latent_dist.mode())
+    assert not torch.equal(ours.decode(latents).sample, before.decode(latents).sample)
+
+
+def test_a_decoder_alone_needs_an_encoder(checkpoint):
+    with pytest.raises(SettingsError, match=r"model.decoder_only=true: keeps the encoder, but scratch"):
+        AutoencoderModule(str(checkpoint), scratch=["vae"], decoder_only=True)
 
 
 def test_the_module_loads_from_its_checkpoint(checkpoint, tmp_path):
