@@ -1,8 +1,9 @@
 """Measure how often an image follows its prompt.
 
 The prompts are captions of seeded scenes: 200 with one object, 100 with one whose pair of colour and shape no training
-image has, and 100 with two objects. A reader of plain image analysis, itself checked on rendered scenes first, reads
-each sample, and every word of the prompt is judged.
+image has, and 100 with two objects. A strict reader of plain image analysis reads each sample, and every word of the
+prompt is judged. The reader is checked first: on rendered scenes, which are right; on the same through the model's
+autoencoder, the best that any sample can be; and on renderings that are wrong in one thing.
 
 With ``task=inpaint``, 200 rendered scenes are inpainted: the object is masked, and the prompt asks for one of another
 shape and colour in its place.
@@ -32,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.inpaint_scenes import InpaintScene, draw_inpaint_scene, judge_inpainting
 from benchmarks.report import Parser, main, print_table, report, write_json
+from benchmarks.scene_defects import wrong_images
 from benchmarks.scene_reader import ATTRIBUTES, judge, read_scene
 from sdmodule.data.toy.scenes import IMAGE_SIZE, Scene, caption, render, sample_double, sample_single
 from sdmodule.errors import SettingsError, choices
@@ -51,6 +53,12 @@ INPAINTED = "inpainted"
 
 INPAINT_SCENES = 200
 """Scenes that are inpainted, and as many rendered ones to check the reader on."""
+
+RECONSTRUCTED = 200
+"""Rendered images that also go through the model's autoencoder."""
+
+WRONG = 100
+"""Images of each kind of wrong one; fewer where a kind applies to fewer scenes."""
 
 MODELS = {"text2image": "tiny", "inpaint": "tiny-inpaint"}
 """The default model of each task."""
@@ -176,6 +184,30 @@ def tally(scenes: Sequence[tuple[str, Scene]], verdicts: Sequence[Verdict]) -> l
     return rows
 
 
+def tally_wrong(scenes: Sequence[Scene], per_change: int, seed: int) -> list[dict[str, Any]]:
+    """Rows of wrong images: for each kind of change, how many of them the reader calls right."""
+    rows = []
+    for change, wrong in wrong_images(scenes, per_change, random.Random(seed)).items():
+        right = sum(judge(scene, read_scene(image))["all"] for scene, image in wrong)
+        share = {"right": right, "counted": len(wrong), "rate": round(right / len(wrong), 4)}
+        rows.append({"change": change, "images": len(wrong), "called right": share})
+    return rows
+
+
+@torch.no_grad()
+def reconstruct(module: StableDiffusionModule, images: Sequence[Image.Image]) -> list[Image.Image]:
+    """Images through the model's autoencoder, from the means of their latents."""
+    from sdmodule.io.images import image_to_tensor, to_images
+    from sdmodule.sampling.decode import decode
+    from sdmodule.training.loss import encode_moments
+
+    found: list[Image.Image] = []
+    for one in images:
+        mean, _ = encode_moments(module.parts, image_to_tensor(one)[None].to(module.device)).chunk(2, dim=1)
+        found += to_images(decode(module.parts, mean * module.parts.vae.config.scaling_factor).cpu())
+    return found
+
+
 def show(title: str, rows: Sequence[dict[str, Any]]) -> None:
     """Print a tally; measures that do not apply to a row are left empty."""
 
@@ -183,8 +215,8 @@ def show(title: str, rows: Sequence[dict[str, Any]]) -> None:
         return f"{value['rate']:.1%} of {value['counted']}" if isinstance(value, dict) else str(value)
 
     print(f"\n{title}")
-    counted = [measure for measure in MEASURES if any(measure in row for row in rows)]
-    print_table([{key: cell(row.get(key, "")) for key in ("scenes", *counted)} for row in rows])
+    counted = [key for key in (*MEASURES, "called right") if any(key in row for row in rows)]
+    print_table([{key: cell(row[key]) for key in ("scenes", "change", *counted) if key in row} for row in rows])
 
 
 def contact_sheet(images: Sequence[Image.Image], verdicts: Sequence[Verdict]) -> Image.Image:
@@ -204,7 +236,8 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
         arguments: what was typed after the name of the program.
 
     Returns:
-        The report: ``rows`` of the samples, and in ``reader`` the same rows of rendered images.
+        The report: ``rows`` of the samples; the same of rendered images in ``reader``, and of those through the
+        model's autoencoder in ``reconstructed``; in ``wrong`` the share of wrong images that the reader calls right.
 
     Raises:
         SettingsError: an argument cannot be used.
@@ -233,6 +266,11 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
 
     reader = tally(rendered, judge_all(rendered, (render(scene) for _, scene in rendered)))
     show(f"The reader, on {len(rendered)} rendered images", reader)
+    wrong = tally_wrong([scene for _, scene in rendered], WRONG // share, settings.seed)
+    show(f"The reader, on {sum(row['images'] for row in wrong)} wrong images", wrong)
+    some = rendered[:: max(len(rendered) * share // RECONSTRUCTED, 1)]
+    reconstructed = tally(some, judge_all(some, reconstruct(module, [render(scene) for _, scene in some])))
+    show(f"The reader, on {len(some)} rendered images through the autoencoder", reconstructed)
 
     befores = [render(scene.before) for scene in inpaint_scenes]
     masked = [(before, scene.box) for before, scene in zip(befores, inpaint_scenes, strict=True)]
@@ -245,7 +283,8 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
     show(f"The model, on {len(scenes)} sampled images", rows)
 
     result = report([__file__, *arguments], rows)
-    result |= {"reader": reader, "dtype": str(weights).removeprefix("torch.")}
+    result |= {"reader": reader, "wrong": wrong, "reconstructed": reconstructed}
+    result |= {"dtype": str(weights).removeprefix("torch.")}
     if settings.json:
         write_json(settings.json, result)
     if settings.sheet:

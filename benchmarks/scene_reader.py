@@ -1,22 +1,25 @@
-"""Read a scene from an image, and judge it against its caption.
+"""Read a scene from an image, strictly, and judge it against its caption.
 
 The images of :mod:`sdmodule.data.toy.scenes` are flat colours inside known outlines, so image analysis reads them:
 the border gives the background, patches of another palette colour give the objects, and the outline that overlaps a
-patch best gives its shape, centre and radius. Without a network, the reader cannot share a model's mistakes.
+patch best gives its shape, centre and radius. A colour that is none of the palette's, an outline that departs from
+the rendered shape, and anything that the scene read does not explain are errors. Without a network, the reader cannot
+share a model's mistakes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import permutations
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy import ndimage, optimize
+from scipy import ndimage
 
-from sdmodule.data.toy.scenes import COLOURS, IMAGE_SIZE, PLACES, RELATIONS, SHAPES, SIZES, Scene, SceneObject, render
+from benchmarks.scene_outlines import fit_outline, has_outline, sharpen
+from sdmodule.data.toy.scenes import COLOURS, IMAGE_SIZE, PLACES, RELATIONS, SIZES, Scene, SceneObject
 from sdmodule.errors import SettingsError
 
 MIN_AREA = 25
@@ -25,11 +28,17 @@ MIN_AREA = 25
 MIN_CORE = 4
 """Fewest pixels of a patch of one colour without its rim, where colours blend."""
 
-MIN_OVERLAP = 0.7
-"""Least overlap (intersection over union) with an outline at which a patch has a shape at all."""
+MAX_COLOUR_DISTANCE = 35.0
+"""Largest Euclidean distance, in RGB of 0 to 255, from a colour of the palette; the closest two there are 77 apart."""
+
+MAX_STRAY = 40.0
+"""Largest Euclidean distance, in RGB of 0 to 255, of a pixel from the scene that was read."""
+
+MIN_SPECK = 4
+"""Fewest neighbouring pixels beyond :data:`MAX_STRAY` that are a speck."""
 
 UNCLEAR = "unclear"
-"""Shape of a patch that overlaps no outline enough."""
+"""Colour that is none of the palette's, and shape of a patch that has the outline of none."""
 
 SIZE_LIMITS = {
     "small": (SIZES["small"][1] + sum(SIZES[None]) / 2) / 2,
@@ -40,12 +49,15 @@ SIZE_LIMITS = {
 PLACE_LIMIT = (4.0 + 10.0) / 2
 """Smallest offset of a named place: halfway between the largest unnamed offset (4) and the smallest named one (10)."""
 
-ATTRIBUTES = ("background", "count", "colour", "shape", "size", "place", "relation", "all")
+ATTRIBUTES = ("background", "count", "colour", "shape", "size", "place", "relation", "clean", "all")
 """What :func:`judge` may report, in order."""
 
 _NAMES = list(COLOURS)
 _PALETTE = np.array(list(COLOURS.values()), dtype=float)
 _SQUARE = np.ones((3, 3), dtype=bool)
+
+EDGE = 2
+"""Pixels on either side of an outline in which colours blend."""
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -56,26 +68,33 @@ class Reading:
     """What an image shows.
 
     Attributes:
-        background: name of the background's colour.
-        objects: the objects, largest patch first; a shape may be :data:`UNCLEAR`.
+        background: name of the background's colour; may be :data:`UNCLEAR`.
+        objects: the objects, largest patch first; a colour or shape may be :data:`UNCLEAR`.
+        clean: whether background and objects explain every pixel, so that there is no speck.
     """
 
     background: str
     objects: tuple[SceneObject, ...]
+    clean: bool = True
+
+
+@dataclass(frozen=True)
+class _Patch:
+    """A patch of one colour: its pixels, its median colour, and the palette's nearest name for it."""
+
+    mask: Mask
+    ink: Array
+    name: str
 
 
 def read_scene(image: Image.Image) -> Reading:
     """Read the background and the objects of an image.
 
-    Where two colours meet, the blend may pass near a third (red to yellow passes orange). A colour therefore counts as
-    present only where a patch of it survives the loss of its rim; every pixel is then given to the nearest of the
-    colours that are present, which halves each edge where the outline runs.
-
     Args:
         image: image of 64x64 pixels.
 
     Returns:
-        The background's colour, and colour, shape, centre and radius (pixels) of each object.
+        The background's colour, colour, shape, centre and radius (pixels) of each object, and whether that is all.
 
     Raises:
         SettingsError: the image has another size.
@@ -89,23 +108,19 @@ def read_scene(image: Image.Image) -> Reading:
     rim = np.ones(nearest.shape, dtype=bool)
     rim[1:-1, 1:-1] = False
     background = int(np.bincount(nearest[rim]).argmax())
-
-    cores = {k: _core(nearest == k) for k in range(len(_NAMES)) if k != background}
-    cores = {k: core for k, core in cores.items() if core.any()}
     ground = np.median(pixels[rim & (nearest == background)], axis=0)
-    inks = [np.median(pixels[core], axis=0) for core in cores.values()]
-    owner = _nearest(pixels, np.stack([ground, *inks]))
-
-    found = []
-    for number, ((colour, core), ink) in enumerate(zip(cores.items(), inks, strict=True), start=1):
-        for patch in _patches(owner == number):
-            if patch.sum() >= MIN_AREA and (patch & core).any():
-                # The share of ink in each pixel: 1 inside, 0 outside, between them on the antialiased edge.
-                share = np.clip((pixels - ground) @ (ink - ground) / ((ink - ground) ** 2).sum(), 0, 1)
-                edge = ndimage.binary_dilation(patch, _SQUARE) & ((owner == 0) | patch)
-                found.append((int(patch.sum()), SceneObject(_NAMES[colour], *_fit(share * edge))))
-    found.sort(key=lambda item: -item[0])
-    return Reading(_NAMES[background], tuple(item for _, item in found))
+    patches = _find_patches(pixels, nearest, background, ground)
+    covers = _covers(pixels, ground, patches)
+    outlines = [fit_outline(cover) for cover in covers]
+    objects = tuple(
+        SceneObject(
+            _named(patch.ink, patch.name),
+            outline.shape if has_outline(cover, outline) else UNCLEAR,
+            *(outline.x, outline.y, outline.radius),
+        )
+        for patch, cover, outline in zip(patches, covers, outlines, strict=True)
+    )
+    return Reading(_named(ground, _NAMES[background]), objects, clean=_is_clean(pixels, ground, patches))
 
 
 def judge(scene: Scene, reading: Reading) -> dict[str, bool]:
@@ -123,7 +138,11 @@ def judge(scene: Scene, reading: Reading) -> dict[str, bool]:
         Right or wrong for each stated one of :data:`ATTRIBUTES`; ``all`` is whether every one is right.
     """
     wanted = len(scene.objects)
-    verdict = {"background": reading.background == scene.background, "count": len(reading.objects) == wanted}
+    verdict = {
+        "background": reading.background == scene.background,
+        "count": len(reading.objects) == wanted,
+        "clean": reading.clean,
+    }
     seen = (*reading.objects, *[None] * wanted)[:wanted]
     orders = [_judge_objects(scene, order) for order in permutations(seen)]
     best = max(orders, key=lambda order: sum(order.values()))
@@ -159,62 +178,79 @@ def _lies(first: SceneObject, second: SceneObject, dx: float, dy: float) -> bool
     return dx * x + dy * y > abs(dy * x) + abs(dx * y)
 
 
+def _named(colour: Array, name: str) -> str:
+    """The palette's name of a colour, :data:`UNCLEAR` if it is too far from it."""
+    return name if np.linalg.norm(colour - COLOURS[name]) <= MAX_COLOUR_DISTANCE else UNCLEAR
+
+
 def _nearest(pixels: Array, colours: Array) -> NDArray[np.intp]:
     """Index of the nearest colour ``[n, 3]`` to each pixel ``[h, w, 3]``, as ``[h, w]``."""
     return ((pixels[:, :, None] - colours) ** 2).sum(-1).argmin(-1)
 
 
-def _patches(mask: Mask) -> list[Mask]:
+def _find_patches(pixels: Array, nearest: NDArray[np.intp], background: int, ground: Array) -> list[_Patch]:
+    """The patches of another colour than the background's, largest first.
+
+    Where two colours meet, the blend may pass near a third (red to yellow passes orange). A colour therefore counts as
+    present only where a patch of it survives the loss of its rim; every pixel is then given to the nearest of the
+    colours that are present, which halves each edge where the outline runs.
+    """
+    cores = {k: _core(nearest == k) for k in range(len(_NAMES)) if k != background}
+    cores = {k: core for k, core in cores.items() if core.any()}
+    inks = [np.median(pixels[core], axis=0) for core in cores.values()]
+    owner = _nearest(pixels, np.stack([ground, *inks]))
+    found = [
+        _Patch(mask, ink, _NAMES[colour])
+        for number, ((colour, core), ink) in enumerate(zip(cores.items(), inks, strict=True), start=1)
+        for mask in _parts(owner == number)
+        if mask.sum() >= MIN_AREA and (mask & core).any()
+    ]
+    return sorted(found, key=lambda patch: -int(patch.mask.sum()))
+
+
+def _covers(pixels: Array, ground: Array, patches: Sequence[_Patch]) -> list[Array]:
+    """The share of each pixel that each patch covers: 1 inside, 0 outside, between them on the antialiased edge.
+
+    The edge is looked for within :data:`EDGE` pixels of a patch that are not next to another one.
+    """
+    covers = []
+    for patch in patches:
+        taken = [ndimage.binary_dilation(other.mask, _SQUARE) for other in patches if other is not patch]
+        near = ndimage.binary_dilation(patch.mask, _SQUARE, iterations=EDGE)
+        near &= ~np.logical_or.reduce(taken) if taken else True
+        covers.append(sharpen(_share(pixels, ground, patch.ink)) * near)
+    return covers
+
+
+def _is_clean(pixels: Array, ground: Array, patches: Sequence[_Patch]) -> bool:
+    """Whether the background and the patches, in the colours read, explain every pixel.
+
+    At the edge of a patch any blend of its colour and the background's does: `has_outline` judges where the edge runs.
+    """
+    stray = np.linalg.norm(pixels - ground, axis=-1)
+    for patch in patches:
+        whole = ndimage.binary_fill_holes(patch.mask)
+        outer = ndimage.binary_dilation(whole, _SQUARE, iterations=EDGE)
+        inner = ndimage.binary_erosion(whole, _SQUARE, iterations=EDGE, border_value=1)
+        share = np.where(inner, 1.0, np.clip(_share(pixels, ground, patch.ink), 0, 1))
+        explained = ground + share[..., None] * (patch.ink - ground)
+        stray = np.where(outer, np.linalg.norm(pixels - explained, axis=-1), stray)
+    return all(part.sum() < MIN_SPECK for part in _parts(stray > MAX_STRAY))
+
+
+def _share(pixels: Array, ground: Array, ink: Array) -> Array:
+    """Share of a patch's colour in each pixel: 1 is the colour, 0 the background; noise goes beyond both."""
+    step = ink - ground
+    return (pixels - ground) @ step / (step @ step)
+
+
+def _parts(mask: Mask) -> list[Mask]:
+    """The connected parts of a mask."""
     labels, count = ndimage.label(mask)
     return [labels == k for k in range(1, count + 1)]
 
 
 def _core(mask: Mask) -> Mask:
     """A mask without its rim and specks."""
-    patches = [patch for patch in _patches(ndimage.binary_erosion(mask, _SQUARE)) if patch.sum() >= MIN_CORE]
-    return np.logical_or.reduce(patches) if patches else np.zeros_like(mask)
-
-
-def _cover(shape: str, x: float, y: float, radius: float) -> Array:
-    """Share of each pixel that a shape covers, drawn by the renderer of the scenes."""
-    image = render(Scene("black", (SceneObject("white", shape, x, y, radius),)))
-    black, white = COLOURS["black"][0], COLOURS["white"][0]
-    return (np.asarray(image, dtype=float)[:, :, 0] - black) / (white - black)
-
-
-def _moments(cover: Array) -> tuple[float, float, float]:
-    """Area and centroid (x, y) of a cover, in pixels."""
-    y, x = ndimage.center_of_mass(cover)
-    return float(cover.sum()), float(x) + 0.5, float(y) + 0.5
-
-
-@cache
-def _unit_moments(shape: str, radius: float = 20.0) -> tuple[float, float, float]:
-    """Area and centroid of a shape of radius 1 around the origin."""
-    area, x, y = _moments(_cover(shape, IMAGE_SIZE / 2, IMAGE_SIZE / 2, radius))
-    return area / radius**2, (x - IMAGE_SIZE / 2) / radius, (y - IMAGE_SIZE / 2) / radius
-
-
-def _fit(cover: Array) -> tuple[str, float, float, float]:
-    """Shape, centre and radius of the outline that overlaps a cover best.
-
-    Each shape starts with the area and centroid of the cover; the best three are then refined.
-    """
-    area, x, y = _moments(cover)
-
-    def miss(place: Array, shape: str) -> float:
-        drawn = _cover(shape, *place)
-        return 1.0 - float(np.minimum(drawn, cover).sum() / np.maximum(drawn, cover).sum())
-
-    def start(shape: str) -> Array:
-        unit_area, unit_x, unit_y = _unit_moments(shape)
-        radius = np.sqrt(area / unit_area)
-        return np.array([x - radius * unit_x, y - radius * unit_y, radius])
-
-    fits = []
-    for shape in sorted(SHAPES, key=lambda shape: miss(start(shape), shape))[:3]:
-        options = {"initial_simplex": start(shape) + np.vstack([np.zeros(3), 0.6 * np.eye(3)]), "maxfev": 30}
-        best = optimize.minimize(miss, start(shape), args=(shape,), method="Nelder-Mead", options=options)
-        fits.append((float(best.fun), shape, *best.x.tolist()))
-    lost, shape, x, y, radius = min(fits)
-    return shape if 1.0 - lost >= MIN_OVERLAP else UNCLEAR, x, y, radius
+    parts = [part for part in _parts(ndimage.binary_erosion(mask, _SQUARE)) if part.sum() >= MIN_CORE]
+    return np.logical_or.reduce(parts) if parts else np.zeros_like(mask)

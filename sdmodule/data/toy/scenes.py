@@ -133,16 +133,20 @@ def caption(scene: Scene) -> str:
     return f"a {size}{words[0]}{place} on a {scene.background} background"
 
 
+def coverage(item: SceneObject, size: int = IMAGE_SIZE, oversample: int = 4) -> Image.Image:
+    """The share of each pixel that an object covers, as an image of ``size`` x ``size`` grey levels (255 is all)."""
+    mask = Image.new("L", (size * oversample, size * oversample))
+    scale = oversample * size / IMAGE_SIZE
+    corners = [(item.x + item.radius * px, item.y + item.radius * py) for px, py in SHAPES[item.shape]]
+    ImageDraw.Draw(mask).polygon([(x * scale, y * scale) for x, y in corners], fill=255)
+    return mask.reduce(oversample)
+
+
 def render(scene: Scene, size: int = IMAGE_SIZE, oversample: int = 4) -> Image.Image:
     """Render a scene as an RGB image of ``size`` x ``size`` pixels, antialiased."""
     image = Image.new("RGB", (size, size), COLOURS[scene.background])
-    scale = oversample * size / IMAGE_SIZE
     for item in scene.objects:
-        mask = Image.new("L", (size * oversample, size * oversample))
-        corners = [(item.x + item.radius * px, item.y + item.radius * py) for px, py in SHAPES[item.shape]]
-        outline = [(x * scale, y * scale) for x, y in corners]
-        ImageDraw.Draw(mask).polygon(outline, fill=255)
-        image.paste(COLOURS[item.colour], mask=mask.reduce(oversample))
+        image.paste(COLOURS[item.colour], mask=coverage(item, size, oversample))
     return image
 
 
