@@ -3,7 +3,7 @@
 The prompts are captions of seeded scenes: 200 with one object, 100 with one whose pair of colour and shape no training
 image has, and 100 with two objects. A strict reader of plain image analysis reads each sample, and every word of the
 prompt is judged. The reader is checked first: on rendered scenes, which are right; on the same through the model's
-autoencoder, the best that any sample can be; and on renderings that are wrong in one thing.
+autoencoder, about the best that samples can be; and on renderings that are wrong in one thing.
 
 With ``task=inpaint``, 200 rendered scenes are inpainted: the object is masked, and the prompt asks for one of another
 shape and colour in its place.

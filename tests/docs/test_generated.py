@@ -89,6 +89,17 @@ def test_a_card_has_its_page_with_a_table_for_each_section(tmp_path):
     assert pages["gpu.md"].count("| section | what | passed |") == 2 and "No GPU" not in pages["index.md"]
 
 
+def test_a_benchmark_that_checks_itself_shows_the_checks_where_asked(tmp_path):
+    share = {"right": 0, "counted": 9, "rate": 0.0}
+    content = {"command": "python benchmarks/prompt_following.py", "rows": [{"all": share}]}
+    content["wrong"] = [{"change": "a speck", "called right": share}]
+    (tmp_path / "prompt.json").write_text(json.dumps(content), encoding="utf-8")
+    for asked in (True, False):
+        notes = {"prompt": {"page": "prompt_following", "checks": asked}}
+        pages = benchmark_pages(tmp_path, notes, sdmodule.__version__)
+        assert ("| a speck | 0.0% of 9 |" in pages["prompt_following.md"]) == asked
+
+
 def test_a_result_is_stale_when_superseded_or_of_an_older_minor_version():
     content = {"versions": {"sdmodule": "0.1.3"}}
     assert stale_because(content, {}, "0.1.9") is None
