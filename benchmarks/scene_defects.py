@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -165,7 +165,7 @@ CHANGES: dict[str, Callable[[Scene, random.Random], Image.Image | None]] = {
 """What is wrong, and how a scene is drawn so; None where it does not apply."""
 
 
-def _other(names: Sequence[str] | dict[str, object], rng: random.Random, *used: str) -> str:
+def _other(names: Iterable[str], rng: random.Random, *used: str) -> str:
     return rng.choice([name for name in names if name not in used])
 
 
