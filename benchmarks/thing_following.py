@@ -1,9 +1,9 @@
 """Measure how often an image shows the thing that its prompt names.
 
 The prompts are captions of seeded scenes: 100 of one thing in the middle, 100 of one whose size and place are named,
-100 of a thing in a style in which no training image shows it, and 100 of two things. A scorer, itself checked on
-renderings of the same captions first, reads each sample among the names of all sprites, and its style and background;
-see `thing_reader`. Two things are right if both are.
+100 of a thing in a style in which no training image shows it, and 100 of two things. A scorer reads each sample among
+the names of all sprites, and its style and background; see `thing_reader`. It is checked on renderings of these captions
+and of others first. Two things are right if both are.
 
 Needs the sprites that ``examples/embedded/make_sprites.py`` makes.
 
@@ -43,8 +43,8 @@ KINDS: dict[str, Callable[[random.Random, Sprites], EmojiScene]] = {
 }
 """For each row, how to draw a scene."""
 
-PROMPTS = 100
-"""Scenes of each kind."""
+PROMPTS, RENDERED = 100, 500
+"""Scenes of each kind that are sampled, and rendered ones that the scorer is checked on: the same ones, and more."""
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -76,9 +76,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def draw_scenes(sprites: Sprites, seed: int, count: int) -> list[tuple[str, EmojiScene]]:
-    """Draw ``count`` scenes of each kind of :data:`KINDS`."""
-    rng = random.Random(seed)
-    return [(kind, draw(rng, sprites)) for kind, draw in KINDS.items() for _ in range(count)]
+    """Draw ``count`` scenes of each kind of :data:`KINDS`; more of them begin with the same ones."""
+    generators = {kind: random.Random(f"{seed} {kind}") for kind in KINDS}
+    return [(kind, draw(generators[kind], sprites)) for kind, draw in KINDS.items() for _ in range(count)]
 
 
 def judge_all(
@@ -129,17 +129,18 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
     from sdmodule.evaluation import TransformersScorer
 
     scorer = TransformersScorer(settings.scorer)
-    scenes = draw_scenes(sprites, settings.seed, PROMPTS // 10 if settings.quick else PROMPTS)
-    prompts = [emoji_caption(scene) for _, scene in scenes]
-    scorer.check_words(prompts)
+    share = 10 if settings.quick else 1
+    rendered = draw_scenes(sprites, settings.seed, RENDERED // share)
+    scorer.check_words(emoji_caption(scene) for _, scene in rendered)
     module = None if settings.scorer_only else StableDiffusionModule.from_pretrained(settings.pretrained)
 
     reader = ThingReader(scorer, every.names, every.styles)
-    checked = tally(scenes, judge_all(scenes, [render_emoji(scene, sprites) for _, scene in scenes], reader))
-    show(f"The scorer, on {len(scenes)} rendered images, among {len(every.names)} names", checked)
+    checked = tally(rendered, judge_all(rendered, [render_emoji(scene, sprites) for _, scene in rendered], reader))
+    show(f"The scorer, on {len(rendered)} rendered images, among {len(every.names)} names", checked)
     rows = checked
     if module is not None:
-        images = sample(module, prompts, settings)
+        scenes = draw_scenes(sprites, settings.seed, PROMPTS // share)
+        images = sample(module, [emoji_caption(scene) for _, scene in scenes], settings)
         verdicts = judge_all(scenes, images, reader)
         rows = tally(scenes, verdicts)
         show(f"The model, on {len(scenes)} sampled images", rows)

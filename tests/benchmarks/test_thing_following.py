@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 
 from benchmarks import thing_following
+from benchmarks.thing_following import draw_scenes
 from benchmarks.thing_reader import ThingReader, judge, thing_views
 from sdmodule.data.toy.emoji_scenes import EmojiScene, Thing
+from sdmodule.data.toy.sprites import Sprites
 from sdmodule.errors import SettingsError
 from sdmodule.evaluation.scorer import Scorer
 
@@ -86,12 +88,16 @@ def test_the_benchmark_checks_the_scorer_samples_and_reports(checkpoint, clip_fo
     report = thing_following.run([*common, *sampled])
     assert json.loads((tmp_path / "r.json").read_text())["rows"] == report["rows"]
     assert [row["scenes"] for row in report["rows"]] == ["centred", "placed", "held-out", "two things"]
-    assert all(row["images"] == 10 and 0 <= row["all"] <= row["name"] <= row["name in 5"] for row in report["reader"])
+    assert [row["images"] for row in report["rows"]] == [10] * 4
+    assert all(row["images"] == 50 and 0 <= row["all"] <= row["name"] <= row["name in 5"] for row in report["reader"])
     assert Image.open(tmp_path / "sheet.png").width > 300
-    assert report["names"] == 40 and "The scorer, on 40 rendered images, among 40 names" in capsys.readouterr().out
+    assert report["names"] == 40 and "The scorer, on 200 rendered images, among 40 names" in capsys.readouterr().out
 
     alone = thing_following.run([*common, "--scorer-only", "--styles", "noto", "flat"])
-    assert alone["rows"] == report["reader"] and "reader" not in alone
+    assert alone["rows"] == report["reader"]
+    few, more = (draw_scenes(Sprites(sprites, ["noto"]), 0, count) for count in (2, 3))
+    assert set(few) < set(more)
+    assert "reader" not in alone
 
 
 def test_wrong_arguments_end_in_a_sentence(sprites, tmp_path):
