@@ -2,7 +2,7 @@
 
 The prompts are captions of seeded scenes: 100 of one thing in the middle, 100 of one whose size and place are named,
 100 of a thing in a style in which no training image shows it, and 100 of two things. A scorer reads each sample among
-the names of all sprites, and its style and background; see `thing_reader`. It is checked on renderings of these captions
+the names of all sprites, and its style and background; see `thing_reader`. It is checked on renderings of these
 and of others first. Two things are right if both are.
 
 Needs the sprites that ``examples/embedded/make_sprites.py`` makes.
