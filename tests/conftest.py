@@ -199,6 +199,22 @@ def clip_folder(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return write_clip(tmp_path_factory.mktemp("scorers") / "clip", checkpoint / "tokenizer")
 
 
+@pytest.fixture(scope="session")
+def sprites(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty things in three styles, each a disc in a colour of its own."""
+    from PIL import Image, ImageDraw
+
+    folder = tmp_path_factory.mktemp("sprites")
+    for style, shade in {"noto": 1.0, "flat": 0.7, "3d": 0.4}.items():
+        (folder / style).mkdir()
+        for k in range(40):
+            image = Image.new("RGBA", (32, 32))
+            colour = (round(255 * shade * (k % 4) / 3), round(255 * shade * (k // 4 % 4) / 3), round(255 * shade), 255)
+            ImageDraw.Draw(image).ellipse((1, 1, 30, 30), fill=colour)
+            image.save(folder / style / f"thing {'abcdefghij'[k % 10]}{'klmn'[k // 10]}.png")
+    return folder
+
+
 @pytest.fixture
 def module(checkpoint: Path):
     """The checkpoint, ready to sample."""

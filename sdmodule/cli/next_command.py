@@ -23,7 +23,7 @@ def command_line(command: str, *arguments: str) -> str:
     """A command line in the words that started this process: its interpreter and script, or its entry point.
 
     Args:
-        command: ``train`` or ``predict``.
+        command: ``train``, ``predict`` or ``evaluate``.
         arguments: its settings, not quoted yet.
     """
     return shlex.join([*_words(command), *arguments])
@@ -31,6 +31,8 @@ def command_line(command: str, *arguments: str) -> str:
 
 def _words(command: str) -> list[str]:
     started = Path(sys.argv[0])
+    if started.name in ("train.py", "predict.py") and command == "evaluate":
+        return [sys.orig_argv[0], "-m", "sdmodule.evaluate"]
     if started.name in ("train.py", "predict.py"):
         return [sys.orig_argv[0], str(started.with_name(f"{command}.py"))]
     script = started.with_name(f"sdmodule-{command}")
@@ -38,6 +40,13 @@ def _words(command: str) -> list[str]:
     if not script.is_file() or (found is not None and os.path.samefile(found, script)):
         return [script.name]
     return [str(script)]
+
+
+def next_line(cfg: DictConfig, model: Any, data: Any, export: Path, caption: str) -> str:
+    """What to do with what a training has exported, and the command for it; arguments as of `sampling_settings`."""
+    if _kind(model) == "contrastive":
+        return f"Score images with it: {command_line('evaluate', 'run=FOLDER', f'scorer={export}')}"
+    return f"Sample with it: {command_line('predict', *sampling_settings(cfg, model, data, export, caption))}"
 
 
 def sampling_settings(cfg: DictConfig, model: Any, data: Any, export: Path, caption: str) -> list[str]:
@@ -61,7 +70,7 @@ def sampling_settings(cfg: DictConfig, model: Any, data: Any, export: Path, capt
 
 
 def _kind(model: Any) -> str:
-    return model.tuning.kind if hasattr(model, "tuning") else "autoencoder"
+    return model.tuning.kind if hasattr(model, "tuning") else getattr(model, "kind", "autoencoder")
 
 
 def _model_settings(cfg: DictConfig, model: Any, export: Path) -> Iterator[str]:

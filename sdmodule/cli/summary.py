@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from sdmodule.callbacks.export import Export
 from sdmodule.callbacks.timing import TimingLogger
-from sdmodule.cli.next_command import command_line, sampling_settings
+from sdmodule.cli.next_command import next_line
 from sdmodule.conditioning.prompt_syntax import escape_prompt
 from sdmodule.errors import count_of
 
@@ -78,15 +78,14 @@ class TrainingRecord(Callback):
 
 
 def training_summary(cfg: DictConfig, trainer: Trainer, model: Any, data: Any, record: TrainingRecord) -> Iterator[str]:
-    """The last lines of a training: figures, where its files are, and the command that samples with the export."""
+    """The last lines of a training: figures, where its files are, and the command that uses the export."""
     yield from record.figures(trainer)
     export = next((c.folder for c in trainer.callbacks if isinstance(c, Export)), None)  # type: ignore[attr-defined]
     if export is None:
         yield f"Wrote {cfg.output_dir}"
         return
     yield f"Wrote {cfg.output_dir}; the export is {export}"
-    settings = sampling_settings(cfg, model, data, export, escape_prompt(record.caption) or PROMPT)
-    yield f"Sample with it: {command_line('predict', *settings)}"
+    yield next_line(cfg, model, data, export, escape_prompt(record.caption) or PROMPT)
 
 
 def sampling_summary(trainer: Trainer, data: Any, output_dir: Path) -> Iterator[str]:

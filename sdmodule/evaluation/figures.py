@@ -18,6 +18,7 @@ from sdmodule.evaluation.image_set import ImageSet
 from sdmodule.evaluation.neighbours import NEAREST, neighbourhood
 from sdmodule.evaluation.scorer import ImageFeatures, Scorer, features_of, features_of_texts
 from sdmodule.evaluation.text_image import WEIGHT, clip_scores, prompt_ranks
+from sdmodule.evaluation.transformers_scorer import TransformersScorer
 from sdmodule.io.progress import LONG_TASK, Progress
 
 FRECHET_RESAMPLES = 30
@@ -78,8 +79,8 @@ def evaluate(
         show_progress: whether progress is shown.
 
     Raises:
-        SettingsError: if the images have no prompts and there is nothing to compare them with, one cannot be read, or
-            a number is out of range.
+        SettingsError: if the images have no prompts and there is nothing to compare them with, one cannot be read, a
+            number is out of range, or the prompts have words that the scorer has not learned.
     """
     check_int("batch_size", batch_size)
     check_int("resamples", resamples, minimum=2)
@@ -89,6 +90,8 @@ def evaluate(
             f"{images.setting}: its images have no prompts; give a predict run, or against=FOLDER to compare images "
             "alone."
         )
+    if isinstance(scorer, TransformersScorer):
+        scorer.check_words((*(images.prompts or ()), *(against.prompts or () if against else ())))
     about = {"run": images.name, "images": len(images), "scorer": scorer.name}
     result = Evaluation(about | {"resamples": resamples, "confidence": 0.95, "seed": seed})
     extractors = [scorer] if distance_features is None else [scorer, distance_features]
@@ -109,6 +112,11 @@ def evaluate(
     _compare_sets(mine.to(device), other.to(device), result)
     if distance_features is None and len(images) > 1 < len(against):
         result.notes.append("FID and KID are of the scorer's features, so they do not compare with published ones.")
+    if getattr(scorer, "words", None) is not None:
+        result.notes.append(
+            f"{scorer.name} has learned from renderings of the embedded models' things and shapes alone: its distances "
+            "between images of anything else mean little."
+        )
     return result
 
 

@@ -44,6 +44,7 @@ EXPERIMENTS = {
     "sdxl_lora": ["train"],
     "textual_inversion": ["train"],
     "tiny_autoencoder": ["train"],
+    "tiny_clip": ["train"],
     "tiny_inpaint": ["train"],
     "tiny_text2image": ["train"],
 }
@@ -87,8 +88,8 @@ def test_a_configuration_lists_what_people_set_before_what_is_built(command):
 
 
 @pytest.mark.parametrize("name", options("model"))
-def test_models(name, checkpoint):
-    cfg = configuration("train", f"model={name}", f"pretrained={checkpoint}")
+def test_models(name, checkpoint, clip_folder):
+    cfg = configuration("train", f"model={name}", f"pretrained={clip_folder if name == 'contrastive' else checkpoint}")
     assert isinstance(instantiate(cfg.model), LightningModule)
 
 
@@ -263,12 +264,16 @@ def test_every_experiment_is_tested():
 
 
 @pytest.mark.parametrize(("command", "name"), [(c, name) for name, commands in EXPERIMENTS.items() for c in commands])
-def test_experiments(command, name, checkpoint, tmp_path):
+def test_experiments(command, name, checkpoint, clip_folder, sprites, tmp_path):
     """Everything builds, with a checkpoint on disk in place of the published one."""
+    if name == "tiny_clip":
+        checkpoint = clip_folder
     given = [] if name.startswith("tiny_") else COMMANDS[command]  # these draw their own data
     if (command, name) == ("predict", "sd15_inpaint"):
         Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
         given = [*given, f"image={tmp_path / 'photo.png'}", "mask=[0,0,4,4]"]
+    if name == "tiny_clip":
+        given = [*given, f"data.sprites={sprites}"]
     cfg = configuration(command, f"experiment={name}", f"pretrained={checkpoint}", given=given, tmp_path=tmp_path)
     assert isinstance(instantiate(cfg.data), LightningDataModule)
     assert isinstance(build_trainer(cfg), Trainer)

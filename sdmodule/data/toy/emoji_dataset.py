@@ -15,7 +15,7 @@ from sdmodule.data.toy.emoji_scenes import emoji_caption, render_emoji, sample_t
 from sdmodule.data.toy.rendered import RenderedDataModule, RenderedDataset, check_counts, check_shares
 from sdmodule.data.toy.scenes import caption, render, render_collage, sample_scene
 from sdmodule.data.toy.sprites import Sprites
-from sdmodule.errors import SettingsError
+from sdmodule.errors import SettingsError, check_bool
 
 
 class EmojiScenesDataset(RenderedDataset):
@@ -30,7 +30,7 @@ class EmojiScenesDataset(RenderedDataset):
         placed: share of the other scenes of things whose size and place are drawn.
         shapes: share of scenes of shapes.
         collages: share of images of patches and strokes without a caption; for autoencoders.
-        held_out: draw held-out combinations, and held-out pairs, instead of those of training.
+        held_out: False for the combinations and pairs of training, True for the held-out ones, None for all.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class EmojiScenesDataset(RenderedDataset):
         placed: float = 0.5,
         shapes: float = 0.2,
         collages: float = 0.0,
-        held_out: bool = False,
+        held_out: bool | None = False,
     ) -> None:
         super().__init__(length, seed, size)
         self.sprites = sprites
@@ -92,6 +92,8 @@ class EmojiScenesDataModule(RenderedDataModule):
         placed: share of the other scenes of things whose size and place are drawn.
         shapes: share of scenes of coloured shapes.
         collages: share of training images without a caption, for autoencoders.
+        hold_out: keep every tenth combination of a thing and a style, every tenth pair of things and six combinations
+            of a colour and a shape out of the training.
         seed: seed of the scenes.
         num_workers: processes that render; 0 renders in the training's own; None is by device, see `loading_options`.
 
@@ -112,9 +114,11 @@ class EmojiScenesDataModule(RenderedDataModule):
         placed: float = 0.5,
         shapes: float = 0.2,
         collages: float = 0.0,
+        hold_out: bool = True,
         seed: int = 0,
         num_workers: int | None = None,
     ) -> None:
+        check_bool("data.hold_out", hold_out)
         check_counts(seed, batch_size=batch_size, train_length=train_length, val_length=val_length, size=size)
         check_shares(two_objects=two_objects, placed=placed, shapes=shapes, collages=collages)
         if shapes + collages > 1:
@@ -123,6 +127,7 @@ class EmojiScenesDataModule(RenderedDataModule):
         if two_objects and len(found.names) < 2:
             raise SettingsError(f"data.two_objects={two_objects}: needs at least two things; set data.two_objects=0.")
         shared: dict[str, Any] = {"size": size, "two_objects": two_objects, "placed": placed, "shapes": shapes}
+        shared["held_out"] = False if hold_out else None
         train = EmojiScenesDataset(found, train_length, seed, collages=collages, **shared)
         super().__init__(
             train, EmojiScenesDataset(found, val_length, seed + 1, **shared), batch_size, seed, num_workers

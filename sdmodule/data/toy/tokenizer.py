@@ -33,12 +33,17 @@ def write_tokenizer(folder: str | Path, texts: Iterable[str], size: int = 2048, 
         [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    endings = [f"{letter}</w>" for letter in alphabet]
     trainer = trainers.BpeTrainer(
-        vocab_size=size - 2 - len(alphabet), initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=size - 2,
+        special_tokens=endings,  # numbered as they occur otherwise, in another order each time, which breaks ties
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
     )
     learner.train_from_iterator((text.lower() for text in texts), trainer)
     merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
-    entries = dict.fromkeys([*alphabet, *(f"{letter}</w>" for letter in alphabet), *("".join(m) for m in merges)])
+    entries = dict.fromkeys([*alphabet, *endings, *("".join(merge) for merge in merges)])
     vocabulary = {token: number for number, token in enumerate([*entries, BEGIN, END])}
 
     folder = Path(folder)

@@ -151,3 +151,16 @@ def test_shares_mix_things_shapes_and_collages(folder):
 def test_a_wrong_setting_is_one_sentence(folder, settings, said):
     with pytest.raises(SettingsError, match=re.escape(said)):
         EmojiScenesDataModule(**{"sprites": str(folder), **settings})
+
+
+def test_nothing_is_held_out_of_a_judge_of_all_things(sprites):
+    held_out = {f"{name}, {style}" for name, style in Sprites(sprites, ["noto", "flat"]).combinations(True)}
+    for hold_out in (True, False):
+        data = EmojiScenesDataModule(
+            str(sprites), ["noto", "flat"], train_length=600, placed=0, shapes=0, two_objects=0, hold_out=hold_out
+        )
+        captions = [data.train_set.caption(k) for k in range(600)]
+        seen = {re.match(r"an? (.*) on", text)[1] + (", flat" if "flat" in text else ", noto") for text in captions}
+        assert bool(seen & held_out) != hold_out
+    with pytest.raises(SettingsError, match=r"data\.hold_out=1: must be true or false"):
+        EmojiScenesDataModule(str(sprites), hold_out=1)
