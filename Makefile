@@ -1,6 +1,6 @@
 # make demo: fine-tune and sample the embedded model, in minutes, on any machine.
 # make check: lint, types, layers and the fast tests, in at most three minutes on two cores.
-# make test: all of that and the slow tests, in twelve or more; only tests that need a GPU are left out.
+# make test: all of that and the slow tests, in about ten; only tests that need a GPU are left out.
 # make gpu: check and measure everything on an NVIDIA GPU, in eight minutes; writes benchmarks/results/gpu_<card>.json.
 # make docs: the documentation site in docs/_build/html; a warning is an error.
 
