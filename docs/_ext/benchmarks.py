@@ -37,6 +37,11 @@ PAGES = {
         "that are right, on those through the model's autoencoder, about the most that samples can reach, and on "
         "renderings that are wrong in one thing.",
     ),
+    "thing_following": (
+        "Things",
+        "How often an image shows what its caption says, as `tiny-clip` reads it: the name among those of all sprites, "
+        "style and background; of two things both must be right.",
+    ),
     "gpu": (
         "On a GPU",
         "What `make gpu` has checked and measured on a card: first what must be right, then sampling and training "
