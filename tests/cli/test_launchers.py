@@ -57,7 +57,7 @@ def test_submitit_runs_a_training_of_two_devices_and_names_the_one_that_fails(ph
     assert status == 1 and lines[-1] == f"Wrote {out}/summary.csv and {out}/index.html", output
     assert lines[1].startswith("error: job 1 (trainer.devices=0): trainer: Lightning refuses") and len(lines) == 4
     assert lines[2] == "error: 1 of 2 jobs failed."
-    assert [(row["job"], row["trainer.devices"]) for row in summary(out)] == [("0", "2")]
+    assert [row["job"] for row in summary(out)] == ["0"]
     assert all(float(row["val/loss"]) > 0 for row in summary(out))
     assert not list(out.glob("1/checkpoints"))
     [log] = [text for file in out.glob(".submitit/*/*.out") if "On 2 x cpu" in (text := file.read_text())]
