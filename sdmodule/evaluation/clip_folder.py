@@ -12,7 +12,9 @@ import torch
 from sdmodule.errors import SettingsError, check_path
 
 EMBEDDED = "tiny-clip"
-"""The scorer that ships with the package; it knows what the embedded models draw."""
+"""A small CLIP for renderings of things and shapes; its architecture and its tokenizer are shipped, weights are not."""
+
+WEIGHTS = "model.safetensors"
 
 ASSETS = Path(__file__).parents[1] / "components" / "assets"
 
@@ -60,7 +62,7 @@ def read_clip(place: str | Path, key: str = "scorer", scratch: bool = False) -> 
     """Read a CLIP-like model.
 
     Args:
-        place: ``tiny-clip``, a folder that transformers wrote, or a hub id.
+        place: a folder that transformers wrote, a hub id, or ``tiny-clip``, which has no weights yet.
         key: the setting that named it, for messages.
         scratch: keep the architecture and start from random weights.
 
@@ -75,6 +77,8 @@ def read_clip(place: str | Path, key: str = "scorer", scratch: bool = False) -> 
         raise SettingsError(f"{setting}: {kind}; {ADVICE}.")
     if folder.is_file() or (not folder.is_dir() and str(place).count("/") != 1):
         raise SettingsError(f"{setting}: {'is a file' if folder.is_file() else 'not found'}; {ADVICE}.")
+    if place == EMBEDDED and not scratch and not (folder / WEIGHTS).is_file():
+        raise SettingsError(f"{setting}: ships without weights; train.py experiment=tiny_clip makes them, or {ADVICE}.")
     words = folder / WORDS
     known = frozenset(words.read_text(encoding="utf-8").split()) if words.is_file() else None
     return ClipFolder(*_read(str(folder) if folder.is_dir() else str(place), setting, scratch), words=known)

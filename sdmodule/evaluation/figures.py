@@ -114,8 +114,8 @@ def evaluate(
         result.notes.append("FID and KID are of the scorer's features, so they do not compare with published ones.")
     if getattr(scorer, "words", None) is not None:
         result.notes.append(
-            f"{scorer.name} has learned from renderings of the embedded models' things and shapes alone: its distances "
-            "between images of anything else mean little."
+            f"{scorer.name} has learned the words of its words.txt alone: its distances between other images mean "
+            "little."
         )
     return result
 

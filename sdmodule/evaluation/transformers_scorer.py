@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from sdmodule.errors import SettingsError
-from sdmodule.evaluation.clip_folder import EMBEDDED, EXAMPLE, read_clip
+from sdmodule.evaluation.clip_folder import EXAMPLE, read_clip
 from sdmodule.io.redact import shorten_home
 
 MOST = 3
@@ -23,18 +23,18 @@ class TransformersScorer:
     """A CLIP-like model: Radford et al. 2021 (CLIP), Zhai et al. 2023 (SigLIP), and what transformers reads as such.
 
     Args:
-        place: ``tiny-clip``, a folder that transformers wrote, or a hub id such as ``openai/clip-vit-large-patch14``.
+        place: a folder that transformers wrote, or a hub id such as ``openai/clip-vit-large-patch14``.
         device: where it computes, in float32.
         key: the setting that named it, for messages.
 
     Attributes:
-        words: all words that it has learned, such as those of ``tiny-clip``; None for a model without such a list.
+        words: all words that it has learned, from ``words.txt`` in its folder; None for a model without that file.
 
     Raises:
         SettingsError: if there is no such model, or it is one of another kind.
     """
 
-    def __init__(self, place: str | Path = EMBEDDED, device: str | torch.device = "cpu", key: str = "scorer") -> None:
+    def __init__(self, place: str | Path, device: str | torch.device = "cpu", key: str = "scorer") -> None:
         parts = read_clip(place, key)
         self.setting = f"{key}={place}"
         self.name = shorten_home(str(place))
@@ -79,8 +79,8 @@ class TransformersScorer:
             return
         named = ", ".join(f'"{word}"' for word in unknown[:MOST]) + (" and others" if len(unknown) > MOST else "")
         raise SettingsError(
-            f"{self.setting}: never saw {named}; it knows the things and shapes of the embedded models alone; give "
-            f"a scorer such as {EXAMPLE}."
+            f"{self.setting}: never saw {named}; it knows the words of its words.txt alone; write prompts in them, or "
+            f"give a scorer such as {EXAMPLE}."
         )
 
 

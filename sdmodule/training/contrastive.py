@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -41,7 +42,7 @@ class ContrastiveModule(TrainableModule):
     nearest, or among the five nearest, of all captions in the validation data of a device.
 
     Args:
-        pretrained: ``tiny-clip``, the folder of a CLIP that transformers wrote, or a hub id.
+        pretrained: the folder of a CLIP that transformers wrote, a hub id, or ``tiny-clip``, which has no weights yet.
         scratch: ``["clip"]`` to start from random weights in the same architecture, or nothing.
         tuning: only ``full`` is possible.
         variation: changes of training images, see `ImageVariation`; None for none.
@@ -87,6 +88,7 @@ class ContrastiveModule(TrainableModule):
         self.optimization = Optimization(optimizer, lr_scheduler, usual={"lr": 1e-4})
         self.negatives = negatives
         self.seed = seed
+        self._told_of_long = False
         self._earlier: list[str] = []  # captions of earlier batches, the last ones first
         self._validated: dict[str, list[tuple[Tensor, Tensor, Sequence[str]]]] = {}  # by the suffix of metrics
 
@@ -114,9 +116,17 @@ class ContrastiveModule(TrainableModule):
         tokens = self.folder.tokenizer(
             list(captions), padding=True, truncation=True, max_length=length, return_tensors="pt"
         ).to(images.device)
+        self._report_long(captions, [encoding.overflowing for encoding in tokens.encodings], length)
         of_images = self.clip.get_image_features(pixel_values=(images / 2 + 0.5 - mean) / deviation).pooler_output
         of_texts = self.clip.get_text_features(**tokens).pooler_output
         return F.normalize(of_images.float(), dim=-1), F.normalize(of_texts.float(), dim=-1)
+
+    def _report_long(self, captions: Sequence[str], rests: Sequence[Sequence[Any]], length: int) -> None:
+        """Say once that captions are longer than the model reads."""
+        long = next((caption for caption, rest in zip(captions, rests, strict=True) if rest), None)
+        if long is not None and not self._told_of_long:
+            self._told_of_long = True
+            rank_zero_warn(f"The model reads {length} tokens; the rest of longer captions is left out: {long[:60]}…")
 
     def loss(self, images: Tensor, texts: Tensor, captions: Sequence[str]) -> Tensor:
         """InfoNCE in both directions.

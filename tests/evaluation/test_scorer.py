@@ -69,6 +69,7 @@ def test_folders_of_other_kinds_are_refused_in_a_sentence(checkpoint, clip_folde
         without_tokenizer: "its tokenizer has [0-9,]+ tokens, and the model [0-9,]+; add the files",
         clip_folder / "config.json": "is a file",
         "owner/not-there": "cannot be read",
+        "tiny-clip": "ships without weights; train.py experiment=tiny_clip makes them, or give the folder",
     }
     for place, message in cases.items():
         with pytest.raises(SettingsError, match=message) as caught:

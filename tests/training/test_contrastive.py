@@ -57,6 +57,14 @@ def test_the_loss_is_that_of_transformers(clip_folder):
     torch.testing.assert_close(module.loss(*module(images, CAPTIONS[:2]), CAPTIONS[:2]), expected, rtol=1e-2, atol=1e-3)
 
 
+def test_what_is_left_out_of_long_captions_is_said_once(clip_folder, recwarn):
+    module, images = ContrastiveModule(str(clip_folder)), torch.zeros(2, 3, 32, 32)
+    for captions in (CAPTIONS[:2], ["a red circle " * 40, "a star"], ["a red circle " * 40, "a star"]):
+        module(images, captions)
+    [said] = [str(warning.message) for warning in recwarn if "longer captions" in str(warning.message)]
+    assert said.startswith("The model reads 77 tokens;") and "a red circle a red circle" in said
+
+
 def test_equal_captions_are_no_negatives_and_further_captions_are(clip_folder):
     module = ContrastiveModule(str(clip_folder))
     images, texts = F.normalize(torch.randn(3, 16), dim=-1), F.normalize(torch.randn(4, 16), dim=-1)
