@@ -16,7 +16,7 @@ from sdmodule.components.checkpoint import load_part
 from sdmodule.components.save import save_part
 from sdmodule.components.write_single_file import save_single_vae
 from sdmodule.diffusion.upload import upload
-from sdmodule.errors import SettingsError, check_bool, check_seed
+from sdmodule.errors import SettingsError, check_bool, check_number, check_seed
 from sdmodule.io.redact import shorten_home
 from sdmodule.training.full import FullTuning
 from sdmodule.training.optimizers import Optimization
@@ -46,7 +46,7 @@ class AutoencoderModule(TrainableModule):
         seed: seed of the noise that latents are drawn with.
 
     Raises:
-        SettingsError: for another tuning, a seed out of range, and a decoder that would learn from a random encoder.
+        SettingsError: for another tuning, a value out of range, and a decoder that would learn from a random encoder.
     """
 
     needs_captions = False
@@ -68,6 +68,8 @@ class AutoencoderModule(TrainableModule):
         super().__init__()
         if choose_tuning(tuning) != FullTuning():
             raise SettingsError(f"tuning={tuning}: is for UNets, and model=autoencoder has none; leave it out.")
+        for name, weight in {"l1": l1_weight, "edge": edge_weight, "kl": kl_weight}.items():
+            check_number(f"model.{name}_weight", weight, minimum=0)
         check_seed("model.seed", seed)
         check_bool("model.decoder_only", decoder_only)
         if decoder_only and "vae" in scratch:

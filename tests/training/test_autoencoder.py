@@ -86,6 +86,12 @@ def test_a_decoder_alone_learns_and_latents_stay(checkpoint, tmp_path):
     assert not torch.equal(ours.decode(latents).sample, before.decode(latents).sample)
 
 
+@pytest.mark.parametrize("name", ["l1_weight", "edge_weight", "kl_weight"])
+def test_a_weight_that_would_reward_an_error_is_refused(checkpoint, name):
+    with pytest.raises(SettingsError, match=rf"model.{name}=-1: must be a number of at least 0"):
+        AutoencoderModule(str(checkpoint), **{name: -1})
+
+
 def test_a_decoder_alone_needs_an_encoder(checkpoint):
     with pytest.raises(SettingsError, match=r"model.decoder_only=true: keeps the encoder, but scratch"):
         AutoencoderModule(str(checkpoint), scratch=["vae"], decoder_only=True)
