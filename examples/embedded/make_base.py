@@ -31,7 +31,7 @@ def main(tokenizer: Path, vae: Path, target: Path) -> None:
     for folder, file in ((tokenizer, "vocab.json"), (vae, "config.json")):
         if not (folder / file).is_file():
             sys.exit(
-                f"{folder}: has no {file}; give the folder that make_tokenizer.py, or a training of a VAE, has made."
+                f"{folder}: has no {file}; give what make_tokenizer.py or a training of a VAE has made."
             )
     if target.exists():
         sys.exit(f"{target}: exists; give a folder to make.")
