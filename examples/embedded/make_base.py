@@ -30,9 +30,7 @@ def main(tokenizer: Path, vae: Path, target: Path) -> None:
     """Write the folder."""
     for folder, file in ((tokenizer, "vocab.json"), (vae, "config.json")):
         if not (folder / file).is_file():
-            sys.exit(
-                f"{folder}: has no {file}; give what make_tokenizer.py or a training of a VAE has made."
-            )
+            sys.exit(f"{folder}: has no {file}; give what make_tokenizer.py or a training of a VAE has made.")
     if target.exists():
         sys.exit(f"{target}: exists; give a folder to make.")
     shutil.copytree(ASSETS / "tiny", target, ignore=shutil.ignore_patterns("*.safetensors", "tokenizer", "vae"))
